@@ -1,0 +1,1 @@
+"""The pre-pipeline stage: SigLIP NaViT with its connector, and the FLUX autoencoder."""

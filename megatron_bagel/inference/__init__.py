@@ -1,0 +1,1 @@
+"""Text and image generation from a context of text and images."""

@@ -1,0 +1,1 @@
+"""The decoder: layer specs, the expert-sorted layers, attention with its backends, and flow matching."""

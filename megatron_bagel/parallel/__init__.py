@@ -1,0 +1,1 @@
+"""Process groups and autograd-aware collectives: what moves between ranks, knowing no model."""

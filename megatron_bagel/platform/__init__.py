@@ -1,0 +1,1 @@
+"""The only place that knows CUDA from CPU, and one Megatron-Core release from another."""

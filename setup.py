@@ -1,0 +1,55 @@
+"""Package metadata and dependencies; pyproject.toml only names the build system and configures the checking tools."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_bagel" / "__init__.py").read_text()).group(1)
+README = ROOT / "README.md"
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    "megatron-core>=0.16.1,<0.20",
+    "transformers>=4.49",
+    "safetensors>=0.4",
+    "numpy>=1.26",
+    "pyarrow>=14",
+    "pyyaml>=6",
+    "tensorboard>=2.14",
+    "sentencepiece>=0.2",
+    "Pillow>=10",
+    "tqdm>=4.60",
+    "matplotlib>=3.7",
+    # Megatron-Core imports psutil when it saves a torch_dist checkpoint, without declaring it.
+    "psutil>=5.9",
+]
+
+EXTRAS_REQUIRE = {
+    # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.
+    "cuda": ["transformer-engine[pytorch]>=2.0"],
+    "logging": ["wandb>=0.16"],
+    "video": ["av>=11"],
+    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6"],
+}
+
+setup(
+    name="megatron-bagel",
+    version=VERSION,
+    description="BAGEL-style unified multimodal training on Megatron-Core, from one laptop CPU to GPU clusters",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megatron_bagel", "megatron_bagel.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
