@@ -1,0 +1,95 @@
+"""Every random choice of a run is a pure function of its name: no generator that lives, advances or must be saved.
+
+A choice is named by (seed, what...), for example ``(seed, "t2i/shapes", 17, 0, "caption")``: dataset, sample index, epoch, purpose.
+Whoever asks, in whatever order, on whatever rank or worker, gets the same answer; that is what makes resume exact and losses
+independent of the layout. Two forms are offered:
+
+* `keyed_uniform` / `keyed_integers`: one cheap number per name, and the same numbers for arrays of names at once (planning
+  millions of samples);
+* `keyed_generator` / `keyed_normal`: a whole Philox stream per name (noise of an image).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+Part = int | str | np.ndarray
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of splitmix64
+_MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def mix64(value: int | np.ndarray) -> int | np.ndarray:
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words in which every bit depends on every bit."""
+    if isinstance(value, np.ndarray):
+        value = value.astype(np.uint64, copy=False)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(_MUL1)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(_MUL2)
+        return value ^ (value >> np.uint64(31))
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * _MUL1) & _MASK
+    value = ((value ^ (value >> 27)) * _MUL2) & _MASK
+    return value ^ (value >> 31)
+
+
+@lru_cache(maxsize=4096)
+def _word_of_text(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _word(part: Part) -> int | np.ndarray:
+    if isinstance(part, str):
+        return _word_of_text(part)
+    if isinstance(part, np.ndarray):
+        return mix64(np.atleast_1d(part).astype(np.int64).view(np.uint64) + np.uint64(_GOLDEN))
+    return mix64((int(part) & _MASK) + _GOLDEN)
+
+
+def keyed_word(seed: int, *what: Part) -> int | np.ndarray:
+    """64 random bits named by ``(seed, *what)``; with array parts (broadcast together) an uint64 array, element for element the same."""
+    word: int | np.ndarray = mix64(int(seed) + _GOLDEN)
+    for part in what:
+        other = _word(part)
+        # multiplication makes the parts' order count: (1, 2) and (2, 1) are different names
+        shifted = word * np.uint64(_MUL2) if isinstance(word, np.ndarray) else (word * _MUL2) & _MASK
+        if isinstance(shifted, np.ndarray) or isinstance(other, np.ndarray):
+            word = mix64(np.bitwise_xor(shifted, other, dtype=np.uint64))
+        else:
+            word = mix64(shifted ^ other)
+    return word
+
+
+def keyed_uniform(seed: int, *what: Part) -> float | np.ndarray:
+    """A number in [0, 1) with 53 random bits (float64), or an array of them when a part is an array."""
+    word = keyed_word(seed, *what)
+    if isinstance(word, np.ndarray):
+        return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (word >> 11) * 2.0**-53
+
+
+def keyed_integers(high: int | np.ndarray, seed: int, *what: Part) -> int | np.ndarray:
+    """An integer in [0, high), high < 2^31 (int64 array when ``high`` or a part is an array).
+
+    Raises ValueError when ``high`` is not positive: there is nothing to choose from.
+    """
+    if np.any(np.asarray(high) <= 0):
+        raise ValueError(f"cannot choose one of {high} things (key {what}): at least one is needed")
+    uniform = keyed_uniform(seed, *what)
+    if isinstance(uniform, np.ndarray) or isinstance(high, np.ndarray):
+        return np.floor(uniform * high).astype(np.int64)
+    return int(uniform * high)
+
+
+def keyed_generator(seed: int, *what: int | str) -> np.random.Generator:
+    """A Philox generator whose 128-bit key is named by ``(seed, *what)``."""
+    key = keyed_word(seed, *what, "low"), keyed_word(seed, *what, "high")
+    return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+
+
+def keyed_normal(shape: tuple[int, ...], seed: int, *what: int | str) -> torch.Tensor:
+    """Standard normal float32 tensor of ``shape`` on the CPU, named by ``(seed, *what)``."""
+    return torch.from_numpy(keyed_generator(seed, *what).standard_normal(shape, dtype=np.float32))
