@@ -1,0 +1,110 @@
+"""Two losses, each divided by its own token count over the whole global batch, so gradients do not depend on how packs fall.
+
+The counts come from the layout (integers), so they are known before the step starts: no all-reduce of token counts, and a
+microbatch without text or without images simply adds nothing. Summing the gradients of ``microbatch_loss`` over all
+microbatches and data-parallel ranks gives the gradient of ``ce_weight * mean(ce) + mse_weight * mean(mse)``; nothing may
+divide by the number of ranks or microbatches afterwards (``calculate_per_token_loss`` and ``optimizer.finalize_gradients``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class CountedPack(Protocol):
+    """What the totals need of a pack's layout."""
+
+    ce_weights: np.ndarray
+    mse_positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the two losses are combined. ``ce_loss_reweighting`` takes the weighted mean of CE with the pack's ``ce_weights``
+    (a text of n tokens weighs n^-1/2 per token), so that long answers do not drown short ones."""
+
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    ce_loss_reweighting: bool = False
+
+
+@dataclass(frozen=True)
+class LossTotals:
+    """Denominators of one optimizer step, counted over every pack of the global batch."""
+
+    ce_tokens: int = 0
+    ce_weight_sum: float = 0.0
+    mse_tokens: int = 0
+
+    @classmethod
+    def of(cls, packs: Iterable[CountedPack]) -> LossTotals:
+        """Totals of a global batch. The sum of the weights is taken in float64, in the order of ``packs``."""
+        total = cls()
+        for pack in packs:
+            total = total + cls(len(pack.ce_weights), float(np.sum(pack.ce_weights, dtype=np.float64)), len(pack.mse_positions))
+        return total
+
+    def __add__(self, other: LossTotals) -> LossTotals:
+        return LossTotals(
+            self.ce_tokens + other.ce_tokens, self.ce_weight_sum + other.ce_weight_sum, self.mse_tokens + other.mse_tokens
+        )
+
+
+def _mean_share(summed: Tensor, denominator: float) -> Tensor:
+    """This microbatch's part of a mean; 0 (still attached to the graph) when nothing in the global batch counts."""
+    return summed / denominator if denominator > 0 else summed * 0.0
+
+
+def microbatch_loss(ce: Tensor, mse: Tensor, ce_weights: Tensor, totals: LossTotals, weights: LossWeights) -> tuple[Tensor, Tensor]:
+    """Loss of one microbatch and its share of the two global means.
+
+    Args:
+        ce: [n_ce] unreduced cross entropy, fp32; may be empty.
+        mse: [n_mse, channels] squared error of the velocity, fp32; may be empty. The mean over channels is one token's loss.
+        ce_weights: [n_ce]; used only with ``ce_loss_reweighting``.
+        totals: counts of the whole global batch.
+
+    Returns:
+        ``(loss, shares)``: a scalar to differentiate, and a detached [2] tensor (ce, mse) whose sum over all microbatches and
+        data-parallel ranks is the pair of global means (the original's ``losses.ce`` and ``losses.mse``).
+    """
+    if weights.ce_loss_reweighting:
+        ce_mean = _mean_share((ce * ce_weights.to(ce.dtype)).sum(), totals.ce_weight_sum)
+    else:
+        ce_mean = _mean_share(ce.sum(), totals.ce_tokens)
+    channels = mse.shape[-1] if mse.dim() > 1 else 1
+    mse_mean = _mean_share(mse.sum() / max(channels, 1), totals.mse_tokens)
+    loss = ce_mean * weights.ce_weight + mse_mean * weights.mse_weight
+    return loss, torch.stack([ce_mean.detach(), mse_mean.detach()])
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses of a step averaged over its global batch, as logged."""
+
+    loss: float
+    ce: float
+    mse: float
+
+
+def global_losses(shares: Sequence[Tensor], weights: LossWeights, group: dist.ProcessGroup | None = None) -> StepLosses:
+    """Sum the [2] shares of this rank's microbatches over ``group`` (data and context parallel ranks; None: one process).
+
+    The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.
+    Every rank of the group must call this, also one that had no microbatch shares (an empty list counts as zeros).
+    """
+    device = shares[0].device if shares else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for share in shares:
+        total += share.double()
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    ce, mse = total.tolist()
+    return StepLosses(loss=ce * weights.ce_weight + mse * weights.mse_weight, ce=ce, mse=mse)
