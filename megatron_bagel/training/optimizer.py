@@ -171,9 +171,7 @@ def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def owned_slices(
-    optimizer: MegatronOptimizer, parameters: Sequence[torch.nn.Parameter]
-) -> list[OwnedSlice]:
+def owned_slices(optimizer: MegatronOptimizer, parameters: Sequence[torch.nn.Parameter]) -> list[OwnedSlice]:
     """Slice of each trainable parameter that belongs to this rank.
 
     With the distributed optimizer it is the slice whose fp32 main weight lives here (empty if none does). Without it every
@@ -194,7 +192,9 @@ def _even_slice(numel: int, group: dist.ProcessGroup) -> OwnedSlice:
 def _distributed_slice(leaves: Sequence[DistributedOptimizer], parameter: torch.nn.Parameter) -> OwnedSlice:
     owner = next((leaf for leaf in leaves if any(parameter in buffer.param_index_map for buffer in leaf.buffers)), None)
     if owner is None:
-        raise ValueError(f"A trainable parameter of shape {tuple(parameter.shape)} is in no gradient buffer; was it unfrozen after wrap_ddp?")
+        raise ValueError(
+            f"A trainable parameter of shape {tuple(parameter.shape)} is in no gradient buffer; was it unfrozen after wrap_ddp?"
+        )
     if parameter not in owner.model_param_gbuf_map:
         return OwnedSlice(0, 0, owner.data_parallel_group, owner.distributed_optimizer_instance_id)
     piece = owner._get_model_param_range_map(parameter)["param"]
