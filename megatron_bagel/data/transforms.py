@@ -1,0 +1,132 @@
+"""Image sizes without pixels: the size an image will have is a pure function of its stored size, so planning never decodes.
+
+`output_size` is used when a pack is planned, `image_tensor` when the pack is loaded; both come from the same `TransformArgs`.
+The rules, roundings included, are the original's (goldens hold 225 sizes and the pixels of RGB and RGBA images).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
+PIXEL_LIMIT = 200_000_000  # a decoded image above this is taken for a decompression bomb
+
+
+@dataclass(frozen=True)
+class TransformArgs:
+    """How one kind of image is resized: bounds of its sides in pixels, the grid its sides are rounded to, mean and deviation.
+
+    ``max_image_size`` bounds the long side, ``min_image_size`` lifts the short side, sides become multiples of ``image_stride``,
+    and ``max_pixels`` is shared by the images of one sample.
+    """
+
+    max_image_size: int
+    min_image_size: int
+    image_stride: int
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_size", "min_image_size", "image_stride", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.min_image_size > self.max_image_size:
+            raise ValueError(f"min_image_size {self.min_image_size} is larger than max_image_size {self.max_image_size}")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(f"image_mean and image_std need 3 values, deviations above 0; got {self.image_mean}, {self.image_std}")
+
+    @property
+    def longest_side(self) -> int:
+        """The largest side in pixels that any input image can come out with."""
+        rounded = round(self.max_image_size / self.image_stride) * self.image_stride
+        return max(self.image_stride, rounded)
+
+
+def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
+    width, height = round(width * scale), round(height * scale)
+    return max(stride, round(width / stride) * stride), max(stride, round(height / stride) * stride)
+
+
+def output_size(args: TransformArgs, width: int, height: int, img_num: int = 1) -> tuple[int, int]:
+    """(width, height) in pixels after the transform of an image of ``width`` x ``height``.
+
+    ``img_num`` is the number of images of the sample, which share ``max_pixels``. Shrinking to ``max_pixels`` uses the ratio of
+    areas, not its square root, as the original does: an image a little too large becomes much smaller than it had to.
+    """
+    scale = min(args.max_image_size / max(width, height), 1.0)
+    scale = max(scale, args.min_image_size / min(width, height))
+    new_width, new_height = _scaled(width, height, scale, args.image_stride)
+    budget = args.max_pixels / img_num
+    if new_width * new_height > budget:
+        new_width, new_height = _scaled(new_width, new_height, budget / (new_width * new_height), args.image_stride)
+    if max(new_width, new_height) > args.max_image_size:
+        new_width, new_height = _scaled(new_width, new_height, args.max_image_size / max(new_width, new_height), args.image_stride)
+    return new_width, new_height
+
+
+def open_image(data: bytes | memoryview) -> Image.Image:
+    """Header of an encoded image; pixels are not decoded yet.
+
+    Raises ValueError when the bytes are no image, or one of more than `PIXEL_LIMIT` pixels.
+    """
+    if not len(data):
+        raise ValueError("the image has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image ({error})") from error
+    if image.width * image.height > PIXEL_LIMIT:
+        raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {PIXEL_LIMIT}")
+    return image
+
+
+def decode_rgb(data: bytes | memoryview) -> Image.Image:
+    """Decode to RGB; transparency (RGBA, LA, palette) is laid on white.
+
+    Raises ValueError when the bytes cannot be decoded, for example because the file is cut off.
+    """
+    image = open_image(data)
+    try:
+        if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = Image.new("RGB", image.size, (255, 255, 255))
+            white.paste(image, mask=image.split()[3])
+            return white
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
+def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:
+    """Resize an RGB image to ``width`` x ``height`` (bicubic with antialias) and normalise it: float32 [3, height, width]."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
+    mean = torch.tensor(args.image_mean, dtype=torch.float32).view(3, 1, 1)
+    std = torch.tensor(args.image_std, dtype=torch.float32).view(3, 1, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def vit_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+    """[3, H, W] -> [H/patch * W/patch, patch*patch*3]: patches row-major, inside a patch in (row, column, channel) order.
+
+    Raises ValueError when a side is not a multiple of ``patch``.
+    """
+    channels, height, width = pixels.shape
+    if height % patch or width % patch:
+        raise ValueError(f"an image of {height} x {width} pixels has no whole number of {patch}-pixel patches; set image_stride to {patch}")
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(channels, rows, patch, columns, patch)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, patch * patch * channels)
+
+
+def image_tokens(width: int, height: int, stride: int) -> int:
+    """Number of tokens of an image whose patches are ``stride`` pixels wide."""
+    return math.prod((width // stride, height // stride))
