@@ -1,0 +1,131 @@
+"""Safetensors files read and written one tensor at a time, so that converting a model never needs the model in memory.
+
+The library's own `save_file` wants every tensor at once. The format is small enough to write in a stream: 8 bytes header length (little
+endian), a JSON header of name -> {dtype, shape, data_offsets}, then the raw tensors (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
+
+
+class SafetensorsReader:
+    """Tensors of one `.safetensors` file, or of all files an index `*.safetensors.index.json` names. Nothing is read until asked for.
+
+    Raises ValueError for a missing, truncated or foreign file, naming it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"there is no weight file {self.path}")
+        if self.path.suffix == ".json":
+            index = json.loads(self.path.read_text(encoding="utf-8"))
+            self._where = {name: self.path.parent / file for name, file in index["weight_map"].items()}
+            absent = sorted({str(file) for file in self._where.values() if not file.is_file()})
+            if absent:
+                raise ValueError(f"{self.path} names files that do not exist: {', '.join(absent)}")
+        else:
+            self._where = dict.fromkeys(self._open(self.path).keys(), self.path)
+        self._handles: dict[Path, safe_open] = {}
+
+    @staticmethod
+    def _open(file: Path) -> safe_open:
+        try:
+            return safe_open(file, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error
+
+    def _handle(self, name: str) -> safe_open:
+        file = self._where[name]
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file]
+
+    def keys(self) -> list[str]:
+        """All tensor names, in file order."""
+        return list(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype without reading the data."""
+        part = self._handle(name).get_slice(name)
+        return tuple(part.get_shape()), _NAME_DTYPES.get(part.get_dtype(), torch.float32)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor `name`, read now."""
+        return self._handle(name).get_tensor(name)
+
+
+class SafetensorsWriter:
+    """Context manager that writes one file whose names, shapes and dtypes are known beforehand, tensors in any order.
+
+    The file appears under its name only when every tensor has been written (temporary name, fsync, rename).
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._specs = dict(specs)
+        end = 0
+        for name, (shape, dtype) in self._specs.items():
+            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            self._offsets[name] = (begin, end)
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # readers map the data: keep it aligned
+        self._preamble = struct.pack("<Q", len(text)) + text
+        self._left = set(self._specs)
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file = self._partial.open("wb")
+        self._file.write(self._preamble)
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write `tensor` (cast to the announced dtype). Raises ValueError for an unknown name, a second write or another shape."""
+        if name not in self._left:
+            raise ValueError(f"{self.path}: tensor {name} was not announced or was already written")
+        shape, dtype = self._specs[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, announced was {tuple(shape)}")
+        raw = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8)
+        self._file.seek(len(self._preamble) + self._offsets[name][0])
+        self._file.write(raw.numpy().data)
+        self._left.discard(name)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        complete = kind is None and not self._left
+        if complete:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if complete:
+            self._partial.replace(self.path)
+            return
+        self._partial.unlink()
+        if kind is None:
+            raise ValueError(f"{self.path} was not written: {len(self._left)} tensors never came, e.g. {sorted(self._left)[:3]}")
+
+
+def save_tensors(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], specs: Mapping[str, TensorSpec]) -> None:
+    """Write a stream of (name, tensor) into `path`; `specs` announces all of them."""
+    with SafetensorsWriter(path, specs) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)

@@ -1,0 +1,262 @@
+"""One table says which of our parameters is which tensor of the released BAGEL layout; both directions and every layer kind read it.
+
+Terms: a *row* is a pattern over layers `{i}` and experts (`{e}` = und|gen in our names, `{x}` = ""|"_moe_gen" in the Hugging Face names);
+an *entry* is a row written out for one layer and expert of a given architecture. Tensors here are always full (unsharded); cutting them
+for tensor parallelism is shard.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megatron_bagel.config.architecture import BagelArch
+
+TIMESTEP_FREQUENCIES = 256  # width of the timestep sinusoid (reference behaviour, section 1.4)
+EXPERT_SUFFIX = {"und": "", "gen": "_moe_gen"}
+
+
+class Part(NamedTuple):
+    """One Hugging Face tensor of a row: name pattern and shape in the symbols of `dimensions`."""
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ours` <-> `parts`. `op`: copy | qkv | gate_up. `split`: what the layer kind must duplicate for {e} to include gen."""
+
+    ours: str
+    parts: tuple[Part, ...]
+    op: str = "copy"
+    split: str = "never"  # never | attention (MoT only) | mlp (MoT and MoE)
+    when: Callable[[BagelArch], bool] = lambda arch: True
+    layers: str = "none"  # none | llm | vit
+
+
+def _has_generation(arch: BagelArch) -> bool:
+    return arch.autoencoder is not None
+
+
+def _has_vision(arch: BagelArch) -> bool:
+    return arch.vit is not None
+
+
+def _has_learned_vit_positions(arch: BagelArch) -> bool:
+    return arch.vit is not None and not (arch.vit_rope or arch.vit.rope)
+
+
+def _copy(ours: str, hf: str, *shape: str, **kw: object) -> Row:
+    return Row(ours, (Part(hf, shape),), **kw)  # type: ignore[arg-type]
+
+
+def _same(name: str, *shape: str, **kw: object) -> Row:
+    return _copy(name, name, *shape, **kw)
+
+
+_L, _H = "decoder.layers.{i}.", "language_model.model.layers.{i}."
+_ATT = {"split": "attention", "layers": "llm"}
+_MLP = {"split": "mlp", "layers": "llm"}
+_V = "vit_model.vision_model."
+_VL = _V + "encoder.layers.{i}."
+_VIT = {"when": _has_vision}
+_VIT_LAYER = {"when": _has_vision, "layers": "vit"}
+_GEN = {"when": _has_generation}
+
+ROWS: tuple[Row, ...] = (
+    _copy("embedding.word_embeddings.weight", "language_model.model.embed_tokens.weight", "V", "D"),
+    _copy(_L + "input_layernorm.{e}.weight", _H + "input_layernorm{x}.weight", "D", **_ATT),
+    Row(
+        _L + "self_attention.{e}.linear_qkv.weight",
+        (
+            Part(_H + "self_attn.q_proj{x}.weight", ("Q", "D")),
+            Part(_H + "self_attn.k_proj{x}.weight", ("K", "D")),
+            Part(_H + "self_attn.v_proj{x}.weight", ("K", "D")),
+        ),
+        op="qkv",
+        split="attention",
+        layers="llm",
+    ),
+    Row(
+        _L + "self_attention.{e}.linear_qkv.bias",
+        (
+            Part(_H + "self_attn.q_proj{x}.bias", ("Q",)),
+            Part(_H + "self_attn.k_proj{x}.bias", ("K",)),
+            Part(_H + "self_attn.v_proj{x}.bias", ("K",)),
+        ),
+        op="qkv",
+        split="attention",
+        layers="llm",
+        when=lambda arch: arch.llm.attention_bias,
+    ),
+    _copy(_L + "self_attention.{e}.q_layernorm.weight", _H + "self_attn.q_norm{x}.weight", "d", when=lambda a: a.llm.qk_norm, **_ATT),
+    _copy(_L + "self_attention.{e}.k_layernorm.weight", _H + "self_attn.k_norm{x}.weight", "d", when=lambda a: a.llm.qk_norm, **_ATT),
+    _copy(_L + "self_attention.{e}.linear_proj.weight", _H + "self_attn.o_proj{x}.weight", "D", "Q", **_ATT),
+    _copy(_L + "pre_mlp_layernorm.{e}.weight", _H + "post_attention_layernorm{x}.weight", "D", **_ATT),
+    Row(
+        _L + "mlp.{e}.linear_fc1.weight",
+        (Part(_H + "mlp{x}.gate_proj.weight", ("I", "D")), Part(_H + "mlp{x}.up_proj.weight", ("I", "D"))),
+        op="gate_up",
+        split="mlp",
+        layers="llm",
+    ),
+    _copy(_L + "mlp.{e}.linear_fc2.weight", _H + "mlp{x}.down_proj.weight", "D", "I", **_MLP),
+    _copy("final_layernorm.{e}.weight", "language_model.model.norm{x}.weight", "D", split="mlp"),
+    _copy("output_layer.weight", "language_model.lm_head.weight", "V", "D", when=lambda arch: not arch.llm.tie_word_embeddings),
+    _same("time_embedder.mlp.0.weight", "D", "T", **_GEN),
+    _same("time_embedder.mlp.0.bias", "D", **_GEN),
+    _same("time_embedder.mlp.2.weight", "D", "D", **_GEN),
+    _same("time_embedder.mlp.2.bias", "D", **_GEN),
+    _same("vae2llm.weight", "D", "P", **_GEN),
+    _same("vae2llm.bias", "D", **_GEN),
+    _same("llm2vae.weight", "P", "D", **_GEN),
+    _same("llm2vae.bias", "P", **_GEN),
+    _same(_V + "embeddings.patch_embedding.weight", "v", "p", **_VIT),
+    _same(_V + "embeddings.patch_embedding.bias", "v", **_VIT),
+    _same(_V + "embeddings.position_embedding.weight", "s", "v", when=_has_learned_vit_positions),
+    *(
+        row
+        for proj in ("q_proj", "k_proj", "v_proj", "out_proj")
+        for row in (
+            _same(_VL + f"self_attn.{proj}.weight", "v", "v", **_VIT_LAYER),
+            _same(_VL + f"self_attn.{proj}.bias", "v", **_VIT_LAYER),
+        )
+    ),
+    *(_same(_VL + f"layer_norm{n}.{kind}", "v", **_VIT_LAYER) for n in (1, 2) for kind in ("weight", "bias")),
+    _same(_VL + "mlp.fc1.weight", "w", "v", **_VIT_LAYER),
+    _same(_VL + "mlp.fc1.bias", "w", **_VIT_LAYER),
+    _same(_VL + "mlp.fc2.weight", "v", "w", **_VIT_LAYER),
+    _same(_VL + "mlp.fc2.bias", "v", **_VIT_LAYER),
+    _same(_V + "post_layernorm.weight", "v", **_VIT),
+    _same(_V + "post_layernorm.bias", "v", **_VIT),
+    _same("connector.fc1.weight", "D", "v", **_VIT),
+    _same("connector.fc1.bias", "D", **_VIT),
+    _same("connector.fc2.weight", "D", "D", **_VIT),
+    _same("connector.fc2.bias", "D", **_VIT),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of ours and the Hugging Face tensors it is made of, with full shapes."""
+
+    ours: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    op: str
+    kv_groups: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Full shape of our parameter: the parts laid along dimension 0."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
+    @property
+    def vocabulary(self) -> bool:
+        """Rows are token ids, so the parameter may be padded below the file's last row."""
+        return self.ours in ("embedding.word_embeddings.weight", "output_layer.weight")
+
+    def fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hugging Face tensors (order of `hf`) -> our parameter. Fused QKV is Megatron's [q.. k v] per key/value group."""
+        if self.op == "copy":
+            return tensors[0]
+        if self.op == "gate_up":
+            return torch.cat(list(tensors), dim=0)
+        tail = tensors[0].shape[1:]
+        grouped = [t.reshape(self.kv_groups, t.shape[0] // self.kv_groups, *tail) for t in tensors]
+        return torch.cat(grouped, dim=1).reshape(-1, *tail)
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inverse of `fuse`; the results are contiguous."""
+        if self.op == "copy":
+            return (tensor,)
+        rows = [shape[0] for shape in self.hf_shapes]
+        if self.op == "gate_up":
+            return tuple(t.contiguous() for t in tensor.split(rows, dim=0))
+        tail = tensor.shape[1:]
+        grouped = tensor.reshape(self.kv_groups, -1, *tail).split([n // self.kv_groups for n in rows], dim=1)
+        return tuple(t.reshape(-1, *tail).contiguous() for t in grouped)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A fixed position table: stored in the released layout (fp32), computed here. `side` rows and columns, `width` channels."""
+
+    hf: str
+    side: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.side * self.side, self.width)
+
+
+class WeightMap:
+    """ROWS written out for one architecture.
+
+    Attributes: `entries` our name -> Entry, `by_hf` Hugging Face name -> Entry, `tables` Hugging Face name -> Table.
+    """
+
+    def __init__(self, arch: BagelArch) -> None:
+        self.arch = arch
+        self.entries = {entry.ours: entry for row in ROWS if row.when(arch) for entry in _expand(row, arch)}
+        self.by_hf = {name: entry for entry in self.entries.values() for name in entry.hf}
+        width = arch.llm.hidden_size
+        tables = []
+        if _has_generation(arch):
+            tables.append(Table("latent_pos_embed.pos_embed", arch.max_latent_size, width))
+        if _has_vision(arch):
+            tables.append(Table("vit_pos_embed.pos_embed", arch.vit_max_num_patch_per_side, width))
+        self.tables = {table.hf: table for table in tables}
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor name of the released layout with its shape, position tables included."""
+        shapes = {n: s for entry in self.entries.values() for n, s in zip(entry.hf, entry.hf_shapes, strict=True)}
+        return shapes | {name: table.shape for name, table in self.tables.items()}
+
+
+def _expand(row: Row, arch: BagelArch) -> list[Entry]:
+    sizes = dimensions(arch)
+    count = {"none": 1, "llm": arch.llm.num_hidden_layers, "vit": arch.n_vit_layers if arch.vit else 0}[row.layers]
+    duplicated = {
+        "never": False,
+        "attention": arch.llm.has_gen_attention,
+        "mlp": arch.llm.has_gen_mlp,
+    }[row.split]
+    experts = ("und", "gen") if duplicated else ("und",)
+    shapes = tuple(tuple(sizes[symbol] for symbol in part.shape) for part in row.parts)
+    entries = []
+    for i in range(count):
+        for expert in experts:
+            names = tuple(part.name.format(i=i, x=EXPERT_SUFFIX[expert]) for part in row.parts)
+            entries.append(Entry(row.ours.format(i=i, e=expert), names, shapes, row.op, arch.llm.num_key_value_heads))
+    return entries
+
+
+def dimensions(arch: BagelArch) -> dict[str, int]:
+    """Values of the shape symbols used in ROWS for this architecture."""
+    llm = arch.llm
+    sizes = {
+        "V": llm.vocab_size,
+        "D": llm.hidden_size,
+        "I": llm.intermediate_size,
+        "Q": llm.num_attention_heads * llm.head_dim,
+        "K": llm.num_key_value_heads * llm.head_dim,
+        "d": llm.head_dim,
+        "T": TIMESTEP_FREQUENCIES,
+    }
+    if arch.autoencoder is not None:
+        sizes["P"] = arch.latent_token_dim
+    if arch.vit is not None:
+        vit = arch.vit
+        sizes |= {
+            "v": vit.hidden_size,
+            "w": vit.intermediate_size,
+            "p": vit.num_channels * vit.patch_size**2,
+            "s": vit.num_positions,
+        }
+    return sizes
