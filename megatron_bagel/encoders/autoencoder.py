@@ -1,0 +1,77 @@
+"""The FLUX autoencoder between pixels and latents: frozen in training, so its job here is to be exact and cheap.
+
+Posterior noise always comes from the caller (keyed by sample), and images are encoded at their own size: never padded to a
+common one, which would change the latents through GroupNorm, the attention and the borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bagel.config.architecture import AutoencoderArch
+from megatron_bagel.encoders.autoencoder_blocks import Decoder, Encoder
+
+# Pixels in one batched call of `encode_many`; keeps the widest activation of the released size (ch 128) within about 0.5 GB.
+MAX_PIXELS_PER_CALL = 1 << 20
+
+
+class AutoEncoder(nn.Module):
+    """FLUX's autoencoder of any width, with the parameter names of the released `ae.safetensors`.
+
+    Runs in the contiguous format: torch's channels_last GroupNorm on CPU takes its variance as E[x^2] - E[x]^2, which cost
+    two digits of the latents, and its convolutions were only 10 % faster. Images are [b, 3, H, W] in [-1, 1] with H and W
+    multiples of `arch.downsample`; latents are [b, z_channels, H/downsample, W/downsample].
+    """
+
+    def __init__(self, arch: AutoencoderArch) -> None:
+        super().__init__()
+        self.arch = arch
+        mult = tuple(arch.ch_mult)
+        self.encoder = Encoder(arch.ch, mult, arch.num_res_blocks, arch.in_channels, arch.z_channels)
+        self.decoder = Decoder(arch.ch, mult, arch.num_res_blocks, arch.out_ch, arch.z_channels)
+
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log variance, each [b, z, h, w], unscaled.
+
+        Raises:
+            ValueError: if height or width is not a multiple of the downsampling factor.
+        """
+        factor = self.arch.downsample
+        height, width = images.shape[-2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"autoencoder: image of {height}x{width} pixels (height x width) is not a multiple of the downsampling factor "
+                f"{factor}; set image_stride of the VAE transform to a multiple of {factor}"
+            )
+        mean, logvar = self.encoder(images).chunk(2, dim=1)
+        return mean, logvar
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """The latent the model sees: scale * (mean + exp(logvar / 2) * noise - shift). All [..., z, h, w]; noise is N(0, 1)."""
+        return self.arch.scale_factor * (mean + torch.exp(0.5 * logvar) * noise - self.arch.shift_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents as `sample` returns them [b, z, h, w] -> images [b, 3, h*downsample, w*downsample], not clamped."""
+        z = latents / self.arch.scale_factor + self.arch.shift_factor
+        return self.decoder(z)
+
+    def encode_many(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`encode_moments` for images [3, H, W] of any sizes, in their order; images of equal size share a call.
+
+        The result of an image does not depend on the others (up to float rounding of the batched kernels).
+        """
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault((image.shape[-2], image.shape[-1]), []).append(i)
+        moments: list[tuple[Tensor, Tensor] | None] = [None] * len(images)
+        for (height, width), members in by_size.items():
+            per_call = max(1, MAX_PIXELS_PER_CALL // (height * width))
+            for start in range(0, len(members), per_call):
+                chunk = members[start : start + per_call]
+                mean, logvar = self.encode_moments(torch.stack([images[i] for i in chunk]))
+                for row, i in enumerate(chunk):
+                    moments[i] = (mean[row], logvar[row])
+        return [m for m in moments if m is not None]
