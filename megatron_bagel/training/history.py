@@ -1,0 +1,66 @@
+"""``metrics.jsonl``: one JSON object per logged step, whole lines only, and never the same step twice after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of complete lines. A last line torn by a kill is dropped; a broken line elsewhere is a ValueError."""
+    with path.open(encoding="utf-8") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); move the file away or repair that line.") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}, line {number} is not a step record: it has no 'step'. Is this file from something else?")
+        yield record
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records of a run, in the order written. Raises ValueError naming the line if the file is damaged before its end."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no {path}: has the run logged a step yet?")
+    return list(_whole_lines(path))
+
+
+class MetricsFile:
+    """Appends records and flushes each one, so that a killed run keeps all it logged.
+
+    ``next_step`` is the first step this run may log: older records of that step or a later one (a run that went on past the
+    checkpoint now resumed from) are removed first.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], next_step: int) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._truncate(next_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _truncate(self, next_step: int) -> None:
+        kept = [record for record in _whole_lines(self.path) if record["step"] < next_step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record (plain JSON values; floats keep all their digits)."""
+        self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; it stays readable."""
+        self._file.close()

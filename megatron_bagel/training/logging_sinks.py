@@ -1,0 +1,163 @@
+"""Where a run's numbers go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, and W&B on request. Rank 0 only.
+
+Other ranks hold a ``RunLog`` too and call the same methods, which do nothing there, so the loop has no rank test of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bagel.training.history import MetricsFile, read_history
+from megatron_bagel.training.metrics import StepMetrics, log_line
+from megatron_bagel.training.plots import plot_losses
+
+_LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+_MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """The guide's W&B flags. ``run_id`` and ``resume`` let a restarted run continue its curves."""
+
+    project: str = "bagel"
+    name: str = "run"
+    run_id: str = "0"
+    resume: str = "allow"
+    offline: bool = False
+
+
+class WandbSink:
+    """Sends each record under the original's names. Raises ValueError if wandb is not installed."""
+
+    def __init__(self, settings: WandbSettings, results_dir: Path, run_config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "W&B logging was asked for, but the package wandb is not installed: pip install 'megatron-bagel[logging]', or turn "
+                "W&B off (metrics.jsonl and TensorBoard are written either way)."
+            ) from error
+        # The original's id: name and run id together, so that two runs of one name do not overwrite each other.
+        self._run = wandb.init(
+            project=settings.project,
+            id=f"{settings.name}-run{settings.run_id}",
+            name=settings.name,
+            resume=settings.resume,
+            dir=str(results_dir),
+            config=dict(run_config),
+            mode="offline" if settings.offline else "online",
+        )
+
+    def write(self, metrics: StepMetrics) -> None:
+        """One record; memory in MB as the original, everything else as in ``metrics.jsonl``."""
+        record = {
+            "mse": metrics.mse,
+            "ce": metrics.ce,
+            "loss": metrics.loss,
+            "lr": metrics.lr,
+            "total_norm": metrics.grad_norm,
+            "total_ce_tokens": metrics.ce_tokens,
+            "total_mse_tokens": metrics.mse_tokens,
+            "total_samples": metrics.step_samples,
+            "tokens_per_sec": metrics.tokens_per_s,
+            "tokens_per_step": metrics.step_tokens,
+            "actual_tflops": metrics.tflops,
+            "mfu": metrics.mfu,
+            "mem_allocated": metrics.peak_mem_bytes / _MEBIBYTE,
+            "consumed_samples": metrics.consumed_samples,
+            "consumed_tokens": metrics.consumed_tokens,
+        }
+        self._run.log(record, step=metrics.step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files under ``results_dir/tensorboard``; steps from ``next_step`` on of an earlier run are hidden."""
+
+    def __init__(self, results_dir: Path, next_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(results_dir / "tensorboard"), purge_step=next_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """One scalar per field, at the step."""
+        for name, value in metrics.as_json().items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(f"train/{name}", value, metrics.step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+
+class RunLog:
+    """All outputs of one run. ``next_step`` is the first step this process will log (resume: the step after the checkpoint's)."""
+
+    def __init__(
+        self,
+        results_dir: str | Path,
+        rank: int,
+        next_step: int,
+        run_config: Mapping[str, Any] | None = None,
+        tensorboard: bool = True,
+        wandb: WandbSettings | None = None,
+    ) -> None:
+        self.results_dir = Path(results_dir)
+        self._active = rank == 0
+        self._sinks: list[TensorBoardSink | WandbSink] = []
+        if not self._active:
+            return
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
+        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(self.results_dir, next_step))
+        if wandb is not None:
+            self._sinks.append(WandbSink(wandb, self.results_dir, run_config or {}))
+
+    def info(self, text: str) -> None:
+        """One line on the console and in ``log.txt``, with the time."""
+        if self._active:
+            self._logger.info(text)
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write one step everywhere."""
+        if self._active:
+            self._logger.info(log_line(metrics))
+            self._metrics.write(metrics.as_json())
+            for sink in self._sinks:
+                sink.write(metrics)
+
+    def close(self, plot: bool = True) -> None:
+        """Draw ``loss.png`` (if any step was logged) and close every file. Also safe after an error of the loop."""
+        if not self._active:
+            return
+        self._metrics.close()
+        history = read_history(self._metrics.path)
+        if plot and history:
+            plot_losses(history, self.results_dir / "loss.png")
+        for sink in self._sinks:
+            sink.close()
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+
+
+def _console_and_file(path: Path) -> tuple[logging.Logger, list[logging.Handler]]:
+    """The run's own logger, apart from the root one, which libraries configure as they like."""
+    logger = logging.getLogger("megatron_bagel.run")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    for handler in handlers:
+        handler.setFormatter(_LINE)
+        logger.addHandler(handler)
+    return logger, handlers
