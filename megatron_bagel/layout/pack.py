@@ -82,14 +82,10 @@ def grid_position_ids(rows: int, cols: int, side: int, interpolate: bool) -> np.
 
     ``interpolate`` spreads rows and columns over ``side`` equal bins (nearest bin), else ids are row * side + column.
     """
-    r, c = (_bins(n, side) if interpolate else np.arange(n, dtype=np.int64) for n in (rows, cols))
+    r, c = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
+    if interpolate:
+        r, c = r * side // rows, c * side // cols
     return (r[:, None] * side + c[None, :]).reshape(-1)
-
-
-def _bins(count: int, side: int) -> np.ndarray:
-    """Bin of each of ``count`` places among ``side`` equal ones; in fp32, as the original's bucketing rounds (70, 25)."""
-    edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
-    return np.digitize((np.arange(count) * (1 / count)).astype(np.float32), edges).astype(np.int64)
 
 
 def item_grid(item: Item, spec: LayoutSpec) -> tuple[int, int]:

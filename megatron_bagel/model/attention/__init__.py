@@ -1,0 +1,1 @@
+"""Attention backends: each takes the tokens of a rank in expert-sorted order and equals the dense oracle."""

@@ -1,0 +1,23 @@
+"""Builds a pipeline stage of the decoder from an architecture and a Megatron TransformerConfig."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.model.bagel import BagelModel
+from megatron_bagel.model.specs import layer_spec, spec_modules
+
+
+def build_decoder(
+    arch: BagelArch,
+    config: TransformerConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    freeze_und: bool = False,
+    transformer_impl: str = "local",
+) -> BagelModel:
+    """One stage; weights are Megatron's random ones until a checkpoint is loaded."""
+    spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und)
+    return BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und)

@@ -1,0 +1,129 @@
+"""The weights that exist once per expert, and the exchange around them.
+
+``und`` serves text and ViT tokens, ``gen`` serves VAE tokens. Where a layer kind shares a part, only ``und`` exists and
+serves both slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bagel.model.context import PackContext
+
+Build = Callable[[], torch.nn.Module]
+
+
+class ExpertPair(MegatronModule):
+    """One part of a layer, once (``und``) or twice (``und`` and ``gen``)."""
+
+    def __init__(self, config: TransformerConfig, build: Build, two: bool) -> None:
+        super().__init__(config=config)
+        self.und = build()
+        if two:
+            self.gen = build()
+
+    @property
+    def two(self) -> bool:
+        """Whether the experts have weights of their own."""
+        return hasattr(self, "gen")
+
+    def parts(self, und: torch.Tensor, gen: torch.Tensor) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+        """(module, its rows) for both experts' rows."""
+        return [(self.und, und), (self.gen if self.two else self.und, gen)]
+
+
+def per_expert(pair: ExpertPair, und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
+    """Each expert's module on its own rows; an expert without rows gives an empty result of the right width."""
+    return [module(rows) for module, rows in pair.parts(und, gen)]
+
+
+class ExpertExchange:
+    """Tensor-parallel communication of half a layer, once for both experts."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self.sequence_parallel = config.sequence_parallel
+        self.world = config.tensor_model_parallel_size
+
+    def first_slot(self, local_rows: int) -> int:
+        """Slot of the first row held here."""
+        return parallel_state.get_tensor_model_parallel_rank() * local_rows if self.sequence_parallel else 0
+
+    def enter(self, parts: Sequence[torch.Tensor], local_rows: int, context: PackContext) -> Sequence[torch.Tensor]:
+        """Rows of both experts, whole on every tensor-parallel rank."""
+        if self.world == 1:
+            return parts
+        hidden = join(parts, local_rows)
+        if self.sequence_parallel:
+            return context.split(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True))
+        return context.split(copy_to_tensor_model_parallel_region(hidden))
+
+    def leave(self, parts: Sequence[torch.Tensor], context: PackContext) -> torch.Tensor:
+        """Sum of the ranks' partial results, [local rows, h]."""
+        hidden = join(parts, context.length)
+        if self.world == 1:
+            return hidden
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(hidden)
+        return reduce_from_tensor_model_parallel_region(hidden)
+
+
+def join(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """Both experts' rows and zeros for padding, [rows, ...]."""
+    missing = rows - sum(part.shape[0] for part in parts)
+    if missing == 0 and parts[1].shape[0] == 0:
+        return parts[0]
+    padding = [parts[0].new_zeros((missing, *parts[0].shape[1:]))] if missing else []
+    return torch.cat([*parts, *padding])
+
+
+@dataclass
+class MLPSubmodules:
+    """Linears of one expert's MLP."""
+
+    linear_fc1: ModuleSpec | type
+    linear_fc2: ModuleSpec | type
+
+
+class SwiGLU(MegatronModule):
+    """One expert's MLP: fc2(silu(gate) * up), [s, h] -> [s, h], a partial sum under tensor parallelism.
+
+    Megatron-Core's MLP reduces its own output; here both experts are reduced together.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
+        super().__init__(config=config)
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1, config.hidden_size, 2 * config.ffn_hidden_size, config=config,
+            init_method=config.init_method, bias=False, gather_output=False, skip_bias_add=False, stride=2,
+        )  # fmt: skip
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2, config.ffn_hidden_size, config.hidden_size, config=config,
+            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=False,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * up)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+        """Gate and up are cut separately, as in Megatron-Core's MLP."""
+        state = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
+        key = f"{prefix}linear_fc1.weight"
+        state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+        return {**state, **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata)}

@@ -1,0 +1,89 @@
+"""One decoder layer of a Mixture-of-Transformers: two slices of tokens, two sets of weights, one attention.
+
+All three layer kinds are this class; the kind says which parts exist twice. No token is gathered or scattered inside a layer,
+because a rank's tokens are sorted by expert before the first one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+from megatron_bagel.model.attention_experts import AttentionSubmodules, SelfAttention
+from megatron_bagel.model.context import PackContext
+from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPSubmodules, SwiGLU, per_expert
+
+
+@dataclass
+class MoTLayerSubmodules:
+    """Parts of a layer. ``two_attentions`` and ``two_mlps`` say what exists once per expert."""
+
+    norm: ModuleSpec | type
+    attention: AttentionSubmodules
+    mlp: MLPSubmodules
+    two_attentions: bool
+    two_mlps: bool
+    freeze_und: bool = False
+
+
+class MoTLayer(MegatronModule, BaseTransformerLayer):
+    """norm -> attention -> add -> norm -> MLP -> add, each weight chosen by the token's expert."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoTLayerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        pp_rank = pg_collection.pp.rank() if pg_collection is not None else None
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pp_rank)
+        self.freeze_und = submodules.freeze_und
+
+        def norm() -> torch.nn.Module:
+            return build_module(submodules.norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+        self.input_layernorm = ExpertPair(config, norm, submodules.two_attentions)
+        self.self_attention = SelfAttention(
+            config, submodules.attention, self.layer_number, submodules.two_attentions, submodules.freeze_und
+        )
+        self.pre_mlp_layernorm = ExpertPair(config, norm, submodules.two_attentions)
+        self.mlp = ExpertPair(config, lambda: SwiGLU(config, submodules.mlp), submodules.two_mlps)
+        self.__dict__["exchange"] = ExpertExchange(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """``hidden_states`` [s (or s / tp under sequence parallelism), 1, h] -> same shape.
+
+        The pack's context travels as ``packed_seq_params``; the other arguments TransformerBlock passes (masks, rotary tensors)
+        are unused, since the context holds them.
+        """
+        context, hidden = packed_seq_params, hidden_states.squeeze(1)
+        rows = hidden.shape[0]
+        first = self.exchange.first_slot(rows)
+        normed = per_expert(self.input_layernorm, *context.split(hidden, first))
+        hidden = hidden + self.self_attention(normed, rows, context)
+        normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first))
+        und, gen = per_expert(self.mlp, *self.exchange.enter(normed, rows, context))
+        hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)
+        return hidden.unsqueeze(1), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+        """Every weight of both experts, norms included."""
+        state: ShardedStateDict = {}
+        for name, module in self.named_children():
+            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return state

@@ -1,0 +1,60 @@
+"""Which modules a decoder layer is made of: one builder, two sets of linears and norms.
+
+``local`` is plain torch under Megatron-Core's tensor-parallel weights and runs everywhere; ``transformer_engine`` swaps the
+linears and norms for Transformer Engine's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_bagel.config.architecture import LLMArch
+from megatron_bagel.model.attention_experts import AttentionSubmodules, CoreAttention
+from megatron_bagel.model.experts import MLPSubmodules
+from megatron_bagel.model.layer import MoTLayer, MoTLayerSubmodules
+from megatron_bagel.model.linear import SilentColumnLinear, SilentRowLinear
+from megatron_bagel.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class SpecModules:
+    """The replaceable parts of a layer."""
+
+    column_linear: type
+    row_linear: type
+    norm: type
+
+
+LOCAL = SpecModules(SilentColumnLinear, SilentRowLinear, RMSNorm)
+
+
+def spec_modules(transformer_impl: str) -> SpecModules:
+    """Parts for ``--transformer-impl``; raises ValueError when Transformer Engine is asked for and absent."""
+    if transformer_impl == "local":
+        return LOCAL
+    if transformer_impl == "transformer_engine":
+        from megatron_bagel.model.te_modules import te_modules
+
+        return SpecModules(*te_modules())
+    raise ValueError(f"--transformer-impl {transformer_impl!r} is unknown; use local or transformer_engine")
+
+
+def layer_spec(arch: LLMArch, modules: SpecModules = LOCAL, freeze_und: bool = False) -> ModuleSpec:
+    """Spec of one decoder layer of the architecture's ``layer_module`` kind."""
+    attention = AttentionSubmodules(
+        linear_qkv=modules.column_linear,
+        linear_proj=modules.row_linear,
+        core_attention=CoreAttention,
+        qk_layernorm=modules.norm if arch.qk_norm else None,
+    )
+    submodules = MoTLayerSubmodules(
+        norm=modules.norm,
+        attention=attention,
+        mlp=MLPSubmodules(modules.column_linear, modules.row_linear),
+        two_attentions=arch.has_gen_attention,
+        two_mlps=arch.has_gen_mlp,
+        freeze_und=freeze_und,
+    )
+    return ModuleSpec(module=MoTLayer, submodules=submodules)
