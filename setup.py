@@ -22,8 +22,11 @@ INSTALL_REQUIRES = [
     "Pillow>=10",
     "tqdm>=4.60",
     "matplotlib>=3.7",
+    "packaging>=23",
     # Megatron-Core imports psutil when it saves a torch_dist checkpoint, without declaring it.
     "psutil>=5.9",
+    # 0.17 and later (Python 3.12) import triton unguarded; torch's CUDA build brings it, its CPU build does not.
+    "triton>=3; sys_platform == 'linux' and python_version >= '3.12'",
 ]
 
 EXTRAS_REQUIRE = {

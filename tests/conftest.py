@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch starts its thread pool: forked ranks inherit it, and two cores are shared by all of them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch starts its thread pool, which forked ranks could not use, and because all ranks share few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 import pytest
+
+from megatron_bagel import platform
+
+platform.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,3 +26,17 @@ def goldens() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no goldens at {folder}; set MEGATRON_BAGEL_GOLDENS to their folder")
     return folder
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    """This process as a world of one rank with Megatron-Core's groups and random states, for tests that need no second rank."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
+
+    init_distributed()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    shutdown_distributed()

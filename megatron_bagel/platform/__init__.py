@@ -1,1 +1,22 @@
-"""The only place that knows CUDA from CPU, and one Megatron-Core release from another."""
+"""The only place that knows CUDA from CPU, and one Megatron-Core release from another.
+
+Entry points call ``install()`` before they import anything of Megatron-Core.
+"""
+
+from megatron_bagel.platform.cpu import enter_thread
+from megatron_bagel.platform.device import backend, device, has_gpu, peak_memory_bytes
+
+__all__ = ["backend", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
+
+
+def install() -> None:
+    """Make Megatron-Core run on this machine: CPU stand-ins where there is no GPU, and an Adam it can checkpoint.
+
+    With a GPU nothing of torch.cuda is touched. Calling it again does nothing more than enter the calling thread.
+    """
+    from megatron_bagel.platform import adam, cpu, megatron_compat
+
+    megatron_compat.check_versions()
+    if not has_gpu():
+        cpu.install()
+    adam.use_where_megatron_fell_back_to_torch()

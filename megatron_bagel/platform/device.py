@@ -1,0 +1,48 @@
+"""Which device this process computes on, what its collectives run on, and how much memory it has used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a CUDA GPU."""
+    return torch.cuda.is_available()
+
+
+def local_rank() -> int:
+    """Index of this process on its node, as torchrun gives it; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device of every tensor of a step."""
+    return torch.device("cuda", local_rank() % torch.cuda.device_count()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Backend of the process group."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def device_name() -> str:
+    """What the hardware calls itself, for looking up its peak rate; "cpu" without a GPU."""
+    return torch.cuda.get_device_name(device()) if has_gpu() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for issued work, before a clock is read."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: allocated on the GPU, or resident in the process on CPU."""
+    if has_gpu():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,63 @@
+"""Starting and ending the process group: by torchrun's environment, by a file for tests, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_bagel.platform.cpu import enter_thread
+from megatron_bagel.platform.device import backend, device, has_gpu
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_distributed(
+    timeout_minutes: float = 10.0, init_method: str | None = None, rank: int | None = None, world_size: int | None = None
+) -> tuple[int, int]:
+    """Join the process group; returns (rank, world size).
+
+    Without arguments the launcher's environment variables are used; a process started without a launcher becomes a world of
+    one. ``init_method`` (with ``rank`` and ``world_size``) is a torch.distributed URL, such as ``file:///tmp/store``.
+    Raises ValueError when only some of the launcher's variables are set.
+    """
+    enter_thread()
+    if has_gpu():
+        torch.cuda.set_device(device())
+    timeout = timedelta(minutes=timeout_minutes)
+    if init_method is None:
+        present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+        if present and len(present) < len(_LAUNCHER_VARIABLES):
+            missing = [name for name in _LAUNCHER_VARIABLES if name not in present]
+            raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
+        if not present:
+            init_method, rank, world_size = f"tcp://127.0.0.1:{_free_port()}", 0, 1
+    if init_method is None:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def launched_world_size() -> int:
+    """World size the launcher announced, before the process group exists; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group and Megatron-Core's groups; does nothing when there is none."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

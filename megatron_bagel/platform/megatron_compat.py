@@ -1,0 +1,42 @@
+"""Differences between Megatron-Core 0.16.1 and 0.19, answered in one place each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import megatron.core
+from packaging.version import Version
+
+OLDEST, TOO_NEW = Version("0.16.1"), Version("0.20")
+MEGATRON_VERSION = Version(megatron.core.__version__)
+
+
+def check_versions() -> None:
+    """Raise ValueError for a Megatron-Core outside the range this code is tested with."""
+    if not OLDEST <= Version(MEGATRON_VERSION.base_version) < TOO_NEW:
+        raise ValueError(f"megatron-core {MEGATRON_VERSION} is installed; this code works with >={OLDEST},<{TOO_NEW}")
+
+
+def torch_dist_save_strategy() -> Any:
+    """The strategy that writes a torch_dist checkpoint; 0.17 dropped its version argument."""
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+
+    return get_default_save_sharded_strategy("torch_dist")
+
+
+def async_save_arguments() -> dict[str, str]:
+    """Arguments by which ``dist_checkpointing.save`` writes in the background with Megatron-Core's own writer.
+
+    0.19 defaults to ``nvrx``, a package that is not a dependency; 0.16 has only its own writer and no such argument.
+    """
+    return {"async_strategy": "mcore"} if Version("0.19") <= Version(MEGATRON_VERSION.base_version) else {}
+
+
+def shutdown_save_manager() -> None:
+    """End the helper process that a torch_dist save leaves behind in each rank; without it a killed rank orphans one."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = filesystem_async._results_queue
+    if queue is not None:
+        queue._manager.shutdown()
+        filesystem_async._results_queue = None
