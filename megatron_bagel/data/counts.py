@@ -1,0 +1,104 @@
+"""What the planner knows of a sample: three numbers per candidate, so that millions of them are planned as arrays.
+
+A sample's real length is known before it is read, because condition dropout is a keyed draw and not a surprise of the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_bagel.layout.items import Item, Mode, Sample
+from megatron_bagel.layout.pack import LayoutSpec, item_grid, item_tokens, split_mode
+
+COST_UNIT = 256  # costs are integers: 1/256 of the work of one token in the decoder's matrix products
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Work of a pack relative to one token in the decoder's matrix products, forward and backward.
+
+    The defaults are ratios of floating-point operations at the released size (Qwen2.5-7B, SigLIP so400m, FLUX): ``pair`` is one
+    (query, key) pair of attention, 4 * heads * head_dim * layers against 2 * parameters of one expert; ``vit_token`` one token of
+    the vision tower; ``vae_token`` the pixels of one latent token through the frozen encoder, which has no backward pass.
+    """
+
+    pair: float = 3.1e-5
+    vit_token: float = 0.06
+    vae_token: float = 0.024
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Arrays [n] (int64) over samples.
+
+    ``tokens`` is the length in the pack, with the border tokens and without dropped items; ``full_tokens`` counts dropped items
+    too and is what the limit per sample is held against, so that dropout cannot decide which samples are ever trained on;
+    ``cost`` is in units of 1 / COST_UNIT decoder token.
+    """
+
+    tokens: np.ndarray
+    full_tokens: np.ndarray
+    cost: np.ndarray
+
+
+class SampleSource(Protocol):
+    """A group of the data configuration as the planner sees it. Indexes count from 0 to ``len(source)``.
+
+    ``keep_position`` False starts the source anew on resume. ``describe`` names a sample for a reader: dataset, file and row.
+    """
+
+    name: str
+    weight: float
+    is_mandatory: bool
+    keep_position: bool
+
+    def __len__(self) -> int: ...
+
+    def measure(self, indexes: np.ndarray, epoch: int) -> Measures: ...
+
+    def describe(self, index: int) -> str: ...
+
+
+def measure_sample(sample: Sample, spec: LayoutSpec, costs: CostModel) -> tuple[int, int, int]:
+    """(tokens, full_tokens, cost) of one sample, as in `Measures`."""
+    tokens = full_tokens = vit = vae = 0
+    for item in sample.items:
+        length = _undropped_tokens(item, spec)
+        full_tokens += length
+        if item.dropped:
+            continue
+        tokens += length
+        vit += length * (item.kind == "vit")
+        vae += length * (item.kind == "vae")
+    work = tokens + costs.pair * mask_area(sample.items, spec) + costs.vit_token * vit + costs.vae_token * vae
+    return tokens, full_tokens, round(work * COST_UNIT)
+
+
+def _undropped_tokens(item: Item, spec: LayoutSpec) -> int:
+    if not item.dropped:
+        return item_tokens(item, spec)
+    if item.kind == "text":
+        return len(item.ids) + 2
+    rows, cols = item_grid(item, spec)
+    return rows * cols + 2
+
+
+def mask_area(items: Iterable[Item], spec: LayoutSpec) -> int:
+    """(query, key) pairs that attention works on in one sample, by the rule of layout/mask.py."""
+    area = seen = split = 0
+    mode = Mode.CAUSAL
+    for item in items:
+        if item.dropped:
+            continue
+        if item.split_start:
+            split, mode = 0, split_mode(item)
+        split += item_tokens(item, spec)
+        if item.split_end:
+            inside = split * (split + 1) // 2 if mode == Mode.CAUSAL else split * split
+            area += split * seen + inside
+            seen += 0 if mode == Mode.NOISE else split
+    return area
