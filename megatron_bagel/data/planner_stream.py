@@ -46,7 +46,7 @@ class CandidateStream:
         """
         for source in sources:
             if len(source) == 0:
-                raise ValueError(f"dataset group {source.name!r} has no sample: build its index, or remove the group from the configuration")
+                raise ValueError(f"dataset group {source.name!r} has no sample: build its index, or take the group out of the config")
             if source.weight < 0:
                 raise ValueError(f"dataset group {source.name!r} has weight {source.weight}; weights are 0 or more")
         total = sum(source.weight for source in sources)

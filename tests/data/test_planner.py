@@ -56,7 +56,7 @@ def sources(rows: list[tuple]) -> list[Rows]:
 
 
 @given(SOURCES, st.integers(0, 2**30), st.integers(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_sample_once_per_epoch(rows: list[tuple], seed: int, window: int) -> None:
     groups = sources(rows)
     planner = Planner(groups, config(seed=seed, window=window, max_num_tokens=200))
@@ -74,7 +74,7 @@ def test_every_sample_once_per_epoch(rows: list[tuple], seed: int, window: int) 
 
 
 @given(SOURCES, st.integers(0, 2**30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_packs_hold_their_limits_and_mandatory_groups(rows: list[tuple], seed: int) -> None:
     groups = sources(rows)
     for plan in Planner(groups, config(seed=seed, max_num_tokens=250)).packs(0, 20):
@@ -84,7 +84,7 @@ def test_packs_hold_their_limits_and_mandatory_groups(rows: list[tuple], seed: i
 
 
 @given(SOURCES, st.integers(0, 2**30), st.integers(0, 12), st.lists(st.integers(1, 5), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_resume_continues_and_batch_size_does_not_matter(rows: list[tuple], seed: int, stop: int, sizes: list[int]) -> None:
     whole = Planner(sources(rows), config(seed=seed, max_num_tokens=250)).packs(0, stop + sum(sizes))
     first = Planner(sources(rows), config(seed=seed, max_num_tokens=250))
