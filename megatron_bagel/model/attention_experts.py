@@ -50,7 +50,10 @@ class AttentionExpert(MegatronModule):
             self.k_layernorm = build_module(submodules.qk_layernorm, **norm)
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[s, h] -> queries and key of each group after QK-norm [s, groups, heads_per_group + 1, head_dim], values [s, groups, head_dim]."""
+        """[s, h] -> per KV group its queries and key after QK-norm, and its value.
+
+        Shapes [s, groups, heads_per_group + 1, head_dim] and [s, groups, head_dim].
+        """
         mixed = self.linear_qkv(x).view(x.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
         qk, value = mixed[:, :, :-1], mixed[:, :, -1]
         if not hasattr(self, "q_layernorm"):

@@ -108,12 +108,11 @@ class BagelModel(MegatronModule):
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states of all slots, [length, h]."""
-        und = [self.embed_text(batch.text_ids)]
-        if batch.n_vit:
-            und.append(batch.vit_features.to(und[0].dtype))
-        und = torch.cat(und) if len(und) > 1 else und[0]
+        und = self.embed_text(batch.text_ids)
+        if batch.vit_features is not None:
+            und = torch.cat([und, batch.vit_features.to(und.dtype)])
         gen = und[:0]
-        if batch.n_vae:
+        if self.arch.autoencoder is not None:
             x_t = interpolate(batch.latents, batch.noise, batch.timesteps)
             gen = self.embed_latents(x_t, batch.timesteps, batch.latent_position_ids)
         return join([und.detach() if self.freeze_und else und, gen], batch.length)
@@ -161,18 +160,18 @@ class BagelModel(MegatronModule):
         return self.llm2vae(hidden)
 
     def losses(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unreduced cross entropy [n_ce] and squared velocity error [n_mse, p * p * z], both fp32."""
+        """Unreduced cross entropy [n_ce] and squared velocity error [n_mse, p * p * z], both fp32.
+
+        Without loss tokens the results are empty but still hang on the heads: every parameter gets a (zero) gradient on every
+        rank, which overlapped gradient reduction waits for.
+        """
         normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
-        ce = normed.new_zeros(0, dtype=torch.float32)
-        if len(batch.ce_slots):
-            logits = self.text_logits(normed.index_select(0, batch.ce_slots)).float()
-            ce = cross_entropy(logits, batch.labels)
-        mse = normed.new_zeros((0, self.arch.latent_token_dim), dtype=torch.float32)
-        if len(batch.mse_slots):
-            predicted = self.velocity(normed.index_select(0, batch.mse_slots)).float()
-            target = target_velocity(batch.latents, batch.noise).index_select(0, batch.mse_rows)
-            mse = (predicted - target.float()) ** 2
-        return ce, mse
+        ce = cross_entropy(self.text_logits(normed.index_select(0, batch.ce_slots)).float(), batch.labels)
+        if self.arch.autoencoder is None:
+            return ce, normed.new_zeros((0, 1), dtype=torch.float32)
+        predicted = self.velocity(normed.index_select(0, batch.mse_slots)).float()
+        target = target_velocity(batch.latents, batch.noise).index_select(0, batch.mse_rows)
+        return ce, (predicted - target.float()) ** 2
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Losses on the last stage, hidden states [length, 1, h] elsewhere."""

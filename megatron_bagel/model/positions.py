@@ -1,4 +1,4 @@
-"""The fixed two-dimensional position table added to image tokens; computed here, never trained."""
+"""The fixed 2-D sin-cos table that tells the decoder where in its image a ViT or latent token lies."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import torch
 
 
 def sincos_2d(dim: int, side: int) -> torch.Tensor:
-    """Table fp32 [side * side, dim], row-major over (row, column).
+    """Position table of a `side` x `side` grid, rows in (row, column) order: float32 [side*side, dim].
 
-    The first half of the channels encodes the column, the second the row; each half is [sin(pos w), cos(pos w)] with
-    w_i = 10000 ** (-i / (dim / 4)), computed in float64 as the original does. Raises ValueError when 4 does not divide ``dim``.
+    The first half of the channels encodes the column, the second half the row. A half of width d is [sin(p*w), cos(p*w)]
+    with w_i = 10000^(-i / (d/2)), i = 0 .. d/2-1 (the transformer's frequencies, computed in float64 and then rounded, as the
+    tables in the released checkpoints were).
+
+    Raises:
+        ValueError: if `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a two-dimensional sin-cos table needs a hidden size that 4 divides, got {dim}")
-    omega = 10000.0 ** -(np.arange(dim // 4, dtype=np.float64) / (dim // 4))
-    angles = np.arange(side, dtype=np.float64)[:, None] * omega[None, :]
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    columns, rows = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)
-    return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()
+        raise ValueError(f"2-D position table: hidden size {dim} is not a multiple of 4 (sine and cosine of row and column)")
+    quarter = dim // 4
+    frequencies = 10000.0 ** -(np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(side, dtype=np.float64)[:, None] * frequencies
+    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    by_column = np.tile(one_axis, (side, 1))
+    by_row = np.repeat(one_axis, side, axis=0)
+    return torch.from_numpy(np.concatenate([by_column, by_row], axis=1).astype(np.float32))
