@@ -1,0 +1,48 @@
+"""Where the Gaussian noise of a generation comes from: named by (seed, prompt, purpose), so a batch equals its prompts alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_bagel.data.keyed_random import keyed_generator, keyed_normal
+
+
+class NoiseSource(Protocol):
+    """What generation asks of randomness, for one prompt."""
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        """Starting point of the next picture, N(0, 1), [tokens, channels]."""
+        ...
+
+    def posterior(self, shape: tuple[int, ...]) -> Tensor:
+        """Noise of the autoencoder's posterior for the next input image, N(0, 1), [z, h, w]."""
+        ...
+
+    def text(self) -> np.random.Generator:
+        """Generator for the next text's samples."""
+        ...
+
+
+class KeyedNoise:
+    """Noise of one prompt as a function of the seed, the prompt's number and how often each kind was asked for."""
+
+    def __init__(self, seed: int, prompt: int = 0) -> None:
+        self.seed, self.prompt = seed, prompt
+        self._counts = {"initial": 0, "posterior": 0, "text": 0}
+
+    def _key(self, kind: str) -> tuple[int | str, ...]:
+        count = self._counts[kind]
+        self._counts[kind] += 1
+        return "generate", self.prompt, kind, count
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        return keyed_normal(shape, self.seed, *self._key("initial"))
+
+    def posterior(self, shape: tuple[int, ...]) -> Tensor:
+        return keyed_normal(shape, self.seed, *self._key("posterior"))
+
+    def text(self) -> np.random.Generator:
+        return keyed_generator(self.seed, *self._key("text"))
