@@ -1,0 +1,241 @@
+"""Training state on disk: Megatron-Core dist_checkpointing (torch_dist) for tensors, one JSON file for everything else.
+
+Tensors lie in model space under the weight map's names: `<name>` is the weight, `ema.<name>` its average,
+`optimizer.state.<kind>.<name>` the optimizer's. So a checkpoint does not depend on the layout that wrote it, and any part of it can be read
+without building a model (checkpoint_weights.py). All functions here are collective: every rank calls them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import nn
+
+import megatron_bagel
+from megatron_bagel.checkpoint import publish
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.platform import megatron_compat
+
+logger = logging.getLogger(__name__)
+
+# One key per layer, so that a single tensor can be read; optimizer state in model space, so that any layout can load it.
+_METADATA = {
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+# Settings of a model that may change from one run to the next: they decide no tensor, or only tables that are computed.
+_MAY_DIFFER = ("max_latent_size", "interpolate_pos", "timestep_shift")
+
+
+class EmaState(Protocol):
+    """The part of the EMA that a checkpoint needs (training/ema.py has the class)."""
+
+    def sharded_state_dict(self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+    def reset(self) -> None: ...
+
+
+@dataclass
+class Trained:
+    """What a run trains. `modules`: name -> module, wrapped or not: "decoder" or "decoder.0", ... and, with a ViT, "vision"."""
+
+    modules: Mapping[str, nn.Module]
+    arch: BagelArch
+    optimizer: MegatronOptimizer | None = None
+    ema: EmaState | None = None
+
+
+def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_state: Mapping[str, Any]) -> Path:
+    """Save after `step` optimizer steps into `directory/{step:07d}`; returns that folder. It appears only when it is complete.
+
+    `run_state` is everything that is not a tensor (schedule, planner, counters, config): JSON values only, equal on all ranks.
+    """
+    rank = dist.get_rank()
+    saving = publish.begin(directory, step) if rank == 0 else None
+    dist.barrier()
+    saving = saving or Path(directory) / f".saving-{step:07d}"
+    tensors = _sharded_state(trained, is_loading=False)
+    strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), _data_parallel_group())
+    dist_checkpointing.save(tensors, str(saving), sharded_strategy=strategy)
+    if rank == 0:
+        publish.write_state(saving, {**_provenance(step, trained.arch), "run": dict(run_state)})
+        publish.publish(saving)
+    dist.barrier()
+    final = publish.step_folder(directory, step)
+    if rank == 0:
+        logger.info("saved %s", final)
+    return final
+
+
+def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str, Any]]:
+    """Fill weights, optimizer and EMA from `folder`, bit for bit; returns (steps done, run_state).
+
+    Raises ValueError when the folder is no complete checkpoint, or does not hold exactly what this run trains.
+    """
+    folder = Path(folder)
+    state = publish.read_state(folder)
+    check_same_model(BagelArch.from_dict(state["arch"]), trained.arch, folder)
+    wanted = _sharded_state(trained, is_loading=True)
+    _check_contents(folder, wanted)
+    loaded = _load(folder, wanted)
+    _fill_modules(trained.modules, loaded)
+    # The distributed optimizer copies into leaf tensors that require gradients.
+    with torch.no_grad():
+        if trained.optimizer is not None:
+            trained.optimizer.load_state_dict(loaded["optimizer"])
+        if trained.ema is not None:
+            trained.ema.load_state_dict(loaded["ema"])
+    return int(state["step"]), state["run"]
+
+
+def load_weights_only(folder: str | Path, modules: Mapping[str, nn.Module], arch: BagelArch, weights: str = "model") -> None:
+    """Fill only the modules, from the trained weights ("model") or their average ("ema"); a frozen weight is its own average.
+
+    The optimizer is not touched: call `optimizer.reload_model_params()` afterwards so that its main weights follow.
+    Raises ValueError like `load_checkpoint`, and when "ema" is asked of a checkpoint without one.
+    """
+    if weights not in ("model", "ema"):
+        raise ValueError(f"weights {weights!r} are unknown; choose model or ema")
+    folder = Path(folder)
+    check_same_model(BagelArch.from_dict(publish.read_state(folder)["arch"]), arch, folder)
+    wanted = {"model": module_state(modules)}
+    if weights == "ema":
+        present = _stored_shapes(folder)
+        if not any(key.startswith("ema.") for key in present):
+            raise ValueError(f"{folder} holds no EMA; load its model weights instead")
+        for state in wanted["model"].values():
+            for name, tensor in state.items():
+                if f"ema.{tensor.key}" in present:
+                    state[name] = _in_fp32(tensor, f"ema.{tensor.key}")
+    _check_contents(folder, wanted, all_of_it=False)
+    _fill_modules(modules, _load(folder, wanted))
+
+
+def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Sharded state of each module, parameters kept as they are. Keys are the weight map's names."""
+    states = {}
+    for name, module in modules.items():
+        while hasattr(module, "module"):
+            module = module.module
+        state = sharded_state_dict_default(module, "", (), _METADATA)
+        if name == "vision":
+            # Every rank of the world holds all of the tower, whatever its place in tensor and pipeline parallelism.
+            state = {key: replace(tensor, replica_id=(0, 0, dist.get_rank())) for key, tensor in state.items()}
+        states[name] = state
+    return states
+
+
+def check_same_model(saved: BagelArch, ours: BagelArch, folder: Path) -> None:
+    """Raise ValueError naming the settings in which a checkpoint's model differs from this run's."""
+    there, here = _flat(saved.to_dict()), _flat(ours.to_dict())
+    differing = [
+        f"{key} ({there.get(key)} there, {here.get(key)} here)"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key.split(".")[-1] not in (*_MAY_DIFFER, "torch_dtype")
+    ]
+    if differing:
+        raise ValueError(f"{folder} holds another model; these settings differ: {', '.join(differing)}")
+
+
+def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": module_state(trained.modules)}
+    if trained.optimizer is not None:
+        state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_METADATA)
+    if trained.ema is not None:
+        state["ema"] = trained.ema.sharded_state_dict(state["model"], is_loading=is_loading)
+    return state
+
+
+def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder))
+    return dist_checkpointing.load(wanted, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, _data_parallel_group()))
+
+
+def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any]) -> None:
+    for name, module in modules.items():
+        while hasattr(module, "module"):
+            module = module.module
+        module.load_state_dict(loaded["model"][name])
+
+
+def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = True) -> None:
+    """Compare keys and shapes on disk with what all ranks together ask for (`all_of_it`: and nothing else may be there)."""
+    present = _stored_shapes(folder)
+    mine = {tensor.key: tuple(tensor.global_shape) for tensor in _sharded_tensors(wanted)}
+    everyone: list[dict[str, tuple[int, ...]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    asked = {key: shape for part in everyone if part for key, shape in part.items()}
+    missing = sorted(asked.keys() - present.keys())
+    surplus = sorted(present.keys() - asked.keys()) if all_of_it else []
+    if missing or surplus:
+        raise ValueError(
+            f"{folder} does not hold what this run trains: missing {_few(missing)}; left over {_few(surplus)}. Freeze flags, "
+            "--use-distributed-optimizer and EMA must be as in the run that saved it; to start afresh from its weights pass "
+            "--resume_model_only True"
+        )
+    wrong = [f"{key}: {present[key]} there, {shape} here" for key, shape in asked.items() if present[key] != shape]
+    if wrong:
+        raise ValueError(f"{folder} holds tensors of other shapes: {_few(wrong)}")
+
+
+def _sharded_tensors(state: Any) -> Sequence[ShardedTensor]:
+    if isinstance(state, ShardedTensorFactory):
+        return _sharded_tensors(state.build())
+    if isinstance(state, ShardedTensor):
+        return [state]
+    if isinstance(state, ShardedBase):
+        return []
+    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in values for tensor in _sharded_tensors(value)]
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(t.global_shape) for key, t in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
+
+
+def _in_fp32(tensor: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
+    """Ask for `key` as fp32, into a buffer of its own: an average must not be rounded before it is cast to the weight's dtype."""
+    buffer = torch.empty_like(tensor.data, dtype=torch.float32)
+    if isinstance(tensor, ShardedTensorFactory):
+        return replace(tensor, key=key, data=buffer)
+    return replace(tensor, key=key, data=buffer, dtype=torch.float32)
+
+
+def _data_parallel_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _provenance(step: int, arch: BagelArch) -> dict[str, Any]:
+    return {
+        "format_version": publish.FORMAT_VERSION,
+        "step": step,
+        "arch": arch.to_dict(),
+        "versions": {"megatron_bagel": megatron_bagel.__version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__},
+        "world_size": dist.get_world_size(),
+    }
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _few(items: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(items[:most])
+    return (shown or "nothing") + (f", ... ({len(items) - most} more)" if len(items) > most else "")
