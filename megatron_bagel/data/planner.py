@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 4  # packs in a row that may pass over the oldest waiting sample before one is built around it
 _TRIES = 16  # candidates of a mandatory group tried for one pack
-_SNAPSHOTS = 256  # states kept of the recent past, so that what the loader planned ahead can be taken back
+_SNAPSHOTS = 256  # global batches whose starting state is kept, so that what the loader planned ahead can be taken back
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,29 @@ class Planner:
     def packs(self, first: int, count: int) -> list[PackPlan]:
         """Packs ``first`` to ``first + count - 1`` of the sequence. Asking in order is cheap; a jump is planned through."""
         self._seek(first)
+        self._snapshots[first] = self._capture()
+        while len(self._snapshots) > _SNAPSHOTS:
+            self._snapshots.popitem(last=False)
         return [self._next_pack() for _ in range(count)]
 
-    def state_dict(self, packs: int | None = None) -> dict[str, Any]:
-        """State after ``packs`` packs (default: as many as were made): numbers, strings and lists only.
+    @property
+    def made(self) -> int:
+        """Packs of the sequence made so far."""
+        return self._made
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the packs made so far: numbers, strings and lists only."""
+        return self.state_at(self._made)
+
+    def state_at(self, packs: int) -> dict[str, Any]:
+        """State after the first ``packs`` packs, without moving the planner where it still remembers that point.
 
         The loader plans ahead of training; a checkpoint asks for the state after the packs that were trained on.
         """
-        self._seek(self._made if packs is None else packs)
-        state = self._capture()
+        state = self._snapshots.get(packs)
+        if state is None or packs == self._made:
+            self._seek(packs)
+            state = self._capture()
         return {**state, "waiting": state["waiting"][:, [SOURCE, INDEX, EPOCH]].tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,14 +137,14 @@ class Planner:
         self._waiting = self.stream.measured(np.array(kept, dtype=np.int64).reshape(-1, 3))
         self._passed_over = state["passed_over"] if len(kept) == len(state["waiting"]) else 0
         self._made = state["packs"]
-        self._base = self._snapshots[self._made] = self._capture()
+        self._base = self._capture()
 
     def _restart(self) -> None:
         self.stream.restart()
         self._waiting = np.empty((0, COLUMNS), dtype=np.int64)  # oldest first
         self._passed_over = 0
         self._made = 0
-        self._base = self._snapshots[0] = self._capture()
+        self._base = self._capture()
 
     def _capture(self) -> dict[str, Any]:
         stream = self.stream
@@ -152,10 +166,8 @@ class Planner:
             return
         if made < self._made:
             earlier = [number for number in self._snapshots if number <= made]
-            if earlier:
-                self._restore(self._snapshots[max(earlier)])
-            elif self._base["packs"] <= made:
-                self._restore(self._base)
+            if earlier or self._base["packs"] <= made:
+                self._restore(self._snapshots[max(earlier)] if earlier else self._base)
             else:
                 self._restart()
         while self._made < made:
@@ -184,9 +196,6 @@ class Planner:
             cost=int(chosen[:, COST].sum()) / COST_UNIT,
         )
         self._made += 1
-        self._snapshots[self._made] = self._capture()
-        while len(self._snapshots) > _SNAPSHOTS:
-            self._snapshots.popitem(last=False)
         return plan
 
     def _refill(self) -> None:

@@ -89,7 +89,7 @@ def test_resume_continues_and_batch_size_does_not_matter(rows: list[tuple], seed
     whole = Planner(sources(rows), config(seed=seed, max_num_tokens=250)).packs(0, stop + sum(sizes))
     first = Planner(sources(rows), config(seed=seed, max_num_tokens=250))
     first.packs(0, stop + 3)  # planned ahead of training, as loaders do
-    state = json.loads(json.dumps(first.state_dict(stop)))
+    state = json.loads(json.dumps(first.state_at(stop)))
     again = Planner(sources(rows), config(seed=seed, max_num_tokens=250, global_batch_size=2))
     again.load_state_dict(state)
     made = stop
