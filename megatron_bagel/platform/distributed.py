@@ -53,6 +53,10 @@ def shutdown_distributed() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        # It leaves some groups behind; a process forked later would crash in the destructor of one it replaces.
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bagel import platform
+
 
 class CountedPack(Protocol):
     """What the totals need of a pack's layout."""
@@ -100,8 +102,7 @@ def global_losses(shares: Sequence[Tensor], weights: LossWeights, group: dist.Pr
     The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.
     Every rank of the group must call this, also one that had no microbatch shares (an empty list counts as zeros).
     """
-    device = shares[0].device if shares else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=platform.device())
     for share in shares:
         total += share.double()
     if group is not None and dist.get_world_size(group) > 1:
