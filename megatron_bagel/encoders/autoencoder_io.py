@@ -27,7 +27,8 @@ def _some(names: list[str]) -> str:
 def _check_tensors(path: Path, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
     missing = sorted(expected.keys() - found.keys())
     left_over = sorted(found.keys() - expected.keys())
-    wrong = [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in sorted(found.keys() & expected.keys()) if found[n] != expected[n]]
+    shared = sorted(found.keys() & expected.keys())
+    wrong = [f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in shared if found[name] != expected[name]]
     problems = [
         f"{label}: {_some(names)}"
         for label, names in (("missing tensors", missing), ("left-over tensors", left_over), ("wrong shapes", wrong))

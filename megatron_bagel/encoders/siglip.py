@@ -1,0 +1,153 @@
+"""SigLIP for packed images of any size: one matrix product per weight for all images, attention only inside each image.
+
+Parameter names are those of the released files (`vision_model....`). The patch embedding is a Linear over a patch flattened as
+(row, column, channel); in SigLIP's own files it is a convolution, converted when weights are imported. The last layers left out
+by `vit_select_layer` are not built, the norm behind the stack is applied all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_bagel.config.architecture import ViTArch
+from megatron_bagel.encoders.image_groups import ImageGroups
+
+ROPE_THETA = 10000.0
+
+
+def rope_2d(position_ids: Tensor, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [n, 1, 2, head_dim/4] of the optional 2-D rotary positions: index 0 of the third axis is row, 1 column.
+
+    `position_ids` [n] are row * side + column. Frequencies are 10000^(-2i / (head_dim/2)).
+    """
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=position_ids.device) / (head_dim // 2)
+    row_and_column = torch.stack([position_ids // side, position_ids % side], dim=1).float()
+    angles = row_and_column[:, None, :, None] * ROPE_THETA**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate_2d(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates x [n, heads, head_dim]: the first half of the channels by row, the second by column, each by half-split pairs."""
+    cos, sin = (part.to(x.dtype) for part in rope)
+    first, second = x.view(*x.shape[:2], 2, 2, x.shape[2] // 4).unbind(dim=3)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=3).reshape(x.shape)
+
+
+class SiglipAttention(nn.Module):
+    """Full attention inside each image. [n, hidden] in grouped order -> same."""
+
+    def __init__(self, arch: ViTArch) -> None:
+        super().__init__()
+        self.heads, self.head_dim = arch.num_attention_heads, arch.head_dim
+        self.q_proj = nn.Linear(arch.hidden_size, arch.hidden_size)
+        self.k_proj = nn.Linear(arch.hidden_size, arch.hidden_size)
+        self.v_proj = nn.Linear(arch.hidden_size, arch.hidden_size)
+        self.out_proj = nn.Linear(arch.hidden_size, arch.hidden_size)
+
+    def forward(self, x: Tensor, groups: ImageGroups, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        n, hidden = x.shape
+        q, k, v = (layer(x).view(n, self.heads, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if rope is not None:
+            q, k = rotate_2d(q, rope), rotate_2d(k, rope)
+        if not groups.groups:
+            # No image: nothing to attend to, but every weight still gets its (zero) gradient, which data parallelism waits for.
+            return self.out_proj((q + k + v).view(n, hidden))
+        runs = zip(groups.groups, *(part.split(groups.run_lengths) for part in (q, k, v)), strict=True)
+        outputs = [self._attend(images, length, *qkv) for (images, length), *qkv in runs]
+        return self.out_proj((outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(n, hidden))
+
+    def _attend(self, images: int, length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.view(images, length, self.heads, self.head_dim).transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(images * length, self.heads, self.head_dim)
+
+
+class SiglipMLP(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, arch: ViTArch) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(arch.hidden_size, arch.intermediate_size)
+        self.fc2 = nn.Linear(arch.intermediate_size, arch.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, arch: ViTArch) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(arch.hidden_size, eps=arch.layer_norm_eps)
+        self.self_attn = SiglipAttention(arch)
+        self.layer_norm2 = nn.LayerNorm(arch.hidden_size, eps=arch.layer_norm_eps)
+        self.mlp = SiglipMLP(arch)
+
+    def forward(self, x: Tensor, groups: ImageGroups, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), groups, rope)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patch projection plus, without rope, the learned position of each patch."""
+
+    def __init__(self, arch: ViTArch, rope: bool) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Linear(arch.num_channels * arch.patch_size**2, arch.hidden_size)
+        self.has_table = not rope
+        if self.has_table:
+            self.position_embedding = nn.Embedding(arch.num_positions, arch.hidden_size)
+
+    def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        embedded = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        return embedded + self.position_embedding(position_ids) if self.has_table else embedded
+
+
+class SiglipEncoder(nn.Module):
+    """The stack of layers; with `recompute`, a layer keeps only its input and runs again in the backward pass."""
+
+    def __init__(self, arch: ViTArch, num_layers: int, recompute: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipLayer(arch) for _ in range(num_layers))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, groups: ImageGroups, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, groups, rope, use_reentrant=False)
+            else:
+                x = layer(x, groups, rope)
+        return x
+
+
+class SiglipTransformer(nn.Module):
+    """Embeddings, layers, closing norm; tokens in grouped order."""
+
+    def __init__(self, arch: ViTArch, num_layers: int, rope: bool, side: int, recompute: bool) -> None:
+        super().__init__()
+        if rope and arch.head_dim % 4:
+            raise ValueError(f"vit_rope needs a ViT head size that is a multiple of 4, got {arch.head_dim} (hidden_size / heads)")
+        self.embeddings = SiglipEmbeddings(arch, rope)
+        self.encoder = SiglipEncoder(arch, num_layers, recompute)
+        self.post_layernorm = nn.LayerNorm(arch.hidden_size, eps=arch.layer_norm_eps)
+        self.rope, self.side, self.head_dim = rope, side, arch.head_dim
+
+    def forward(self, patches: Tensor, position_ids: Tensor, groups: ImageGroups) -> Tensor:
+        rope = rope_2d(position_ids, self.side, self.head_dim) if self.rope else None
+        return self.post_layernorm(self.encoder(self.embeddings(patches, position_ids), groups, rope))
+
+
+class SiglipModel(nn.Module):
+    """Holds the transformer under the name `vision_model`, as the released files do."""
+
+    def __init__(self, arch: ViTArch, num_layers: int, rope: bool, side: int, recompute: bool = False) -> None:
+        super().__init__()
+        self.vision_model = SiglipTransformer(arch, num_layers, rope, side, recompute)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, groups: ImageGroups) -> Tensor:
+        """Patches [n, 3*p*p] and ids [n] in grouped order -> features [n, hidden]."""
+        return self.vision_model(patches, position_ids, groups)
