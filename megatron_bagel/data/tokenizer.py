@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SPECIAL_TOKENS = {
     "bos": "<|im_start|>",
@@ -73,10 +74,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer folder read by transformers."""
 
     def __init__(self, path: Path, add_special: bool) -> None:
-        from transformers import AutoTokenizer
-
         self.path = path
-        self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        self._tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
         known = self._tokenizer.get_vocab()
         missing = [token for token in SPECIAL_TOKENS.values() if token not in known]
         if missing and not add_special:
@@ -146,6 +145,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __len__(self) -> int:
         return self._pieces.get_piece_size() + self.num_added
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """The class that tokenizer_config.json names: AutoTokenizer would look at config.json too, and BAGEL's names no model it knows."""
+    import transformers
+
+    config = path / "tokenizer_config.json"
+    name = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
+    return getattr(transformers, f"{name}Fast", None) or getattr(transformers, name or "AutoTokenizer", transformers.AutoTokenizer)
 
 
 def _missing_special(path: Path, missing: list[str]) -> ValueError:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
-PIXEL_LIMIT = 200_000_000  # a decoded image above this is taken for a decompression bomb
+PIXEL_LIMIT = 200_000_000  # an image above this is taken for a decompression bomb
+Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT  # Pillow's own limit is lower, and would refuse images that the original trains on
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Turns BAGEL's data folders into the memory-mapped index that training reads.
+
+    python data_tools/build_index.py --dataset_config_file data.yaml --data-root bagel_example --tokenizer hf/BAGEL-7B-MoT --output index
+
+Rows that cannot be used are kept out, counted on the console, and listed with file, row and reason in OUTPUT/skipped.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bagel.data.groups import load_groups
+from megatron_bagel.data.index_build import IMAGE_CHECKS, ROWS_PER_SHARD, BuildOptions, build_index
+from megatron_bagel.data.index_format import SKIPPED, Manifest
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Every flag is accepted with dashes and with underscores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def flag(name: str, **settings: object) -> None:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
+
+    flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML of the guide, the same that training reads")
+    flag("data_root", type=Path, metavar="DIR", help="folder in the guide's layout (t2i/, editing/, vlm/, text/); not needed where the "
+         "YAML's dataset_info says where each dataset lies")  # fmt: skip
+    parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=Path, metavar="PATH",
+                        help="Hugging Face folder or SentencePiece .model; training must use the same")  # fmt: skip
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the index appears, once it is complete")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 builds in this one (default)")
+    flag("rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"samples per set of files, about (default {ROWS_PER_SHARD})")
+    flag("check_images", choices=IMAGE_CHECKS, default="decode", help="decode every image (finds all that are corrupt, default), or look "
+         "at headers only (several times faster)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
+    return parser.parse_args(argv)
+
+
+def summary(manifest: Manifest) -> str:
+    """What each dataset of the index holds, and what was left out and why."""
+    lines = []
+    for dataset in manifest.datasets:
+        images, tokens = (sum(getattr(shard, name) for shard in dataset.shards) for name in ("images", "tokens"))
+        lines.append(f"{dataset.key}: {dataset.samples} samples, {images} images, {tokens} text tokens, {len(dataset.shards)} shard(s)")
+        lines += [f"  skipped {count}: {reason}" for reason, count in sorted(dataset.skipped.items(), key=lambda item: -item[1])]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    start = time.monotonic()
+    try:
+        groups = load_groups(args.dataset_config_file, args.data_root)
+        options = BuildOptions(args.workers, args.rows_per_shard, args.check_images, args.overwrite, sys.stderr.isatty())
+        manifest = build_index(groups, args.tokenizer, args.output, options)
+    except ValueError as error:
+        print(f"build_index: {error}", file=sys.stderr)
+        return 2
+    print(summary(manifest))
+    if any(dataset.skipped for dataset in manifest.datasets):
+        print(f"every skipped row, with its reason: {args.output / SKIPPED}")
+    print(f"index at {args.output} ({time.monotonic() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

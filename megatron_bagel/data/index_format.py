@@ -1,0 +1,127 @@
+"""The index on disk, described once for its writer and its reader.
+
+    INDEX/manifest.json                      what is in it, of which sources, with which tokenizer; written last
+    INDEX/skipped.jsonl                      every row kept out: dataset, file, row, reason
+    INDEX/<group>/<dataset>/00000.bin .idx   bytes (Megatron-Core's IndexedDataset of uint8): per sample its texts, then its images;
+                                             a text is its token ids as little-endian int32, an image the bytes of the source
+    INDEX/<group>/<dataset>/00000.arrow      planning data, one row per sample (Arrow IPC, one record batch)
+
+A dataset is cut into shards by its source rows alone, so an index has the same bytes however many processes built it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
+TEXT_MODE, IMAGE_MODE = 0, 1  # Megatron-Core's per-sequence modes
+
+_INT32_LIST = pa.list_(pa.field("item", pa.int32(), nullable=False))
+PLANNING_SCHEMA = pa.schema([
+    pa.field("text_tokens", _INT32_LIST, nullable=False),  # tokens of every text
+    pa.field("structure", _INT32_LIST, nullable=False),  # see records.py
+    pa.field("width", _INT32_LIST, nullable=False),  # pixels of every image as stored
+    pa.field("height", _INT32_LIST, nullable=False),
+    pa.field("source_file", pa.int32(), nullable=False),  # position among the dataset's sources
+    pa.field("source_row", pa.int64(), nullable=False),
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: ``name`` is its files' stem; ``files`` maps an ending to (bytes, sha256)."""
+
+    name: str
+    samples: int
+    texts: int
+    images: int
+    tokens: int
+    skipped: dict[str, int]
+    files: dict[str, tuple[int, str]]
+    samples_per_source: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source file of a dataset: its rows and how many of them became samples."""
+
+    path: str
+    rows: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One dataset of the index; ``skipped`` counts rows kept out, by reason without its particulars."""
+
+    group: str
+    name: str
+    sources: list[SourceInfo]
+    shards: list[ShardInfo]
+    skipped: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        """``group/name``: the dataset's name everywhere, and the key of its random draws."""
+        return f"{self.group}/{self.name}"
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. ``build_key`` names the inputs it was built from: sources, tokenizer, settings."""
+
+    schema_version: int
+    build_key: str
+    tokenizer_fingerprint: str
+    tokenizer_path: str
+    vocabulary_size: int
+    datasets: list[DatasetInfo]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def shard_from_dict(content: dict[str, Any]) -> ShardInfo:
+    """Inverse of `dataclasses.asdict` after a trip through JSON."""
+    return ShardInfo(**{**content, "files": {ending: tuple(value) for ending, value in content["files"].items()}})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the index in ``folder``. Raises ValueError when there is none, or one of another schema."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is no index: it has no {MANIFEST}; build one with data_tools/build_index.py")
+    try:
+        content = json.loads(path.read_text())
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"{path} has schema {version}, this version reads {SCHEMA_VERSION}; build the index again")
+        datasets = [
+            DatasetInfo(
+                entry["group"],
+                entry["name"],
+                [SourceInfo(**source) for source in entry["sources"]],
+                [shard_from_dict(shard) for shard in entry["shards"]],
+                entry["skipped"],
+            )
+            for entry in content["datasets"]
+        ]
+        return Manifest(**{**content, "datasets": datasets})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest ({error!r}); build the index again") from error
+
+
+def dataset_folder(index: Path, group: str, name: str) -> Path:
+    """Where the shards of a dataset lie."""
+    return index / group / name

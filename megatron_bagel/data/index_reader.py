@@ -1,0 +1,183 @@
+"""Opens an index in milliseconds whatever its size: the manifest is read, everything else is memory-mapped when first touched.
+
+A reader can be pickled and forked freely; every process maps the files for itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_bagel.data.groups import EDIT, T2I, DatasetEntry, GroupConfig
+from megatron_bagel.data.index_format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
+from megatron_bagel.data.keyed_random import keyed_uniform
+from megatron_bagel.data.records import Record
+from megatron_bagel.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A column of lists without copies: row i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+class Shard:
+    """One shard, mapped into memory. The columns are read-only views of the file, one entry per sample."""
+
+    def __init__(self, folder: Path, info: ShardInfo) -> None:
+        """Raises ValueError when a file is missing or has another size than the manifest says (a copy that broke off)."""
+        stem = folder / info.name
+        for ending, (size, _) in info.files.items():
+            path = Path(f"{stem}.{ending}")
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise ValueError(f"{path} should have {size} bytes but has {found or 'no file'}; copy or build the index again")
+        self._map = pa.memory_map(f"{stem}.arrow")
+        batch = pa.ipc.open_file(self._map).get_batch(0)
+        self.text_tokens = _ragged(batch.column("text_tokens"))
+        self.structure = _ragged(batch.column("structure"))
+        self.width = _ragged(batch.column("width"))
+        self.height = _ragged(batch.column("height"))
+        self.source_file = batch.column("source_file").to_numpy()
+        self.source_row = batch.column("source_row").to_numpy()
+        self._bytes = IndexedDataset(str(stem), multimodal=True, mmap=True)
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Bytes of one text or image of the shard, as a uint8 view."""
+        return self._bytes[number][0]
+
+
+def _ragged(column: pa.ListArray) -> Ragged:
+    return Ragged(column.offsets.to_numpy(), column.values.to_numpy())
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """The rows of a dataset that ``num_used_data`` selects. ``repeats`` above 1: more files were asked for than there are, so
+    that the dataset counts that many times when datasets of its group are mixed (the original repeats the list of files)."""
+
+    rows: Sequence[int] | np.ndarray
+    repeats: float = 1.0
+
+
+class DatasetReader:
+    """One dataset of an index. Row i is a sample; its texts and images are numbered from 0."""
+
+    def __init__(self, folder: Path, info: DatasetInfo) -> None:
+        self.info = info
+        self.group = info.group
+        self.name = info.key
+        self._folder = dataset_folder(folder, info.group, info.name)
+        self._starts = np.cumsum([0, *(shard.samples for shard in info.shards)]).tolist()
+        self._shards: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}
+
+    def record(self, index: int) -> Record:
+        """Planning data of row ``index``."""
+        shard, row = self._locate(index)
+        return Record(self.group, shard.text_tokens[row], shard.structure[row], shard.width[row], shard.height[row])
+
+    def text_ids(self, index: int, text: int) -> np.ndarray:
+        """Token ids (int64) of one text of row ``index``."""
+        shard, row = self._locate(index)
+        if not 0 <= text < len(shard.text_tokens[row]):
+            raise IndexError(f"{self.name} row {index} has {len(shard.text_tokens[row])} texts, no text {text}")
+        return shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
+
+    def image_bytes(self, index: int, image: int) -> bytes:
+        """The encoded image as it was in the source."""
+        shard, row = self._locate(index)
+        texts, images = len(shard.text_tokens[row]), len(shard.width[row])
+        if not 0 <= image < images:
+            raise IndexError(f"{self.name} row {index} has {images} images, no image {image}")
+        return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
+
+    def source(self, index: int) -> tuple[str, int]:
+        """(file, row in it) that row ``index`` came from, for messages."""
+        shard, row = self._locate(index)
+        return self.info.sources[int(shard.source_file[row])].path, int(shard.source_row[row])
+
+    def shards(self) -> list[Shard]:
+        """All shards in row order, for work on whole columns."""
+        return [self._shard(number) for number in range(len(self.info.shards))]
+
+    def used_rows(self, entry: DatasetEntry, group: GroupConfig) -> UsedRows:
+        """Rows that the config takes: the first ``num_used_data`` files by name (T2I, editing), or lines (VLM, text).
+
+        Lines are the first ones, or with ``shuffle_lines`` a choice that depends on ``shuffle_seed`` alone.
+        """
+        used = entry.num_used_data
+        if used is None:
+            return UsedRows(range(len(self)))
+        sources = self.info.sources
+        if self.group in (T2I, EDIT):
+            return UsedRows(range(sum(source.samples for source in sources[:used])), max(1.0, used / len(sources)))
+        lines = sources[0].rows
+        if used >= lines:
+            return UsedRows(range(len(self)))
+        rows = np.concatenate([shard.source_row for shard in self.shards()])
+        if not group.shuffle_lines:
+            return UsedRows(range(int(np.searchsorted(rows, used))))
+        draws = keyed_uniform(group.shuffle_seed, self.name, "shuffle_lines", np.arange(lines))
+        taken = np.zeros(lines, dtype=bool)
+        taken[np.argsort(draws, kind="stable")[:used]] = True
+        return UsedRows(np.flatnonzero(taken[rows]))
+
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has rows 0 to {len(self) - 1}, no row {index}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._shard(number), int(index) - self._starts[number]
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = Shard(self._folder, self.info.shards[number])
+        return self._shards[number]
+
+    @staticmethod
+    def _first_sequence(shard: Shard, row: int) -> int:
+        return int(shard.text_tokens.offsets[row]) + int(shard.width.offsets[row])
+
+
+@dataclass(frozen=True)
+class IndexedSamples:
+    """An opened index: its manifest and a reader per dataset, by ``group/name``."""
+
+    manifest: Manifest
+    datasets: Mapping[str, DatasetReader]
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> IndexedSamples:
+        """Raises ValueError when ``folder`` holds no index of this version, or one made with another tokenizer than the one given."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"the index {folder} was built with the tokenizer {manifest.tokenizer_path}, which differs from {tokenizer.path}; "
+                "build the index again with this one, or train with that one"
+            )
+        return cls(manifest, {info.key: DatasetReader(folder, info) for info in manifest.datasets})
+
+    def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:
+        """The reader of one dataset of the config. Raises ValueError when the index lacks it."""
+        key = f"{group.name}/{entry.name}"
+        if key not in self.datasets:
+            raise ValueError(f"the index has no dataset {key}; it has {', '.join(self.datasets)}; build it again with this dataset config")
+        return self.datasets[key]

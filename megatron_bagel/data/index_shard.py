@@ -1,0 +1,138 @@
+"""Writes one shard of the index: reads its source rows, checks images, tokenises texts. Runs in a worker process, alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_bagel.data.index_format import IMAGE_MODE, PLANNING_SCHEMA, TEXT_MODE, ShardInfo, dataset_folder, shard_from_dict
+from megatron_bagel.data.raw_readers import BadRow, SourceUnit, read_unit
+from megatron_bagel.data.records import RawSample
+from megatron_bagel.data.tokenizer import Tokenizer
+from megatron_bagel.data.transforms import decode_rgb, open_image
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What a shard is made of. ``check_images`` is "decode" (every pixel) or "header" (format and size only)."""
+
+    group: str
+    dataset: str
+    name: str
+    units: tuple[SourceUnit, ...]
+    check_images: str
+
+
+class _Columns:
+    """Planning columns of the samples written so far."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list] = {name: [] for name in PLANNING_SCHEMA.names}
+
+    def add(self, sample: RawSample, tokens: list[int], sizes: Sequence[tuple[int, int]], source: int, row: int) -> None:
+        values = (tokens, sample.structure, [w for w, _ in sizes], [h for _, h in sizes], source, row)
+        for column, value in zip(self.rows.values(), values, strict=True):
+            column.append(value)
+
+    def write(self, path: Path) -> None:
+        batch = pa.RecordBatch.from_pydict(self.rows, schema=PLANNING_SCHEMA)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, PLANNING_SCHEMA) as writer:
+            writer.write_batch(batch)
+
+
+def image_size(data: bytes, check: str) -> tuple[int, int]:
+    """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``check`` looks."""
+    try:
+        image = open_image(data)
+        if check == "decode":
+            decode_rgb(data)
+        return image.size
+    except ValueError as error:
+        raise BadRow(f"corrupt image: {error}") from error
+
+
+def write_shard(index: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+    """Write the shard's files below ``index``; its ``.json`` comes last and says that it is complete. ``progress`` gets row counts."""
+    folder = dataset_folder(index, plan.group, plan.dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / plan.name
+    builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=np.uint8, multimodal=True)
+    columns, skipped, per_source = _Columns(), Counter(), Counter()
+    counts = Counter(samples=0, texts=0, images=0, tokens=0)
+    with open(f"{stem}.skipped.jsonl", "w") as skipped_rows:
+        for unit in plan.units:
+            for row, sample in read_unit(unit):
+                try:
+                    if isinstance(sample, BadRow):
+                        raise sample
+                    sizes = [image_size(image, plan.check_images) for image in sample.images]
+                except BadRow as error:
+                    skipped[short_reason(str(error))] += 1
+                    skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
+                    continue
+                finally:
+                    progress(1)
+                tokens = _add_sample(builder, sample, tokenizer)
+                columns.add(sample, tokens, sizes, unit.source, row)
+                per_source[str(unit.source)] += 1
+                counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
+    builder.finalize(f"{stem}.idx")
+    columns.write(Path(f"{stem}.arrow"))
+    files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in ("bin", "idx", "arrow")}
+    info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
+    _write_durably(Path(f"{stem}.json"), json.dumps(dataclasses.asdict(info)))
+    return info
+
+
+def finished_shard(index: Path, plan: ShardPlan) -> ShardInfo | None:
+    """The shard's description when an earlier, interrupted build had completed it."""
+    path = dataset_folder(index, plan.group, plan.dataset) / f"{plan.name}.json"
+    return shard_from_dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def skipped_line(group: str, dataset: str, path: str, row: int | None, reason: str) -> str:
+    """One line of `skipped.jsonl`; row None stands for the whole file."""
+    return json.dumps({"dataset": f"{group}/{dataset}", "file": path, "row": row, "reason": reason}) + "\n"
+
+
+def short_reason(reason: str) -> str:
+    """The reason without its particulars (numbers, paths, parentheses), to count rows by."""
+    words = reason.split(" (")[0].split("; ")[0].split()
+    return " ".join("N" if word.isdigit() else "PATH" if "/" in word else word for word in words)
+
+
+def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: Tokenizer) -> list[int]:
+    ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
+    parts = [i.tobytes() for i in ids] + sample.images
+    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(sample.images)
+    builder.add_document(np.frombuffer(b"".join(parts), dtype=np.uint8), [len(part) for part in parts], modes)
+    return [len(i) for i in ids]
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    """(bytes, sha256) of a file, which is also pushed to disk."""
+    with open(path, "rb+") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,233 @@
+"""Source files of BAGEL's guide, row by row: each row is a sample, or a reason why it is not one.
+
+No reader raises for a bad row: the reason goes into the index's list of skipped rows. Rules are the original's, except where
+it crashes, trains on nothing, or drops rows without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_bagel.data.groups import EDIT, T2I, TEXT
+from megatron_bagel.data.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, RawSample
+
+IMAGE_MARK = "<image>"
+PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction_list")}
+
+
+class BadRow(ValueError):
+    """Why a row is kept out of the index."""
+
+
+@dataclass(frozen=True)
+class SourceUnit:
+    """A run of rows of one source file: a whole parquet file, or the bytes [start, stop) of a jsonl file.
+
+    ``source`` numbers the file among those of its dataset, ``first_row`` numbers its rows; ``image_dir`` is where a jsonl file's
+    images lie.
+    """
+
+    group: str
+    path: str
+    source: int
+    first_row: int
+    rows: int
+    start: int = 0
+    stop: int = 0
+    image_dir: str = ""
+
+
+def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
+    """Rows of ``unit`` in file order: (row number in the file, sample or reason). A file that breaks off ends with a reason."""
+    if unit.group in PARQUET_COLUMNS:
+        yield from _read_parquet(unit)
+    else:
+        yield from _read_jsonl(unit)
+
+
+def check_parquet(path: Path, group: str) -> int:
+    """Number of rows of a parquet file by its footer. Raises BadRow when it is not parquet or lacks a column the group needs."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadRow(f"not a readable parquet file ({_first_line(error)})") from error
+    with file:
+        missing = [name for name in PARQUET_COLUMNS[group] if name not in file.schema_arrow.names]
+        if missing:
+            raise BadRow(f"no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}")
+        return file.metadata.num_rows
+
+
+def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
+    parse = parse_t2i if unit.group == T2I else parse_edit
+    row = unit.first_row
+    try:
+        with pq.ParquetFile(unit.path) as file:
+            for batch in file.iter_batches(batch_size=64, columns=list(PARQUET_COLUMNS[unit.group])):
+                for first, second in zip(batch.column(0), batch.column(1), strict=True):
+                    try:
+                        sample: RawSample | BadRow = parse(first.as_py(), second.as_py())
+                    except BadRow as error:
+                        sample = error
+                    yield row, sample
+                    row += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        yield row, BadRow(f"the file cannot be read from here on ({_first_line(error)})")
+
+
+def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
+    with open(unit.path, "rb") as file:
+        file.seek(unit.start)
+        row = unit.first_row
+        while file.tell() < unit.stop:
+            line = file.readline()
+            if line.strip():
+                try:
+                    content = _json_object(line)
+                    sample: RawSample | BadRow = parse_text(content) if unit.group == TEXT else parse_vlm(content, Path(unit.image_dir))
+                except BadRow as error:
+                    sample = error
+                yield row, sample
+            row += 1
+
+
+def parse_t2i(image: Any, captions: Any) -> RawSample:
+    """``captions`` is a JSON dict of alternative captions; an empty dict stands for the caption " ", as in the original."""
+    if not isinstance(image, bytes):
+        raise BadRow(f"column image holds {type(image).__name__}, not bytes")
+    if not isinstance(captions, str):
+        raise BadRow(f"column captions holds {type(captions).__name__}, not a JSON string")
+    try:
+        alternatives = json.loads(captions)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"captions is not JSON ({error})") from error
+    if not isinstance(alternatives, dict) or not all(isinstance(text, str) for text in alternatives.values()):
+        raise BadRow("captions is not a JSON dict of strings")
+    texts = [text for text in alternatives.values() if text.strip()]
+    if alternatives and not texts:
+        raise BadRow("empty caption")
+    return RawSample(texts or [" "], [], [image])
+
+
+def parse_edit(images: Any, instructions: Any) -> RawSample:
+    """``images`` is a chain of pictures, ``instructions[i]`` the alternative instructions for the step from i to i + 1."""
+    if not isinstance(images, list) or not all(isinstance(image, bytes) for image in images):
+        raise BadRow("column image_list is not a list of bytes")
+    if not isinstance(instructions, list) or not all(isinstance(step, list) for step in instructions):
+        raise BadRow("column instruction_list is not a list of lists of strings")
+    if len(images) < 2:
+        raise BadRow(f"an edit needs 2 images or more, the row has {len(images)}")
+    if len(instructions) < len(images) - 1:
+        raise BadRow(f"{len(images)} images need {len(images) - 1} instructions, the row has {len(instructions)}")
+    texts: list[str] = []
+    structure: list[int] = []
+    for step in instructions[: len(images) - 1]:
+        usable = [text for text in step if isinstance(text, str) and text.strip()]
+        if not usable:
+            raise BadRow(f"empty instruction for step {len(structure)}")
+        structure.append(len(usable))
+        for text in usable:
+            texts.extend([text] if len(images) == 2 else [text, f"{text}.", f" {text}."])
+    return RawSample(texts, structure, images)
+
+
+def parse_vlm(content: dict[str, Any], image_dir: Path) -> RawSample:
+    """A conversation: human turns split at their ``<image>`` marks, answers with loss; images are read from ``image_dir``."""
+    if "video" in content:
+        raise BadRow("the line holds a video; only images are read")
+    names = content.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRow("image is neither a file name nor a list of file names")
+    texts, structure = _conversation(content.get("conversations"))
+    marks = structure.count(IMAGE_ITEM)
+    if marks > len(names):
+        raise BadRow(f"{marks} {IMAGE_MARK} marks but {len(names)} images")
+    if ANSWER_ITEM not in structure:
+        raise BadRow("no answer, so nothing to learn from")
+    return RawSample(texts, structure, [_image_file(image_dir / name) for name in names[:marks]])
+
+
+def _conversation(turns: Any) -> tuple[list[str], list[int]]:
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("conversations is missing or empty")
+    texts: list[str] = []
+    structure: list[int] = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadRow("a turn of conversations has no text in 'value'")
+        value, role = turn["value"], turn.get("from")
+        if role == "gpt":
+            texts.append(value)
+            structure.append(ANSWER_ITEM)
+        elif role != "human":
+            raise BadRow(f"a turn is from {role!r}; only human and gpt are known")
+        elif IMAGE_MARK not in value:
+            texts.append(value)
+            structure.append(TEXT_ITEM)
+        else:
+            for number, piece in enumerate(value.split(IMAGE_MARK)):
+                if number:
+                    structure.append(IMAGE_ITEM)
+                if piece.strip():
+                    texts.append(piece.strip())
+                    structure.append(TEXT_ITEM)
+    return texts, structure
+
+
+def parse_text(content: dict[str, Any]) -> RawSample:
+    """A plain text, every token of it learned."""
+    text = content.get("text")
+    if not isinstance(text, str):
+        raise BadRow("no string under 'text'")
+    if not text.strip():
+        raise BadRow("empty text")
+    return RawSample([text], [ANSWER_ITEM], [])
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadRow(f"not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise BadRow(f"a JSON object was expected, found {type(content).__name__}")
+    return content
+
+
+def _image_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRow(f"image {path} cannot be read ({error.strerror})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def scan_jsonl(path: Path, group: str, image_dir: Path | None, rows_per_unit: int) -> list[SourceUnit]:
+    """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter), by one pass over its bytes."""
+    units: list[SourceUnit] = []
+    start = position = first = row = 0
+    with open(path, "rb") as file:
+        for line in file:
+            position += len(line)
+            row += 1
+            if row - first == rows_per_unit:
+                units.append(_lines(path, group, image_dir, first, row, start, position))
+                start, first = position, row
+    if row > first:
+        units.append(_lines(path, group, image_dir, first, row, start, position))
+    return units
+
+
+def _lines(path: Path, group: str, image_dir: Path | None, first: int, last: int, start: int, stop: int) -> SourceUnit:
+    return SourceUnit(group, str(path), 0, first, last - first, start, stop, "" if image_dir is None else str(image_dir))
