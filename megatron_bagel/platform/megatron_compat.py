@@ -32,6 +32,20 @@ def async_save_arguments() -> dict[str, str]:
     return {"async_strategy": "mcore"} if Version("0.19") <= Version(MEGATRON_VERSION.base_version) else {}
 
 
+def destroy_model_parallel() -> None:
+    """``parallel_state.destroy_model_parallel`` without 0.16's left-overs.
+
+    It forgets to let go of two groups, whose threads live on; a process forked later crashes when it replaces them.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+
+
 def shutdown_save_manager() -> None:
     """End the helper process that a torch_dist save leaves behind in each rank; without it a killed rank orphans one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
