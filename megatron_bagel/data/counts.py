@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.layout.items import Item, Mode, Sample
 from megatron_bagel.layout.pack import LayoutSpec, item_grid, item_tokens, split_mode
 
@@ -29,6 +30,31 @@ class CostModel:
     pair: float = 3.1e-5
     vit_token: float = 0.06
     vae_token: float = 0.024
+
+    @classmethod
+    def of(cls, arch: BagelArch) -> CostModel:
+        """The ratios of a model, by its floating-point operations (2 per multiply-add; backward twice the forward pass)."""
+        llm, vit, autoencoder = arch.llm, arch.vit, arch.autoencoder
+        queries, keys = llm.hidden_size, llm.num_key_value_heads * llm.head_dim
+        per_layer = llm.hidden_size * (2 * queries + 2 * keys) + 3 * llm.hidden_size * llm.intermediate_size
+        token = 2 * llm.num_hidden_layers * per_layer
+        pair = 4 * llm.num_hidden_layers * queries
+        vit_token = 0
+        if vit is not None:
+            vit_token = 2 * arch.n_vit_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
+        pixels = arch.vae_token_pixels**2
+        vae_token = _encoder_work_per_pixel(autoencoder) * pixels / 3 if autoencoder is not None else 0
+        return cls(pair / token, vit_token / token, vae_token / token)
+
+
+def _encoder_work_per_pixel(arch: AutoencoderArch) -> float:
+    """Operations of the encoder's 3x3 convolutions per input pixel: two per residual block, each level at a quarter of the area."""
+    work, width = 18.0 * arch.in_channels * arch.ch, arch.ch
+    for level, multiple in enumerate(arch.ch_mult):
+        own = arch.ch * multiple
+        work += 18.0 * (width * own + (2 * arch.num_res_blocks - 1) * own * own) / 4**level
+        width = own
+    return work + 4 * 18.0 * width * width / 4 ** (len(arch.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
