@@ -11,13 +11,24 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_bagel.checkpoint import publish
 from megatron_bagel.config.architecture import BagelArch
 
 # Where an fp32 weight is kept, best first: Megatron's main weights (distributed optimizer, plain bf16 optimizer), then the model's own.
 _MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
+
+
+class _Reader(torch_checkpoint.FileSystemReader):
+    """Reads the table of contents once; torch would read it again for every tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
 
 class CheckpointWeights:
@@ -31,7 +42,7 @@ class CheckpointWeights:
         self.state: dict[str, Any] = publish.read_state(self.folder)
         self.step = int(self.state["step"])
         self.arch = BagelArch.from_dict(self.state["arch"])
-        self._reader = torch_checkpoint.FileSystemReader(str(self.folder))
+        self._reader = _Reader(str(self.folder))
         stored = self._reader.read_metadata().state_dict_metadata
         self._stored = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 

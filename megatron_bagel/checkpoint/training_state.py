@@ -69,6 +69,7 @@ def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_stat
     dist.barrier()
     saving = saving or Path(directory) / f".saving-{step:07d}"
     tensors = _sharded_state(trained, is_loading=False)
+    megatron_compat.collect_save_results_in_process()
     strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), _data_parallel_group())
     dist_checkpointing.save(tensors, str(saving), sharded_strategy=strategy)
     if rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from typing import Any
 
 import megatron.core
@@ -46,11 +47,23 @@ def destroy_model_parallel() -> None:
             setattr(parallel_state, name, None)
 
 
-def shutdown_save_manager() -> None:
-    """End the helper process that a torch_dist save leaves behind in each rank; without it a killed rank orphans one."""
+def collect_save_results_in_process() -> None:
+    """Let a save that the caller waits for hand its results over inside this process.
+
+    Megatron-Core otherwise starts a helper process per rank at the first save, which imports everything anew (seconds) and
+    outlives a killed rank. Only a save in the background needs it; ``shutdown_save_manager`` undoes this before one.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    queue = filesystem_async._results_queue
-    if queue is not None:
-        queue._manager.shutdown()
-        filesystem_async._results_queue = None
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
+
+
+def shutdown_save_manager() -> None:
+    """End the helper process that a torch_dist save in the background leaves in each rank; a killed rank would orphan it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results = filesystem_async._results_queue
+    if results is not None and not isinstance(results, queue.SimpleQueue):
+        results._manager.shutdown()
+    filesystem_async._results_queue = None
