@@ -74,6 +74,14 @@ class Planner:
         """Samples left out so far."""
         return self.stream.skips
 
+    def skipped(self) -> list[dict[str, Any]]:
+        """The first thousand samples left out, for a log or a file: group, sample index, epoch, reason, and where the sample lies."""
+        sources = {source.name: source for source in self.stream.sources}
+        return [
+            {"group": name, "index": index, "epoch": epoch, "reason": reason, "where": sources[name].describe(index)}
+            for (name, index, epoch), reason in self.skips.listed.items()
+        ]
+
     def batch(self, step: int) -> list[PackPlan]:
         """The packs of global batch ``step`` (counted from 0), in canonical order."""
         return self.packs(step * self.config.global_batch_size, self.config.global_batch_size)

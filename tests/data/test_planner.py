@@ -138,7 +138,7 @@ def test_too_long_samples_are_counted_and_listed() -> None:
     planner = Planner([Rows("mixed", 200, 10, 80)], config(max_num_tokens_per_sample=60))
     planner.packs(0, 40)
     assert planner.skips.counts[0] == len(planner.skips.listed) > 0
-    assert all("longer than 60 tokens" in reason for reason in planner.skips.listed.values())
+    assert all("longer than 60 tokens" in row["reason"] and "parquet row" in row["where"] for row in planner.skipped())
 
 
 @pytest.mark.parametrize(
