@@ -63,6 +63,17 @@ def learning_rate(settings: TrainerSettings, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+@torch.no_grad()
+def quiet_posterior(model: AutoEncoder, logvar: float = -6.0) -> None:
+    """Makes a new model start with this log variance everywhere (-6 is a deviation of 0.05), in place.
+
+    Freshly initialised, the deviation is 1 while means are near 0: the decoder would see noise and learn the average image first.
+    """
+    convolution, z = model.encoder.conv_out, model.arch.z_channels
+    convolution.weight[z:].zero_()
+    convolution.bias[z:].fill_(logvar)
+
+
 def train_autoencoder(
     model: AutoEncoder,
     batches: Iterator[Tensor],
@@ -72,7 +83,9 @@ def train_autoencoder(
 ) -> Progress:
     """Trains all weights of `model` in place on batches [b, 3, H, W] in [-1, 1]; returns the last step's numbers.
 
-    The latent scale and shift are not learned: call `fit_latent_scale` afterwards.
+    A new model should go through `quiet_posterior` first. The latent scale and shift are not learned: call `fit_latent_scale`
+    afterwards. Mind that with ch 32 every GroupNorm group of the finest level is a single channel, so an image's overall colour
+    only survives there as contrast between its parts.
     """
     if settings.steps < 1:
         raise ValueError(f"autoencoder training needs at least one step, got steps={settings.steps}")
