@@ -209,7 +209,5 @@ class Engine:
         hidden = self.decoder.run_decoder(hidden, sum(len(row.und) for row in rows), position_ids, attention)
         if not keep:
             return hidden, [row.context for row in rows]
-        extended = [
-            row.context.advanced(attention.caches_of(i), len(row.und) + row.n_gen, row.advance()) for i, row in enumerate(rows)
-        ]
+        extended = [row.context.advanced(attention.caches_of(i), len(row.und) + row.n_gen, row.advance()) for i, row in enumerate(rows)]
         return hidden, extended

@@ -27,9 +27,9 @@ class NoiseSource(Protocol):
 
 
 class KeyedNoise:
-    """Noise of one prompt as a function of the seed, the prompt's number and how often each kind was asked for."""
+    """Noise of one prompt as a function of the seed, the prompt's name and how often each kind was asked for."""
 
-    def __init__(self, seed: int, prompt: int = 0) -> None:
+    def __init__(self, seed: int, prompt: int | str = 0) -> None:
         self.seed, self.prompt = seed, prompt
         self._counts = {"initial": 0, "posterior": 0, "text": 0}
 

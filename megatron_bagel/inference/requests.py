@@ -23,7 +23,7 @@ from megatron_bagel.inference.sampling import TextSampling
 from megatron_bagel.inference.text import GeneratedText, LogitsObserver, generate_text
 
 OUTPUTS = ("image", "text")
-DEFAULT_SIZE = (1024, 1024)
+DEFAULT_SIDE = 1024
 
 Term = str | Image.Image | Sequence[int]
 
@@ -34,7 +34,7 @@ class Request:
 
     A term is a text, its token ids, or an RGB image. ``think`` puts ``system_prompt`` first (a text or its ids; the
     project's own wording when ``None``), and for an image lets the model write down a plan before drawing it. ``size``
-    is (height, width) in pixels of the picture; ``None`` takes the last input image's size, or 1024 x 1024 without one.
+    is (height, width) in pixels of the picture; ``None`` takes the last input image's size, or ``default_size`` without one.
     """
 
     terms: tuple[Term, ...]
@@ -171,6 +171,12 @@ def _write(
     return {id(c): text for c, text in zip(conversations, texts, strict=True)}
 
 
+def default_size(engine: Engine) -> tuple[int, int]:
+    """1024 x 1024, or the largest square the model's position table reaches."""
+    reach = engine.arch.max_latent_size * engine.arch.vae_token_pixels
+    return min(DEFAULT_SIDE, reach), min(DEFAULT_SIDE, reach)
+
+
 def _draw(
     engine: Engine, conversations: Sequence[_Conversation], sampling: ImageSampling, observers: Observers
 ) -> dict[int, tuple[Tensor, np.ndarray]]:
@@ -178,10 +184,8 @@ def _draw(
     if not conversations:
         return {}
     engine.need_autoencoder()
-    grids = [engine.latent_grid(*(c.request.size or c.shown or DEFAULT_SIZE)) for c in conversations]
+    grids = [engine.latent_grid(*(c.request.size or c.shown or default_size(engine))) for c in conversations]
     channels = engine.arch.latent_token_dim
     noise = [c.noise.initial((rows * columns, channels)) for c, (rows, columns) in zip(conversations, grids, strict=True)]
     latents = generate_latents(engine, [c.views for c in conversations], grids, noise, sampling, observers.step)
-    return {
-        id(c): (tokens, decode_picture(engine, tokens, grid)) for c, tokens, grid in zip(conversations, latents, grids, strict=True)
-    }
+    return {id(c): (tokens, decode_picture(engine, tokens, grid)) for c, tokens, grid in zip(conversations, latents, grids, strict=True)}

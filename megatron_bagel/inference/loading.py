@@ -1,0 +1,236 @@
+"""From a folder on disk to an ``Engine``: a Hugging Face folder in the released layout, or a training checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_bagel import platform
+from megatron_bagel.checkpoint import publish
+from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from megatron_bagel.checkpoint.hf_folder import HFFolder
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.weights import assign, entries_of, load_weights
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch
+from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.data.transforms import TransformArgs
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.vision_tower import VisionTower
+from megatron_bagel.inference.engine import Engine
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.platform.distributed import init_distributed, launched_world_size
+
+# (longest side, shortest side) in pixels of input images, BAGEL's own.
+VAE_SIDES = (1024, 512)
+VIT_SIDES = (980, 224)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how. ``None`` leaves the choice to the folder, or to what the machine does best.
+
+    ``weights`` is "ema" or "model"; ``dtype`` "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
+    ``vae_transform`` and ``vit_transform`` are (longest, shortest) side in pixels of input images for the autoencoder and the
+    vision tower. The settings from ``max_latent_size`` on win over the folder's config.json.
+    """
+
+    weights: str | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+    autoencoder: str | None = None
+    vae_transform: tuple[int, int] | None = None
+    vit_transform: tuple[int, int] | None = None
+    max_latent_size: int | None = None
+    interpolate_pos: bool | None = None
+
+
+def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
+    """A model ready for inference from an HF folder, a checkpoint folder, or a folder of checkpoints (the newest is taken).
+
+    Raises:
+        ValueError: nothing loadable at ``path``, missing or left-over tensors, or settings that do not fit the model.
+    """
+    options = options or LoadOptions()
+    path = Path(path)
+    _alone()
+    if not path.is_dir():
+        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face layout or a training checkpoint")
+    if (path / "llm_config.json").is_file():
+        return _from_hf(path, options)
+    checkpoint = path if publish.is_complete(path) else publish.latest_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(f"--model {path} holds neither llm_config.json (a Hugging Face folder) nor a complete training checkpoint")
+    return _from_checkpoint(checkpoint, options)
+
+
+def image_transforms(
+    arch: BagelArch, vae_transform: tuple[int, int] | None, vit_transform: tuple[int, int] | None
+) -> tuple[TransformArgs, TransformArgs]:
+    """Transforms of input images for the autoencoder and the vision tower.
+
+    BAGEL's own sides are lowered to what the model's position tables reach; sides that were asked for are refused instead.
+    """
+    vit_patch = arch.vit.patch_size if arch.vit else 14
+    vae_reach = _Reach("max_latent_size", arch.vae_token_pixels, arch.max_latent_size)
+    vit_reach = _Reach("vit_max_num_patch_per_side", vit_patch, arch.vit_max_num_patch_per_side)
+    return (
+        _transform("--vae-transform", VAE_SIDES, vae_transform, vae_reach),
+        _transform("--vit-transform", VIT_SIDES, vit_transform, vit_reach),
+    )
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far a position table reaches: ``tokens`` per side of ``stride`` pixels, by the setting ``name``."""
+
+    name: str
+    stride: int
+    tokens: int
+
+
+def _transform(flag: str, usual: tuple[int, int], asked: tuple[int, int] | None, reach: _Reach) -> TransformArgs:
+    limit = reach.stride * reach.tokens
+    if asked is None:
+        longest = min(usual[0], limit)
+        return TransformArgs(longest, min(usual[1], longest), reach.stride)
+    args = TransformArgs(asked[0], asked[1], reach.stride)
+    if args.longest_side > limit:
+        raise ValueError(
+            f"{flag} {asked[0]} {asked[1]}: images of {args.longest_side} pixels exceed the {limit} that {reach.name} {reach.tokens} allows"
+        )
+    return args
+
+
+def _alone() -> None:
+    """Megatron-Core's modules need process groups, even of one process."""
+    if launched_world_size() > 1:
+        raise ValueError("generation runs on one process: start it with python, not with torchrun on several ranks")
+    platform.install()
+    if not torch.distributed.is_initialized():
+        init_distributed()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+
+
+def _dtype(options: LoadOptions) -> torch.dtype:
+    name = options.dtype or ("bf16" if platform.has_gpu() else "fp32")
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name} is unknown; choose {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _from_hf(path: Path, options: LoadOptions) -> Engine:
+    flags = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
+    ae_file = Path(options.autoencoder) if options.autoencoder else path / "ae.safetensors"
+    folder = HFFolder(path, **flags)
+    kinds = folder.available_weights()
+    if not kinds:
+        raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
+    source = folder.weights(options.weights or kinds[0])
+    table = "latent_pos_embed.pos_embed"
+    if options.max_latent_size is None and table in source:
+        # The stored table says for which side the weights were trained; a config.json may be silent or stale.
+        folder = HFFolder(path, **{**flags, "max_latent_size": math.isqrt(source.spec(table)[0][0])})
+    arch = folder.arch
+    if options.autoencoder:
+        arch = replace(arch, autoencoder=AutoencoderArch.beside(ae_file))
+
+    def fill(modules: list[nn.Module]) -> None:
+        load_weights(source, WeightMap(arch), modules)
+
+    autoencoder = None
+    if arch.autoencoder is not None:
+        autoencoder = load_autoencoder(ae_file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model")
+    return _assemble(arch, fill, load_tokenizer(options.tokenizer or path, add_special=False), autoencoder, options)
+
+
+def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
+    stored = CheckpointWeights(path)
+    kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
+    if kind not in stored.kinds():
+        raise ValueError(f"--weights {kind}: {path} holds {' and '.join(stored.kinds())} only")
+    arch = stored.arch
+    settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
+    arch = replace(arch, **settings)
+    tokenizer = _named(options.tokenizer, stored.state, "tokenizer_path", "--tokenizer", path)
+    autoencoder = None
+    if arch.autoencoder is not None:
+        file = _named(options.autoencoder, stored.state, "vae_path", "--autoencoder", path)
+        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
+    read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
+
+    def fill(modules: list[nn.Module]) -> None:
+        for entry, parameter in entries_of(modules, WeightMap(arch)):
+            assign(parameter, read(entry.ours), entry)
+
+    return _assemble(arch, fill, load_tokenizer(tokenizer, add_special=True), autoencoder, options)
+
+
+def _named(flag_value: str | None, state: dict[str, Any], name: str, flag: str, path: Path) -> str:
+    """A path given by flag, or the one the training run recorded."""
+    recorded = flag_value or find_key(state.get("run", {}).get("config", {}), name)
+    if not recorded or not Path(recorded).exists():
+        raise ValueError(f"{path} is a training checkpoint and its {name} ({recorded or 'not recorded'}) is not there; give it with {flag}")
+    return recorded
+
+
+def find_key(config: Any, name: str) -> str | None:
+    """The first non-empty value of ``name`` in a nested configuration."""
+    if not isinstance(config, dict):
+        return None
+    if config.get(name):
+        return str(config[name])
+    return next((found for value in config.values() if (found := find_key(value, name))), None)
+
+
+def _decoder_config(llm: LLMArch, dtype: torch.dtype) -> TransformerConfig:
+    """The decoder without anything that only training needs; weights stay uninitialised until they are read."""
+    return TransformerConfig(
+        num_layers=llm.num_hidden_layers,
+        hidden_size=llm.hidden_size,
+        ffn_hidden_size=llm.intermediate_size,
+        num_attention_heads=llm.num_attention_heads,
+        num_query_groups=llm.num_key_value_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=llm.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=llm.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not platform.has_gpu(),
+        perform_initialization=False,
+    )
+
+
+def _assemble(
+    arch: BagelArch, fill: Callable[[list[nn.Module]], None], tokenizer: Tokenizer, autoencoder: AutoEncoder | None, options: LoadOptions
+) -> Engine:
+    if len(tokenizer) > arch.llm.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: not a pair")
+    dtype, device = _dtype(options), platform.device()
+    vae_transform, vit_transform = image_transforms(arch, options.vae_transform, options.vit_transform)
+    decoder = build_decoder(arch, _decoder_config(arch.llm, dtype))
+    vision_tower = VisionTower(arch) if arch.vit else None
+    modules: list[nn.Module] = [module for module in (decoder, vision_tower) if module is not None]
+    fill(modules)
+    for module in modules:
+        module.to(device, dtype).eval().requires_grad_(False)
+    if autoencoder is not None:
+        autoencoder.to(device)
+    return Engine(decoder, vision_tower, autoencoder, tokenizer, arch, vae_transform, vit_transform)
