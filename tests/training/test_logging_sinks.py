@@ -1,0 +1,72 @@
+"""A run's outputs on disk: log.txt, metrics.jsonl, TensorBoard events and the curves, on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_bagel.training.history import read_history
+from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
+from tests.training.test_metrics import metrics
+
+
+def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, rank=0, next_step=0)
+    log.info("hello")
+    for step in range(4):
+        log.log(metrics(step, ce=float("nan") if step == 2 else 0.5))
+    log.close()
+    # A restart from step 3: its lines are appended to log.txt, its records replace the old ones.
+    again = RunLog(tmp_path, rank=0, next_step=3)
+    again.log(metrics(3, loss=0.125))
+    again.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0].startswith("[20") and lines[0].endswith("] hello")
+    assert [line.split("(step=")[1][:7] for line in lines[1:]] == ["0000000", "0000001", "0000002", "0000003", "0000003"]
+    assert capsys.readouterr().out.splitlines() == lines
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in history] == [0, 1, 2, 3] and history[3]["loss"] == 0.125 and history[2]["ce"] is None
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "results", rank=1, next_step=0, wandb=WandbSettings())
+    log.info("hello")
+    log.log(metrics())
+    log.close()
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_without_a_logged_step_closes(tmp_path: Path) -> None:
+    RunLog(tmp_path, rank=0, next_step=0, tensorboard=False).close()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_wandb_missing_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"megatron-bagel\[logging\]"):
+        RunLog(tmp_path, rank=0, next_step=0, tensorboard=False, wandb=WandbSettings())
+
+
+def test_wandb_gets_the_guides_settings_and_the_originals_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb is optional, so its module is replaced by one that records its calls."""
+    calls: list[Any] = []
+    run = types.SimpleNamespace(log=lambda record, step: calls.append((step, record)), finish=lambda: calls.append("finish"))
+    module = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    settings = WandbSettings("project", "name", "7", "must", offline=True)
+    log = RunLog(tmp_path, rank=0, next_step=0, tensorboard=False, wandb=settings, run_config={"lr": 1.0})
+    log.log(metrics(5))
+    log.close()
+    assert calls[0]["mode"] == "offline" and calls[0]["resume"] == "must" and calls[0]["id"] == "name-run7"
+    step, record = calls[1]
+    assert step == 5 and record["total_norm"] == 1.25 and record["mem_allocated"] == 2048.0 and calls[2] == "finish"
