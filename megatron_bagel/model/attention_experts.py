@@ -100,7 +100,7 @@ class SelfAttention(MegatronModule):
         real = context.n_und + context.n_gen
         qk, value = torch.cat([und_qk, gen_qk]), torch.cat([und_v, gen_v])
         qk = rotate(qk, context.cos[:real], context.sin[:real])
-        query = qk[:, :, :-1].reshape(real, -1, qk.shape[-1])
+        query = qk[:, :, :-1].flatten(1, 2)
         mixed = self.core_attention(query, qk[:, :, -1], value, context)
         und_out = experts[0].linear_proj(mixed[: context.n_und])
         gen_out = experts[1].linear_proj(mixed[context.n_und :])

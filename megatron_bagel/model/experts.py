@@ -86,8 +86,7 @@ class ExpertExchange:
 def join(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
     """Both experts' rows and zeros for padding, [rows, ...]."""
     missing = rows - sum(part.shape[0] for part in parts)
-    if missing == 0 and parts[1].shape[0] == 0:
-        return parts[0]
+    # An expert without rows is joined all the same: it keeps its weights in the graph.
     padding = [parts[0].new_zeros((missing, *parts[0].shape[1:]))] if missing else []
     return torch.cat([*parts, *padding])
 

@@ -42,12 +42,14 @@ def block_mask(mask: PackMask, order: TokenOrder, device: torch.device | str) ->
 
     position = per_slot(np.arange(mask.length), -1)
     sample, split = per_slot(mask.token_samples(), -1), per_slot(mask.token_splits(), -1)
-    mode = per_slot(np.repeat(mask.split_modes, mask.split_lens), Mode.CAUSAL)
+    # Plain booleans: a compiled mask function would take a comparison with an enum for a constant.
+    modes = np.repeat(mask.split_modes, mask.split_lens)
+    causal, noise = per_slot(modes == Mode.CAUSAL, True), per_slot(modes == Mode.NOISE, False)
 
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         same = split[q] == split[k]
-        visible = (position[k] <= position[q]) | (same & (mode[k] != Mode.CAUSAL))
-        return (sample[q] == sample[k]) & (sample[q] >= 0) & visible & ((mode[k] != Mode.NOISE) | same)
+        visible = (position[k] <= position[q]) | (same & ~causal[k])
+        return (sample[q] == sample[k]) & (sample[q] >= 0) & visible & (~noise[k] | same)
 
     partial = _ordered(occupancy.some & ~occupancy.full, device)
     full = _ordered(occupancy.full, device)
