@@ -51,6 +51,8 @@ class GroupConfig:
 
     ``image_transform`` is for the VAE in the T2I and editing groups and for the ViT in the VLM group; ``vit_image_transform`` is
     the editing group's ViT copy. ``shuffle_lines`` and ``shuffle_seed`` say which lines ``num_used_data`` takes.
+    ``frame_sampler_args`` concerns videos, which the index does not take yet. ``resume_data_status`` False starts the group's data
+    anew when a run resumes.
     """
 
     name: str
@@ -62,6 +64,7 @@ class GroupConfig:
     frame_sampler_args: Mapping[str, int] | None = None
     shuffle_lines: bool = False
     shuffle_seed: int = 0
+    resume_data_status: bool = True
 
     @property
     def makes_images(self) -> bool:
@@ -110,8 +113,6 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base
     if len(set(names)) != len(names):
         raise ValueError(f"{where}: dataset_names lists a name twice: {names}")
     _refuse_unknown(info, names, f"{where}, dataset_info: dataset")
-    if keys.get("resume_data_status", True) is not True:
-        raise ValueError(f"{where}: resume_data_status False is not possible: the position in the data is one number for all groups")
     used = _used(keys.get("num_used_data"), names, where)
     places = _places(name, names, keys, info, where, base, data_root)
     needs_vae, needs_vit = name in (T2I, EDIT, VLM), name == EDIT
@@ -125,6 +126,7 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base
         frame_sampler_args=keys.get("frame_sampler_args"),
         shuffle_lines=_boolean(keys.get("shuffle_lines", False), f"{where}: shuffle_lines"),
         shuffle_seed=int(_number(keys.get("shuffle_seed", 0), f"{where}: shuffle_seed")),
+        resume_data_status=_boolean(keys.get("resume_data_status", True), f"{where}: resume_data_status"),
     )
 
 

@@ -6,7 +6,7 @@ A reader can be pickled and forked freely; every process maps the files for itse
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,7 @@ def _ragged(column: pa.ListArray) -> Ragged:
     return Ragged(column.offsets.to_numpy(), column.values.to_numpy())
 
 
-@dataclass(frozen=True)
-class UsedRows:
-    """The rows of a dataset that ``num_used_data`` selects. ``repeats`` above 1: more files were asked for than there are, so
-    that the dataset counts that many times when datasets of its group are mixed (the original repeats the list of files)."""
-
-    rows: Sequence[int] | np.ndarray
-    repeats: float = 1.0
+Rows = range | np.ndarray
 
 
 class DatasetReader:
@@ -118,27 +112,30 @@ class DatasetReader:
         """All shards in row order, for work on whole columns."""
         return [self._shard(number) for number in range(len(self.info.shards))]
 
-    def used_rows(self, entry: DatasetEntry, group: GroupConfig) -> UsedRows:
-        """Rows that the config takes: the first ``num_used_data`` files by name (T2I, editing), or lines (VLM, text).
+    def used_rows(self, entry: DatasetEntry, group: GroupConfig) -> list[Rows]:
+        """Rows that ``num_used_data`` takes: the first files by name (T2I, editing), or lines (VLM, text), in one or more passes.
 
-        Lines are the first ones, or with ``shuffle_lines`` a choice that depends on ``shuffle_seed`` alone.
+        Lines are the first ones, or with ``shuffle_lines`` a choice that depends on ``shuffle_seed`` alone. More files than there
+        are give further passes over the first ones, as the original repeats the list of files.
         """
         used = entry.num_used_data
         if used is None:
-            return UsedRows(range(len(self)))
+            return [range(len(self))]
         sources = self.info.sources
         if self.group in (T2I, EDIT):
-            return UsedRows(range(sum(source.samples for source in sources[:used])), max(1.0, used / len(sources)))
+            passes, rest = divmod(used, len(sources))
+            part = range(sum(source.samples for source in sources[:rest]))
+            return [range(len(self))] * passes + ([part] if len(part) else [])
         lines = sources[0].rows
         if used >= lines:
-            return UsedRows(range(len(self)))
+            return [range(len(self))]
         rows = np.concatenate([shard.source_row for shard in self.shards()])
         if not group.shuffle_lines:
-            return UsedRows(range(int(np.searchsorted(rows, used))))
+            return [range(int(np.searchsorted(rows, used)))]
         draws = keyed_uniform(group.shuffle_seed, self.name, "shuffle_lines", np.arange(lines))
         taken = np.zeros(lines, dtype=bool)
         taken[np.argsort(draws, kind="stable")[:used]] = True
-        return UsedRows(np.flatnonzero(taken[rows]))
+        return [np.flatnonzero(taken[rows])]
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):

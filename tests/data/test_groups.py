@@ -88,7 +88,7 @@ def set_key(group: str, key: str, value: Any) -> Any:
         (set_key("t2i_pretrain", "num_used_data", [0]), "at least 1"),
         (set_key("t2i_pretrain", "weight", "much"), "weight must be a number"),
         (set_key("t2i_pretrain", "is_mandatory", "yes"), "true or false"),
-        (set_key("t2i_pretrain", "resume_data_status", False), "resume_data_status"),
+        (set_key("t2i_pretrain", "resume_data_status", 0), "resume_data_status must be true or false"),
         (set_key("t2i_pretrain", "image_transform_args", None), "image_transform_args is missing"),
         (set_key("t2i_pretrain", "image_transform_args", {"image_stride": 16}), "max_image_size, min_image_size missing"),
         (

@@ -1,0 +1,121 @@
+"""A dataset group of the config, over the index: what the planner measures and the loader reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_bagel.data.counts import CostModel, Measures, measure_sample
+from megatron_bagel.data.groups import GroupConfig
+from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples, Rows
+from megatron_bagel.data.sample_plan import (
+    ConditionDropout,
+    KeyedDraws,
+    build_items,
+    check_image_limits,
+    choose_items,
+    drop_conditions,
+    transform_of,
+)
+from megatron_bagel.data.transforms import decode_rgb, image_tensor
+from megatron_bagel.layout.items import Item, Sample
+from megatron_bagel.layout.pack import LayoutSpec, PackImage
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a sample's plan depends on beside the sample. ``visual_und`` False leaves the ViT images of editing samples out."""
+
+    seed: int
+    layout: LayoutSpec
+    dropout: ConditionDropout = ConditionDropout()
+    visual_und: bool = True
+    costs: CostModel = CostModel()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A run of the group's indexes: pass ``number`` of ``passes`` over rows of one dataset."""
+
+    reader: DatasetReader
+    rows: Rows
+    number: int
+    passes: int
+
+
+class GroupSource:
+    """The samples of a group: its datasets one after the other, each in one or more passes (`DatasetReader.used_rows`).
+
+    Pass k of n in epoch e draws as epoch e * n + k of its dataset, so that passes differ in captions, dropout and noise.
+    """
+
+    def __init__(self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings) -> None:
+        """Raises ValueError when the group's images can be too large for the model, or when it has no sample at all."""
+        check_image_limits(group, settings.layout, settings.visual_und)
+        self.group, self.settings = group, settings
+        self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
+        self.keep_position = group.resume_data_status
+        self._passes: list[_Pass] = []
+        for entry, reader in zip(group.datasets, readers, strict=True):
+            passes = reader.used_rows(entry, group)
+            if len(group.datasets) == 1:
+                passes = passes[:1]  # alone in its group, a dataset's repetitions change nothing
+            self._passes += [_Pass(reader, rows, number, len(passes)) for number, rows in enumerate(passes)]
+        self._starts = np.cumsum([0, *(len(each.rows) for each in self._passes)])
+        if not len(self):
+            names = ", ".join(entry.name for entry in group.datasets)
+            raise ValueError(f"group {group.name} has no sample: the index of {names} is empty, or num_used_data takes only skipped rows")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
+        """Lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
+        rows = [self._measure_one(int(index), epoch) for index in indexes]
+        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 3)
+        return Measures(columns[:, 0], columns[:, 1], columns[:, 2])
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """The plan of one sample, with its token ids."""
+        return self._sample(index, epoch, with_ids=True)
+
+    def pixels(self, index: int, image: PackImage) -> torch.Tensor:
+        """One image of a sample after its transform, float32 [3, height, width]. Raises ValueError when it cannot be decoded."""
+        reader, row, _ = self._locate(index, 0)
+        decoded = decode_rgb(reader.image_bytes(row, image.image))
+        return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
+
+    def describe(self, index: int) -> str:
+        """Where a sample comes from, for messages."""
+        reader, row, _ = self._locate(index, 0)
+        path, line = reader.source(row)
+        return f"{reader.name} sample {row} ({path}, row {line})"
+
+    def _measure_one(self, index: int, epoch: int) -> tuple[int, int, int]:
+        return measure_sample(self._sample(index, epoch, with_ids=False), self.settings.layout, self.settings.costs)
+
+    def _sample(self, index: int, epoch: int, with_ids: bool) -> Sample:
+        reader, row, epoch = self._locate(index, epoch)
+        record = reader.record(row)
+        draws = KeyedDraws(self.settings.seed, reader.name, row, epoch)
+        planned = drop_conditions(choose_items(record, draws), self.settings.dropout, draws)
+        if not self.settings.visual_und:
+            planned = [item for item in planned if item.kind != "vit"]
+        read = (lambda text: reader.text_ids(row, text)) if with_ids else None
+        items: tuple[Item, ...] = build_items(planned, record, self.group, read)
+        return Sample(reader.name, row, epoch, items, self.group.name)
+
+    def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"group {self.name} has samples 0 to {len(self) - 1}, no sample {index}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        each = self._passes[number]
+        return each.reader, int(each.rows[index - int(self._starts[number])]), epoch * each.passes + each.number
+
+
+def open_sources(groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings) -> list[GroupSource]:
+    """One source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
+    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings) for group in groups]
