@@ -43,6 +43,24 @@ def test_equals_the_recorded_tensors(goldens: Path, gradients: bool) -> None:
     torch.testing.assert_close(decoded, recorded["vae.decoded"], **close)
 
 
+def test_padded_encoding_equals_the_recorded_batch(goldens: Path) -> None:
+    """The original pads all images of a row to the largest; its recorded latents carry that padding's effect."""
+    model = golden_autoencoder(goldens)
+    batch = load_file(goldens / "batches" / "flex_0.safetensors")
+    recorded = load_file(goldens / "train" / "flex_0_expected.safetensors")
+    row = json.loads((goldens / "batches" / "flex_0.json").read_text())
+    patch = json.loads((goldens / "hf" / "tiny_extra.json").read_text())["top"]["latent_patch_size"]
+    shapes = [(patch * rows, patch * columns) for rows, columns in row["patchified_vae_latent_shapes"]]
+    factor = model.arch.downsample
+    padded = batch["padded_images"].float()
+    images = [image[:, : rows * factor, : columns * factor] for image, (rows, columns) in zip(padded, shapes, strict=True)]
+    for i, (mean, logvar) in enumerate(model.encode_padded(images)):
+        own = (i, slice(None), slice(shapes[i][0]), slice(shapes[i][1]))
+        latent = model.sample(mean, logvar, recorded["vae_posterior_noise"][own])
+        torch.testing.assert_close(latent, recorded["padded_latent"][own], atol=2e-5, rtol=1e-4)
+    assert model.encode_padded([]) == []
+
+
 # Parts of a name here -> there; blocks of a resolution are counted from the coarsest in diffusers' decoder, from the finest here.
 RENAMES = (
     ("mid.block_1", "mid_block.resnets.0"),
