@@ -35,7 +35,7 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
 
     Norm weights 1, biases 0, `llm2vae` 0 (the original starts the velocity head at zero); decoder and embeddings normal with the LLM's
     `initializer_range`; adapters (connector, vae2llm, time embedder) uniform in +-1/sqrt(fan in), torch's default for a Linear; vision
-    tower normal with variance 1/fan in (LeCun).
+    tower as SigLIP: embeddings normal with variance 1/width, matrices Xavier-uniform.
     """
     name = entry.ours
     if name.startswith("llm2vae") or name.endswith(".bias"):
@@ -45,8 +45,10 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     fan_in = entry.shape[-1]
-    if name.startswith("vit_model."):
+    if name.startswith("vit_model.vision_model.embeddings."):
         return torch.randn(entry.shape, generator=generator) / math.sqrt(fan_in)
+    if name.startswith("vit_model."):
+        return (torch.rand(entry.shape, generator=generator) * 2 - 1) * math.sqrt(6 / sum(entry.shape))
     if name.startswith(("connector.", "vae2llm.", "time_embedder.")):
         return (torch.rand(entry.shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
     return torch.randn(entry.shape, generator=generator) * arch.llm.initializer_range

@@ -73,7 +73,7 @@ def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_stat
     strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), _data_parallel_group())
     dist_checkpointing.save(tensors, str(saving), sharded_strategy=strategy)
     if rank == 0:
-        publish.write_state(saving, {**_provenance(step, trained.arch), "run": dict(run_state)})
+        publish.write_state(saving, {**provenance(step, trained.arch), "run": dict(run_state)})
         publish.publish(saving)
     dist.barrier()
     final = publish.step_folder(directory, step)
@@ -152,6 +152,17 @@ def check_same_model(saved: BagelArch, ours: BagelArch, folder: Path) -> None:
         raise ValueError(f"{folder} holds another model; these settings differ: {', '.join(differing)}")
 
 
+def provenance(step: int, arch: BagelArch) -> dict[str, Any]:
+    """The JSON head of every checkpoint: format, step, model, and the versions and world size that wrote it."""
+    return {
+        "format_version": publish.FORMAT_VERSION,
+        "step": step,
+        "arch": arch.to_dict(),
+        "versions": {"megatron_bagel": megatron_bagel.__version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__},
+        "world_size": dist.get_world_size(),
+    }
+
+
 def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"model": module_state(trained.modules)}
     if trained.optimizer is not None:
@@ -218,16 +229,6 @@ def _in_fp32(tensor: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedT
 
 def _data_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _provenance(step: int, arch: BagelArch) -> dict[str, Any]:
-    return {
-        "format_version": publish.FORMAT_VERSION,
-        "step": step,
-        "arch": arch.to_dict(),
-        "versions": {"megatron_bagel": megatron_bagel.__version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__},
-        "world_size": dist.get_world_size(),
-    }
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

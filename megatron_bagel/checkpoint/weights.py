@@ -116,27 +116,36 @@ def load_weights(
     (`visual_und`, `visual_gen`) are left over by choice, and position tables are always computed, never read.
     Raises ValueError listing missing and left-over tensors, or naming a tensor of another shape with the flag that decides it.
     """
+    report = check_against(source, weight_map, allow_missing, allow_left_over)
+    for entry, parameter in entries_of(modules, weight_map):
+        if entry.hf[0] in source:
+            assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
+            report.loaded += entry.hf
+    for line in report.lines(source.path):
+        logger.info(line)
+    return report
+
+
+def check_against(
+    source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_left_over: Sequence[str] = ()
+) -> LoadReport:
+    """Compare names and shapes of `source` with the map, reading no data. Parameters and errors are those of `load_weights`."""
     report = LoadReport()
     _check_left_over(source, weight_map, (*allow_left_over, *_switched_off(weight_map.arch)), report)
-    missing = [name for name in weight_map.by_hf if name not in source]
-    refused = [name for name in missing if not _matches(name, allow_missing)]
+    report.missing = [name for name in weight_map.by_hf if name not in source]
+    refused = [name for name in report.missing if not _matches(name, allow_missing)]
     if refused:
         raise ValueError(
             f"{source.path} lacks {len(refused)} tensors this model needs: {_some(refused)}. Check layer_module, llm_qk_norm, "
             "tie_word_embeddings and the config files beside the weights; to train those from their initial values on purpose, pass "
             "--allow_missing PATTERN"
         )
-    report.missing = missing
-    for entry, parameter in entries_of(modules, weight_map):
+    for entry in weight_map.entries.values():
         present = [name for name in entry.hf if name in source]
         if len(present) not in (0, len(entry.hf)):
             raise ValueError(f"{source.path} has {', '.join(present)} but not the rest of the fused parameter {entry.ours}: {entry.hf}")
         if present:
             _check_shapes(source, entry)
-            assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
-            report.loaded += present
-    for line in report.lines(source.path):
-        logger.info(line)
     return report
 
 

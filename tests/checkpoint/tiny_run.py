@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel.checkpoint.pretrained import initialise
-from megatron_bagel.checkpoint.training_state import Trained
+from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint, save_checkpoint
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.encoders.vision_tower import VisionTower
@@ -91,22 +90,15 @@ def weights(trained: Trained) -> dict[str, torch.Tensor]:
 
 
 def averages(trained: Trained) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trained.ema.named_full_tensors()}
+    return {f"ema.{name}": tensor.clone() for name, tensor in trained.ema.named_full_tensors()}
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wider_latents(arch: BagelArch) -> BagelArch:
-    """The same model trained at another resolution."""
-    return replace(arch, max_latent_size=8)
-
-
 def train_and_save(directory: Path, options: dict, steps: int = 2, more: int = 2) -> dict[str, torch.Tensor]:
     """Train, save after `steps`, go on for `more`; returns the final weights and averages."""
-    from megatron_bagel.checkpoint.training_state import save_checkpoint
-
     trained = tiny_run(**options)
     for step in range(steps):
         train_step(trained, step)
@@ -118,8 +110,6 @@ def train_and_save(directory: Path, options: dict, steps: int = 2, more: int = 2
 
 def load_and_train(folder: Path, options: dict, more: int = 2) -> tuple[int, dict, dict[str, torch.Tensor]]:
     """Load into a run that was initialised otherwise and go on; returns step, run state, final weights and averages."""
-    from megatron_bagel.checkpoint.training_state import load_checkpoint
-
     trained = tiny_run(**options, seed=99)
     step, state = load_checkpoint(folder, trained)
     for number in range(step, step + more):
