@@ -25,7 +25,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     def flag(name: str, **settings: object) -> None:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
-    flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML of the guide, the same that training reads")
+    flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML that training reads too")
     flag("data_root", type=Path, metavar="DIR", help="folder in the guide's layout (t2i/, editing/, vlm/, text/); not needed where the "
          "YAML's dataset_info says where each dataset lies")  # fmt: skip
     parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=Path, metavar="PATH",
