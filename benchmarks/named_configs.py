@@ -1,0 +1,89 @@
+"""Named models and packs, so that a number in a report can be measured again by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.layout.items import Item, Sample
+from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack
+
+SEED = 53
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """A model and the pack it is timed on: counts of samples per kind, text lengths, and image sides in pixels."""
+
+    arch: BagelArch
+    t2i: int
+    edits: int
+    questions: int
+    text_lengths: tuple[int, int]
+    image_sides: tuple[int, int]
+
+
+def _bench(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int, vit: ViTArch, ae: AutoencoderArch) -> BagelArch:
+    llm = LLMArch(hidden, mlp, layers, heads, kv, vocab, qk_norm=True, layer_module="Qwen2MoTDecoderLayer")
+    return BagelArch(llm, vit, ae, latent_patch_size=2, max_latent_size=32, vit_max_num_patch_per_side=16)
+
+
+CONFIGS = {
+    # 14 samples, 20 images of 64 to 128 pixels, about 2,150 tokens; the select layer leaves 4 of the ViT's 5 layers.
+    "bench-53m": BenchConfig(
+        _bench(512, 8, 8, 2, 1408, 4096, ViTArch(256, 704, 5, 4, image_size=224), AutoencoderArch(32, (1, 2, 4, 4), 2)),
+        t2i=6, edits=4, questions=4, text_lengths=(30, 70), image_sides=(64, 128),
+    ),  # fmt: skip
+    # Seconds instead of minutes, for the test of this benchmark.
+    "bench-tiny": BenchConfig(
+        _bench(64, 2, 4, 2, 96, 256, ViTArch(32, 48, 2, 2, image_size=224), AutoencoderArch(32, (1, 1, 1, 1), 1)),
+        t2i=2, edits=1, questions=1, text_lengths=(4, 9), image_sides=(32, 48),
+    ),  # fmt: skip
+}
+
+
+def megatron_config(arch: BagelArch, recompute: bool = False, **settings: Any) -> TransformerConfig:
+    """Megatron's configuration: fp32, no dropout, optionally every layer recomputed in the backward pass."""
+    llm = arch.llm
+    if recompute:
+        settings = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1, **settings}
+    return TransformerConfig(
+        num_layers=llm.num_hidden_layers, hidden_size=llm.hidden_size, num_attention_heads=llm.num_attention_heads,
+        num_query_groups=llm.num_key_value_heads, ffn_hidden_size=llm.intermediate_size, gated_linear_unit=True, activation_func=F.silu,
+        add_bias_linear=False, add_qkv_bias=True, normalization="RMSNorm", layernorm_epsilon=llm.rms_norm_eps, hidden_dropout=0.0,
+        attention_dropout=0.0, use_cpu_initialization=not torch.cuda.is_available(), calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False, bias_dropout_fusion=False, init_method_std=0.02, **settings,
+    )  # fmt: skip
+
+
+def bench_pack(config: BenchConfig) -> Pack:
+    """The pack of a named config; the same on every machine."""
+    random = keyed_generator(SEED, "pack")
+    arch = config.arch
+
+    def text(loss: bool = False) -> Item:
+        length = int(random.integers(*config.text_lengths, endpoint=True))
+        return Item("text", loss=loss, ids=random.integers(4, arch.llm.vocab_size, length).astype(np.int64))
+
+    def image(kind: str, number: int, loss: bool = False) -> Item:
+        stride = arch.vae_token_pixels if kind == "vae" else 14
+        low, high = (side // stride for side in config.image_sides)
+        height, width = (int(side) * stride for side in random.integers(low, high, 2, endpoint=True))
+        return Item(kind, loss=loss, image=number, height=height, width=width)
+
+    plans = [(text(), image("vae", 0, loss=True)) for _ in range(config.t2i)]
+    plans += [(image("vae", 0), image("vit", 0), text(), image("vae", 1, loss=True)) for _ in range(config.edits)]
+    # Every other question is about two pictures.
+    plans += [(*(image("vit", i) for i in range(1 + n % 2)), text(), text(loss=True)) for n in range(config.questions)]
+    samples = [Sample("bench", index, 0, items) for index, items in enumerate(plans)]
+    spec = LayoutSpec(
+        0, 1, 2, 3, 14, arch.vit_max_num_patch_per_side, arch.vae_token_pixels, arch.max_latent_size, arch.interpolate_pos
+    )
+    return build_pack(samples, spec)

@@ -1,0 +1,141 @@
+"""One training step of a named config, timed part by part: encode, forward, backward, update, EMA."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Stopwatch, matmul_gflops
+from benchmarks.named_configs import CONFIGS, SEED, bench_pack, megatron_config
+from megatron_bagel import platform
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.vision_tower import VisionTower
+from megatron_bagel.layout.order import expert_order
+from megatron_bagel.layout.pack import Pack
+from megatron_bagel.model.batch import Features, make_microbatch
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.flow import patchify
+from megatron_bagel.training.accounting import StepWork, mfu_flops, work_flops
+from megatron_bagel.training.ema import ShardedEma
+from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
+from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
+
+
+@dataclass
+class Inputs:
+    """What the loader and the keyed generators would hand to the step."""
+
+    images: list[Tensor]
+    patches: Tensor
+    posterior_noise: list[Tensor]
+    noise: Tensor
+    timesteps: Tensor
+
+
+def random_inputs(pack: Pack, arch: BagelArch) -> Inputs:
+    """Pixels in [-1, 1] and draws of the right shapes."""
+    generator, device = torch.Generator().manual_seed(SEED), platform.device()
+    downsample, channels = arch.autoencoder.downsample, arch.autoencoder.z_channels
+    vae = pack.images_of("vae")
+    images = [torch.rand(3, image.height, image.width, generator=generator) * 2 - 1 for image in vae]
+    posterior = [torch.randn(channels, i.height // downsample, i.width // downsample, generator=generator) for i in vae]
+    per_image = [torch.rand((), generator=generator) if image.noised else torch.zeros(()) for image in vae]
+    timesteps = torch.cat([t.expand(image.tokens) for t, image in zip(per_image, vae, strict=True)])
+    patches = torch.rand(len(pack.vit_positions), 3 * 14 * 14, generator=generator) * 2 - 1
+    noise = torch.randn(len(pack.vae_positions), arch.latent_token_dim, generator=generator)
+    return Inputs(
+        [x.to(device) for x in images], patches.to(device), [x.to(device) for x in posterior], noise.to(device), timesteps.to(device)
+    )
+
+
+class BenchStep:
+    """Model, optimizer and EMA of a config on its pack, with the parts of a training step as methods."""
+
+    def __init__(self, arch: BagelArch, pack: Pack, recompute: bool) -> None:
+        device = platform.device()
+        config = megatron_config(arch, recompute)
+        self.arch, self.pack, self.inputs = arch, pack, random_inputs(pack, arch)
+        self.vae = AutoEncoder(arch.autoencoder).to(device).requires_grad_(False)
+        vision = VisionTower(arch, recompute)
+        vision.reset_parameters(torch.Generator().manual_seed(SEED))
+        decoder = build_decoder(arch, config)
+        # The head starts at zero, which would leave the decoder without a gradient from the images.
+        torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
+        settings = OptimizerSettings(lr=1e-4)
+        self.modules = wrap_ddp(config, [decoder.to(device), vision.to(device)], settings)
+        self.optimizer = build_optimizer(self.modules, settings)
+        self.ema = ShardedEma(dict(zip(("decoder", "vision"), self.modules, strict=True)), self.optimizer, 0.9999)
+        self.totals = LossTotals.of([pack])
+        self.parameters = sum(p.numel() for module in self.modules for p in module.parameters())
+
+    @torch.no_grad()
+    def encode_latents(self) -> Tensor:
+        """[VAE tokens, p * p * z], clean."""
+        moments = self.vae.encode_many(self.inputs.images)
+        noised = zip(moments, self.inputs.posterior_noise, strict=True)
+        return torch.cat([patchify(self.vae.sample(mean, logvar, noise), self.arch.latent_patch_size) for (mean, logvar), noise in noised])
+
+    def run(self, watch: Stopwatch) -> float:
+        """One step; returns its loss."""
+        watch.start()
+        for module in self.modules:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        watch.lap("zero_grad")
+        latents = self.encode_latents()
+        watch.lap("autoencoder")
+        device, pack = latents.device, self.pack
+        position_ids = torch.from_numpy(pack.vit_position_ids).to(device)
+        features = self.modules[1](self.inputs.patches, position_ids, [image.tokens for image in pack.images_of("vit")])
+        watch.lap("vit_forward")
+        whole = Features(features, latents, self.inputs.noise, self.inputs.timesteps)
+        batch = make_microbatch(pack, expert_order(pack), whole, "flex" if platform.has_gpu() else "sdpa", device)
+        watch.lap("batch")
+        ce, mse = self.modules[0](batch)
+        loss, _ = microbatch_loss(ce, mse, batch.ce_weights, self.totals, LossWeights())
+        watch.lap("decoder_forward")
+        loss.backward()
+        watch.lap("backward")
+        finalize_gradients(self.modules)
+        optimizer_step(self.optimizer)
+        watch.lap("optimizer")
+        self.ema.update()
+        watch.lap("ema")
+        return loss.item()
+
+
+def measure_step(name: str, recompute: bool, rounds: int, warmup: int) -> dict[str, Any]:
+    """Medians over ``rounds`` steps after ``warmup`` ones, tokens per second, peak memory, and the rate against plain matrix products."""
+    arch = CONFIGS[name].arch
+    pack = bench_pack(CONFIGS[name])
+    step, watch = BenchStep(arch, pack, recompute), Stopwatch(warmup)
+    losses = [step.run(watch) for _ in range(warmup + rounds)]
+    work = StepWork.of(pack)
+    parts = work_flops(arch, work)
+    parts_s = watch.medians()
+    seconds = sorted(watch.rounds())[rounds // 2]
+    gflops = matmul_gflops(work.tokens // 2, arch.llm.hidden_size, 2 * arch.llm.intermediate_size)
+    return {
+        "config": name,
+        "recompute": recompute,
+        "parameters": step.parameters,
+        "samples": len(pack.samples),
+        "images": {kind: len(pack.images_of(kind)) for kind in ("vit", "vae")},
+        "tokens": work.tokens,
+        "generation_tokens": work.vae_tokens,
+        "step_s": seconds,
+        "tokens_per_s": work.tokens / seconds,
+        "parts_s": parts_s,
+        "peak_mem_bytes": platform.peak_memory_bytes(),
+        "mfu_formula_flops": mfu_flops(arch.llm, work),
+        "work_flops": asdict(parts),
+        "achieved_gflops": parts.total / seconds / 1e9,
+        "matmul_gflops": gflops,
+        "share_of_matmul_rate": parts.total / seconds / 1e9 / gflops,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
