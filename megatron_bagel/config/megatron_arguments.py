@@ -1,0 +1,38 @@
+"""Megatron-Core's settings under Megatron's names: how a run is spread over ranks, and in which arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_bagel.config.arguments import flag
+
+
+@dataclass
+class MegatronArguments:
+    """Parallel layout, precision, memory and attention. A microbatch is one pack."""
+
+    tensor_model_parallel_size: int = flag(1, "Ranks that split every matrix.")
+    pipeline_model_parallel_size: int = flag(1, "Pipeline stages.")
+    virtual_pipeline_model_parallel_size: int | None = flag(None, "Chunks of layers per stage: smaller bubble, more traffic.")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, "The same, by layers per chunk.")
+    context_parallel_size: int = flag(1, "Ranks that share the tokens of a pack.")
+    cp_comm_type: Literal["all_gather", "a2a"] = flag("all_gather", "How context-parallel ranks exchange keys and values.")
+    sequence_parallel: bool = flag(False, "Split norms and residuals over tensor-parallel ranks too: less activation memory.")
+    use_distributed_optimizer: bool = flag(True, "Split optimizer state and fp32 weights over data-parallel ranks.")
+    num_distributed_optimizer_instances: int | None = flag(None, "Groups of ranks; each holds the sharded optimizer state once.")
+    overlap_grad_reduce: bool = flag(False, "Reduce gradients while the backward pass runs.")
+    overlap_param_gather: bool = flag(False, "Gather updated weights while the next forward pass runs; needs overlap_grad_reduce.")
+    micro_batch_size: int = flag(1, "Packs per microbatch; always 1. Make packs longer (max_num_tokens) instead.")
+    global_batch_size: int | None = flag(None, "Packs per step. Default: data-parallel replicas times gradient_accumulation_steps.")
+    bf16: bool | None = flag(None, "Train in bfloat16 with fp32 main weights. Default: True on a GPU, False on CPU.")
+    recompute_granularity: Literal["full", "selective"] | None = flag(None, "full: keep only layer inputs, compute the rest again.")
+    recompute_method: Literal["uniform", "block"] = flag("uniform", "uniform: all layers, in units; block: only the first ones.")
+    recompute_num_layers: int = flag(1, "Layers per recomputed unit (uniform), or recomputed layers per stage (block).")
+    recompute_modules: list[str] = flag([], "Modules to recompute with granularity selective.")
+    recompute_vit: bool = flag(False, "Recompute the vision tower's layers in its backward pass.")
+    attention_backend: Literal["auto", "sdpa", "flex", "dense"] = flag(
+        "auto", "auto: flex on CUDA (unless use_flex False is given), sdpa on CPU. dense is the slow reference, for tests."
+    )
+    transformer_impl: Literal["local", "transformer_engine"] = flag("local", "Decoder modules: plain torch, or Transformer Engine's.")
+    distributed_timeout_minutes: float = flag(10.0, "A collective that waits longer ends the run.")
