@@ -13,7 +13,8 @@ from typing import Any
 LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that begins with ``what``, the flag or thing the file belongs to."""
     if not path.is_file():
         raise ValueError(f"{what}: there is no file {path}")
     try:
@@ -209,7 +210,7 @@ class AutoencoderArch:
     def beside(cls, weights: Path) -> AutoencoderArch:
         """Shape of the autoencoder whose weights are the file ``weights``: its ``ae_config.json``, or FLUX's without one."""
         path = Path(weights).parent / "ae_config.json"
-        return cls.from_dict(_read_json(path, "autoencoder")) if path.is_file() else cls()
+        return cls.from_dict(read_json(path, "autoencoder")) if path.is_file() else cls()
 
 
 @dataclass
@@ -281,7 +282,7 @@ class BagelArch:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
-        top = _read_json(folder / "config.json", "model folder") if (folder / "config.json").is_file() else {}
+        top = read_json(folder / "config.json", "model folder") if (folder / "config.json").is_file() else {}
         known = {f.name for f in fields(cls)} - {"llm", "vit", "autoencoder"}
         values = {key: top[key] for key in known if top.get(key) is not None}
         values.update({key: value for key, value in override.items() if value is not None})
@@ -289,8 +290,8 @@ class BagelArch:
         has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()
         released = {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True}
         return cls(
-            llm=LLMArch.from_hf({**released, **_read_json(folder / "llm_config.json", "model folder")}, **(llm or {})),
-            vit=ViTArch.from_hf(_read_json(vit_file, "model folder")) if has_vit else None,
+            llm=LLMArch.from_hf({**released, **read_json(folder / "llm_config.json", "model folder")}, **(llm or {})),
+            vit=ViTArch.from_hf(read_json(vit_file, "model folder")) if has_vit else None,
             autoencoder=AutoencoderArch.beside(ae_file) if has_ae else None,
             **values,
         )

@@ -1,0 +1,203 @@
+"""What a configuration comes to on a given number of ranks: batch geometry, attention backend, precision, optimizer instances.
+
+Pure functions of (configuration, world size, GPU or not), so that every rank and every planning tool gets the same answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch, read_json
+from megatron_bagel.config.original_flags import SHARDING_STRATEGIES
+from megatron_bagel.config.parser import Config
+
+
+_MODEL_SETTINGS = (
+    "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "interpolate_pos", "vit_rope",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs."""
+
+    world_size: int
+    data_parallel_size: int
+    global_batch_size: int
+    num_microbatches: int
+    attention_backend: str
+    bf16: bool
+    use_distributed_optimizer: bool
+    distributed_optimizer_instances: int
+    use_wandb: bool
+    #: Lines for the start-up log: where a given flag means something else than its name says.
+    notes: tuple[str, ...] = ()
+
+
+def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
+    """Raises ValueError where sizes do not fit, naming flags and the values that would."""
+    megatron, training, given = config.megatron, config.training, config.given
+    data_parallel = data_parallel_size(config, world_size)
+    global_batch, microbatches = _batch_geometry(config, data_parallel)
+    sharded, instances = _optimizer_sharding(config, data_parallel)
+    backend, notes = _attention_backend(config, has_gpu)
+    bf16 = megatron.bf16 if megatron.bf16 is not None else has_gpu
+    if megatron.bf16 is None:
+        notes.append(f"precision: {'bfloat16 with fp32 main weights' if bf16 else 'fp32'} (choose with --bf16)")
+    if "prefer_buffer_before" in given:
+        notes.append("prefer_buffer_before: samples that wait for a pack always go first here, so there is nothing to set")
+    wandb_flags = sorted(name for name in given if name.startswith("wandb_"))
+    return RunLayout(
+        world_size=world_size,
+        data_parallel_size=data_parallel,
+        global_batch_size=global_batch,
+        num_microbatches=microbatches,
+        attention_backend=backend,
+        bf16=bf16,
+        use_distributed_optimizer=sharded,
+        distributed_optimizer_instances=instances,
+        use_wandb=bool(wandb_flags) if training.use_wandb is None else training.use_wandb,
+        notes=tuple(notes),
+    )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Replicas of the model. Raises ValueError, with the sizes that work, when tensor x pipeline x context does not divide the ranks."""
+    megatron = config.megatron
+    axes = {
+        "tensor_model_parallel_size": megatron.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": megatron.pipeline_model_parallel_size,
+        "context_parallel_size": megatron.context_parallel_size,
+    }
+    for name, size in axes.items():
+        if size < 1:
+            raise ValueError(f"--{name} is {size}; it must be at least 1")
+    model_ranks = axes["tensor_model_parallel_size"] * axes["pipeline_model_parallel_size"] * axes["context_parallel_size"]
+    if world_size % model_ranks:
+        product = " x ".join(f"--{name} {size}" for name, size in axes.items())
+        raise ValueError(
+            f"{product} = {model_ranks} ranks per replica do not divide the {world_size} ranks of this run; "
+            f"their product can be {_listed(_divisors(world_size))}"
+        )
+    return world_size // model_ranks
+
+
+def _batch_geometry(config: Config, data_parallel: int) -> tuple[int, int]:
+    accumulation, global_batch = config.training.gradient_accumulation_steps, config.megatron.global_batch_size
+    if accumulation < 1:
+        raise ValueError(f"--gradient_accumulation_steps is {accumulation}; it must be at least 1")
+    if global_batch is None:
+        return data_parallel * accumulation, accumulation
+    if global_batch < 1 or global_batch % data_parallel:
+        near = max(1, round(global_batch / data_parallel)) * data_parallel
+        raise ValueError(
+            f"--global_batch_size {global_batch} (packs) is not a multiple of the {data_parallel} data-parallel replicas; {near} would be"
+        )
+    microbatches = global_batch // data_parallel
+    if "gradient_accumulation_steps" in config.given and accumulation != microbatches:
+        raise ValueError(
+            f"--global_batch_size {global_batch} on {data_parallel} replicas is {microbatches} packs per replica, "
+            f"but --gradient_accumulation_steps says {accumulation}; give one of them"
+        )
+    return global_batch, microbatches
+
+
+def _optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
+    """(distributed optimizer or not, its instances) from FSDP's and Megatron's names for the same choice."""
+    training, megatron, given = config.training, config.megatron, config.given
+    strategy = training.sharding_strategy
+    if strategy not in SHARDING_STRATEGIES:
+        raise ValueError(f"--sharding_strategy {strategy!r} is none of {', '.join(SHARDING_STRATEGIES)}")
+    sharded = megatron.use_distributed_optimizer
+    if strategy == "NO_SHARD":
+        if "use_distributed_optimizer" in given and sharded:
+            raise ValueError("--sharding_strategy NO_SHARD and --use_distributed_optimizer contradict each other; give one of them")
+        sharded = False
+    instances = _instances(config, hybrid="HYBRID" in strategy)
+    if instances < 1 or data_parallel % instances:
+        raise ValueError(
+            f"{instances} optimizer instances (--num_distributed_optimizer_instances, --num_replicate) do not divide the "
+            f"{data_parallel} data-parallel ranks; {_listed(_divisors(data_parallel))} would"
+        )
+    if instances > 1 and not sharded:
+        raise ValueError("more than one optimizer instance (--num_replicate) needs --use_distributed_optimizer True")
+    if "num_shard" in given and "HYBRID" in strategy and sharded and training.num_shard * instances != data_parallel:
+        raise ValueError(
+            f"--num_shard {training.num_shard} x --num_replicate {instances} = {training.num_shard * instances}, but there are "
+            f"{data_parallel} data-parallel ranks; give --num_shard {data_parallel // instances}, or leave the flag out"
+        )
+    return sharded, instances
+
+
+def _instances(config: Config, hybrid: bool) -> int:
+    replicate, instances = config.training.num_replicate, config.megatron.num_distributed_optimizer_instances
+    if replicate > 1 and not hybrid:
+        raise ValueError(f"--num_replicate {replicate} only means something with --sharding_strategy HYBRID_SHARD")
+    if instances is None:
+        return replicate
+    if "num_replicate" in config.given and instances != replicate:
+        raise ValueError(f"--num_distributed_optimizer_instances {instances} and --num_replicate {replicate} are one setting; give one")
+    return instances
+
+
+def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
+    asked, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
+    if asked != "auto":
+        if given and use_flex != (asked == "flex"):
+            raise ValueError(f"--use_flex {use_flex} and --attention_backend {asked} contradict each other; give one of them")
+        if asked == "flex" and not has_gpu:
+            raise ValueError("--attention_backend flex needs a GPU: FlexAttention has no backward pass on CPU; use auto or sdpa")
+        return asked, []
+    backend = "flex" if has_gpu and (use_flex or not given) else "sdpa"
+    if given and use_flex and backend == "sdpa":
+        return backend, ["use_flex: FlexAttention has no backward pass on CPU; attention runs on sdpa, with the same results"]
+    return backend, []
+
+
+def architecture(config: Config) -> BagelArch:
+    """The model that the flags describe, read from model_path (finetune_from_hf) or from llm_path, vit_path and vae_path.
+
+    Given flags win over a folder's config.json; flags that were not given follow it. Raises ValueError naming flag and file.
+    """
+    model, training = config.model, config.training
+    llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
+    settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
+    if training.finetune_from_hf:
+        flag_of = {"qk_norm": "llm_qk_norm"}
+        folder = Path(model.model_path)
+        stated = read_json(folder / "config.json", "--model_path") if (folder / "config.json").is_file() else {}
+        arch = BagelArch.from_hf_folder(
+            folder,
+            llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
+            **{name: value for name, value in settings.items() if name in config.given or name not in stated},
+        )
+        arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
+    else:
+        arch = BagelArch(
+            llm=LLMArch.from_hf(read_json(Path(model.llm_path) / "config.json", "--llm_path"), **llm),
+            vit=ViTArch.from_hf(read_json(Path(model.vit_path) / "config.json", "--vit_path")) if training.visual_und else None,
+            autoencoder=AutoencoderArch.beside(Path(model.vae_path)) if training.visual_gen else None,
+            **settings,
+        )
+    if arch.vit is not None and "vit_patch_size" in config.given and model.vit_patch_size != arch.vit.patch_size:
+        raise ValueError(f"--vit_patch_size is {model.vit_patch_size}, but the vision tower's patches have {arch.vit.patch_size} pixels")
+    return arch
+
+
+def index_dir(config: Config) -> Path:
+    """Where the index of the data is: index_dir, else inside results_dir."""
+    return Path(config.data.index_dir) if config.data.index_dir is not None else Path(config.training.results_dir) / "index"
+
+
+def tokenizer_path(config: Config) -> str:
+    """Where the tokenizer is: tokenizer_path, else with the model."""
+    return config.model.tokenizer_path or (config.model.model_path if config.training.finetune_from_hf else config.model.llm_path)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

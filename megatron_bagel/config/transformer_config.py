@@ -1,0 +1,83 @@
+"""Megatron-Core's TransformerConfig for a decoder: the one place where our settings become its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bagel.config.architecture import LLMArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+
+
+def transformer_config(
+    arch: LLMArch, megatron: MegatronArguments | None = None, bf16: bool = False, on_cpu: bool = True, **override: Any
+) -> TransformerConfig:
+    """Settings of the decoder of ``arch`` under the parallel layout of ``megatron`` (default: one rank).
+
+    ``on_cpu`` initialises weights on the host and leaves CUDA's fused kernels off. ``override`` holds fields of
+    TransformerConfig and wins. ``calculate_per_token_loss`` is on: our losses are divided by exact global token counts
+    already, so Megatron must sum gradients, not average them.
+    """
+    megatron = megatron or MegatronArguments()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    settings: dict[str, Any] = {
+        **_shape(arch),
+        **_parallel(megatron),
+        **_recompute(megatron),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": bf16,
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": on_cpu,
+        "init_method_std": arch.initializer_range,
+        # Fusions are CUDA extensions, or reorder arithmetic that is compared with other layouts.
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+    return TransformerConfig(**{**settings, **override})
+
+
+def _shape(arch: LLMArch) -> dict[str, Any]:
+    return {
+        "num_layers": arch.num_hidden_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.attention_bias,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _parallel(megatron: MegatronArguments) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": megatron.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": megatron.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": megatron.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": megatron.context_parallel_size,
+        "sequence_parallel": megatron.sequence_parallel,
+    }
+
+
+def _recompute(megatron: MegatronArguments) -> dict[str, Any]:
+    if megatron.recompute_granularity is None:
+        return {}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": megatron.recompute_method,
+        "recompute_num_layers": megatron.recompute_num_layers,
+    }

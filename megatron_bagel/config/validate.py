@@ -1,0 +1,163 @@
+"""Every check that needs no data, before ranks exchange anything: each error names the flag, the reason and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import resolve, tokenizer_path
+
+_AT_LEAST_ONE = (
+    "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
+    "recompute_num_layers",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
+    "peak_device_tflops",
+)  # fmt: skip
+_PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
+
+
+def validate(config: Config, world_size: int, has_gpu: bool) -> None:
+    """Raises ValueError for the first setting that cannot work. ``resolve`` and ``validate_architecture`` hold the other checks."""
+    refuse_unsupported_values(config)
+    refuse_unproven_axes(config)
+    check_numbers(config)
+    check_consistency(config)
+    resolve(config, world_size, has_gpu)
+    check_paths(config)
+
+
+def refuse_unsupported_values(config: Config) -> None:
+    """Values of the original's flags that cannot be honoured here; the reasons are also in docs/flags.md."""
+    training = config.training
+    if training.backward_prefetch != "BACKWARD_PRE":
+        raise ValueError(
+            f"--backward_prefetch {training.backward_prefetch} is not supported: weights are whole on every rank, so there is nothing to "
+            "prefetch. Overlap of communication is set by --overlap_grad_reduce and --overlap_param_gather"
+        )
+    if training.cpu_offload:
+        raise ValueError("--cpu_offload True is not supported: optimizer state is sharded over ranks instead (--use_distributed_optimizer)")
+    if not training.freeze_vae:
+        raise ValueError("--freeze_vae False is not supported: the autoencoder is never trained, and is not in the original either")
+    if config.megatron.micro_batch_size != 1:
+        raise ValueError(f"--micro_batch_size is {config.megatron.micro_batch_size}; a microbatch is one pack: raise --max_num_tokens")
+
+
+def refuse_unproven_axes(config: Config) -> None:
+    """Settings whose parts are written but whose equality with one process is not shown yet."""
+    megatron = config.megatron
+    unproven = {
+        "tensor_model_parallel_size": megatron.tensor_model_parallel_size > 1,
+        "pipeline_model_parallel_size": megatron.pipeline_model_parallel_size > 1,
+        "virtual_pipeline_model_parallel_size": megatron.virtual_pipeline_model_parallel_size is not None,
+        "num_layers_per_virtual_pipeline_stage": megatron.num_layers_per_virtual_pipeline_stage is not None,
+        "context_parallel_size": megatron.context_parallel_size > 1,
+        "cp_comm_type": "cp_comm_type" in config.given,
+        "sequence_parallel": megatron.sequence_parallel,
+        "recompute_granularity selective": megatron.recompute_granularity == "selective",
+        "recompute_modules": bool(megatron.recompute_modules),
+    }
+    refused = [f"--{name}" for name, wanted in unproven.items() if wanted]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: not available yet. Training runs data parallel so far; results on the other axes have not been shown "
+            "to equal those of one process. Leave these flags out, and use --recompute_granularity full to save memory"
+        )
+
+
+def check_numbers(config: Config) -> None:
+    """Ranges of single settings."""
+    values = {name: value for part in (config.model, config.data, config.training, config.megatron) for name, value in vars(part).items()}
+    for names, fits, text in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_PROBABILITIES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ):
+        for name in names:
+            if not fits(values[name]):
+                raise ValueError(f"--{name} is {values[name]}; it must be {text}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= values[name] < 1:
+            raise ValueError(f"--{name} is {values[name]}; it must be at least 0 and below 1")
+    if values["distributed_timeout_minutes"] <= 0:
+        raise ValueError(f"--distributed_timeout_minutes is {values['distributed_timeout_minutes']}; it must be positive")
+
+
+def check_consistency(config: Config) -> None:
+    """Settings that only make sense together."""
+    data, training, megatron = config.data, config.training, config.megatron
+    if data.max_num_tokens_per_sample > data.max_num_tokens and "max_num_tokens_per_sample" in config.given:
+        raise ValueError(
+            f"--max_num_tokens_per_sample {data.max_num_tokens_per_sample} is more than a pack holds "
+            f"(--max_num_tokens {data.max_num_tokens}); lower it, or raise --max_num_tokens"
+        )
+    if training.expected_num_tokens > data.max_num_tokens and "expected_num_tokens" in config.given:
+        raise ValueError(
+            f"--expected_num_tokens {training.expected_num_tokens} is more than a pack holds (--max_num_tokens {data.max_num_tokens})"
+        )
+    if training.lr_scheduler == "cosine" and training.min_lr > training.lr:
+        raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
+    if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
+        raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if megatron.recompute_granularity is None and config.given & {"recompute_method", "recompute_num_layers"}:
+        raise ValueError("--recompute_method and --recompute_num_layers need --recompute_granularity full")
+    if training.resume_model_only and training.resume_from is None:
+        raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
+    if training.finetune_from_ema and not training.resume_model_only:
+        raise ValueError("--finetune_from_ema True needs --resume_model_only True: a full resume has both model and EMA")
+    if training.finetune_from_hf and training.resume_from is None and not config.model.init_random:
+        raise ValueError(
+            "--finetune_from_hf True only gives architecture, tokenizer and autoencoder; weights come from --resume_from "
+            f"(usually the same folder: --resume_from {config.model.model_path} --resume_model_only True). "
+            "To train from random weights on purpose, add --init_random True"
+        )
+
+
+def check_paths(config: Config) -> None:
+    """Every file and folder that is read at start-up exists."""
+    model, data, training = config.model, config.data, config.training
+    _need_file("dataset_config_file", data.dataset_config_file, "the YAML of dataset groups")
+    if data.index_dir is not None:
+        _need_folder("index_dir", data.index_dir, "an index written by data_tools/build_index.py")
+    if data.data_root is not None:
+        _need_folder("data_root", data.data_root, "the raw data")
+    if training.finetune_from_hf:
+        _need_folder("model_path", model.model_path, "a folder in BAGEL's released layout")
+        _need_file("model_path", Path(model.model_path) / "llm_config.json", "the decoder's configuration")
+        if training.visual_und:
+            _need_file("model_path", Path(model.model_path) / "vit_config.json", "the vision tower's configuration (or --visual_und False)")
+        if training.visual_gen:
+            _need_file("model_path", Path(model.model_path) / "ae.safetensors", "the autoencoder's weights (or --visual_gen False)")
+    else:
+        _need_folder("llm_path", model.llm_path, "a Qwen2 folder")
+        _need_file("llm_path", Path(model.llm_path) / "config.json", "the decoder's configuration")
+        if training.visual_und:
+            _need_folder("vit_path", model.vit_path, "a SigLIP folder (or --visual_und False)")
+            _need_file("vit_path", Path(model.vit_path) / "config.json", "the vision tower's configuration")
+        if training.visual_gen:
+            _need_file("vae_path", model.vae_path, "the autoencoder's weights (or --visual_gen False)")
+    if training.resume_from is not None and not Path(training.resume_from).exists():
+        raise ValueError(f"--resume_from {training.resume_from} does not exist; leave the flag out to start without it")
+    if not Path(tokenizer_path(config)).exists():
+        raise ValueError(f"--tokenizer_path {tokenizer_path(config)} does not exist; it should be a tokenizer folder or a .model file")
+
+
+def validate_architecture(config: Config, arch: BagelArch) -> None:
+    """Checks of the parallel layout and the loss weights against the model's sizes."""
+    megatron, llm = config.megatron, arch.llm
+    if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
+        raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
+    if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:
+        raise ValueError(f"--recompute_num_layers {megatron.recompute_num_layers} is more than the decoder's {llm.num_hidden_layers}")
+
+
+def _need_file(name: str, path: str | Path, what: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"--{name}: there is no file {path}; it should be {what}")
+
+
+def _need_folder(name: str, path: str | Path, what: str) -> None:
+    if not Path(path).is_dir():
+        raise ValueError(f"--{name}: there is no folder {path}; it should be {what}")
