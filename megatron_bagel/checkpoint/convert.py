@@ -103,7 +103,8 @@ def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[s
         megatron_compat.collect_save_results_in_process()
         dist_checkpointing.save(tensors, str(saving), sharded_strategy=megatron_compat.torch_dist_save_strategy())
         run = {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}}
-        publish.write_state(saving, {**provenance(0, source.arch), "run": run})
+        text = publish.state_text({**provenance(0, source.arch), "run": run})
+        (saving / publish.STATE_FILE).write_text(text, encoding="utf-8")
         return publish.publish(saving)
 
 

@@ -38,18 +38,23 @@ def begin(directory: str | Path, step: int) -> Path:
     for torn in directory.glob(f"{_SAVING}*"):
         logger.info("removing %s, left by a save that did not finish", torn)
         shutil.rmtree(torn)
+    for replaced in directory.glob(f"{_REPLACED}*"):
+        original = directory / replaced.name.removeprefix(_REPLACED)
+        if original.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(original)
     saving = directory / f"{_SAVING}{step:07d}"
     saving.mkdir()
     return saving
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what is not a tensor as JSON. Raises ValueError for a value JSON cannot hold, before anything is published."""
+def state_text(state: Mapping[str, Any]) -> str:
+    """The JSON text of what is not a tensor. Raises ValueError for a value JSON cannot hold; call it before writing anything."""
     try:
-        text = json.dumps(dict(state), indent=1)
+        return json.dumps(dict(state), indent=1)
     except TypeError as error:
         raise ValueError(f"the state of a checkpoint must be numbers, strings, lists and dictionaries: {error}") from error
-    (folder / STATE_FILE).write_text(text, encoding="utf-8")
 
 
 def publish(saving: Path) -> Path:
@@ -83,16 +88,19 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    best = None
+    best: tuple[int, Path] | None = None
     for folder in sorted(directory.iterdir()):
         if folder.name.startswith(_SAVING):
             logger.warning("ignoring %s: a save that did not finish", folder)
-        elif folder.is_dir() and folder.name.isdigit():
+            continue
+        # A kill between the two renames of `publish` leaves the earlier save of that step under its other name.
+        number = folder.name.removeprefix(_REPLACED)
+        if folder.is_dir() and number.isdigit():
             if is_complete(folder):
-                best = folder if best is None or int(folder.name) > int(best.name) else best
+                best = max(best, (int(number), folder), key=lambda pair: pair[0]) if best else (int(number), folder)
             else:
                 logger.warning("ignoring %s: files of a complete checkpoint are missing (%s)", folder, ", ".join(_absent(folder)))
-    return best
+    return best[1] if best else None
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

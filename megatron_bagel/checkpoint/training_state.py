@@ -64,6 +64,7 @@ def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_stat
 
     `run_state` is everything that is not a tensor (schedule, planner, counters, config): JSON values only, equal on all ranks.
     """
+    text = publish.state_text({**provenance(step, trained.arch), "run": dict(run_state)})
     rank = dist.get_rank()
     saving = publish.begin(directory, step) if rank == 0 else None
     dist.barrier()
@@ -73,7 +74,7 @@ def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_stat
     strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), _data_parallel_group())
     dist_checkpointing.save(tensors, str(saving), sharded_strategy=strategy)
     if rank == 0:
-        publish.write_state(saving, {**provenance(step, trained.arch), "run": dict(run_state)})
+        (saving / publish.STATE_FILE).write_text(text, encoding="utf-8")
         publish.publish(saving)
     dist.barrier()
     final = publish.step_folder(directory, step)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.checkpoint.tiny_run import load_and_train, same, train_and_save
+from megatron_bagel.checkpoint.training_state import load_checkpoint, load_weights_only
+from tests.checkpoint.test_weight_map import tiny_arch
+from tests.checkpoint.tiny_run import load_and_train, same, tiny_run, train_and_save, weights
 from tests.distributed import run_ranks
 
 
@@ -19,14 +23,55 @@ def test_continuation_equals_the_run_that_was_not_stopped(tmp_path: Path, option
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_two_ranks_continue_and_another_number_takes_over(tmp_path: Path, bf16: bool) -> None:
+@pytest.mark.parametrize(("bf16", "others"), [(False, (1, 3)), (True, (1,))], ids=["fp32", "bf16"])
+def test_two_ranks_continue_and_another_number_takes_over(tmp_path: Path, bf16: bool, others: tuple[int, ...]) -> None:
     options = {"bf16": bf16}
     expected = run_ranks(train_and_save, 2, tmp_path, options, parallel={})
     assert same(expected[0], expected[1])
     for _, _, got in run_ranks(load_and_train, 2, tmp_path / "0000002", options, parallel={}):
         assert same(expected[0], got)
     stored = run_ranks(load_and_train, 2, tmp_path / "0000002", options, 0, parallel={})[0][2]
-    for ranks in (1, 3):
+    for ranks in others:
         for _, _, got in run_ranks(load_and_train, ranks, tmp_path / "0000002", options, 0, parallel={}):
             assert same(stored, got)
+
+
+def _load_weights(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    trained = tiny_run(seed=99)
+    load_weights_only(folder, trained.modules, trained.arch, kind)
+    return weights(trained)
+
+
+def _attempt(folder: Path, change: dict, options: dict) -> str:
+    """The message with which loading into another run is refused."""
+    arch = tiny_arch()
+    arch = replace(arch, **{k: v for k, v in change.items() if k != "llm"}, llm=replace(arch.llm, **change.get("llm", {})))
+    try:
+        load_checkpoint(folder, tiny_run(arch=arch, **options))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_alone_trained_or_averaged(tmp_path: Path) -> None:
+    [saved] = run_ranks(train_and_save, 1, tmp_path, {"frozen": "vit_model"}, 2, 0, parallel={})
+    for kind in ("model", "ema"):
+        [got] = run_ranks(_load_weights, 1, tmp_path / "0000002", kind, parallel={})
+        for name, tensor in got.items():
+            expected = saved.get(f"ema.{name}", saved[name]) if kind == "ema" else saved[name]
+            assert torch.equal(tensor, expected), name
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(train_and_save, 1, tmp_path, {}, 1, 0, parallel={})
+    folder = tmp_path / "0000001"
+
+    def refusal(change: dict, **options: object) -> str:
+        return run_ranks(_attempt, 1, folder, change, options, parallel={})[0]
+
+    assert refusal({"max_latent_size": 8}) == ""  # another resolution only changes a computed table
+    assert "llm_config.vocab_size (40 there, 48 here)" in refusal({"llm": {"vocab_size": 48}})
+    assert "llm_config.layer_module (Qwen2MoTDecoderLayer there, Qwen2DecoderLayer here)" in refusal(
+        {"llm": {"layer_module": "Qwen2DecoderLayer"}}
+    )
+    assert "left over" in refusal({}, frozen="vit_model") and "Freeze flags" in refusal({}, frozen="vit_model")

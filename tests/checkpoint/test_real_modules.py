@@ -1,0 +1,68 @@
+"""The table fits the real modules: folder -> Megatron decoder and vision tower -> folder is bit for bit, for every layer kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_bagel.checkpoint.hf_folder import HFFolder, write_folder
+from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.weights import entries_of, load_weights, named_weights
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.encoders.vision_tower import VisionTower
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.positions import sincos_2d
+from tests.checkpoint.test_weight_map import KINDS, tiny_arch
+from tests.checkpoint.tiny_run import transformer_config
+from tests.distributed import run_ranks
+
+
+def _modules(arch: BagelArch) -> list[torch.nn.Module]:
+    return [build_decoder(arch, transformer_config(arch, bf16=False)), VisionTower(arch)]
+
+
+def _through_modules(folder: Path, out: Path) -> None:
+    source = HFFolder(folder)
+    modules, weight_map = _modules(source.arch), WeightMap(source.arch)
+    load_weights(source.weights(), weight_map, modules)
+    named = named_weights(modules)
+    write_folder(out, source.arch, {"ema": lambda name: named[name]}, sincos_2d, tokenizer=folder, autoencoder=folder / "ae.safetensors")
+
+
+def test_released_layout_through_the_real_model(goldens: Path, tmp_path: Path) -> None:
+    run_ranks(_through_modules, 1, goldens / "hf", tmp_path / "out", parallel={})
+    recorded, written = (load_file(folder / "ema.safetensors") for folder in (goldens / "hf", tmp_path / "out"))
+    assert recorded.keys() == written.keys()
+    for name, tensor in recorded.items():
+        assert tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]), name
+
+
+def _random_file_round_trip(arch: BagelArch, path: Path) -> bool:
+    weight_map, modules = WeightMap(arch), _modules(arch)
+    if {e.ours for e, _ in entries_of(modules, weight_map)} != set(weight_map.entries):
+        return False
+    tensors = {name: torch.randn(shape) for name, shape in weight_map.hf_shapes().items()}
+    save_file(tensors, path)
+    load_weights(SafetensorsReader(path), weight_map, modules)
+    named = named_weights(modules)
+    back = {n: t for e in weight_map.entries.values() for n, t in zip(e.hf, e.split(named[e.ours].detach()), strict=True)}
+    return all(torch.equal(back[name], tensors[name]) for name in weight_map.by_hf)
+
+
+def _all_kinds(path: Path) -> dict[str, bool]:
+    cases = {}
+    for kind in KINDS:
+        for tied in (False, True):
+            arch = tiny_arch(kind, tied, qk_norm=not tied)
+            cases[f"{kind} tied={tied}"] = _random_file_round_trip(arch, path)
+    return cases
+
+
+@pytest.mark.distributed
+def test_every_layer_kind_has_the_parameters_of_the_table(tmp_path: Path) -> None:
+    [cases] = run_ranks(_all_kinds, 1, tmp_path / "x.safetensors", parallel={})
+    assert all(cases.values()), cases
