@@ -17,6 +17,7 @@ from megatron_bagel.inference.noise import KeyedNoise
 from megatron_bagel.inference.prompt_files import AnswerWriter, Prompt, make_prompt, read_prompts
 from megatron_bagel.inference.requests import answer
 from megatron_bagel.inference.sampling import TextSampling
+from megatron_bagel.platform.distributed import shutdown_distributed
 
 
 def collect_prompts(args: Namespace) -> list[Prompt]:
@@ -36,6 +37,17 @@ def collect_prompts(args: Namespace) -> list[Prompt]:
     if not texts:
         raise ValueError("there is nothing to do: give --prompt TEXT or --input FILE")
     return [make_prompt(f"{i:05d}", args.task, [text], images, (), args.output, **common) for i, text in enumerate(texts)]
+
+
+def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    """Refuse what this model cannot do before the first answer is begun."""
+    for prompt in prompts:
+        if prompt.output == "image":
+            engine.need_autoencoder()
+        if prompt.output == "text" and engine.vision_tower is None and any(kind == "image" for kind, _ in prompt.terms):
+            raise ValueError(f"{prompt.name}: this model has no vision tower (visual_und off), it cannot answer about images")
+        if prompt.size is not None:
+            engine.latent_grid(*prompt.size)
 
 
 def run(args: Namespace) -> int:
@@ -58,6 +70,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--out {args.out} is a file; give a folder")
     named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
     engine = load_engine(args.model, LoadOptions(**{name: getattr(args, name) for name in named}))
+    check_prompts(engine, prompts)
     jobs = [(prompt, sample) for prompt in prompts for sample in range(args.num_samples)]
     with AnswerWriter(args.out) as writer:
         for start in range(0, len(jobs), args.batch_size):
@@ -97,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        shutdown_distributed()
     print(f"{count} answers in {args.out}/results.jsonl")
     return 0
 

@@ -1,0 +1,110 @@
+"""The command: pictures and answers on disk from a model folder, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_bagel.generate import main
+from tests.inference.tiny_model import write_tiny_model
+
+QUICK = ["--num-timesteps", "3", "--vae-transform", "32", "16", "--vit-transform", "42", "14", "--max-length", "6"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (24, 16), "blue").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def results(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    argv = ["--model", str(model), "--prompt", "a red circle", "two", "--image_size", "16x24", "--num-samples", "2", "--out", str(out)]
+    assert main([*argv, *QUICK]) == 0
+    lines = results(out)
+    assert [(line["id"], line["seed"]) for line in lines] == [("00000_0", 0), ("00000_1", 1), ("00001_0", 0), ("00001_1", 1)]
+    sizes = [Image.open(out / line["image"]).size for line in lines]
+    assert sizes == [(24, 16)] * 4
+    pixels = [(out / line["image"]).read_bytes() for line in lines]
+    assert len(set(pixels)) == 4
+    assert "4 answers" in capsys.readouterr().out
+
+
+def test_batch_size_changes_nothing(model: Path, tmp_path: Path) -> None:
+    for size in ("1", "3"):
+        argv = ["--model", str(model), "--prompt", "a", "b", "c", "--image-size", "16x16", "--batch-size", size, "--out"]
+        assert main([*argv, str(tmp_path / size), *QUICK]) == 0
+    for name in ("00000.png", "00001.png", "00002.png"):
+        first, second = (Image.open(tmp_path / size / name).tobytes() for size in ("1", "3"))
+        assert max(abs(a - b) for a, b in zip(first, second, strict=True)) <= 1
+
+
+def test_answer_edit_and_interleave(model: Path, photo: Path, tmp_path: Path) -> None:
+    common = ["--model", str(model), *QUICK, "--out"]
+    assert main([*common, str(tmp_path / "a"), "--task", "understand", "--image", str(photo), "--prompt", "what color is it?"]) == 0
+    (line,) = results(tmp_path / "a")
+    assert isinstance(line["text"], str) and "image" not in line
+    assert main([*common, str(tmp_path / "b"), "--task", "edit", "--image", str(photo), "--prompt", "make it red", "--think"]) == 0
+    (line,) = results(tmp_path / "b")
+    assert Image.open(tmp_path / "b" / line["image"]).size == (24, 16) and "thought" in line
+    order = ["--task", "interleave", "--prompt", "like", "--image", str(photo), "--prompt", "draw"]
+    assert main([*common, str(tmp_path / "c"), *order]) == 0
+    (line,) = results(tmp_path / "c")
+    assert [list(term) for term in line["terms"]] == [["text"], ["image"], ["text"]]
+
+
+def test_prompts_from_a_file(model: Path, photo: Path, tmp_path: Path) -> None:
+    lines = [{"id": "one", "prompt": "a", "size": [16, 16]}, {"id": "two", "task": "understand", "prompt": "what?", "image": photo.name}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--model", str(model), "--input", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out"), *QUICK]
+    assert main([*argv, "--do-sample", "--top-p", "0.9"]) == 0
+    first, second = results(tmp_path / "out")
+    assert first["image"] == "one.png" and "text" in second
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--prompt", "a", "--image-size", "17x16"], "height 17 must be a positive multiple of 8"),
+        (["--prompt", "a", "--image-size", "big"], "--image-size big is not of the form HxW"),
+        (["--prompt", "a", "--num-timesteps", "1"], "num_timesteps is 1"),
+        (["--prompt", "a", "--cfg-text-scale", "0"], "cfg_text_scale is 0"),
+        (["--prompt", "a", "--enable-taylorseer"], "TaylorSeer"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0"),
+        (["--prompt", "a", "--system-prompt", "b"], "pass --think"),
+        (["--prompt", "a", "--input", "x.jsonl"], "either --input or --prompt"),
+        (["--task", "edit", "--prompt", "a"], "needs an image to change"),
+        (["--task", "edit", "--prompt", "a", "--image", "gone.png"], "image gone.png does not exist"),
+        ([], "nothing to do"),
+    ],
+)
+def test_mistakes_get_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], said: str) -> None:
+    assert main(["--model", str(model), "--out", str(tmp_path / "out"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--model", str(tmp_path / "gone"), "--prompt", "a", "--out", str(tmp_path / "out")]) == 2
+    assert "gone does not exist" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    for option in ("--task", "--cfg-text-scale", "--cfg-img-scale", "--cfg-interval", "--cfg-renorm-type", "--cfg-renorm-min", "--top-p"):
+        assert option in said
