@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     init_distributed()
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    result: dict[str, Any] = {"what": arguments.what, "device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"what": arguments.what, "device": device_name(), "torch": torch.__version__}
+    result["threads"] = torch.get_num_threads()
     if arguments.what == "step":
         result |= measure_step(arguments.config, arguments.recompute, arguments.rounds, arguments.warmup)
     elif arguments.what == "layers":
