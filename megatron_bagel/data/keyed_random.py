@@ -24,16 +24,19 @@ _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix64(value: int | np.ndarray) -> int | np.ndarray:
-    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words in which every bit depends on every bit."""
-    if isinstance(value, np.ndarray):
-        value = value.astype(np.uint64, copy=False)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(_MUL1)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(_MUL2)
-        return value ^ (value >> np.uint64(31))
-    value &= _MASK
-    value = ((value ^ (value >> 30)) * _MUL1) & _MASK
-    value = ((value ^ (value >> 27)) * _MUL2) & _MASK
-    return value ^ (value >> 31)
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words in which every bit depends on every bit.
+
+    An int of any size is taken modulo 2^64.
+    """
+    if isinstance(value, int):
+        value &= _MASK
+        value = ((value ^ (value >> 30)) * _MUL1) & _MASK
+        value = ((value ^ (value >> 27)) * _MUL2) & _MASK
+        return value ^ (value >> 31)
+    value = value.astype(np.uint64, copy=False)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(_MUL1)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(_MUL2)
+    return value ^ (value >> np.uint64(31))
 
 
 @lru_cache(maxsize=4096)
@@ -46,7 +49,7 @@ def _word(part: Part) -> int | np.ndarray:
         return _word_of_text(part)
     if isinstance(part, np.ndarray):
         return mix64(np.atleast_1d(part).astype(np.int64).view(np.uint64) + np.uint64(_GOLDEN))
-    return mix64((int(part) & _MASK) + _GOLDEN)
+    return mix64(int(part) + _GOLDEN)
 
 
 def keyed_word(seed: int, *what: Part) -> int | np.ndarray:
@@ -55,11 +58,11 @@ def keyed_word(seed: int, *what: Part) -> int | np.ndarray:
     for part in what:
         other = _word(part)
         # multiplication makes the parts' order count: (1, 2) and (2, 1) are different names
-        shifted = word * np.uint64(_MUL2) if isinstance(word, np.ndarray) else (word * _MUL2) & _MASK
-        if isinstance(shifted, np.ndarray) or isinstance(other, np.ndarray):
-            word = mix64(np.bitwise_xor(shifted, other, dtype=np.uint64))
+        if isinstance(word, int) and isinstance(other, int):
+            word = mix64((word * _MUL2) ^ other)
         else:
-            word = mix64(shifted ^ other)
+            shifted = (word * _MUL2) & _MASK if isinstance(word, int) else word * np.uint64(_MUL2)
+            word = mix64(np.bitwise_xor(shifted, other, dtype=np.uint64))
     return word
 
 
@@ -76,7 +79,7 @@ def keyed_integers(high: int | np.ndarray, seed: int, *what: Part) -> int | np.n
 
     Raises ValueError when ``high`` is not positive: there is nothing to choose from.
     """
-    if np.any(np.asarray(high) <= 0):
+    if (high <= 0) if isinstance(high, int) else np.any(np.asarray(high) <= 0):
         raise ValueError(f"cannot choose one of {high} things (key {what}): at least one is needed")
     uniform = keyed_uniform(seed, *what)
     if isinstance(uniform, np.ndarray) or isinstance(high, np.ndarray):
