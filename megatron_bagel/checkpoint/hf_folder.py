@@ -72,10 +72,6 @@ class HFFolder:
             raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {there}")
         return SafetensorsReader(self._weight_file(kind))
 
-    def autoencoder_weights(self) -> SafetensorsReader:
-        """The tensors of `ae.safetensors`."""
-        return SafetensorsReader(self.path / "ae.safetensors")
-
     def _weight_file(self, kind: str) -> Path:
         index = self.path / f"{kind}.safetensors.index.json"
         return index if index.is_file() else self.path / f"{kind}.safetensors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +37,17 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-# Settings of a model that may change from one run to the next: they decide no tensor, or only tables that are computed.
-_MAY_DIFFER = ("max_latent_size", "interpolate_pos", "timestep_shift")
+# Settings of a model that may change from one run to the next: they decide no stored tensor, nor what the stored ones mean.
+_MAY_DIFFER = (
+    "max_latent_size",
+    "interpolate_pos",
+    "timestep_shift",
+    "llm.max_position_embeddings",
+    "llm.initializer_range",
+    "llm.extra",
+    "vit.extra",
+    "autoencoder.resolution",
+)
 
 
 class EmaState(Protocol):
@@ -113,7 +122,10 @@ def load_weights_only(folder: str | Path, modules: Mapping[str, nn.Module], arch
     if weights not in ("model", "ema"):
         raise ValueError(f"weights {weights!r} are unknown; choose model or ema")
     folder = Path(folder)
-    check_same_model(BagelArch.from_dict(publish.read_state(folder)["arch"]), arch, folder)
+    saved = BagelArch.from_dict(publish.read_state(folder)["arch"])
+    # A part that this run has switched off may be there: its tensors are not asked for.
+    saved = replace(saved, vit=saved.vit if arch.vit else None, autoencoder=saved.autoencoder if arch.autoencoder else None)
+    check_same_model(saved, arch, folder)
     wanted = {"model": module_state(modules)}
     if weights == "ema":
         present = _stored_shapes(folder)
@@ -143,11 +155,11 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
 
 def check_same_model(saved: BagelArch, ours: BagelArch, folder: Path) -> None:
     """Raise ValueError naming the settings in which a checkpoint's model differs from this run's."""
-    there, here = _flat(saved.to_dict()), _flat(ours.to_dict())
+    there, here = _flat(asdict(saved)), _flat(asdict(ours))
     differing = [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and key.split(".")[-1] not in (*_MAY_DIFFER, "torch_dtype")
+        if there.get(key) != here.get(key) and key not in _MAY_DIFFER
     ]
     if differing:
         raise ValueError(f"{folder} holds another model; these settings differ: {', '.join(differing)}")
@@ -232,10 +244,11 @@ def _data_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name; a part that is absent is one setting."""
     flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    for part, value in arch.items():
+        flat |= {f"{part}.{key}": setting for key, setting in value.items()} if isinstance(value, Mapping) else {part: value}
     return flat
 
 

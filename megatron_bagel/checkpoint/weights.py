@@ -149,26 +149,6 @@ def check_against(
     return report
 
 
-def load_exact(source: TensorSource, module: nn.Module, what: str) -> None:
-    """Fill a module whose state dict has the file's own names (the autoencoder). The file's dtype is cast to the module's.
-
-    Raises ValueError listing missing and left-over tensors or another shape; `what` names the part in the message.
-    """
-    state = module.state_dict()
-    missing, left_over = sorted(set(state) - set(source.keys())), sorted(set(source.keys()) - set(state))
-    if missing or left_over:
-        raise ValueError(
-            f"{source.path} does not fit the {what}: missing {_some(missing) or 'none'}; left over {_some(left_over) or 'none'}. "
-            f"An ae_config.json beside the file describes an autoencoder other than FLUX's"
-        )
-    for name, target in state.items():
-        shape, _ = source.spec(name)
-        if shape != tuple(target.shape):
-            raise ValueError(f"{source.path}: {what} tensor {name} has shape {shape}, the config gives {tuple(target.shape)}")
-        with torch.no_grad():
-            target.copy_(source.get(name))
-
-
 @torch.no_grad()
 def copy_und_to_gen(modules: Sequence[nn.Module]) -> int:
     """Copy every understanding weight into its generation twin (`copy_init_moe`); returns how many. Local on every rank."""

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bagel.checkpoint.hf_folder import HFFolder, copy_tokenizer, write_folder
 from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_exact, load_weights, named_weights
+from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_weights, named_weights
 from megatron_bagel.config.architecture import AutoencoderArch
-from tests.checkpoint.parameter_tree import model_like, parameter_tree
+from tests.checkpoint.parameter_tree import model_like
 
 
 def zero_table(width: int, side: int) -> torch.Tensor:
@@ -151,9 +151,6 @@ def test_paths_that_do_not_exist_are_named(folder: Path, tmp_path: Path) -> None
         HFFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no model\.safetensors.*weights there: ema"):
         HFFolder(folder).weights("model")
-    (folder / "ae.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"ae\.safetensors"):
-        HFFolder(folder).autoencoder_weights()
     with pytest.raises(ValueError, match="no tokenizer files"):
         copy_tokenizer(tmp_path, tmp_path / "x")
 
@@ -171,14 +168,3 @@ def test_copy_und_to_gen(folder: Path) -> None:
     assert copy_und_to_gen(modules) > 0
     named = named_weights(modules)
     assert all(torch.equal(named[n], named[n.replace(".gen.", ".und.")]) for n in named if ".gen." in n)
-
-
-def test_autoencoder_must_match_exactly(goldens: Path) -> None:
-    recorded = json.loads((goldens / "names_shapes.json").read_text())["autoencoder"]
-    module = parameter_tree((name, tuple(shape)) for name, shape in recorded.items())
-    source = HFFolder(goldens / "hf").autoencoder_weights()
-    load_exact(source, module, "autoencoder")
-    assert all(not p.isnan().any() for p in module.parameters())
-    module.register_parameter("surplus", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ValueError, match="missing surplus"):
-        load_exact(source, module, "autoencoder")
