@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
@@ -68,7 +69,7 @@ class BagelModel(MegatronModule):
         )
         if post_process:
             self._build_heads(draws)
-        self.model_type = None
+        self.model_type = ModelType.encoder_or_decoder
 
     def _build_heads(self, draws: bool) -> None:
         config, arch = self.config, self.arch

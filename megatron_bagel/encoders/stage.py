@@ -1,0 +1,102 @@
+"""The pre-pipeline stage: pixels become features before the pipeline schedule starts, and ViT gradients come back after it.
+
+All images of a rank's microbatches are encoded together, each at its own size. The schedule sees ViT features as leaves; what it
+leaves in their gradient is sent through the vision tower once, when all microbatches are done. The autoencoder is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.data.loader import LoadedPack
+from megatron_bagel.data.loader_noise import flow_noise, posterior_noise
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.model.batch import Features
+from megatron_bagel.model.flow import patchify, shift_timesteps
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """``seed`` names all noise. ``pad_images`` encodes each pack's images padded to their largest size, as the original does."""
+
+    seed: int
+    pad_images: bool = False
+    device: torch.device | str = "cpu"
+
+
+class PrePipelineStage:
+    """Encodes a replica's packs. ``tower`` and ``autoencoder`` are None without image understanding or generation."""
+
+    def __init__(
+        self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: StageSettings
+    ) -> None:
+        self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
+        self._output: torch.Tensor | None = None
+        self._leaf: torch.Tensor | None = None
+
+    def encode(self, packs: Sequence[LoadedPack]) -> list[Features]:
+        """Features of each pack, in sequence order of its tokens."""
+        vit = self._vit_features(packs)
+        return [self._features(pack, vit[number] if vit else None) for number, pack in enumerate(packs)]
+
+    def backward(self) -> None:
+        """Send the gradient that the schedule left in the ViT features through the tower; does nothing when there is none."""
+        output, leaf = self._output, self._leaf
+        self._output = self._leaf = None
+        if output is not None and leaf is not None and leaf.grad is not None:
+            torch.autograd.backward(output, leaf.grad)
+
+    def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
+        if self.tower is None:
+            return None
+        device = self.settings.device
+        patches = torch.cat([pack.vit_patches for pack in packs]).to(device)
+        ids = torch.cat([torch.from_numpy(pack.pack.vit_position_ids) for pack in packs]).to(device)
+        lengths = [image.tokens for pack in packs for image in pack.pack.images_of("vit")]
+        output = self.tower(patches, ids, lengths)
+        if output.requires_grad:
+            # A leaf of its own, so that several backward passes (one per microbatch) end here and the tower runs back once.
+            self._output, output = output, output.detach().requires_grad_()
+            self._leaf = output
+        return torch.split(output, [len(pack.pack.vit_positions) for pack in packs])
+
+    def _features(self, loaded: LoadedPack, vit: torch.Tensor | None) -> Features:
+        pack, device, channels = loaded.pack, self.settings.device, self.arch.latent_token_dim
+        counts = torch.from_numpy(pack.latent_shapes.prod(1))
+        raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
+        return Features(
+            vit=vit,
+            latents=self._latents(loaded),
+            noise=flow_noise(pack, self.settings.seed, channels).to(device),
+            timesteps=shift_timesteps(raw, self.arch.timestep_shift).to(device),
+        )
+
+    def _latents(self, loaded: LoadedPack) -> torch.Tensor:
+        channels, device = self.arch.latent_token_dim, self.settings.device
+        if self.autoencoder is None or not len(loaded.pack.latent_shapes):
+            return torch.zeros(0, channels, device=device)
+        ae = self.autoencoder.arch
+        noises = posterior_noise(loaded.pack, self.settings.seed, ae.z_channels, ae.downsample)
+        images = [image.to(device) for image in loaded.vae_images()]
+        return encode_latents(self.autoencoder, images, noises, self.arch.latent_patch_size, self.settings.pad_images)
+
+
+@torch.no_grad()
+def encode_latents(
+    autoencoder: AutoEncoder, images: Sequence[torch.Tensor], noises: Sequence[torch.Tensor], patch: int, pad: bool = False
+) -> torch.Tensor:
+    """Images [3, H, W] in [-1, 1] -> latent tokens of all of them, [tokens, patch * patch * z].
+
+    ``noises`` [z, H / downsample, W / downsample] sample the posterior. With ``pad`` the images are encoded zero-padded to a common
+    size and cut out of the result, which lets them influence each other (docs/differences.md).
+    """
+    moments = autoencoder.encode_padded(images) if pad else autoencoder.encode_many(images)
+    tokens = [
+        patchify(autoencoder.sample(mean, logvar, noise.to(mean.device)), patch)
+        for (mean, logvar), noise in zip(moments, noises, strict=True)
+    ]
+    return torch.cat(tokens)

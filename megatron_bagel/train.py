@@ -1,0 +1,44 @@
+"""Train BAGEL: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_bagel import platform
+from megatron_bagel.config.parser import parse_config
+from megatron_bagel.config.validate import validate
+from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
+    try:
+        config = parse_config(sys.argv[1:] if arguments is None else arguments)
+        validate(config, launched_world_size(), platform.has_gpu())
+    except ValueError as error:
+        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
+        return 2
+    platform.install()
+    # Megatron-Core is imported only now: the platform must be in place first.
+    from megatron_bagel.training import loop
+
+    init_distributed(config.megatron.distributed_timeout_minutes)
+    loop.initialize_parallel(config)
+    run = None
+    try:
+        run = loop.set_up(config)
+        loop.train(run)
+    except ValueError as error:
+        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if run is not None:
+            run.loader.close()
+            run.log.close()
+        shutdown_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

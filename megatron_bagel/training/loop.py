@@ -1,0 +1,286 @@
+"""The training loop: set everything up, continue where a checkpoint stands, step, log, save. Reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_bagel import platform
+from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint, save_checkpoint
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import RunLayout, resolve
+from megatron_bagel.config.transformer_config import transformer_config
+from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.data.loader import PackLoader
+from megatron_bagel.data.training_data import ensure_index, open_loader
+from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
+from megatron_bagel.platform.device import device_name
+from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
+from megatron_bagel.training.ema import ShardedEma
+from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
+from megatron_bagel.training.losses import LossWeights
+from megatron_bagel.training.metrics import RateWindow, StepMetrics
+from megatron_bagel.training.model_setup import (
+    Modules,
+    WeightSource,
+    average_source,
+    build_modules,
+    freeze_modules,
+    load_first_weights,
+    load_folder,
+    run_model,
+    weight_source,
+)
+from megatron_bagel.training.optimizer import (
+    OptimizerSettings,
+    build_optimizer,
+    synced_parameters,
+    trainable_parameters,
+    wrap_ddp,
+)
+from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
+from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
+
+
+@dataclass
+class Counters:
+    """Progress that is not in any tensor: steps done, samples and tokens trained on."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Run:
+    """Everything a run consists of on this rank."""
+
+    config: Config
+    layout: RunLayout
+    arch: BagelArch
+    trainable: Trainable
+    trained: Trained
+    loader: PackLoader
+    settings: StepSettings
+    log: RunLog
+    counters: Counters = field(default_factory=Counters)
+
+
+def initialize_parallel(config: Config) -> None:
+    """Megatron-Core's process groups and random states. Nothing of a result depends on the latter: every draw here is keyed."""
+    megatron = config.megatron
+    parallel_state.initialize_model_parallel(
+        megatron.tensor_model_parallel_size,
+        megatron.pipeline_model_parallel_size,
+        megatron.virtual_pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
+        num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
+
+
+def set_up(config: Config) -> Run:
+    """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
+    training, rank = config.training, dist.get_rank()
+    layout = resolve(config, dist.get_world_size(), platform.has_gpu())
+    arch, tokenizer = run_model(config)
+    validate_architecture(config, arch)
+    source = _agreed(weight_source(config) if rank == 0 else None)
+    if rank == 0:
+        ensure_index(config, tokenizer)
+    dist.barrier()
+    replica = parallel_state.get_data_parallel_rank()
+    loader = open_loader(config, arch, tokenizer, layout.global_batch_size, replica, layout.data_parallel_size)
+    trainable, trained = _build_trainable(config, layout, arch, source)
+    counters = _restore(source, trained, trainable, loader)
+    log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
+    settings = StepSettings(
+        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
+        layout.attention_backend,
+        config.data.max_num_tokens,
+        platform.device(),
+    )
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, counters)
+    _announce(run, source)
+    return run
+
+
+def _agreed(source: WeightSource | None) -> WeightSource:
+    """Rank 0's choice on every rank: folders may change while ranks look at them."""
+    choice = [source]
+    dist.broadcast_object_list(choice, src=0)
+    if choice[0] is None:
+        raise RuntimeError("rank 0 sent no weight source")
+    return choice[0]
+
+
+def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource) -> tuple[Trainable, Trained]:
+    training, megatron = config.training, config.megatron
+    tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
+    modules = build_modules(config, arch, tcfg)
+    if source.checkpoint is None:
+        load_first_weights(config, source, modules, arch)
+    freeze_modules(config, modules)
+    optimizer_settings = OptimizerSettings(
+        lr=training.lr, beta1=training.beta1, beta2=training.beta2, eps=training.eps, max_grad_norm=training.max_grad_norm,
+        bf16=layout.bf16, use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_grad_reduce=megatron.overlap_grad_reduce, overlap_param_gather=megatron.overlap_param_gather,
+        distributed_optimizer_instances=layout.distributed_optimizer_instances,
+    )  # fmt: skip
+    tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
+    parts = [*modules.decoder, *([modules.tower] if tower_trains else [])]
+    wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
+    optimizer = build_optimizer(wrapped, optimizer_settings)
+    tcfg.grad_scale_func = optimizer.scale_loss
+    if megatron.overlap_grad_reduce:
+        tcfg.no_sync_func = wrapped[0].no_sync
+    names = [name for name, part in modules.named.items() if part in parts]
+    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
+    _load_average_apart(config, source, modules, arch, optimizer, ema)
+    schedule = ScheduleSettings(
+        training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
+    )
+    tower = wrapped[-1] if tower_trains else modules.tower
+    stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device())
+    trainable = Trainable(
+        config=tcfg,
+        decoder=wrapped[: len(modules.decoder)],
+        tower=wrapped[-1] if tower_trains else None,
+        stage=PrePipelineStage(arch, tower, modules.autoencoder, stage_settings),
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, schedule),
+        ema=ema,
+    )
+    return trainable, Trained(modules.named, arch, optimizer, ema)
+
+
+def _load_average_apart(
+    config: Config, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma
+) -> None:
+    """Start the average from the source's own EMA where weights and average are different files, as the original does."""
+    if average_source(source) is None or source.folder is None:
+        return
+    load_folder(config, source.folder, "ema", modules, arch)
+    optimizer.reload_model_params()
+    ema.reset()
+    load_folder(config, source.folder, source.weights, modules, arch)
+    optimizer.reload_model_params()
+
+
+def _restore(source: WeightSource, trained: Trained, trainable: Trainable, loader: PackLoader) -> Counters:
+    if source.checkpoint is None:
+        return Counters()
+    steps, state = load_checkpoint(source.checkpoint, trained)
+    trainable.learning_rate.load_state_dict(state["schedule"])
+    loader.load_state_dict(state["data"])
+    return Counters(steps, state["consumed_samples"], state["consumed_tokens"])
+
+
+def _wandb(config: Config) -> WandbSettings:
+    training = config.training
+    return WandbSettings(
+        training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline
+    )
+
+
+def _announce(run: Run, source: WeightSource) -> None:
+    config, layout = run.config, run.layout
+    if dist.get_rank() == 0:
+        config.save(Path(config.training.results_dir) / "config.yaml")
+    run.log.info(source.describe(config))
+    trained = sum(trainable_parameters(part) for part in run.trainable.wrapped)
+    total = sum(p.numel() for part in run.trained.modules.values() for p in part.parameters())
+    run.log.info(
+        f"{total / 1e6:.2f} M parameters on this rank, {trained / 1e6:.2f} M of them train; {layout.data_parallel_size} replicas x "
+        f"{layout.num_microbatches} packs of {config.data.max_num_tokens} tokens per step; attention {layout.attention_backend}"
+    )
+    for note in layout.notes:
+        run.log.info(note)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the state after ``run.counters.steps`` steps."""
+    counters = run.counters
+    state = {
+        "schedule": run.trainable.learning_rate.state_dict(),
+        "data": run.loader.state_dict(),
+        "consumed_samples": counters.samples,
+        "consumed_tokens": counters.tokens,
+        "config": run.config.to_dict(),
+    }
+    with synced_parameters(run.trainable.wrapped):
+        save_checkpoint(run.config.training.checkpoint_dir, counters.steps, run.trained, state)
+
+
+def train(run: Run) -> None:
+    """Step until ``total_steps``; the last checkpoint is always saved."""
+    training, counters = run.config.training, run.counters
+    window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
+    saved = counters.steps
+    while counters.steps < training.total_steps:
+        step = counters.steps
+        result = train_step(run.trainable, next(run.loader), run.settings)
+        _check_finite(result, step)
+        counters.steps += 1
+        counters.samples += result.samples
+        counters.tokens += result.work.tokens
+        flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
+        window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
+        if step % training.log_every == 0 or counters.steps == training.total_steps:
+            run.log.log(_metrics(step, result, counters, window))
+        if counters.steps % training.save_every == 0:
+            began = time.perf_counter()
+            save(run)
+            saved = counters.steps
+            window.exclude(time.perf_counter() - began)
+    if saved != counters.steps:
+        save(run)
+    _report_skipped(run)
+
+
+def _metrics(step: int, result: StepResult, counters: Counters, window: RateWindow) -> StepMetrics:
+    rates = window.close()
+    return StepMetrics(
+        step=step,
+        loss=result.losses.loss,
+        ce=result.losses.ce,
+        mse=result.losses.mse,
+        grad_norm=result.outcome.grad_norm,
+        lr=result.lr,
+        consumed_samples=counters.samples,
+        consumed_tokens=counters.tokens,
+        ce_tokens=result.totals.ce_tokens,
+        mse_tokens=result.totals.mse_tokens,
+        step_time_s=rates.step_time_s,
+        tokens_per_s=rates.tokens_per_s,
+        tflops=rates.tflops,
+        mfu=rates.mfu,
+        peak_mem_bytes=platform.peak_memory_bytes(),
+        step_tokens=result.work.tokens,
+        step_samples=result.samples,
+        work_tflops=rates.work_tflops,
+        work_mfu=rates.work_mfu,
+    )
+
+
+def _check_finite(result: StepResult, step: int) -> None:
+    norm = torch.tensor([result.losses.loss, result.outcome.grad_norm])
+    if not torch.isfinite(norm).all():
+        raise FloatingPointError(
+            f"step {step}: loss {result.losses.loss}, gradient norm {result.outcome.grad_norm}. Resume from the last checkpoint with a "
+            "lower --lr or --max_grad_norm; the packs of this step are the next ones the loader hands out then"
+        )
+
+
+def _report_skipped(run: Run) -> None:
+    for skipped in run.loader.planner.skipped():
+        run.log.info(f"left out of training: {skipped}")
+
+

@@ -1,0 +1,163 @@
+"""From a run's settings to modules with weights: which architecture, where the first weights come from, what stays frozen.
+
+Weights never come from chance unless ``--init_random`` says so: every source is strict about what it holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_bagel import platform
+from megatron_bagel.checkpoint.hf_folder import HFFolder
+from megatron_bagel.checkpoint.pretrained import grown_vocabulary, load_pretrained
+from megatron_bagel.checkpoint.publish import is_complete, latest_checkpoint
+from megatron_bagel.checkpoint.training_state import load_weights_only
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_weights
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import architecture, tokenizer_path
+from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.vision_tower import VisionTower
+from megatron_bagel.model.bagel import BagelModel
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.training.freezing import freeze
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Modules:
+    """The parts of a model on this rank, not wrapped yet."""
+
+    decoder: list[BagelModel]
+    tower: VisionTower | None
+    autoencoder: AutoEncoder | None
+
+    @property
+    def named(self) -> dict[str, nn.Module]:
+        """Names as checkpoints use them."""
+        if len(self.decoder) == 1:
+            named: dict[str, nn.Module] = {"decoder": self.decoder[0]}
+        else:
+            named = {f"decoder.{number}": chunk for number, chunk in enumerate(self.decoder)}
+        return {**named, **({"vision": self.tower} if self.tower is not None else {})}
+
+
+def run_model(config: Config) -> tuple[BagelArch, Tokenizer]:
+    """Architecture and tokenizer of a run; the vocabulary holds every token of the tokenizer."""
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    return grown_vocabulary(architecture(config), len(tokenizer)), tokenizer
+
+
+def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> Modules:
+    """Modules of this rank on its device, without meaningful weights; the autoencoder with its own."""
+    training, device = config.training, platform.device()
+    decoder = build_decoder(arch, tcfg, freeze_und=training.freeze_und, transformer_impl=config.megatron.transformer_impl)
+    tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None else None
+    autoencoder = None
+    if arch.autoencoder is not None:
+        path = Path(config.model.model_path) / "ae.safetensors" if training.finetune_from_hf else Path(config.model.vae_path)
+        autoencoder = load_autoencoder(path, arch.autoencoder).to(device)
+    decoder.to(device, tcfg.params_dtype)
+    if tower is not None:
+        tower.to(device, tcfg.params_dtype)
+    return Modules([decoder], tower, autoencoder)
+
+
+def freeze_modules(config: Config, modules: Modules) -> None:
+    """Apply the freeze flags; frozen weights then stay out of gradient and optimizer memory."""
+    training = config.training
+    for number, chunk in enumerate(modules.decoder):
+        tower = modules.tower if number == 0 else None
+        freeze(chunk, tower, training.freeze_llm, training.freeze_vit, training.freeze_und)
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a run starts. ``checkpoint`` continues everything; else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts."""
+
+    checkpoint: Path | None = None
+    folder: Path | None = None
+    weights: str = "model"
+
+    def describe(self, config: Config) -> str:
+        """One sentence for the log."""
+        if self.checkpoint is not None:
+            return f"continuing from {self.checkpoint}"
+        if self.folder is not None:
+            return f"starting from the {self.weights} weights of {self.folder}"
+        if config.model.init_random:
+            return f"starting from random weights (--init_random, seed {config.training.global_seed})"
+        return f"starting from {config.model.llm_path} and {config.model.vit_path if config.training.visual_und else 'no ViT'}"
+
+
+def weight_source(config: Config) -> WeightSource:
+    """Decide from the resume flags, the newest checkpoint winning with ``auto_resume`` as in the original.
+
+    Raises ValueError for a ``resume_from`` that is neither a checkpoint nor a model folder.
+    """
+    training = config.training
+    if training.auto_resume and (newest := latest_checkpoint(training.checkpoint_dir)) is not None:
+        return WeightSource(checkpoint=newest)
+    if training.resume_from is None:
+        return WeightSource()
+    path = Path(training.resume_from)
+    checkpoint = path if is_complete(path) else latest_checkpoint(path) if path.is_dir() else None
+    if checkpoint is not None:
+        if training.resume_model_only:
+            return WeightSource(folder=checkpoint, weights="ema" if training.finetune_from_ema else "model")
+        return WeightSource(checkpoint=checkpoint)
+    folder = HFFolder(path)
+    if not training.resume_model_only:
+        raise ValueError(
+            f"--resume_from {path} is a model folder: it has weights, but no optimizer state, step or data position to resume. "
+            "Pass --resume_model_only True to start from its weights"
+        )
+    return WeightSource(folder=path, weights=_stored(folder, training.finetune_from_ema))
+
+
+def _stored(folder: HFFolder, ema: bool) -> str:
+    """Which file to take: the one asked for, or the only one there (a released folder has EMA weights alone)."""
+    available = folder.available_weights()
+    if ema or available == ["ema"]:
+        return "ema"
+    return "model"
+
+
+def load_first_weights(config: Config, source: WeightSource, modules: Modules, arch: BagelArch) -> None:
+    """Fill the modules for a run that does not continue a checkpoint."""
+    parts = list(modules.named.values())
+    if source.folder is not None:
+        load_folder(config, source.folder, source.weights, modules, arch)
+        return
+    model = config.model
+    llm, vit = (None, None) if model.init_random else (model.llm_path, model.vit_path)
+    load_pretrained(parts, arch, config.training.global_seed, llm, vit, model.allow_missing)
+    if config.training.copy_init_moe:
+        copied = copy_und_to_gen(parts)
+        logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
+
+
+def average_source(source: WeightSource) -> str | None:
+    """"ema" when a model-only start finds an average of its own beside the weights it takes, as the original loads both."""
+    if source.folder is None or source.weights == "ema":
+        return None
+    if is_complete(source.folder):
+        return "ema"
+    return "ema" if "ema" in HFFolder(source.folder).available_weights() else None
+
+
+def load_folder(config: Config, folder: Path, weights: str, modules: Modules, arch: BagelArch) -> None:
+    """Fill the modules from a checkpoint or a model folder, weights only."""
+    if is_complete(folder):
+        load_weights_only(folder, modules.named, arch, weights)
+        return
+    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), list(modules.named.values()), config.model.allow_missing)

@@ -1,0 +1,140 @@
+"""One optimizer step, in the order of the design: count, encode, pipeline, encode backward, update.
+
+Every sum over ranks that a step needs besides gradients is one small vector, exchanged before the schedule starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_bagel.data.loader import LoadedPack, StepBatch
+from megatron_bagel.encoders.stage import PrePipelineStage
+from megatron_bagel.layout.order import expert_order
+from megatron_bagel.model.batch import MicroBatch, make_microbatch
+from megatron_bagel.training.accounting import StepWork
+from megatron_bagel.training.ema import ShardedEma
+from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
+from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, optimizer_step
+from megatron_bagel.training.schedule import LearningRate
+
+
+@dataclass
+class Trainable:
+    """What a step moves. ``decoder`` and ``tower`` are wrapped; ``tower`` is None without a ViT, or when all of it is frozen."""
+
+    config: TransformerConfig
+    decoder: list[DistributedDataParallel]
+    tower: DistributedDataParallel | None
+    stage: PrePipelineStage
+    optimizer: MegatronOptimizer
+    learning_rate: LearningRate
+    ema: ShardedEma
+
+    @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """Every module with a gradient buffer."""
+        return [*self.decoder, *([self.tower] if self.tower is not None else [])]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step over the whole global batch; ``lr`` is the rate that was used."""
+
+    losses: StepLosses
+    outcome: StepOutcome
+    totals: LossTotals
+    work: StepWork
+    samples: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """``backend`` names the attention (sdpa, flex, dense), ``seq_length`` is the capacity of a pack in tokens."""
+
+    weights: LossWeights
+    backend: str
+    seq_length: int
+    device: torch.device | str = "cpu"
+
+
+def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) -> tuple[LossTotals, StepWork, int]:
+    """Loss totals, work and samples of the global batch, from each replica's own packs.
+
+    One float64 vector is summed over the replicas, exact for counts below 2 ** 53. (The design would have every rank lay out every
+    pack of the global batch; at thousands of replicas that costs more than this exchange of about 120 bytes.)
+    """
+    totals = LossTotals.of(pack.pack for pack in packs)
+    work = sum((StepWork.of(pack.pack) for pack in packs), StepWork())
+    samples = sum(len(pack.pack.samples) for pack in packs)
+    counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
+    summed = torch.tensor(counts, dtype=torch.float64)
+    if group is not None and dist.get_world_size(group) > 1:
+        summed = summed.to("cuda") if dist.get_backend(group) == "nccl" else summed
+        dist.all_reduce(summed, group=group)
+    values = summed.tolist()
+    split = len(fields(totals))
+    totals = LossTotals(int(values[0]), values[1], int(values[2]))
+    return totals, StepWork(*(int(value) for value in values[split:-1])), int(values[-1])
+
+
+def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings: StepSettings) -> list[MicroBatch]:
+    """Encode the packs and put their tokens into this rank's order."""
+    features = stage.encode(packs)
+    return [
+        make_microbatch(pack.pack, expert_order(pack.pack), encoded, settings.backend, settings.device)
+        for pack, encoded in zip(packs, features, strict=True)
+    ]
+
+
+def forward_step(
+    batches: Iterator[MicroBatch], model: torch.nn.Module, totals: LossTotals, weights: LossWeights
+) -> tuple[object, Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
+    """Megatron's forward_step_func: the stage's output, and how the last stage turns it into a loss."""
+    batch = next(batches)
+
+    def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        scalar, shares = microbatch_loss(*output, batch.ce_weights, totals, weights)
+        # The token count is Megatron's divisor; the loss is divided already (losses.py), so it stays unused.
+        return scalar, torch.ones((), dtype=torch.int, device=scalar.device), {"shares": shares}
+
+    return model(batch), loss
+
+
+def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings) -> StepResult:
+    """Train on one global batch, of which this replica holds ``batch.packs``."""
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    totals, work, samples = global_counts(batch.packs, replicas)
+    for module in trainable.wrapped:
+        module.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    shards = microbatches(batch.packs, trainable.stage, settings)
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights),
+        data_iterator=iter(shards),
+        model=trainable.decoder if len(trainable.decoder) > 1 else trainable.decoder[0],
+        num_microbatches=len(shards),
+        seq_length=settings.seq_length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    trainable.stage.backward()
+    # Not left to the schedule, which would finish before the tower's backward pass.
+    finalize_gradients(trainable.wrapped)
+    lr = trainable.learning_rate.lr
+    outcome = optimizer_step(trainable.optimizer)
+    if outcome.updated:
+        trainable.ema.update()
+    trainable.learning_rate.step()
+    losses = global_losses([output["shares"] for output in outputs], settings.weights, replicas)
+    return StepResult(losses, outcome, totals, work, samples, lr)
