@@ -6,8 +6,9 @@ A reader can be pickled and forked freely; every process maps the files for itse
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Shard:
         self.source_file = batch.column("source_file").to_numpy()
         self.source_row = batch.column("source_row").to_numpy()
         self._bytes = IndexedDataset(str(stem), multimodal=True, mmap=True)
+
+    @cached_property
+    def structure_sums(self) -> np.ndarray:
+        """[values + 1]: sums of the structure column's first values."""
+        return np.concatenate([[0], np.cumsum(self.structure.values, dtype=np.int64)])
 
     def sequence(self, number: int) -> np.ndarray:
         """Bytes of one text or image of the shard, as a uint8 view."""
@@ -107,6 +113,13 @@ class DatasetReader:
         """(file, row in it) that row ``index`` came from, for messages."""
         shard, row = self._locate(index)
         return self.info.sources[int(shard.source_file[row])].path, int(shard.source_row[row])
+
+    def locate_rows(self, rows: np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """For every shard that holds some of ``rows`` [n]: the shard, their row numbers in it, and which of the n they are (mask)."""
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(numbers):
+            mine = numbers == number
+            yield self._shard(int(number)), rows[mine] - self._starts[number], mine
 
     def shards(self) -> list[Shard]:
         """All shards in row order, for work on whole columns."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_bagel.data.counts import CostModel
 from megatron_bagel.data.groups import EDIT, T2I, TEXT, VLM, GroupConfig
 from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
 from megatron_bagel.data.records import ANSWER_ITEM, CONTINUED, ENDED, IMAGE_ITEM, PLAIN, Record, instruction_index
@@ -21,8 +22,8 @@ from megatron_bagel.data.transforms import TransformArgs, output_size
 from megatron_bagel.layout.items import Item
 from megatron_bagel.layout.pack import LayoutSpec
 
-_MAX_CHAIN = 3  # images of an editing chain: one or two steps
-_JOIN_PROBABILITY = 0.5
+MAX_CHAIN = 3  # images of an editing chain: one or two steps
+JOIN_PROBABILITY = 0.5
 
 
 class Draws(Protocol):
@@ -68,6 +69,17 @@ class ConditionDropout:
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """What a sample's plan depends on beside the sample. ``visual_und`` False leaves the ViT images of editing samples out."""
+
+    seed: int
+    layout: LayoutSpec
+    dropout: ConditionDropout = ConditionDropout()
+    visual_und: bool = True
+    costs: CostModel = CostModel()
+
+
+@dataclass(frozen=True)
 class PlannedItem:
     """One item before its ids and sizes are looked up: ``texts`` are positions among the record's texts, joined in order."""
 
@@ -92,18 +104,18 @@ def choose_items(record: Record, draws: Draws) -> list[PlannedItem]:
 def _choose_edit(record: Record, draws: Draws) -> list[PlannedItem]:
     images = len(record.widths)
     start = draws.choice(images - 1, "start")
-    end = start + 1 + draws.choice(min(start + _MAX_CHAIN, images) - start - 1, "end")
+    end = start + 1 + draws.choice(min(start + MAX_CHAIN, images) - start - 1, "end")
     items = _condition(start)
-    if end - start > 1 and draws.chance(_JOIN_PROBABILITY, "join"):
+    if end - start > 1 and draws.chance(JOIN_PROBABILITY, "join"):
         if end == images - 1:
             end -= 1
-        joined = tuple(_instruction(record, draws, step, ENDED if step == start else CONTINUED) for step in range(start, end))
+        joined = tuple(_instruction(record, draws, start, step, CONTINUED if step else ENDED) for step in range(end - start))
         return [*items, PlannedItem("text", droppable=True, texts=joined), PlannedItem("vae", loss=True, image=end)]
-    for step in range(start, end):
-        items.append(PlannedItem("text", droppable=True, texts=(_instruction(record, draws, step, PLAIN),)))
-        items.append(PlannedItem("vae", loss=True, image=step + 1))
-        if step + 1 < end:
-            items += _condition(step + 1)
+    for step in range(end - start):
+        items.append(PlannedItem("text", droppable=True, texts=(_instruction(record, draws, start, step, PLAIN),)))
+        items.append(PlannedItem("vae", loss=True, image=start + step + 1))
+        if start + step + 1 < end:
+            items += _condition(start + step + 1)
     return items
 
 
@@ -111,9 +123,9 @@ def _condition(image: int) -> list[PlannedItem]:
     return [PlannedItem("vae", droppable=True, image=image), PlannedItem("vit", droppable=True, image=image)]
 
 
-def _instruction(record: Record, draws: Draws, step: int, form: int) -> int:
-    alternative = draws.choice(int(record.structure[step]), f"instruction{step}")
-    return instruction_index(record.structure, len(record.widths), step, alternative, form)
+def _instruction(record: Record, draws: Draws, start: int, step: int, form: int) -> int:
+    alternative = draws.choice(int(record.structure[start + step]), f"instruction{step}")
+    return instruction_index(record.structure, len(record.widths), start + step, alternative, form)
 
 
 def _turns(record: Record) -> list[PlannedItem]:
@@ -146,16 +158,13 @@ def transform_of(group: GroupConfig, kind: str) -> TransformArgs:
 
 
 def build_items(
-    planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray] | None = None
+    planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray]
 ) -> tuple[Item, ...]:
-    """Items with sizes after the transform, and with token ids when ``text_ids`` can read them.
-
-    Without ``text_ids`` the ids are zeros of the right number, which take no memory: enough to measure a sample.
-    """
+    """Items with their token ids, which ``text_ids`` reads, and image sizes after the transform."""
     items = []
     for item in planned:
         if item.kind == "text":
-            ids = _zeros(record, item) if text_ids is None else np.concatenate([text_ids(text) for text in item.texts])
+            ids = np.concatenate([text_ids(text) for text in item.texts])
             items.append(Item("text", loss=item.loss, dropped=item.dropped, ids=ids))
         else:
             img_num = len(record.widths) if group.name == VLM else 1
@@ -163,10 +172,6 @@ def build_items(
             width, height = output_size(transform_of(group, item.kind), *size, img_num)
             items.append(Item(item.kind, loss=item.loss, dropped=item.dropped, image=item.image, height=height, width=width))
     return tuple(items)
-
-
-def _zeros(record: Record, item: PlannedItem) -> np.ndarray:
-    return np.broadcast_to(np.int64(0), (sum(int(record.text_tokens[text]) for text in item.texts),))
 
 
 def active_groups(groups: Sequence[GroupConfig], visual_gen: bool, visual_und: bool) -> tuple[list[GroupConfig], list[str]]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_bagel.data.counts import CostModel, Measures, measure_sample
+from megatron_bagel.data.counts import Measures
 from megatron_bagel.data.groups import GroupConfig
 from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples, Rows
+from megatron_bagel.data.measure import measure_rows
 from megatron_bagel.data.sample_plan import (
-    ConditionDropout,
     KeyedDraws,
+    PlanSettings,
     build_items,
     check_image_limits,
     choose_items,
@@ -21,19 +22,8 @@ from megatron_bagel.data.sample_plan import (
     transform_of,
 )
 from megatron_bagel.data.transforms import decode_rgb, image_tensor
-from megatron_bagel.layout.items import Item, Sample
-from megatron_bagel.layout.pack import LayoutSpec, PackImage
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What a sample's plan depends on beside the sample. ``visual_und`` False leaves the ViT images of editing samples out."""
-
-    seed: int
-    layout: LayoutSpec
-    dropout: ConditionDropout = ConditionDropout()
-    visual_und: bool = True
-    costs: CostModel = CostModel()
+from megatron_bagel.layout.items import Sample
+from megatron_bagel.layout.pack import PackImage
 
 
 @dataclass(frozen=True)
@@ -74,13 +64,25 @@ class GroupSource:
 
     def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
         """Lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
-        rows = [self._measure_one(int(index), epoch) for index in indexes]
-        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 3)
-        return Measures(columns[:, 0], columns[:, 1], columns[:, 2])
+        measured = np.zeros((3, len(indexes)), dtype=np.int64)
+        numbers = np.searchsorted(self._starts, indexes, side="right") - 1
+        for number in np.unique(numbers):
+            each, mine = self._passes[number], numbers == number
+            offsets = indexes[mine] - self._starts[number]
+            rows = offsets + each.rows.start if isinstance(each.rows, range) else each.rows[offsets]
+            measured[:, mine] = self._measure_pass(each, rows, epoch * each.passes + each.number)
+        return Measures(*measured)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """The plan of one sample, with its token ids."""
-        return self._sample(index, epoch, with_ids=True)
+        reader, row, epoch = self._locate(index, epoch)
+        record = reader.record(row)
+        draws = KeyedDraws(self.settings.seed, reader.name, row, epoch)
+        planned = drop_conditions(choose_items(record, draws), self.settings.dropout, draws)
+        if not self.settings.visual_und:
+            planned = [item for item in planned if item.kind != "vit"]
+        items = build_items(planned, record, self.group, lambda text: reader.text_ids(row, text))
+        return Sample(reader.name, row, epoch, items, self.group.name)
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
         """One image of a sample after its transform, float32 [3, height, width]. Raises ValueError when it cannot be decoded."""
@@ -94,19 +96,11 @@ class GroupSource:
         path, line = reader.source(row)
         return f"{reader.name} sample {row} ({path}, row {line})"
 
-    def _measure_one(self, index: int, epoch: int) -> tuple[int, int, int]:
-        return measure_sample(self._sample(index, epoch, with_ids=False), self.settings.layout, self.settings.costs)
-
-    def _sample(self, index: int, epoch: int, with_ids: bool) -> Sample:
-        reader, row, epoch = self._locate(index, epoch)
-        record = reader.record(row)
-        draws = KeyedDraws(self.settings.seed, reader.name, row, epoch)
-        planned = drop_conditions(choose_items(record, draws), self.settings.dropout, draws)
-        if not self.settings.visual_und:
-            planned = [item for item in planned if item.kind != "vit"]
-        read = (lambda text: reader.text_ids(row, text)) if with_ids else None
-        items: tuple[Item, ...] = build_items(planned, record, self.group, read)
-        return Sample(reader.name, row, epoch, items, self.group.name)
+    def _measure_pass(self, each: _Pass, rows: np.ndarray, epoch: int) -> np.ndarray:
+        measured = np.zeros((3, len(rows)), dtype=np.int64)
+        for shard, local, mine in each.reader.locate_rows(rows):
+            measured[:, mine] = measure_rows(shard, local, each.reader.name, rows[mine], epoch, self.group, self.settings)
+        return measured
 
     def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:
         if not 0 <= index < len(self):

@@ -7,7 +7,6 @@ The rules, roundings included, are the original's (goldens hold 225 sizes and th
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +71,29 @@ def output_size(args: TransformArgs, width: int, height: int, img_num: int = 1) 
     return new_width, new_height
 
 
+def output_sizes(
+    args: TransformArgs, widths: np.ndarray, heights: np.ndarray, img_nums: np.ndarray | int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """`output_size` for arrays of images at once, equal to it element for element (int64)."""
+
+    def scaled(width: np.ndarray, height: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sides = (np.rint(np.rint(side * scale) / args.image_stride) * args.image_stride for side in (width, height))
+        width, height = (np.maximum(args.image_stride, side).astype(np.int64) for side in sides)
+        return width, height
+
+    def where(rescale: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        again = scaled(width, height, scale)
+        return np.where(rescale, again[0], width), np.where(rescale, again[1], height)
+
+    widths, heights = widths.astype(np.int64), heights.astype(np.int64)
+    scale = np.minimum(args.max_image_size / np.maximum(widths, heights), 1.0)
+    width, height = scaled(widths, heights, np.maximum(scale, args.min_image_size / np.minimum(widths, heights)))
+    budget = args.max_pixels / np.asarray(img_nums)
+    width, height = where(width * height > budget, budget / (width * height))
+    long = np.maximum(width, height)
+    return where(long > args.max_image_size, args.max_image_size / long)
+
+
 def open_image(data: bytes | memoryview) -> Image.Image:
     """Header of an encoded image; pixels are not decoded yet.
 
@@ -126,8 +148,3 @@ def vit_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(channels, rows, patch, columns, patch)
     return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, patch * patch * channels)
-
-
-def image_tokens(width: int, height: int, stride: int) -> int:
-    """Number of tokens of an image whose patches are ``stride`` pixels wide."""
-    return math.prod((width // stride, height // stride))

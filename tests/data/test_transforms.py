@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_bagel.data.transforms import TransformArgs, decode_rgb, image_tensor, open_image, output_size, vit_patches
+from megatron_bagel.data.transforms import TransformArgs, decode_rgb, image_tensor, open_image, output_size, output_sizes, vit_patches
 
 
 def test_sizes_equal_the_goldens(goldens: Path) -> None:
@@ -48,6 +48,8 @@ def test_no_side_passes_the_bound(width: int, height: int, img_num: int, stride:
     out = output_size(args, width, height, img_num)
     assert max(out) <= args.longest_side
     assert all(side % stride == 0 and side >= stride for side in out)
+    many = output_sizes(args, np.full(3, width), np.full(3, height), np.full(3, img_num))
+    assert many[0].tolist() == [out[0]] * 3 and many[1].tolist() == [out[1]] * 3
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "I;16"])
