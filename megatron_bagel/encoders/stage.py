@@ -15,6 +15,7 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loader import LoadedPack
 from megatron_bagel.data.loader_noise import flow_noise, posterior_noise
 from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.batch import Features
 from megatron_bagel.model.flow import patchify, shift_timesteps
 
@@ -50,6 +51,15 @@ class PrePipelineStage:
         if output is not None and leaf is not None and leaf.grad is not None:
             torch.autograd.backward(output, leaf.grad)
 
+    def flow_noise(self, pack: Pack) -> torch.Tensor:
+        """Noise of every VAE token, [n_vae, channels]. Replaying recorded noise means to override this and ``posterior_noise``."""
+        return flow_noise(pack, self.settings.seed, self.arch.latent_token_dim)
+
+    def posterior_noise(self, pack: Pack) -> list[torch.Tensor]:
+        """Noise of every VAE image's latent, [z, H / downsample, W / downsample]."""
+        ae = self.arch.autoencoder
+        return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample)
+
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.tower is None:
             return None
@@ -65,13 +75,13 @@ class PrePipelineStage:
         return torch.split(output, [len(pack.pack.vit_positions) for pack in packs])
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None) -> Features:
-        pack, device, channels = loaded.pack, self.settings.device, self.arch.latent_token_dim
+        pack, device = loaded.pack, self.settings.device
         counts = torch.from_numpy(pack.latent_shapes.prod(1))
         raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
         return Features(
             vit=vit,
             latents=self._latents(loaded),
-            noise=flow_noise(pack, self.settings.seed, channels).to(device),
+            noise=self.flow_noise(pack).to(device),
             timesteps=shift_timesteps(raw, self.arch.timestep_shift).to(device),
         )
 
@@ -79,8 +89,7 @@ class PrePipelineStage:
         channels, device = self.arch.latent_token_dim, self.settings.device
         if self.autoencoder is None or not len(loaded.pack.latent_shapes):
             return torch.zeros(0, channels, device=device)
-        ae = self.autoencoder.arch
-        noises = posterior_noise(loaded.pack, self.settings.seed, ae.z_channels, ae.downsample)
+        noises = self.posterior_noise(loaded.pack)
         images = [image.to(device) for image in loaded.vae_images()]
         return encode_latents(self.autoencoder, images, noises, self.arch.latent_patch_size, self.settings.pad_images)
 
