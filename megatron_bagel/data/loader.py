@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_bagel.data.counts import SampleSource
 from megatron_bagel.data.loader_noise import raw_timesteps
-from megatron_bagel.data.planner import PackPlan, Planner, deal
+from megatron_bagel.data.planner import Planner
+from megatron_bagel.data.planner_deal import PackPlan, deal
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_bagel.data.counts import COST_UNIT, SampleSource
 from megatron_bagel.data.packing import fill
+from megatron_bagel.data.planner_deal import PackPlan
 from megatron_bagel.data.planner_stream import COLUMNS, COST, EPOCH, INDEX, SOURCE, TOKENS, CandidateStream, Skips
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,6 @@ class PlannerConfig:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.window < 0:
             raise ValueError(f"--max_buffer_size is {self.window}; it must be 0 or more")
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """One pack of the sequence: its ``number`` and the (source, sample index, epoch) of its samples; cost in decoder tokens."""
-
-    number: int
-    samples: tuple[tuple[int, int, int], ...]
-    tokens: int
-    cost: float
 
 
 class Planner:
@@ -119,6 +110,11 @@ class Planner:
 
         Raises ValueError when a group changed its size: its order would no longer be the one that was interrupted.
         """
+        if state["seed"] != self.config.seed:
+            log.warning(
+                "--data_seed is %d, the checkpoint was taken with %d: orders change under way, so in the epoch that was begun some samples "
+                "come twice and some not at all", self.config.seed, state["seed"],
+            )  # fmt: skip
         self._snapshots.clear()
         self.stream.restart()
         names = [source.name for source in self.stream.sources]
@@ -158,6 +154,7 @@ class Planner:
         stream = self.stream
         return {
             "packs": self._made,
+            "seed": self.config.seed,
             "names": [source.name for source in stream.sources],
             "sizes": [len(source) for source in stream.sources],
             "draws": stream.draws,
@@ -256,24 +253,3 @@ class Planner:
                 self._waiting = np.concatenate([self._waiting, chosen])
                 return None
         return chosen
-
-
-def deal(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
-    """Deal a global batch to data-parallel replicas: equally many packs each, costs as equal as a greedy deal makes them.
-
-    The costliest pack goes first, each to the replica with the least work so far (Graham's longest-processing-time rule); inside
-    a replica packs keep their canonical order. Raises ValueError when the packs cannot be shared out evenly.
-    """
-    if replicas < 1 or len(packs) % replicas:
-        raise ValueError(
-            f"a global batch of {len(packs)} packs cannot be dealt evenly to {replicas} data-parallel replicas; "
-            "make --global_batch_size a multiple of the number of replicas"
-        )
-    each = len(packs) // replicas
-    hands: list[list[PackPlan]] = [[] for _ in range(replicas)]
-    work = [0.0] * replicas
-    for pack in sorted(packs, key=lambda pack: (-pack.cost, pack.number)):
-        lightest = min((r for r in range(replicas) if len(hands[r]) < each), key=lambda r: (work[r], r))
-        hands[lightest].append(pack)
-        work[lightest] += pack.cost
-    return [sorted(hand, key=lambda pack: pack.number) for hand in hands]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_bagel.data.counts import COST_UNIT, Measures
 from megatron_bagel.data.keyed_random import keyed_integers
-from megatron_bagel.data.planner import PackPlan, Planner, PlannerConfig, deal
+from megatron_bagel.data.planner import Planner, PlannerConfig
 
 
 @dataclass
@@ -179,17 +179,9 @@ def test_changed_data_is_noticed_on_resume() -> None:
     assert anew.packs(10, 2)
 
 
-@given(st.lists(st.floats(0.5, 50), min_size=1, max_size=12), st.integers(1, 4))
-@settings(max_examples=100, deadline=None)
-def test_deal_is_even_and_complete(costs: list[float], replicas: int) -> None:
-    packs = [PackPlan(number, (), 1, cost) for number, cost in enumerate(costs * replicas)]
-    hands = deal(packs, replicas)
-    assert [len(hand) for hand in hands] == [len(costs)] * replicas
-    assert sorted(pack.number for hand in hands for pack in hand) == list(range(len(packs)))
-    work = [sum(pack.cost for pack in hand) for hand in hands]
-    assert max(work) - min(work) <= max(costs) + 1e-9
-
-
-def test_uneven_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 packs cannot be dealt evenly to 2"):
-        deal([PackPlan(i, (), 1, 1.0) for i in range(3)], 2)
+def test_changed_seed_is_said_on_resume(caplog: pytest.LogCaptureFixture) -> None:
+    planner = Planner([Rows("a", 50)], config(seed=1))
+    planner.packs(0, 3)
+    other = Planner([Rows("a", 50)], config(seed=2))
+    other.load_state_dict(planner.state_dict())
+    assert "--data_seed is 2" in caplog.text and other.packs(3, 2)
