@@ -67,7 +67,9 @@ class DataArguments:
     max_buffer_size: int = flag(50, "How many samples may wait for a pack they fit into: a longer window fills packs better.")
     data_seed: int = flag(42, "Seed of the order of samples.")
     data_root: str | None = flag(None, "Ours. Folder with t2i/, editing/, vlm/ as in the guide, for datasets without paths in the YAML.")
-    index_dir: str | None = flag(None, "Ours. Folder written by data_tools/build_index.py. Default: index/ in results_dir, built there at the first start.")
+    index_dir: str | None = flag(
+        None, "Ours. Folder written by data_tools/build_index.py. Default: index/ in results_dir, built there at the first start."
+    )
 
 
 @dataclass

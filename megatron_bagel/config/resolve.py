@@ -12,9 +12,9 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.config.original_flags import SHARDING_STRATEGIES
 from megatron_bagel.config.parser import Config
 
-
 _MODEL_SETTINGS = (
-    "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "interpolate_pos", "vit_rope",
+    "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "interpolate_pos",
+    "vit_rope",
 )  # fmt: skip
 
 

@@ -1,0 +1,145 @@
+"""Flags and YAML: the guide's commands, both spellings, prefixes, aliases, precedence, and what is refused."""
+
+from __future__ import annotations
+
+from typing import get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bagel.config.original_flags import ALIASES
+from megatron_bagel.config.parser import SECTION_OF, SECTIONS, Config, parse_config
+
+#: The fine-tuning command of the training guide after its script path; the other command is in test_original_flags.py.
+GUIDE_FINE_TUNING = """
+--dataset_config_file ./data/configs/example.yaml --model_path $model_path --layer_module Qwen2MoTDecoderLayer --max_latent_size 64
+--resume-from $model_path --finetune_from_hf True --auto_resume True --resume-model-only True --finetune-from-ema True --log_every 1
+--lr 2e-5 --num_worker 1 --expected_num_tokens 10240 --max_num_tokens 11520 --max_num_tokens_per_sample 10240
+"""
+GUIDE_PRE_TRAINING = """
+--dataset_config_file ./data/configs/example.yaml --llm_path $llm_path --vae_path $vae_path --vit_path $vit_path
+--layer_module Qwen2MoTDecoderLayer --use_flex True --resume_from $resume_from --results_dir $output_path --checkpoint_dir $ckpt_path
+--max_latent_size 64
+"""
+
+
+def value_of(config: Config, name: str):
+    return getattr(getattr(config, SECTION_OF[name]), name)
+
+
+def test_the_guides_fine_tuning_command():
+    config = parse_config(GUIDE_FINE_TUNING.split())
+    assert config.data.num_workers == 1 and config.training.lr == 2e-5 and config.training.resume_from == "$model_path"
+    assert config.training.finetune_from_ema and config.training.resume_model_only and config.data.max_num_tokens == 11520
+    assert "num_workers" in config.given and "num_shard" not in config.given
+
+
+def test_the_guides_pre_training_command():
+    config = parse_config(GUIDE_PRE_TRAINING.split())
+    assert config.training.use_flex and config.training.checkpoint_dir == "$ckpt_path" and config.model.max_latent_size == 64
+
+
+@pytest.mark.parametrize("name", sorted(SECTION_OF))
+def test_both_spellings_of_every_flag(name, tmp_path):
+    default = value_of(Config(), name)
+    choices = {"layer_module": "Qwen2DecoderLayer", "lr_scheduler": "cosine", "wandb_resume": "must", "cp_comm_type": "a2a"}
+    choices |= {"recompute_granularity": "full", "recompute_method": "block", "attention_backend": "dense"}
+    choices |= {"transformer_impl": "transformer_engine"}
+    word = choices.get(name) or ("True" if default is False or default is None and "wandb" in name else "7")
+    if default is True or name == "bf16":
+        word = "False"
+    results = [value_of(parse_config([flag, word]), name) for flag in (f"--{name}", f"--{name.replace('_', '-')}")]
+    assert results[0] == results[1] != default
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{name}: {[word] if isinstance(default, list) else word}\n")
+    assert value_of(parse_config(["--config", str(path)]), name) == results[0]
+
+
+@pytest.mark.parametrize(("alias", "name"), sorted(ALIASES.items()))
+def test_aliases_set_the_originals_setting(alias, name):
+    word = {"lr_scheduler": "cosine"}.get(name, "3")
+    for flag in (f"--{alias}", f"--{alias.replace('_', '-')}"):
+        config = parse_config([flag, word])
+        assert str(value_of(config, name)).removesuffix(".0") == word and name in config.given
+
+
+def test_booleans_take_words_or_stand_bare():
+    assert parse_config(["--use-distributed-optimizer", "--bf16", "--visual_und", "false"]).training.visual_und is False
+    assert parse_config(["--bf16"]).megatron.bf16 is True and parse_config([]).megatron.bf16 is None
+    assert parse_config(["--no_copy_init_moe"]).training.copy_init_moe is False
+
+
+def test_flags_override_the_file_and_both_override_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    # 1e-4 without a point is a string to YAML 1.1; the flag's own conversion reads it.
+    path.write_text("training:\n  lr: 1e-5\n  total-steps: 7\nmodel:\n  vit_select_layer: -1\nsave_every: 3\nresume_from: null\n")
+    config = parse_config(["--config", str(path), "--train-iters", "9"])
+    assert (config.training.lr, config.training.total_steps, config.training.save_every) == (1e-5, 9, 3)
+    assert config.model.vit_select_layer == -1 and config.training.warmup_steps == 2000 and config.training.resume_from is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_latent_sizes", "3"], r"no flag --max_latent_sizes; did you mean --max_latent_size"),
+        (["--tensor-parallel-size", "2"], r"did you mean --tensor_model_parallel_size"),
+        (["--xyzzy", "2"], r"no flag --xyzzy; see --help"),
+        (["stray"], r"'stray' belongs to no flag"),
+        (["--lr", "fast"], r"--lr: invalid float value: 'fast'"),
+        (["--layer_module", "Qwen3"], r"invalid choice: 'Qwen3' \(choose from"),
+        (["--max", "3"], r"ambiguous option"),
+        (["--train_iters", "3", "--total_steps", "4"], r"--train_iters 3 and --total_steps 4 are one setting"),
+        (["--config", "/nowhere.yaml"], r"no file /nowhere.yaml"),
+    ],
+)
+def test_refused_on_the_command_line(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 3", r"run.yaml: there is no flag --learning_rat"),
+        ("training:\n  lrs: 3", r"no flag --lrs; did you mean --lr"),
+        ("lr: fast", r"run.yaml: argument --lr: invalid float"),
+        ("lr: null", r"lr has no value"),
+        ("lr: 1.0\ntraining:\n  lr: 2.0", r"lr is set twice"),
+        ("seed: 1\nglobal_seed: 2", r"--seed 1 and --global_seed 2 are one setting"),
+        ("optimizer:\n  lr: 1.0", r"optimizer holds a group of settings; groups are model, data, training, megatron"),
+        ("- lr", r"expected keys and values, found a list"),
+        ("lr: [", r"not valid YAML"),
+    ],
+)
+def test_refused_in_the_file(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--config", str(path)])
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "(default: 36864)" in " ".join(text.split())
+    assert all(f"--{name}" in text for name in SECTION_OF) and all(f"--{alias}" in text for alias in ALIASES)
+
+
+_WORDS = {int: st.integers(1, 10**6), float: st.floats(1e-20, 1e6), bool: st.booleans(), str: st.text("abc/_- .", min_size=1)}
+_SETTINGS = {
+    name: _WORDS[hint] for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items() if hint in _WORDS
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.fixed_dictionaries({}, optional=_SETTINGS))
+def test_saved_configurations_read_back_equal(tmp_path_factory, values):
+    config = Config.from_values(values)
+    assert len(_SETTINGS) > 70
+    path = tmp_path_factory.mktemp("saved") / "config.yaml"
+    config.save(path)
+    assert parse_config(["--config", str(path)]) == config
+    assert Config.from_dict(yaml.safe_load(path.read_text())) == config
