@@ -14,7 +14,7 @@ _EPILOG = """examples:
   mixed input      --model DIR --task interleave --prompt "in the style of" --image a.png --prompt "draw" --image b.png
   many prompts     --model DIR --input prompts.jsonl --out answers
 
-The settings of BAGEL's demo: pictures --cfg-text-scale 4 --cfg-img-scale 1; edits --cfg-text-scale 4 --cfg-img-scale 2
+The settings of BAGEL's demo: pictures --cfg-text-scale 4; edits --cfg-text-scale 4 --cfg-img-scale 2
 --cfg-interval 0 1 --cfg-renorm-type text_channel. Both spellings, --cfg-text-scale and --cfg_text_scale, are accepted.
 """
 

@@ -43,32 +43,26 @@ class CachedAttention:
         self.causal = causal
         self.keep = keep
         self._kept: list[dict[int, LayerCache]] = [{} for _ in self.rows]
-        self._slots = self._row_slots()
+        # Slots of each row's tokens, found in the first layer; the only row of a pass has all slots in order.
+        self._slots: list[Tensor] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_number: int) -> Tensor:
         """q [s, heads, d], k and v [s, kv_heads, d] after RoPE -> [s, heads * d]; ``layer_number`` counts from 1."""
-        outputs = []
+        if len(self.rows) == 1:
+            return self._row(0, q, k, v, layer_number).flatten(1)
+        if self._slots is None:
+            self._slots = [slots.to(q.device) for slots in self._row_slots()]
+        result = torch.empty_like(q)
         for number, slots in enumerate(self._slots):
-            if slots is None:
-                outputs.append(self._row(number, q, k, v, layer_number))
-                continue
-            slots = slots.to(q.device)
-            outputs.append(self._row(number, q[slots], k[slots], v[slots], layer_number))
-        if len(outputs) == 1:
-            return outputs[0].reshape(len(q), -1)
-        result = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        for slots, output in zip(self._slots, outputs, strict=True):
-            result[slots.to(q.device)] = output.reshape(len(slots), -1)
-        return result
+            result[slots] = self._row(number, q[slots], k[slots], v[slots], layer_number)
+        return result.flatten(1)
 
     def caches_of(self, row: int) -> dict[int, LayerCache]:
         """Layer caches of a row after the pass."""
         return self._kept[row]
 
-    def _row_slots(self) -> list[Tensor | None]:
-        """Slots of each row's tokens, und before gen; ``None`` for the only row of a pass, which has them all in order."""
-        if len(self.rows) == 1:
-            return [None]
+    def _row_slots(self) -> list[Tensor]:
+        """Slots of each row's tokens, und before gen."""
         slots, und, gen = [], 0, sum(row.und for row in self.rows)
         for row in self.rows:
             slots.append(torch.cat((torch.arange(und, und + row.und), torch.arange(gen, gen + row.gen))))
@@ -76,6 +70,7 @@ class CachedAttention:
         return slots
 
     def _row(self, number: int, q: Tensor, k: Tensor, v: Tensor, layer_number: int) -> Tensor:
+        """One row's attention, [tokens, heads, d]."""
         cache = self.rows[number].context.caches.get(layer_number, LayerCache())
         if self.keep:
             cache = cache.append(k, v)

@@ -6,21 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel import platform
 from megatron_bagel.checkpoint import publish
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from megatron_bagel.checkpoint.convert import companions_of
 from megatron_bagel.checkpoint.hf_folder import HFFolder
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import assign, entries_of, load_weights
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.data.transforms import TransformArgs
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -152,7 +151,7 @@ def _from_hf(path: Path, options: LoadOptions) -> Engine:
     autoencoder = None
     if arch.autoencoder is not None:
         autoencoder = load_autoencoder(ae_file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model")
-    return _assemble(arch, fill, load_tokenizer(options.tokenizer or path, add_special=False), autoencoder, options)
+    return _assemble(arch, fill, load_tokenizer(options.tokenizer or path, add_special=True), autoencoder, options)
 
 
 def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
@@ -163,10 +162,11 @@ def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
     arch = stored.arch
     settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
     arch = replace(arch, **settings)
-    tokenizer = _named(options.tokenizer, stored.state, "tokenizer_path", "--tokenizer", path)
+    used = companions_of(stored.state["run"].get("config", {}))
+    tokenizer = _existing(options.tokenizer, used.tokenizer, "--tokenizer", path)
     autoencoder = None
     if arch.autoencoder is not None:
-        file = _named(options.autoencoder, stored.state, "vae_path", "--autoencoder", path)
+        file = _existing(options.autoencoder, used.autoencoder, "--autoencoder", path)
         autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
     read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
 
@@ -177,45 +177,12 @@ def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
     return _assemble(arch, fill, load_tokenizer(tokenizer, add_special=True), autoencoder, options)
 
 
-def _named(flag_value: str | None, state: dict[str, Any], name: str, flag: str, path: Path) -> str:
-    """A path given by flag, or the one the training run recorded."""
-    recorded = flag_value or find_key(state.get("run", {}).get("config", {}), name)
-    if not recorded or not Path(recorded).exists():
-        raise ValueError(f"{path} is a training checkpoint and its {name} ({recorded or 'not recorded'}) is not there; give it with {flag}")
-    return recorded
-
-
-def find_key(config: Any, name: str) -> str | None:
-    """The first non-empty value of ``name`` in a nested configuration."""
-    if not isinstance(config, dict):
-        return None
-    if config.get(name):
-        return str(config[name])
-    return next((found for value in config.values() if (found := find_key(value, name))), None)
-
-
-def _decoder_config(llm: LLMArch, dtype: torch.dtype) -> TransformerConfig:
-    """The decoder without anything that only training needs; weights stay uninitialised until they are read."""
-    return TransformerConfig(
-        num_layers=llm.num_hidden_layers,
-        hidden_size=llm.hidden_size,
-        ffn_hidden_size=llm.intermediate_size,
-        num_attention_heads=llm.num_attention_heads,
-        num_query_groups=llm.num_key_value_heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=llm.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=llm.attention_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not platform.has_gpu(),
-        perform_initialization=False,
-    )
+def _existing(given: str | None, recorded: Path | None, flag: str, checkpoint: Path) -> Path:
+    """A path given by flag, or the one the training run used."""
+    path = Path(given) if given else recorded
+    if path is None or not path.exists():
+        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) is not there; say where it is with {flag}")
+    return path
 
 
 def _assemble(
@@ -225,7 +192,9 @@ def _assemble(
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: not a pair")
     dtype, device = _dtype(options), platform.device()
     vae_transform, vit_transform = image_transforms(arch, options.vae_transform, options.vit_transform)
-    decoder = build_decoder(arch, _decoder_config(arch.llm, dtype))
+    # Random weights would only be overwritten.
+    config = transformer_config(arch.llm, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), perform_initialization=False)
+    decoder = build_decoder(arch, config)
     vision_tower = VisionTower(arch) if arch.vit else None
     modules: list[nn.Module] = [module for module in (decoder, vision_tower) if module is not None]
     fill(modules)

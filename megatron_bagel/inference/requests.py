@@ -61,7 +61,7 @@ class Answer:
 
 
 @dataclass
-class _Conversation:
+class Conversation:
     """A request on its way: its views, its noise, and the size of the last image it was shown."""
 
     request: Request
@@ -93,7 +93,7 @@ def answer(
 ) -> list[Answer]:
     """Answer a batch of requests; each comes out as it would alone (unless ``image.couple_batch`` asks otherwise)."""
     observers = observers or Observers()
-    conversations = [_Conversation(request, source) for request, source in zip(requests, noise, strict=True)]
+    conversations = [Conversation(request, source) for request, source in zip(requests, noise, strict=True)]
     read_terms(engine, conversations)
     written = _write(engine, [c for c in conversations if not c.draws or c.request.think], text, observers)
     thinkers = [c for c in conversations if c.draws and c.request.think]
@@ -107,7 +107,7 @@ def answer(
     ]
 
 
-def read_terms(engine: Engine, conversations: Sequence[_Conversation]) -> None:
+def read_terms(engine: Engine, conversations: Sequence[Conversation]) -> None:
     """Bring every conversation's views up to the end of its terms, one term of each per round."""
     thinking = [c for c in conversations if c.request.think]
     prompts = [_ids(engine, _system_prompt(c.request)) for c in thinking]
@@ -120,7 +120,7 @@ def read_terms(engine: Engine, conversations: Sequence[_Conversation]) -> None:
         _read_images(engine, [c for c in here if isinstance(c.request.terms[place], Image.Image)], place)
 
 
-def _read_texts(engine: Engine, conversations: Sequence[_Conversation], place: int) -> None:
+def _read_texts(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
     ids = [_ids(engine, c.request.terms[place]) for c in conversations]
     for conversation in conversations:
         conversation.views = replace(conversation.views, without_text=conversation.views.main)
@@ -128,7 +128,7 @@ def _read_texts(engine: Engine, conversations: Sequence[_Conversation], place: i
     _extend(conversations, "without_images", lambda contexts: engine.add_text(contexts, ids))
 
 
-def _read_images(engine: Engine, conversations: Sequence[_Conversation], place: int) -> None:
+def _read_images(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
     images = {id(c): engine.resize(c.request.terms[place]) for c in conversations}
     for conversation in conversations:
         width, height = images[id(conversation)].size
@@ -142,7 +142,7 @@ def _read_images(engine: Engine, conversations: Sequence[_Conversation], place: 
         conversation.views = replace(conversation.views, without_text=conversation.views.main)
 
 
-def _extend(conversations: Sequence[_Conversation], view: str, add: Callable[[list[Context]], list[Context]]) -> None:
+def _extend(conversations: Sequence[Conversation], view: str, add: Callable[[list[Context]], list[Context]]) -> None:
     if not conversations:
         return
     contexts = add([getattr(c.views, view) for c in conversations])
@@ -160,9 +160,7 @@ def _system_prompt(request: Request) -> str | Sequence[int]:
     return THINK_BEFORE_IMAGE if request.output == "image" else THINK_BEFORE_ANSWER
 
 
-def _write(
-    engine: Engine, conversations: Sequence[_Conversation], sampling: TextSampling, observers: Observers
-) -> dict[int, GeneratedText]:
+def _write(engine: Engine, conversations: Sequence[Conversation], sampling: TextSampling, observers: Observers) -> dict[int, GeneratedText]:
     """Text of each conversation, by identity."""
     if not conversations:
         return {}
@@ -178,7 +176,7 @@ def default_size(engine: Engine) -> tuple[int, int]:
 
 
 def _draw(
-    engine: Engine, conversations: Sequence[_Conversation], sampling: ImageSampling, observers: Observers
+    engine: Engine, conversations: Sequence[Conversation], sampling: ImageSampling, observers: Observers
 ) -> dict[int, tuple[Tensor, np.ndarray]]:
     """(latent tokens, pixels) of each conversation, by identity."""
     if not conversations:

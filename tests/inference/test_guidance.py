@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.inference.guidance import RENORM_TYPES, Guidance, guide, time_grid
@@ -14,6 +14,7 @@ def velocities(seed: int) -> list[torch.Tensor]:
     return list(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed)))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(RENORM_TYPES), st.floats(1, 8), st.floats(1, 4))
 def test_renormalisation_never_lets_the_norm_grow(seed: int, kind: str, text: float, image: float) -> None:
     v, without_text, without_images = velocities(seed)
@@ -26,6 +27,7 @@ def test_renormalisation_never_lets_the_norm_grow(seed: int, kind: str, text: fl
         assert (guided.norm(dim=-1) <= v.norm(dim=-1) * (1 + 1e-5)).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(RENORM_TYPES))
 def test_renorm_min_1_is_plain_guidance(seed: int, kind: str) -> None:
     v, without_text, without_images = velocities(seed)
@@ -51,6 +53,7 @@ def test_interval_is_open_below_and_closed_above() -> None:
     assert [guidance.scales_at(t) for t in (0.4, 0.41, 0.8, 0.81)] == [(1, 1), (4, 2), (4, 2), (1, 1)]
 
 
+@settings(deadline=None)
 @given(st.integers(2, 100), st.floats(0.5, 8))
 def test_times_fall_from_one_to_zero(points: int, shift: float) -> None:
     times = time_grid(points, shift)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.inference.kv_cache import LayerCache
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 5)), min_size=1, max_size=20))
 def test_snapshots_share_storage_but_not_fate(steps: list[tuple[int, int]]) -> None:
     snapshots: list[tuple[LayerCache, torch.Tensor]] = [(LayerCache(), torch.zeros(0, 2, 3))]

@@ -13,7 +13,7 @@ from megatron_bagel.inference.engine import Engine
 from megatron_bagel.inference.guidance import Guidance
 from megatron_bagel.inference.image import ImageSampling
 from megatron_bagel.inference.noise import KeyedNoise
-from megatron_bagel.inference.requests import Answer, Request, _Conversation, answer, read_terms
+from megatron_bagel.inference.requests import Answer, Conversation, Request, answer, read_terms
 from megatron_bagel.inference.sampling import TextSampling
 
 TEXT = TextSampling(max_length=8)
@@ -50,7 +50,7 @@ def test_coupled_batch_is_the_originals_and_differs(engine: Engine) -> None:
 def test_views_follow_the_rules(engine: Engine, pictures: list[Image.Image]) -> None:
     """Text enters all views but the one without text; an image enters the main view, which becomes the one without text."""
     ids = [5, 6, 7]
-    conversation = _Conversation(Request((pictures[0], ids, ids), think=True, system_prompt=[9]), KeyedNoise(0))
+    conversation = Conversation(Request((pictures[0], ids, ids), think=True, system_prompt=[9]), KeyedNoise(0))
     read_terms(engine, [conversation])
     views = conversation.views
     image = engine.resize(pictures[0])
@@ -66,14 +66,14 @@ def test_views_follow_the_rules(engine: Engine, pictures: list[Image.Image]) -> 
 
 
 def test_text_to_image_is_guided_by_the_empty_context(engine: Engine) -> None:
-    conversation = _Conversation(Request(("a red circle",)), KeyedNoise(0))
+    conversation = Conversation(Request(("a red circle",)), KeyedNoise(0))
     read_terms(engine, [conversation])
     views = conversation.views
     assert views.without_text.length == 0 and views.without_images.length == views.main.length
 
 
 def test_looking_only_does_not_read_latents(engine: Engine, pictures: list[Image.Image]) -> None:
-    conversation = _Conversation(Request((pictures[0], "what color is it?"), output="text"), KeyedNoise(0))
+    conversation = Conversation(Request((pictures[0], "what color is it?"), output="text"), KeyedNoise(0))
     read_terms(replace(engine, autoencoder=None), [conversation])
     assert conversation.views.main.position == 1 + len(engine.tokenizer.encode("what color is it?")) + 2
 
