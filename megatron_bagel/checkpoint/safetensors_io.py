@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -77,10 +77,10 @@ class SafetensorsWriter:
     The file appears under its name only when every tensor has been written (temporary name, fsync, rename).
     """
 
-    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec]) -> None:
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, tuple[int, int]] = {}
         self._specs = dict(specs)
         end = 0
@@ -122,10 +122,3 @@ class SafetensorsWriter:
         self._partial.unlink()
         if kind is None:
             raise ValueError(f"{self.path} was not written: {len(self._left)} tensors never came, e.g. {sorted(self._left)[:3]}")
-
-
-def save_tensors(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], specs: Mapping[str, TensorSpec]) -> None:
-    """Write a stream of (name, tensor) into `path`; `specs` announces all of them."""
-    with SafetensorsWriter(path, specs) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)

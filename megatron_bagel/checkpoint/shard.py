@@ -1,12 +1,10 @@
-"""Cutting a full tensor for one tensor-parallel rank and putting shards together again, without any process group.
+"""Cutting a full tensor for one tensor-parallel rank, without any process group.
 
 Megatron stores a fused `[gate; up]` projection as `[gate_r; up_r]` on rank r: it is cut inside each of its `blocks`, not as a whole.
 Fused QKV is grouped by key/value head (see weight_map.py), so it is cut as a whole.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -26,11 +24,3 @@ def take_shard(full: torch.Tensor, dim: int, rank: int, size: int, blocks: int =
             f"dimension {dim}; choose a --tensor-model-parallel-size that divides {length // blocks}"
         )
     return torch.cat([block.chunk(size, dim)[rank] for block in full.chunk(blocks, dim)], dim)
-
-
-def join_shards(shards: Sequence[torch.Tensor], dim: int, blocks: int = 1) -> torch.Tensor:
-    """The inverse of `take_shard` over all ranks; with `dim` -1 the shards are replicas and the first is returned."""
-    if dim < 0 or len(shards) == 1:
-        return shards[0]
-    cut = [shard.chunk(blocks, dim) for shard in shards]
-    return torch.cat([pieces[b] for b in range(blocks) for pieces in cut], dim)

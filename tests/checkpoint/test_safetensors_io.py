@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, save_tensors
+from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -19,7 +19,9 @@ def _tensors() -> dict[str, torch.Tensor]:
 def test_library_reads_what_was_streamed(tmp_path: Path) -> None:
     tensors = _tensors()
     specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_tensors(tmp_path / "x.safetensors", reversed(list(tensors.items())), specs)
+    with SafetensorsWriter(tmp_path / "x.safetensors", specs) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
     back = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(back[name], t) and back[name].dtype == t.dtype for name, t in tensors.items())
     reader = SafetensorsReader(tmp_path / "x.safetensors")
