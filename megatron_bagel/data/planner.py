@@ -206,9 +206,12 @@ class Planner:
     def _refill(self) -> None:
         """Draw until the window is full and holds two packs' worth of tokens."""
         enough = 2 * self.config.max_num_tokens
-        while len(self._waiting) < max(self.config.window, 1) or self._waiting[:, TOKENS].sum() < enough:
-            mean = self._waiting[:, TOKENS].mean() if len(self._waiting) else self.config.max_num_tokens
-            missing = max(self.config.window - len(self._waiting), (enough - self._waiting[:, TOKENS].sum()) / mean, 1)
+        while True:
+            count, tokens = len(self._waiting), int(self._waiting[:, TOKENS].sum())
+            if count >= max(self.config.window, 1) and tokens >= enough:
+                return
+            mean = tokens / count if count else self.config.max_num_tokens
+            missing = max(self.config.window - count, (enough - tokens) / mean, 1)
             self._waiting = np.concatenate([self._waiting, self.stream.draw(min(int(np.ceil(missing)), 1024))])
 
     def _start_pack(self) -> np.ndarray:

@@ -6,7 +6,7 @@ and one for the draws. Candidates travel as rows of an int64 array with the colu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from megatron_bagel.data.planner_permutation import permuted
 SOURCE, INDEX, EPOCH, TOKENS, FULL_TOKENS, COST = range(6)
 COLUMNS = 6
 _CHUNK_BITS = 7  # candidates of a group are measured in runs of up to 2^7: the first pack must not wait for many
+_DRAW_BITS = 12  # groups are drawn in runs of 2^12
 _LISTED = 1000  # skipped samples kept by name; the rest are only counted
 _HOPELESS = 64, 1_000_000  # at least and at most so many skipped in a row, in between once round the source, end the run
 
@@ -60,6 +61,7 @@ class CandidateStream:
         self.limit = max_tokens_per_sample
         self._cumulative = np.cumsum([source.weight for source in sources]) / total
         self._chunks: dict[int, tuple[int, np.ndarray]] = {}
+        self._draws_kept: tuple[int, np.ndarray] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -71,13 +73,12 @@ class CandidateStream:
 
     def draw(self, count: int) -> np.ndarray:
         """About ``count`` candidates of groups drawn by weight, [n, COLUMNS]; fewer when some are skipped, so n may be 0."""
-        uniforms = keyed_uniform(self.seed, "group", np.arange(self.draws, self.draws + count))
-        chosen = np.searchsorted(self._cumulative, uniforms, side="right").clip(max=len(self.sources) - 1)
-        self.draws += count
+        chosen = self._chosen(count)
         rows = np.empty((count, COLUMNS), dtype=np.int64)
-        for number in np.unique(chosen):
+        for number in range(len(self.sources)):
             mine = chosen == number
-            rows[mine] = self._advance(int(number), int(mine.sum()))
+            if hits := int(np.count_nonzero(mine)):
+                rows[mine] = self._advance(number, hits)
         return rows[self._usable(rows)]
 
     def next_of(self, number: int) -> np.ndarray:
@@ -97,17 +98,24 @@ class CandidateStream:
             rows[mine, TOKENS:] = np.stack([measures.tokens, measures.full_tokens, measures.cost], axis=1)
         return rows
 
+    def _chosen(self, count: int) -> np.ndarray:
+        """Source numbers of the next ``count`` draws."""
+        begin, self.draws = self.draws, self.draws + count
+        return _slices(self._drawn, begin, self.draws, _DRAW_BITS)
+
     def _advance(self, number: int, count: int) -> np.ndarray:
         """The next ``count`` rows of a source's order, usable or not."""
-        parts, bits = [], min(_CHUNK_BITS, len(self.sources[number]).bit_length())
-        place, end = self.places[number], self.places[number] + count
-        while place < end:
-            chunk = self._chunk(number, place >> bits, bits)
-            inside = place & ((1 << bits) - 1)
-            parts.append(chunk[inside : inside + end - place])
-            place += len(parts[-1])
-        self.places[number] = end
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        bits = min(_CHUNK_BITS, len(self.sources[number]).bit_length())
+        begin, self.places[number] = self.places[number], self.places[number] + count
+        return _slices(lambda chunk: self._chunk(number, chunk, bits), begin, self.places[number], bits)
+
+    def _drawn(self, chunk: int) -> np.ndarray:
+        """Source numbers of draws [chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS); the last run asked for is kept."""
+        if self._draws_kept is None or self._draws_kept[0] != chunk:
+            uniforms = keyed_uniform(self.seed, "group", np.arange(chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS))
+            chosen = np.searchsorted(self._cumulative, uniforms, side="right").clip(max=len(self.sources) - 1)
+            self._draws_kept = chunk, chosen
+        return self._draws_kept[1]
 
     def _chunk(self, number: int, chunk: int, bits: int) -> np.ndarray:
         """Measured candidates at places [chunk << bits, (chunk + 1) << bits) of a source; the last one asked for is kept."""
@@ -128,6 +136,10 @@ class CandidateStream:
     def _usable(self, rows: np.ndarray) -> np.ndarray:
         """Which rows are short enough (and not empty), [n] bool; counts the others and gives up on a hopeless source."""
         usable = (rows[:, FULL_TOKENS] <= self.limit) & (rows[:, TOKENS] > 0)
+        if usable.all():
+            for number in set(rows[:, SOURCE].tolist()):
+                self.streaks[number] = 0
+            return usable
         for number in np.unique(rows[:, SOURCE]):
             mine = rows[:, SOURCE] == number
             bad = rows[mine & ~usable]
@@ -145,3 +157,13 @@ class CandidateStream:
                     "--max_num_tokens_per_sample and --max_num_tokens, or shrink the images in the dataset configuration"
                 )
         return usable
+
+
+def _slices(run: Callable[[int], np.ndarray], begin: int, end: int, bits: int) -> np.ndarray:
+    """Entries [begin, end) of an endless array that ``run(k)`` gives in pieces of 2^bits."""
+    parts, place = [], begin
+    while place < end:
+        inside = place & ((1 << bits) - 1)
+        parts.append(run(place >> bits)[inside : inside + end - place])
+        place += len(parts[-1])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
