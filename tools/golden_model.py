@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ class GoldenModel:
         extra = read_json(extra_file) if extra_file.is_file() else {}
         autoencoder = AutoencoderArch.from_dict(extra["ae"]) if "ae" in extra else None
         self.goldens = goldens
-        self.folder = HFFolder(goldens / "hf", autoencoder=autoencoder, **extra.get("top", {}))
+        settings = {f.name: extra.get("top", {}).get(f.name) for f in fields(BagelArch) if f.name not in ("llm", "vit", "autoencoder")}
+        self.folder = HFFolder(goldens / "hf", autoencoder=autoencoder, **settings)
         self.arch = self.folder.arch
 
     @cached_property

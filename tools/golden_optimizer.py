@@ -1,7 +1,8 @@
 """Optimizer steps against the recorded ones: the product's own training step on recorded batches, rates, norms, weights, averages.
 
 Where a gradient element is below 1e-6 its rounding decides the update (eps is 1e-15, so AdamW takes almost the sign), in the
-original as here: such elements are left out of elementwise comparisons, and a norm may differ by what they can have moved.
+original as here: such elements are left out of elementwise comparisons, and tensors that consist mostly of them out of the
+comparison of norms. (Key biases of the vision transformer are such: softmax does not see them, their true gradient is zero.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, wrap_ddp
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
-from tools.golden_common import NORM_REL, Comparison
+from tools.golden_common import Comparison
 from tools.golden_model import Parts
 
 if TYPE_CHECKING:
@@ -34,12 +35,11 @@ NOISE = 1e-6
 
 @dataclass
 class OptimizerRun:
-    """Wrapped modules with optimizer, schedule and average, as the training loop has them; ``moved`` sums the rates used."""
+    """Wrapped modules with optimizer, schedule and average, as the training loop has them."""
 
     parts: Parts
     trainable: Trainable
     clip: float
-    moved: float = 0.0
     #: Under recorded names: True where some step's gradient was too small to compare its update.
     noisy: dict[str, Tensor] = field(default_factory=dict)
 
@@ -56,7 +56,6 @@ class OptimizerRun:
         for parameter, gradient in self.parts.by_recorded_name(lambda parameter: parameter.main_grad / scale).items():
             small = (gradient.abs() < NOISE) & (gradient != 0)
             self.noisy[parameter] = small | self.noisy.get(parameter, torch.zeros_like(small))
-        self.moved += result.lr
         return result
 
     def weights(self) -> dict[str, Tensor]:
@@ -117,11 +116,14 @@ def compare_tensors(check: Comparison, run: OptimizerRun, recorded: Mapping[str,
 
 
 def compare_norms(check: Comparison, run: OptimizerRun, ours: Mapping[str, Tensor], recorded: Mapping[str, float], what: str) -> None:
-    """Norms of every tensor; each noisy element may have moved by the sum of the rates either way."""
+    """Norms of every tensor whose gradients were more than rounding; the others are named in the report."""
     check.same(f"names of {what}s", sorted(ours), sorted(recorded))
+    rounding = {name for name, small in run.noisy.items() if float(small.float().mean()) > 0.5}
     for name, norm in recorded.items():
-        noisy = float(run.noisy[name].sum()) if name in run.noisy else 0.0
-        check.close(f"norm of {what} {name}", ours[name].double().norm(), norm, 1e-9 + 2 * run.moved * noisy**0.5, NORM_REL)
+        if name not in rounding:
+            check.norms(f"norm of {what} {name}", ours[name].double().norm(), norm)
+    if rounding:
+        check.notes.append(f"{what}s not compared, as their gradient is rounding: {', '.join(sorted(rounding))}")
 
 
 def learning_rate_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:
