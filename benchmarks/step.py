@@ -13,12 +13,12 @@ from benchmarks.named_configs import CONFIGS, SEED, bench_pack, megatron_config
 from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.stage import encode_latents
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.batch import Features, make_microbatch
 from megatron_bagel.model.build import build_decoder
-from megatron_bagel.model.flow import patchify
 from megatron_bagel.training.accounting import StepWork, mfu_flops, work_flops
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
@@ -72,13 +72,6 @@ class BenchStep:
         self.totals = LossTotals.of([pack])
         self.parameters = sum(p.numel() for module in self.modules for p in module.parameters())
 
-    @torch.no_grad()
-    def encode_latents(self) -> Tensor:
-        """[VAE tokens, p * p * z], clean."""
-        moments = self.vae.encode_many(self.inputs.images)
-        noised = zip(moments, self.inputs.posterior_noise, strict=True)
-        return torch.cat([patchify(self.vae.sample(mean, logvar, noise), self.arch.latent_patch_size) for (mean, logvar), noise in noised])
-
     def run(self, watch: Stopwatch) -> float:
         """One step; returns its loss."""
         watch.start()
@@ -86,7 +79,7 @@ class BenchStep:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         watch.lap("zero_grad")
-        latents = self.encode_latents()
+        latents = encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
         watch.lap("autoencoder")
         device, pack = latents.device, self.pack
         position_ids = torch.from_numpy(pack.vit_position_ids).to(device)
