@@ -24,18 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_bagel.training import loop
 
     init_distributed(config.megatron.distributed_timeout_minutes)
-    loop.initialize_parallel(config)
-    run = None
     try:
-        run = loop.set_up(config)
-        loop.train(run)
+        loop.execute(config)
     except ValueError as error:
         print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
         return 2
     finally:
-        if run is not None:
-            run.loader.close()
-            run.log.close()
         shutdown_distributed()
     return 0
 

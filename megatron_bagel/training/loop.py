@@ -73,6 +73,17 @@ class Run:
     counters: Counters = field(default_factory=Counters)
 
 
+def execute(config: Config) -> None:
+    """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
+    initialize_parallel(config)
+    run = set_up(config)
+    try:
+        train(run)
+    finally:
+        run.loader.close()
+        run.log.close()
+
+
 def initialize_parallel(config: Config) -> None:
     """Megatron-Core's process groups and random states. Nothing of a result depends on the latter: every draw here is keyed."""
     megatron = config.megatron

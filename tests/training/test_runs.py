@@ -1,0 +1,130 @@
+"""Whole runs on real data: the same numbers after any kill, on any number of ranks and workers, and for every kind of data."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bagel.checkpoint.publish import latest_checkpoint
+from tests.runs import make_world, numbers, run, run_config, start
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """Six uninterrupted steps on one rank."""
+    return numbers(run(run_config(world, tmp_path_factory.mktemp("straight"), total_steps=6)))
+
+
+def close(left: list[tuple], right: list[tuple]) -> None:
+    assert len(left) == len(right)
+    for ours, theirs in zip(left, right, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_run_leaves_its_numbers_and_a_curve(world: Path, tmp_path: Path) -> None:
+    history = run(run_config(world, tmp_path, total_steps=3))
+    assert [record["step"] for record in history] == [0, 1, 2]
+    assert history[0]["lr"] == pytest.approx(5e-4) and history[2]["lr"] == pytest.approx(1e-3)
+    assert history[-1]["loss"] < history[0]["loss"]
+    for name in ("loss.png", "log.txt", "config.yaml"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "Train Loss mse: " in (tmp_path / "log.txt").read_text()
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "0000003"
+
+
+def test_resume_is_the_same_run(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
+    """Continuation, and more workers: equal to the last bit."""
+    run(run_config(world, tmp_path, total_steps=4))
+    assert numbers(run(run_config(world, tmp_path, total_steps=6, num_workers=2))) == straight
+
+
+@pytest.mark.parametrize("flags", [{}, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {"use_distributed_optimizer": False}])
+def test_two_ranks_give_the_same_numbers(world: Path, tmp_path: Path, straight: list[tuple], flags: dict) -> None:
+    close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags), ranks=2)), straight)
+
+
+def test_another_number_of_ranks_continues_the_run(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
+    run(run_config(world, tmp_path, total_steps=3), ranks=2)
+    close(numbers(run(run_config(world, tmp_path, total_steps=6))), straight)
+
+
+def test_recompute_changes_nothing(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
+    flags = {"recompute_granularity": "full", "recompute_vit": True}
+    close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags))), straight)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: int) -> None:
+    """SIGKILL at a random moment, and the same command again."""
+    expected = numbers(run(run_config(world, tmp_path / "whole", total_steps=8), ranks))
+    config = run_config(world, tmp_path / "killed", total_steps=8)
+    process = start(config, ranks)
+    first = Path(config.training.checkpoint_dir) / "0000002"
+    deadline = time.monotonic() + 120
+    while not first.is_dir() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.random())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert latest_checkpoint(config.training.checkpoint_dir) is not None
+    assert numbers(run(config, ranks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "absent"),
+    [
+        ({"visual_und": False}, None),
+        ({"visual_gen": False}, "mse"),
+        ({"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}, None),
+        ({"freeze_und": True}, None),
+        ({"freeze_llm": True, "layer_module": "Qwen2DecoderLayer"}, None),
+        ({"tie_word_embeddings": True, "ce_loss_reweighting": True, "lr_scheduler": "cosine", "total_steps": 3}, None),
+        ({"vae_encode_padded": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_every_kind_of_training_runs(world: Path, tmp_path: Path, flags: dict, absent: str | None) -> None:
+    history = run(run_config(world, tmp_path, **{"total_steps": 3, **flags}))
+    for record in history:
+        assert record["loss"] > 0 and record["grad_norm"] > 0
+        assert absent is None or record[absent] == 0
+    if flags.get("zero_lr_first_step"):
+        assert history[0]["lr"] == 0
+
+
+def test_text_alone_trains_on_two_ranks(world: Path, tmp_path: Path) -> None:
+    import yaml
+
+    groups = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    only = {name: content for name, content in groups.items() if name in ("text", "dataset_info")}
+    only["text"]["weight"] = 1
+    path = tmp_path / "text.yaml"
+    path.write_text(yaml.safe_dump(only))
+    config = run_config(world, tmp_path, dataset_config_file=str(path), visual_gen=False, visual_und=False, total_steps=2)
+    history = run(config, ranks=2)
+    assert history[-1]["ce"] > 0 and history[-1]["mse"] == 0
+
+
+def test_frozen_parts_do_not_move(world: Path, tmp_path: Path) -> None:
+    from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+
+    run(run_config(world, tmp_path, total_steps=2, save_every=1, freeze_und=True))
+    first, last = (CheckpointWeights(tmp_path / "checkpoints" / name) for name in ("0000001", "0000002"))
+    for name in first.keys():  # noqa: SIM118
+        if ".und." in name or name.startswith(("embedding.", "vit_model.", "connector.")):
+            assert torch.equal(first.read(name), last.read(name)), f"{name} moved"
+    for name in ("output_layer.weight", "decoder.layers.0.mlp.gen.linear_fc2.weight"):
+        assert not torch.equal(first.read(name), last.read(name))
