@@ -7,7 +7,7 @@ term compares differences of neighbouring pixels, which keeps shape borders shar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,11 @@ def train_autoencoder(
     settings: TrainerSettings,
     report: Callable[[Progress], None] | None = None,
     report_every: int = 50,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> Progress:
     """Trains all weights of `model` in place on batches [b, 3, H, W] in [-1, 1]; returns the last step's numbers.
+
+    `optimizers` replaces AdamW; a parameter group's `lr_factor`, where it has one, multiplies the scheduled rate.
 
     A new model should go through `quiet_posterior` first. The latent scale and shift are not learned: call `fit_latent_scale`
     afterwards. Mind that with ch 32 every GroupNorm group of the finest level is a single channel, so an image's overall colour
@@ -90,21 +93,23 @@ def train_autoencoder(
     if settings.steps < 1:
         raise ValueError(f"autoencoder training needs at least one step, got steps={settings.steps}")
     generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    if optimizers is None:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)]
     model.train().requires_grad_(True)
     for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(settings, step) * group.get("lr_factor", 1.0)
         images = next(batches)
         mean, logvar = model.encode_moments(images)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         output = model.decode(model.sample(mean, logvar, noise))
         l1 = (output - images).abs().mean()
         loss = l1 + settings.edge_weight * edge_loss(output, images) + settings.kl_weight * kl_per_element(mean, logvar)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         last = step == settings.steps - 1
         if last or (report is not None and step % report_every == 0):
             progress = Progress(step, loss.item(), l1.item(), psnr(output.detach(), images))
