@@ -11,11 +11,15 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
+import hypothesis
 import pytest
 
 from megatron_bagel import platform
 
 platform.install()
+# Times of a single example mean nothing while all ranks of a test share two cores.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 

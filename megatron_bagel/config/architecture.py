@@ -51,7 +51,7 @@ class LLMArch:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     #: Keys of the source file that this code does not interpret; written back unchanged.
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.layer_module not in LAYER_MODULES:
@@ -131,7 +131,7 @@ class ViTArch:
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
     rope: bool = False
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -99,6 +100,7 @@ def _resolve_aliases(values: dict[str, Any], where: str) -> dict[str, Any]:
     return resolved
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All flags, their aliases and ``--config``. Nothing has a default here: what is absent was not given."""
     parser = _Parser(

@@ -56,6 +56,8 @@ def _shape(arch: LLMArch) -> dict[str, Any]:
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": arch.attention_bias,
+        # Read by Megatron's gradient sums alone: QK-norm weights see only a tensor-parallel rank's own heads.
+        "qk_layernorm": arch.qk_norm,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.rms_norm_eps,
         "hidden_dropout": 0.0,

@@ -1,0 +1,83 @@
+"""Shapes of a model: read from and written to the released folder's JSON, and refused where they contradict each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+
+LLM = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+VIT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=112)
+
+
+def test_the_released_files_come_back_as_they_were(goldens):
+    arch = BagelArch.from_hf_folder(goldens / "hf")
+    for name, ours in (("llm_config", arch.llm.to_hf()), ("vit_config", arch.vit.to_hf())):
+        assert ours == json.loads((goldens / "hf" / f"{name}.json").read_text())
+    top = json.loads((goldens / "hf" / "config.json").read_text())
+    assert arch.to_hf() == {**top, "vit_select_layer": -2, "vit_rope": False}
+    again = BagelArch.from_dict(json.loads(json.dumps(arch.to_dict())))
+    assert again == arch and again.llm.to_hf() == arch.llm.to_hf()
+    extra = json.loads((goldens / "hf" / "tiny_extra.json").read_text())
+    assert AutoencoderArch.from_dict(extra["ae"]).to_dict() == extra["ae"]
+
+
+def test_a_plain_qwen2_folder_takes_experts_from_flags():
+    assert LLMArch.from_hf(LLM).layer_module == "Qwen2DecoderLayer" and not LLMArch.from_hf(LLM).qk_norm
+    arch = LLMArch.from_hf(LLM, layer_module="Qwen2MoTDecoderLayer", qk_norm=True)
+    assert arch.has_gen_attention and arch.has_gen_mlp and arch.qk_norm and arch.head_dim == 8
+    moe = LLMArch.from_hf(LLM, layer_module="Qwen2MoEDecoderLayer")
+    assert moe.has_gen_mlp and not moe.has_gen_attention
+
+
+def test_rope_theta_of_either_transformers_release():
+    assert LLMArch.from_hf({**LLM, "rope_theta": 5e5}).rope_theta == 5e5
+    assert LLMArch.from_hf({**LLM, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("parts", [{}, {"vit": ViTArch(**VIT)}, {"autoencoder": AutoencoderArch(ch=32, ch_mult=(1, 2))}])
+def test_any_combination_of_parts_survives_a_round_trip(parts):
+    arch = BagelArch(LLMArch(**LLM), vit_max_num_patch_per_side=8, **parts)
+    assert BagelArch.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+@pytest.mark.parametrize(("select", "layers"), [(-1, 3), (-2, 2), (1, 1)])
+def test_vit_layers(select, layers):
+    assert BagelArch(LLMArch(**LLM), ViTArch(**VIT), vit_max_num_patch_per_side=8, vit_select_layer=select).n_vit_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LLMArch.from_hf({"hidden_size": 32}), r"LLM config lacks intermediate_size, .*vocab_size"),
+        (lambda: LLMArch.from_hf({**LLM, "rope_scaling": {"type": "yarn"}}), r"rope scaling"),
+        (lambda: LLMArch.from_hf({**LLM, "hidden_act": "gelu"}), r"hidden_act 'gelu'"),
+        (lambda: LLMArch(**{**LLM, "layer_module": "Qwen3"}), r"layer_module 'Qwen3' is not one of"),
+        (lambda: LLMArch(**{**LLM, "num_attention_heads": 5}), r"not a multiple of num_attention_heads 5"),
+        (lambda: LLMArch(**{**LLM, "num_key_value_heads": 3}), r"not a multiple of num_key_value_heads 3"),
+        (lambda: ViTArch.from_hf({"hidden_size": 16}), r"ViT config lacks"),
+        (lambda: ViTArch(**{**VIT, "hidden_act": "relu"}), r"hidden_act 'relu'"),
+        (lambda: AutoencoderArch(ch=48), r"multiple of 32"),
+        (lambda: AutoencoderArch.from_dict({"channels": 3}), r"unknown keys channels"),
+        (lambda: AutoencoderArch.from_dict({"downsample": 4}), r"says downsample 4; .* gives 8"),
+        (lambda: BagelArch(LLMArch(**LLM), ViTArch(**VIT)), r"grid of side 8 .*set --vit_max_num_patch_per_side 8"),
+        (lambda: BagelArch(LLMArch(**LLM), ViTArch(**VIT), vit_max_num_patch_per_side=8, vit_select_layer=-9), r"leaves -5 layers"),
+        (lambda: BagelArch(LLMArch(**LLM), connector_act="relu"), r"connector_act 'relu'"),
+        (lambda: BagelArch(LLMArch(**LLM), timestep_shift=0), r"timestep_shift is 0"),
+        (lambda: BagelArch.from_hf_folder("/nowhere"), r"/nowhere does not exist"),
+    ],
+)
+def test_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "llm_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"llm_config.json is not valid JSON"):
+        BagelArch.from_hf_folder(tmp_path)
+    (tmp_path / "llm_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"holds a list"):
+        BagelArch.from_hf_folder(tmp_path)

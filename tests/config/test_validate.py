@@ -1,0 +1,103 @@
+"""Each refusal at start-up names the flag, and a correct command passes all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bagel.config.architecture import BagelArch, LLMArch
+from megatron_bagel.config.parser import parse_config
+from megatron_bagel.config.validate import validate, validate_architecture
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """A command whose files all exist."""
+    for name in ("llm", "vit", "index", "released"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    for name in ("ae.safetensors", "data.yaml", "released/llm_config.json", "released/vit_config.json", "released/ae.safetensors"):
+        (tmp_path / name).write_text(json.dumps({}))
+    parts = f"--llm_path {tmp_path}/llm --vit_path {tmp_path}/vit --vae_path {tmp_path}/ae.safetensors --model_path {tmp_path}/released"
+    return f"{parts} --dataset_config_file {tmp_path}/data.yaml --index_dir {tmp_path}/index"
+
+
+def check(words: str, world_size: int = 1) -> None:
+    validate(parse_config(words.split()), world_size, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "", "--visual_und False --vit_path /nowhere", "--visual_gen False --vae_path /nowhere", "--num_workers 0", "--max_grad_norm 0",
+        "--overlap_grad_reduce", "--overlap_grad_reduce --overlap_param_gather", "--recompute_granularity full --recompute_num_layers 2",
+        "--finetune_from_hf True --init_random True --llm_path /nowhere", "--max_num_tokens 1000",
+    ],
+)  # fmt: skip
+def test_accepted(base, words):
+    check(f"{base} {words}")
+
+
+def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
+    released = f"{tmp_path}/released"
+    check(f"{base} --resume-from {released} --finetune_from_hf True --auto_resume True --resume-model-only True --finetune-from-ema True")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--backward_prefetch NO_PREFETCH", r"--backward_prefetch NO_PREFETCH .*nothing to prefetch.*--overlap_grad_reduce"),
+        ("--cpu_offload True", r"--cpu_offload True"),
+        ("--freeze_vae False", r"--freeze_vae False .*never trained"),
+        ("--micro_batch_size 2", r"a microbatch is one pack"),
+        ("--tensor_model_parallel_size 2", r"--tensor_model_parallel_size: not available yet"),
+        ("--pipeline_model_parallel_size 2 --sequence_parallel", r"--pipeline_model_parallel_size, --sequence_parallel: not"),
+        ("--context-parallel-size 2", r"--context_parallel_size"),
+        ("--recompute_granularity selective", r"selective"),
+        ("--recompute_num_layers 2", r"need --recompute_granularity full"),
+        ("--lr -1", r"--lr is -1.0; it must be 0 or more"),
+        ("--total_steps 0", r"--total_steps is 0; it must be at least 1"),
+        ("--text_cond_dropout_prob 1.5", r"between 0 and 1"),
+        ("--ema 2", r"--ema is 2.0"),
+        ("--beta2 1", r"--beta2 is 1.0"),
+        ("--distributed_timeout_minutes 0", r"must be positive"),
+        ("--max_num_tokens 100 --max_num_tokens_per_sample 200", r"--max_num_tokens_per_sample 200 is more than a pack holds"),
+        ("--max_num_tokens 100 --expected_num_tokens 200", r"--expected_num_tokens 200 is more"),
+        ("--lr_scheduler cosine --lr 1e-8", r"--min_lr 1e-07 is above --lr 1e-08"),
+        ("--overlap_param_gather", r"needs --use_distributed_optimizer and --overlap_grad_reduce"),
+        ("--resume_model_only True", r"needs --resume_from"),
+        ("--finetune_from_ema True", r"needs --resume_model_only"),
+        ("--finetune_from_hf True", r"weights come from --resume_from"),
+        ("--dataset_config_file /nowhere.yaml", r"--dataset_config_file: there is no file /nowhere.yaml"),
+        ("--index_dir /nowhere", r"--index_dir: there is no folder"),
+        ("--data_root /nowhere", r"--data_root: there is no folder"),
+        ("--llm_path /nowhere", r"--llm_path: there is no folder /nowhere"),
+        ("--vit_path /nowhere", r"--vit_path: there is no folder .*or --visual_und False"),
+        ("--vae_path /nowhere", r"--vae_path: there is no file"),
+        ("--resume_from /nowhere", r"--resume_from /nowhere does not exist"),
+        ("--tokenizer_path /nowhere", r"--tokenizer_path /nowhere does not exist"),
+        ("--finetune_from_hf True --init_random True --model_path /nowhere", r"--model_path: there is no folder"),
+        ("--global_batch_size 3", r"not a multiple of the 2"),
+    ],
+)
+def test_refused(base, words, message):
+    with pytest.raises(ValueError, match=message):
+        check(f"{base} {words}", world_size=2)
+
+
+@pytest.mark.parametrize("missing", ["llm_config.json", "vit_config.json", "ae.safetensors"])
+def test_incomplete_released_folder(base, tmp_path, missing):
+    (tmp_path / "released" / missing).unlink()
+    with pytest.raises(ValueError, match=rf"--model_path: there is no file .*{missing}"):
+        check(f"{base} --finetune_from_hf True --resume_from {tmp_path}/released")
+
+
+def test_against_the_model():
+    arch = BagelArch(LLMArch(32, 48, 2, 4, 2, 64))
+    validate_architecture(parse_config([]), arch)
+    with pytest.raises(ValueError, match="leave nothing to train on"):
+        validate_architecture(parse_config(["--ce_weight", "0"]), arch)
+    with pytest.raises(ValueError, match="more than the decoder's 2"):
+        validate_architecture(parse_config(["--recompute_granularity", "full", "--recompute_num_layers", "3"]), arch)
