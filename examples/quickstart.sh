@@ -23,9 +23,9 @@ HERE=examples/quickstart
 stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 if [ -z "${PYTHON:-}" ]; then
-  stage "environment in .venv"
+  stage "environment (made once)"
   bash examples/setup_env.sh
-  PYTHON=$REPO/.venv/bin/python
+  PYTHON=${MEGATRON_BAGEL_VENV:-$REPO/.venv}/bin/python
 fi
 # So that it runs from the checkout as it is, installed or not.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
@@ -52,24 +52,24 @@ stage "training on 2 processes"
 stage "export to a folder in BAGEL's released layout"
 NEWEST=$(cat "$OUT/checkpoints/latest_checkpointed_iteration.txt")
 if [ "$(cat "$OUT/model.step" 2>/dev/null || true)" != "$NEWEST" ]; then
-  rm -rf "$OUT/model" "$OUT/answers"
+  rm -rf "$OUT/model" "$OUT/generated"
   "$PYTHON" tools/checkpoint_convert/megatron_to_hf.py --checkpoint "$OUT/checkpoints" --output "$OUT/model" --dtype fp32
   echo "$NEWEST" > "$OUT/model.step"
 else echo "reusing $OUT/model"; fi
 
 stage "pictures, answers and edits"
-if [ ! -f "$OUT/answers/complete" ]; then
+if [ ! -f "$OUT/generated/complete" ]; then
   "$PYTHON" $HERE/questions.py make "$OUT/questions"
-  OMP_NUM_THREADS=2 "$PYTHON" -m megatron_bagel.generate --model "$OUT/model" --input "$OUT/questions/prompts.jsonl" --out "$OUT/answers" \
+  OMP_NUM_THREADS=2 "$PYTHON" -m megatron_bagel.generate --model "$OUT/model" --input "$OUT/questions/prompts.jsonl" --out "$OUT/generated" \
     --image-size 64x64 --num-timesteps 25 --timestep-shift 1 --cfg-text-scale 3 --cfg-img-scale 1 --cfg-interval 0 1 --max-length 12 \
     --vae-transform 64 64 --vit-transform 70 70 --batch-size 24
-  touch "$OUT/answers/complete"
-else echo "reusing $OUT/answers"; fi
-"$PYTHON" $HERE/questions.py score "$OUT/questions" "$OUT/answers"
+  touch "$OUT/generated/complete"
+else echo "reusing $OUT/generated"; fi
+"$PYTHON" $HERE/questions.py score "$OUT/questions" "$OUT/generated"
 
 stage "done"
 cat <<END
-pictures and answers   $OUT/answers (results.jsonl says what was asked), all pictures at once: $OUT/answers/grid.png
+pictures and answers   $OUT/generated (results.jsonl says what was asked), all pictures at once: $OUT/generated/grid.png
 loss curves            $OUT/results/loss.png, numbers in $OUT/results/metrics.jsonl
 model                  $OUT/model (released layout), $OUT/checkpoints (to go on: the same command with --total_steps 2000)
 another picture        $PYTHON -m megatron_bagel.generate --model $OUT/model --image-size 64x64 --num-timesteps 25 --timestep-shift 1 \\
