@@ -16,12 +16,15 @@ from megatron_bagel.layout.order import TokenOrder
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Some documents, padded to one length: ``slots`` [documents, l] and ``mask`` bool [documents, l, l].
+    """Some documents, padded to one size: slots of ``queries`` [documents, q] and ``keys`` [documents, k], ``mask`` bool
+    [documents, q, k].
 
-    A padded query sees slot 0 of its row, so that no softmax row is empty; its result is never read.
+    Padding repeats the first slot of its row. A padded query sees that first key, so that no softmax row is empty; its result
+    is never read.
     """
 
-    slots: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
     mask: np.ndarray
 
 
@@ -29,40 +32,61 @@ class AttentionGroup:
 WASTE_SHARE, WASTE_PAIRS = 0.25, 128 * 128
 
 
-def group_lengths(lengths: np.ndarray) -> list[np.ndarray]:
-    """Partition documents (numbers, longest first) so that padding inside a group stays cheap."""
+def group_sizes(queries: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
+    """Partition documents with so many queries and keys [documents] (numbers, most keys first), so that padding stays cheap."""
     groups: list[list[int]] = []
-    used = padded = 0
-    for document in np.argsort(-lengths, kind="stable"):
-        size = int(lengths[document])
+    used = most_queries = most_keys = 0
+    for document in np.lexsort((np.arange(len(keys)), -queries, -keys)):
+        rows, columns = int(queries[document]), int(keys[document])
         if groups:
-            longest = int(lengths[groups[-1][0]])
-            new_padded, new_used = padded + longest * longest, used + size * size
-            if new_padded - new_used <= max(WASTE_SHARE * new_used, WASTE_PAIRS):
+            new_queries, new_used = max(most_queries, rows), used + rows * columns
+            padded = (len(groups[-1]) + 1) * new_queries * most_keys
+            if padded - new_used <= max(WASTE_SHARE * new_used, WASTE_PAIRS):
                 groups[-1].append(int(document))
-                used, padded = new_used, new_padded
+                used, most_queries = new_used, new_queries
                 continue
         groups.append([int(document)])
-        used = padded = size * size
+        used, most_queries, most_keys = rows * columns, rows, columns
     return [np.array(group) for group in groups]
 
 
-def attention_groups(mask: PackMask, order: TokenOrder) -> list[AttentionGroup]:
-    """Groups covering every token of a rank that holds whole packs (no context parallelism)."""
+def attention_groups(mask: PackMask, queries: TokenOrder, keys: TokenOrder | None = None) -> list[AttentionGroup]:
+    """Groups covering every query token of a rank.
+
+    ``keys`` (the rank's own slots unless given) must hold every token of each document that has a query.
+    """
+    keys = queries if keys is None else keys
     starts = np.cumsum(mask.sample_lens) - mask.sample_lens
+    # Inside a document any order serves; slot order keeps the gathers close to sequential.
+    asked = _places(mask, queries, starts)
+    present = np.flatnonzero([len(places) for places in asked])
+    counts = np.array([len(asked[document]) for document in present], dtype=np.int64)
     groups = []
-    for documents in group_lengths(mask.sample_lens):
-        longest = int(mask.sample_lens[documents[0]])
-        slots = np.zeros((len(documents), longest), dtype=np.int64)
-        allowed = np.zeros((len(documents), longest, longest), dtype=bool)
+    for members in group_sizes(counts, mask.sample_lens[present]):
+        documents = present[members]
+        shape = (len(documents), int(counts[members].max()), int(mask.sample_lens[documents].max()))
+        query_slots, key_slots = np.zeros(shape[:2], dtype=np.int64), np.zeros((shape[0], shape[2]), dtype=np.int64)
+        allowed = np.zeros(shape, dtype=bool)
         allowed[:, :, 0] = True
         for row, document in enumerate(documents):
-            size = int(mask.sample_lens[document])
-            # Inside a document any order serves; slot order keeps the gather close to sequential.
-            places = starts[document] + np.arange(size)
-            places = places[np.argsort(order.slots[places])]
-            slots[row, :size] = order.slots[places]
-            slots[row, size:] = slots[row, 0]
-            allowed[row, :size, :size] = mask.allowed(places, places)
-        groups.append(AttentionGroup(slots, allowed))
+            rows = asked[document]
+            columns = starts[document] + np.arange(mask.sample_lens[document])
+            columns = columns[np.argsort(keys.slots[columns])]
+            _fill(query_slots[row], queries.slots[rows])
+            _fill(key_slots[row], keys.slots[columns])
+            allowed[row, : len(rows), : len(columns)] = mask.allowed(rows, columns)
+        groups.append(AttentionGroup(query_slots, key_slots, allowed))
     return groups
+
+
+def _places(mask: PackMask, order: TokenOrder, starts: np.ndarray) -> list[np.ndarray]:
+    """Positions that a rank holds of each document, in slot order."""
+    sample = np.searchsorted(starts, order.positions, side="right") - 1
+    by_sample = np.argsort(sample, kind="stable")
+    ends = np.cumsum(np.bincount(sample, minlength=len(starts)))
+    return np.split(order.positions[by_sample], ends[:-1]) if len(starts) else []
+
+
+def _fill(row: np.ndarray, slots: np.ndarray) -> None:
+    row[: len(slots)] = slots
+    row[len(slots) :] = slots[0]

@@ -59,9 +59,9 @@ def test_groups_hold_every_pair_of_the_mask(plan: list[Sample]) -> None:
     found = np.zeros((order.length, order.length), dtype=bool)
     for group in attention_groups(mask, order):
         assert group.mask.any(-1).all(), "an empty softmax row"
-        for slots, allowed in zip(group.slots, group.mask, strict=True):
-            real = len(np.unique(slots))
-            found[np.ix_(slots[:real], slots[:real])] |= allowed[:real, :real]
+        for queries, keys, allowed in zip(group.queries, group.keys, group.mask, strict=True):
+            rows, columns = len(np.unique(queries)), len(np.unique(keys))
+            found[np.ix_(queries[:rows], keys[:columns])] |= allowed[:rows, :columns]
     np.testing.assert_array_equal(found, mask.allowed(order.positions, order.positions))
 
 

@@ -7,6 +7,7 @@ CPUs, so there it serves only to be compared with the oracle.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,43 +33,73 @@ def _ordered(blocks: np.ndarray, device: torch.device | str) -> tuple[torch.Tens
     return counts[None, None], columns[None, None]
 
 
-def block_mask(mask: PackMask, order: TokenOrder, device: torch.device | str) -> BlockMask:
-    """BlockMask over the rank's slots, padding included."""
-    occupancy = block_occupancy(mask, order, block=BLOCK)
-    padding = order.length - len(order.positions)
+@dataclass(frozen=True)
+class _SlotTensors:
+    """What the mask rule asks of a slot: [slots] each; padding has sample -1."""
 
-    def per_slot(values: np.ndarray, fill: int) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([values[order.positions], np.full(padding, fill)])).to(device)
+    position: torch.Tensor
+    sample: torch.Tensor
+    split: torch.Tensor
+    causal: torch.Tensor
+    noise: torch.Tensor
 
-    position = per_slot(np.arange(mask.length), -1)
-    sample, split = per_slot(mask.token_samples(), -1), per_slot(mask.token_splits(), -1)
-    # Plain booleans: a compiled mask function would take a comparison with an enum for a constant.
-    modes = np.repeat(mask.split_modes, mask.split_lens)
-    causal, noise = per_slot(modes == Mode.CAUSAL, True), per_slot(modes == Mode.NOISE, False)
+    @staticmethod
+    def of(mask: PackMask, order: TokenOrder, device: torch.device | str) -> _SlotTensors:
+        padding = order.length - len(order.positions)
+
+        def per_slot(values: np.ndarray, fill: int) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([values[order.positions], np.full(padding, fill)])).to(device)
+
+        # Plain booleans: a compiled mask function would take a comparison with an enum for a constant.
+        modes = np.repeat(mask.split_modes, mask.split_lens)
+        return _SlotTensors(
+            position=per_slot(np.arange(mask.length), -1),
+            sample=per_slot(mask.token_samples(), -1),
+            split=per_slot(mask.token_splits(), -1),
+            causal=per_slot(modes == Mode.CAUSAL, True),
+            noise=per_slot(modes == Mode.NOISE, False),
+        )
+
+
+def block_mask(mask: PackMask, order: TokenOrder, device: torch.device | str, keys: TokenOrder | None = None) -> BlockMask:
+    """BlockMask from the rank's slots to the slots of ``keys`` (its own unless given), padding included."""
+    occupancy = block_occupancy(mask, order, keys, BLOCK)
+    asking = _SlotTensors.of(mask, order, device)
+    asked = asking if keys is None else _SlotTensors.of(mask, keys, device)
+    # Free variables rather than attributes: the compiler takes tensors of a mask function's closure, not fields of objects in it.
+    q_position, q_sample, q_split = asking.position, asking.sample, asking.split
+    k_position, k_sample, k_split = asked.position, asked.sample, asked.split
+    causal, noise = asked.causal, asked.noise
 
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        same = split[q] == split[k]
-        visible = (position[k] <= position[q]) | (same & ~causal[k])
-        return (sample[q] == sample[k]) & (sample[q] >= 0) & visible & (~noise[k] | same)
+        same = q_split[q] == k_split[k]
+        visible = (k_position[k] <= q_position[q]) | (same & ~causal[k])
+        return (q_sample[q] == k_sample[k]) & (q_sample[q] >= 0) & visible & (~noise[k] | same)
 
     partial = _ordered(occupancy.some & ~occupancy.full, device)
     full = _ordered(occupancy.full, device)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(order.length, order.length))
+    lengths = (order.length, (keys or order).length)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=lengths)
 
 
 class FlexPlan:
-    """One block mask per pack, shared by all layers and heads."""
+    """One block mask per pack, shared by all layers and heads. Keys of other ranks (``keys``) come without padding."""
 
-    def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu") -> None:
-        self.real, self.length = len(order.positions), order.length
-        self.mask = block_mask(mask, order, device)
+    def __init__(
+        self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None
+    ) -> None:
+        self.real, self.missing = len(order.positions), order.length - len(order.positions)
+        self.missing_keys = self.missing if keys is None else keys.length - len(keys.positions)
+        self.mask = block_mask(mask, order, device, keys)
         self.kernel = _kernel(torch.device(device).type == "cuda")
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """See AttentionPlan; the same in every layer."""
-        missing = self.length - self.real
-        if missing:
-            q, k, v = (torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in (q, k, v))
+        q, k, v = _padded(q, self.missing), _padded(k, self.missing_keys), _padded(v, self.missing_keys)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)[: self.real]
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros((rows, *x.shape[1:]))]) if rows else x

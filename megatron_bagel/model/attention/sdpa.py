@@ -14,32 +14,43 @@ from megatron_bagel.layout.order import TokenOrder
 class SdpaPlan:
     """Documents of similar length are gathered into batches; one SDPA call each, one gather back."""
 
-    def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu") -> None:
-        groups = attention_groups(mask, order)
-        self.shapes = [group.slots.shape for group in groups]
+    def __init__(
+        self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None
+    ) -> None:
+        groups = attention_groups(mask, order, keys)
+        self.shapes = [group.mask.shape for group in groups]
         self.masks = [torch.from_numpy(group.mask).to(device)[:, None] for group in groups]
-        slots = np.concatenate([group.slots.reshape(-1) for group in groups] or [np.zeros(0, dtype=np.int64)])
+
+        def flat(slots: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate([group.reshape(-1) for group in slots] or [np.zeros(0, dtype=np.int64)])
+
+        queries = flat([group.queries for group in groups])
         # Where each slot's result lies among the padded rows: its first occurrence, for padding repeats a document's first slot.
-        back = np.unique(slots, return_index=True)[1]
-        self.slots, self.back = torch.from_numpy(slots).to(device), torch.from_numpy(back).to(device)
+        back = np.unique(queries, return_index=True)[1]
+        self.queries, self.back = torch.from_numpy(queries).to(device), torch.from_numpy(back).to(device)
+        self.keys = self.queries if keys is None else torch.from_numpy(flat([group.keys for group in groups])).to(device)
         # A single document needs no gather: its slots are the rank's slots, in order.
-        self.in_place = len(groups) == 1 and self.shapes[0][0] == 1
+        self.in_place = keys is None and len(groups) == 1 and self.shapes[0][0] == 1
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """See AttentionPlan; the same in every layer."""
+        if not self.shapes:
+            # Nothing to attend; keys and values stay in the graph, so that their weights get (zero) gradients.
+            return q.flatten(1) + (k.sum() + v.sum())
         if not self.in_place:
-            q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
-        repeat, first, results = q.shape[1] // k.shape[1], 0, []
-        for (documents, length), mask in zip(self.shapes, self.masks, strict=True):
-            rows = slice(first, first + documents * length)
-            batch = [x[rows].unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v)]
+            q = q.index_select(0, self.queries)
+            k, v = (x.index_select(0, self.keys) for x in (k, v))
+        repeat, results = q.shape[1] // k.shape[1], []
+        query = key = 0
+        for (documents, rows, columns), mask in zip(self.shapes, self.masks, strict=True):
+            next_query, next_key = query + documents * rows, key + documents * columns
+            batch = [
+                x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q[query:next_query], k[key:next_key], v[key:next_key])
+            ]
             if repeat > 1:
                 batch[1:] = [x.repeat_interleave(repeat, 1) for x in batch[1:]]
             result = F.scaled_dot_product_attention(*batch, attn_mask=mask)
             results.append(result.transpose(1, 2).flatten(2).flatten(0, 1))
-            first = rows.stop
-        if not results:
-            # Nothing to attend; keys and values stay in the graph, so that their weights get (zero) gradients.
-            return q.flatten(1) + (k.sum() + v.sum())
+            query, key = next_query, next_key
         out = results[0] if len(results) == 1 else torch.cat(results)
         return out if self.in_place else out.index_select(0, self.back)

@@ -1,0 +1,58 @@
+"""Exchanges between ranks that gradients flow through. They move rows and know no model.
+
+Every rank of a group must call them in the same order, also one that has nothing of its own to send, and the backward pass
+communicates as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        size = ctx.group.size()
+        own = gradient.new_empty((gradient.shape[0] // size, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
+class _ExchangeParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_to_all(parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_to_all(gradient, ctx.group), None
+
+
+def _all_to_all(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous(), group=group)
+    return received
+
+
+def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, ...] of every rank -> [ranks * n, ...], in rank order. ``n`` must be the same everywhere.
+
+    The gradient of a rank's rows is the sum over the ranks of what each of them did with the rows (reduce-scatter).
+    """
+    return _GatherRows.apply(rows, group)
+
+
+def exchange_parts(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[ranks, ...] -> [ranks, ...]: part i goes to rank i, and what comes back is each rank's part for this one (all-to-all)."""
+    return _ExchangeParts.apply(parts, group)
