@@ -22,7 +22,8 @@ def _train(settings: OptimizerSettings, frozen: str) -> tuple[dict, list[float]]
 def _check(results: list[tuple[dict, list[float]]], settings: OptimizerSettings, frozen: str = "", tolerance: float = 2e-6) -> None:
     expected, _, norms = reference(STEPS, settings, 0.9, frozen)
     for weights, seen in results:
-        assert seen == pytest.approx(norms, rel=1e-5)
+        # Gradients of bf16 weights are rounded to bf16 before they are summed in fp32.
+        assert seen == pytest.approx(norms, rel=2e-3 if settings.bf16 else 1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor.float(), expected[name], rtol=tolerance, atol=tolerance)
 
@@ -50,7 +51,7 @@ def test_ranks_sum_gradients(settings: OptimizerSettings) -> None:
 
 @pytest.mark.distributed
 def test_bf16_keeps_fp32_main_weights() -> None:
-    """Updates far below bf16's resolution must add up in the main weights: after three, bf16 weights are the rounded fp32 ones."""
+    """Updates happen in the main weights; the bf16 weights are their rounding."""
     settings = OptimizerSettings(lr=1e-2, max_grad_norm=0.5, bf16=True)
     results = run_ranks(_train, 2, settings, "", parallel=GROUPS_READY)
     _check(results, settings, tolerance=5e-3)
