@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import Pack
+from megatron_bagel.model.attention.context_parallel import ContextPlace, context_plan
 from megatron_bagel.model.context import AttentionPlan
 
 
@@ -56,27 +58,46 @@ class Features:
     timesteps: torch.Tensor
 
 
-def attention_plan(name: str, mask: PackMask, order: TokenOrder, device: torch.device | str) -> AttentionPlan:
-    """Backend ``name``: sdpa, flex or dense; ValueError for others."""
+def attention_backend(name: str) -> Callable[..., AttentionPlan]:
+    """Plan class of backend ``name``: sdpa, flex or dense; ValueError for others."""
     if name == "sdpa":
         from megatron_bagel.model.attention.sdpa import SdpaPlan
 
-        return SdpaPlan(mask, order, device)
+        return SdpaPlan
     if name == "flex":
         from megatron_bagel.model.attention.flex import FlexPlan
 
-        return FlexPlan(mask, order, device)
+        return FlexPlan
     if name == "dense":
         from megatron_bagel.model.attention.dense import DensePlan
 
-        return DensePlan(mask, order, device)
+        return DensePlan
     raise ValueError(f"--attention-backend {name!r} is unknown; use sdpa, flex or dense")
 
 
+def attention_plan(
+    name: str, mask: PackMask, order: TokenOrder, device: torch.device | str, place: ContextPlace | None = None
+) -> AttentionPlan:
+    """How the tokens of ``order`` attend on backend ``name``; with ``place``, together with those of the other ranks there."""
+    backend = attention_backend(name)
+    if place is None or place.size == 1:
+        return backend(mask, order, device)
+    return context_plan(backend, mask, place, device)
+
+
 def make_microbatch(
-    pack: Pack, order: TokenOrder, features: Features, backend: str = "sdpa", device: torch.device | str = "cpu"
+    pack: Pack,
+    order: TokenOrder,
+    features: Features,
+    backend: str = "sdpa",
+    device: torch.device | str = "cpu",
+    place: ContextPlace | None = None,
 ) -> MicroBatch:
-    """Put a pack into a rank's order. Losses belong to the rank that holds their token."""
+    """Put a pack into a rank's order. Losses belong to the rank that holds their token.
+
+    Under context parallelism ``order`` is the rank's own of ``place.orders``. ``features`` are those of the whole pack, of which the
+    rank takes its tokens' rows.
+    """
 
     def put(array) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -103,5 +124,5 @@ def make_microbatch(
         ce_weights=put(pack.ce_weights[ce_here]),
         mse_slots=put(mse_slots[mse_here]),
         mse_rows=put(mse_slots[mse_here] - order.n_und),
-        attention=attention_plan(backend, PackMask.of(pack), order, device),
+        attention=attention_plan(backend, PackMask.of(pack), order, device, place),
     )
