@@ -84,11 +84,13 @@ def context_orders(pack: Pack, ranks: int, length: int | None = None, multiple: 
     All are padded to ``length`` slots (default: what the largest rank needs, a multiple of ``multiple``). Raises ValueError when
     the tokens do not fit.
     """
+    if length is None:
+        length = padded_length(pack.sequence_length, ranks, multiple)
+    if ranks == 1:
+        return [expert_order(pack, length=length)]
     whole = expert_order(pack)
     owners = np.empty(pack.sequence_length, dtype=np.int64)
     owners[whole.positions] = deal(PackMask.of(pack).row_areas()[whole.positions], ranks)
-    if length is None:
-        length = padded_length(pack.sequence_length, ranks, multiple)
     return [expert_order(pack, owners == rank, length) for rank in range(ranks)]
 
 

@@ -87,8 +87,9 @@ def test_ranks_equal_the_oracle(ranks: int, plans: list[list[Sample]]) -> None:
 
 
 def _only(kind: str) -> list[Sample]:
-    image = Item(kind, image=0, height=2 * (14 if kind == "vit" else 16), width=3 * (14 if kind == "vit" else 16)) if kind != "text" else None
-    return [Sample("set", 0, 0, (image or Item("text", ids=np.arange(5, 30)),))]
+    side = 14 if kind == "vit" else 16
+    item = Item("text", ids=np.arange(5, 30)) if kind == "text" else Item(kind, image=0, height=2 * side, width=3 * side)
+    return [Sample("set", 0, 0, (item,))]
 
 
 def test_packs_of_one_kind_and_empty_packs() -> None:
