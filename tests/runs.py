@@ -34,7 +34,7 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def run_config(world: Path, results: Path, **flags: Any) -> Config:
+def run_config(world: Path, results: Path, ranks: int = 1, **flags: Any) -> Config:
     """A tiny run on the world; ``flags`` win."""
     values: dict[str, Any] = {
         "llm_path": str(world / "data/llm"),
@@ -61,7 +61,7 @@ def run_config(world: Path, results: Path, **flags: Any) -> Config:
         "auto_resume": True,
     }
     config = Config.from_values({**values, **flags})
-    validate(config, 1, has_gpu=False)
+    validate(config, ranks, has_gpu=False)
     return config
 
 

@@ -144,10 +144,10 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     for name, module in modules.items():
         while hasattr(module, "module"):
             module = module.module
-        state = sharded_state_dict_default(module, "", (), _METADATA)
-        if name == "vision":
-            # Every rank of the world holds all of the tower, whatever its place in tensor and pipeline parallelism.
-            state = {key: replace(tensor, replica_id=(0, 0, dist.get_rank())) for key, tensor in state.items()}
+        # A copy, for Megatron writes this run's process group into it. What is not a Megatron module is whole on every rank.
+        state = sharded_state_dict_default(
+            module, "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group()
+        )
         states[name] = state
     return states
 
@@ -178,7 +178,7 @@ def provenance(step: int, arch: BagelArch) -> dict[str, Any]:
 def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"model": module_state(trained.modules)}
     if trained.optimizer is not None:
-        state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=dict(_METADATA))
     if trained.ema is not None:
         state["ema"] = trained.ema.sharded_state_dict(state["model"], is_loading=is_loading)
     return state

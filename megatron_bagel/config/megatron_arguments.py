@@ -16,6 +16,8 @@ class MegatronArguments:
     pipeline_model_parallel_size: int = flag(1, "Pipeline stages.")
     virtual_pipeline_model_parallel_size: int | None = flag(None, "Chunks of layers per stage: smaller bubble, more traffic.")
     num_layers_per_virtual_pipeline_stage: int | None = flag(None, "The same, by layers per chunk.")
+    num_layers_in_first_pipeline_stage: int | None = flag(None, "Layers of the first stage, which also embeds. Default: as others.")
+    num_layers_in_last_pipeline_stage: int | None = flag(None, "Layers of the last stage, which also has the heads. Default: as others.")
     context_parallel_size: int = flag(1, "Ranks that share the tokens of a pack.")
     cp_comm_type: Literal["all_gather", "a2a"] = flag("all_gather", "How context-parallel ranks exchange keys and values.")
     sequence_parallel: bool = flag(False, "Split norms and residuals over tensor-parallel ranks too: less activation memory.")
@@ -29,7 +31,7 @@ class MegatronArguments:
     recompute_granularity: Literal["full", "selective"] | None = flag(None, "full: keep only layer inputs, compute the rest again.")
     recompute_method: Literal["uniform", "block"] = flag("uniform", "uniform: all layers, in units; block: only the first ones.")
     recompute_num_layers: int = flag(1, "Layers per recomputed unit (uniform), or recomputed layers per stage (block).")
-    recompute_modules: list[str] = flag([], "Modules to recompute with granularity selective.")
+    recompute_modules: list[str] = flag([], "What granularity selective computes again: core_attn, mlp. Default: core_attn.")
     recompute_vit: bool = flag(False, "Recompute the vision tower's layers in its backward pass.")
     attention_backend: Literal["auto", "sdpa", "flex", "dense"] = flag(
         "auto", "auto: flex on CUDA (unless use_flex False is given), sdpa on CPU. dense is the slow reference, for tests."

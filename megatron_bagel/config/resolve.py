@@ -40,6 +40,7 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
     megatron, training, given = config.megatron, config.training, config.given
     data_parallel = data_parallel_size(config, world_size)
     global_batch, microbatches = _batch_geometry(config, data_parallel)
+    _check_interleaving(config, microbatches)
     sharded, instances = _optimizer_sharding(config, data_parallel)
     backend, notes = _attention_backend(config, has_gpu)
     bf16 = megatron.bf16 if megatron.bf16 is not None else has_gpu
@@ -101,6 +102,17 @@ def _batch_geometry(config: Config, data_parallel: int) -> tuple[int, int]:
             f"but --gradient_accumulation_steps says {accumulation}; give one of them"
         )
     return global_batch, microbatches
+
+
+def _check_interleaving(config: Config, microbatches: int) -> None:
+    """Megatron's interleaved schedule sends microbatches through the stages in groups of as many as there are stages."""
+    megatron, stages = config.megatron, config.megatron.pipeline_model_parallel_size
+    interleaved = (megatron.virtual_pipeline_model_parallel_size or 1) > 1 or megatron.num_layers_per_virtual_pipeline_stage is not None
+    if interleaved and microbatches % stages:
+        raise ValueError(
+            f"{microbatches} packs per replica and step do not divide into groups of {stages}, as interleaving over "
+            f"--pipeline_model_parallel_size {stages} needs; raise --global_batch_size to {-(-microbatches // stages) * stages} per replica"
+        )
 
 
 def _optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parallel_sizes import virtual_stages
 
 
 def transformer_config(
@@ -25,7 +26,8 @@ def transformer_config(
     dtype = torch.bfloat16 if bf16 else torch.float32
     settings: dict[str, Any] = {
         **_shape(arch),
-        **_parallel(megatron),
+        **_parallel(megatron, arch.num_hidden_layers),
+        **_pipeline_traffic(megatron, arch.num_hidden_layers),
         **_recompute(megatron),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -65,19 +67,32 @@ def _shape(arch: LLMArch) -> dict[str, Any]:
     }
 
 
-def _parallel(megatron: MegatronArguments) -> dict[str, Any]:
+def _parallel(megatron: MegatronArguments, layers: int) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": megatron.tensor_model_parallel_size,
         "pipeline_model_parallel_size": megatron.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": megatron.virtual_pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_stages(megatron, layers),
+        "num_layers_in_first_pipeline_stage": megatron.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": megatron.num_layers_in_last_pipeline_stage,
         "context_parallel_size": megatron.context_parallel_size,
         "sequence_parallel": megatron.sequence_parallel,
     }
 
 
+def _pipeline_traffic(megatron: MegatronArguments, layers: int) -> dict[str, Any]:
+    """How stages talk. Sent activations are never freed early: Megatron-Core 0.16 does so before gloo has sent them.
+
+    Interleaved stages always overlap their traffic: without it Megatron-Core trains two stages wrong, silently.
+    """
+    interleaved = virtual_stages(megatron, layers) is not None
+    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved, "deallocate_pipeline_outputs": False}
+
+
 def _recompute(megatron: MegatronArguments) -> dict[str, Any]:
     if megatron.recompute_granularity is None:
         return {}
+    if megatron.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": megatron.recompute_modules or ["core_attn"]}
     return {
         "recompute_granularity": "full",
         "recompute_method": megatron.recompute_method,

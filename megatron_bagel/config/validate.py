@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parallel_sizes import RECOMPUTE_MODULES, check_parallel_sizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import resolve, tokenizer_path
 
@@ -22,7 +24,6 @@ _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_d
 def validate(config: Config, world_size: int, has_gpu: bool) -> None:
     """Raises ValueError for the first setting that cannot work. ``resolve`` and ``validate_architecture`` hold the other checks."""
     refuse_unsupported_values(config)
-    refuse_unproven_axes(config)
     check_numbers(config)
     check_consistency(config)
     resolve(config, world_size, has_gpu)
@@ -43,28 +44,6 @@ def refuse_unsupported_values(config: Config) -> None:
         raise ValueError("--freeze_vae False is not supported: the autoencoder is never trained, and is not in the original either")
     if config.megatron.micro_batch_size != 1:
         raise ValueError(f"--micro_batch_size is {config.megatron.micro_batch_size}; a microbatch is one pack: raise --max_num_tokens")
-
-
-def refuse_unproven_axes(config: Config) -> None:
-    """Settings whose parts are written but whose equality with one process is not shown yet."""
-    megatron = config.megatron
-    unproven = {
-        "tensor_model_parallel_size": megatron.tensor_model_parallel_size > 1,
-        "pipeline_model_parallel_size": megatron.pipeline_model_parallel_size > 1,
-        "virtual_pipeline_model_parallel_size": megatron.virtual_pipeline_model_parallel_size is not None,
-        "num_layers_per_virtual_pipeline_stage": megatron.num_layers_per_virtual_pipeline_stage is not None,
-        "context_parallel_size": megatron.context_parallel_size > 1,
-        "cp_comm_type": "cp_comm_type" in config.given,
-        "sequence_parallel": megatron.sequence_parallel,
-        "recompute_granularity selective": megatron.recompute_granularity == "selective",
-        "recompute_modules": bool(megatron.recompute_modules),
-    }
-    refused = [f"--{name}" for name, wanted in unproven.items() if wanted]
-    if refused:
-        raise ValueError(
-            f"{', '.join(refused)}: not available yet. Training runs data parallel so far; results on the other axes have not been shown "
-            "to equal those of one process. Leave these flags out, and use --recompute_granularity full to save memory"
-        )
 
 
 def check_numbers(config: Config) -> None:
@@ -101,8 +80,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
-    if megatron.recompute_granularity is None and config.given & {"recompute_method", "recompute_num_layers"}:
-        raise ValueError("--recompute_method and --recompute_num_layers need --recompute_granularity full")
+    check_recompute(config)
+    check_parallel_consistency(megatron)
     if training.resume_model_only and training.resume_from is None:
         raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
     if training.finetune_from_ema and not training.resume_model_only:
@@ -112,6 +91,38 @@ def check_consistency(config: Config) -> None:
             "--finetune_from_hf True only gives architecture, tokenizer and autoencoder; weights come from --resume_from "
             f"(usually the same folder: --resume_from {config.model.model_path} --resume_model_only True). "
             "To train from random weights on purpose, add --init_random True"
+        )
+
+
+def check_recompute(config: Config) -> None:
+    """Each granularity has flags of its own."""
+    megatron = config.megatron
+    if megatron.recompute_granularity != "full" and config.given & {"recompute_method", "recompute_num_layers"}:
+        raise ValueError("--recompute_method and --recompute_num_layers need --recompute_granularity full")
+    if megatron.recompute_modules and megatron.recompute_granularity != "selective":
+        raise ValueError("--recompute_modules needs --recompute_granularity selective")
+    unknown = [name for name in megatron.recompute_modules if name not in RECOMPUTE_MODULES]
+    if unknown:
+        raise ValueError(f"--recompute_modules {' '.join(unknown)}: choose from {', '.join(RECOMPUTE_MODULES)}")
+
+
+def check_parallel_consistency(megatron: MegatronArguments) -> None:
+    """Parallel settings that need each other, whatever the model."""
+    if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence_parallel splits tokens over tensor-parallel ranks: it needs --tensor_model_parallel_size above 1")
+    for name in ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage",
+                 "num_layers_in_last_pipeline_stage"):  # fmt: skip
+        size = getattr(megatron, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name} is {size}; it must be at least 1")
+        if size is not None and megatron.pipeline_model_parallel_size == 1:
+            raise ValueError(f"--{name} {size} needs --pipeline_model_parallel_size above 1")
+    if megatron.num_layers_per_virtual_pipeline_stage is not None and (
+        megatron.num_layers_in_first_pipeline_stage is not None or megatron.num_layers_in_last_pipeline_stage is not None
+    ):
+        raise ValueError(
+            "--num_layers_per_virtual_pipeline_stage needs equal stages; with --num_layers_in_first_pipeline_stage or "
+            "--num_layers_in_last_pipeline_stage say --virtual_pipeline_model_parallel_size instead"
         )
 
 
@@ -147,6 +158,7 @@ def check_paths(config: Config) -> None:
 def validate_architecture(config: Config, arch: BagelArch) -> None:
     """Checks of the parallel layout and the loss weights against the model's sizes."""
     megatron, llm = config.megatron, arch.llm
+    check_parallel_sizes(megatron, llm)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
         raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
     if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:

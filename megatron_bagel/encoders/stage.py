@@ -30,7 +30,8 @@ class StageSettings:
 
 
 class PrePipelineStage:
-    """Encodes a replica's packs. ``tower`` and ``autoencoder`` are None without image understanding or generation."""
+    """Encodes a replica's packs. ``tower`` and ``autoencoder`` are None without image understanding or generation, and on
+    pipeline stages that do not need what they make."""
 
     def __init__(
         self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: StageSettings
@@ -76,6 +77,10 @@ class PrePipelineStage:
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device
+        if self.autoencoder is None:
+            # No latents in the data, or on a stage between first and last, which only counts them.
+            nothing = torch.zeros(len(pack.vae_positions), self.arch.latent_token_dim, device=device)
+            return Features(vit=vit, latents=nothing, noise=nothing, timesteps=torch.zeros(len(nothing), device=device))
         counts = torch.from_numpy(pack.latent_shapes.prod(1))
         raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
         return Features(
@@ -87,7 +92,7 @@ class PrePipelineStage:
 
     def _latents(self, loaded: LoadedPack) -> torch.Tensor:
         channels, device = self.arch.latent_token_dim, self.settings.device
-        if self.autoencoder is None or not len(loaded.pack.latent_shapes):
+        if not len(loaded.pack.latent_shapes):
             return torch.zeros(0, channels, device=device)
         noises = self.posterior_noise(loaded.pack)
         images = [image.to(device) for image in loaded.vae_images()]

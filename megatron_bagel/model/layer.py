@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
-from megatron.core.transformer.utils import sharded_state_dict_default
 
 from megatron_bagel.model.attention_experts import AttentionSubmodules, SelfAttention
 from megatron_bagel.model.context import PackContext
 from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPSubmodules, SwiGLU, per_expert
+from megatron_bagel.model.recompute import recomputed, recomputes
 
 
 @dataclass
@@ -62,6 +61,10 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         self.pre_mlp_layernorm = ExpertPair(config, norm, submodules.two_attentions)
         self.mlp = ExpertPair(config, lambda: SwiGLU(config, submodules.mlp), submodules.two_mlps)
         self.__dict__["exchange"] = ExpertExchange(config)
+        self.recompute_mlp = recomputes(config, "mlp")
+
+    def _experts(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(per_expert(self.mlp, und, gen))
 
     def forward(
         self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any
@@ -77,13 +80,7 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         normed = per_expert(self.input_layernorm, *context.split(hidden, first))
         hidden = hidden + self.self_attention(normed, rows, context)
         normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first))
-        und, gen = per_expert(self.mlp, *self.exchange.enter(normed, rows, context))
+        whole = self.exchange.enter(normed, rows, context)
+        und, gen = recomputed(self._experts, *whole) if self.recompute_mlp else self._experts(*whole)
         hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)
         return hidden.unsqueeze(1), None
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Every weight of both experts, norms included."""
-        state: ShardedStateDict = {}
-        for name, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
-        return state

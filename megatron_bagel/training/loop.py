@@ -14,8 +14,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint, save_checkpoint
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parallel_sizes import virtual_stages
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout, resolve
+from megatron_bagel.config.resolve import RunLayout, architecture, resolve
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
 from megatron_bagel.data.loader import PackLoader
@@ -90,7 +91,7 @@ def initialize_parallel(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
-        megatron.virtual_pipeline_model_parallel_size,
+        virtual_stages(megatron, architecture(config).llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
     )
@@ -117,6 +118,9 @@ def set_up(config: Config) -> Run:
         layout.attention_backend,
         config.data.max_num_tokens,
         platform.device(),
+        slot_multiple=config.megatron.tensor_model_parallel_size if config.megatron.sequence_parallel else 1,
+        fixed_slots=config.megatron.pipeline_model_parallel_size > 1,
+        cp_comm_type=config.megatron.cp_comm_type,
     )
     run = Run(config, layout, arch, trainable, trained, loader, settings, log, counters)
     _announce(run, source)
@@ -151,7 +155,8 @@ def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source:
     optimizer = build_optimizer(wrapped, optimizer_settings)
     tcfg.grad_scale_func = optimizer.scale_loss
     if megatron.overlap_grad_reduce:
-        tcfg.no_sync_func = wrapped[0].no_sync
+        syncs = [chunk.no_sync for chunk in wrapped[: len(modules.decoder)]]
+        tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in parts]
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
     _load_average_apart(config, source, modules, arch, optimizer, ema)

@@ -96,16 +96,18 @@ class StepLosses:
     mse: float
 
 
-def global_losses(shares: Sequence[Tensor], weights: LossWeights, group: dist.ProcessGroup | None = None) -> StepLosses:
-    """Sum the [2] shares of this rank's microbatches over ``group`` (data and context parallel ranks; None: one process).
+def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup) -> StepLosses:
+    """Sum the [2] shares of this rank's microbatches over ``groups``, one after the other (data and context parallel ranks, then
+    pipeline stages, of which only the last has shares; none: one process).
 
     The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.
-    Every rank of the group must call this, also one that had no microbatch shares (an empty list counts as zeros).
+    Every rank of the groups must call this, also one that had no microbatch shares (an empty list counts as zeros).
     """
     total = torch.zeros(2, dtype=torch.float64, device=platform.device())
     for share in shares:
         total += share.double()
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(total, group=group)
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(total, group=group)
     ce, mse = total.tolist()
     return StepLosses(loss=ce * weights.ce_weight + mse * weights.mse_weight, ce=ce, mse=mse)

@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -28,6 +29,7 @@ from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.bagel import BagelModel
 from megatron_bagel.model.build import build_decoder
+from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 from megatron_bagel.training.freezing import freeze
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Modules:
-    """The parts of a model on this rank, not wrapped yet."""
+    """The parts of a model on this rank, not wrapped yet: a pipeline stage has one decoder chunk, or several when interleaved.
+
+    ``tower`` is on the first stage alone, ``autoencoder`` on the first, which reads latents, and the last, which aims at them.
+    """
 
     decoder: list[BagelModel]
     tower: VisionTower | None
@@ -60,16 +65,32 @@ def run_model(config: Config) -> tuple[BagelArch, Tokenizer]:
 def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> Modules:
     """Modules of this rank on its device, without meaningful weights; the autoencoder with its own."""
     training, device = config.training, platform.device()
-    decoder = build_decoder(arch, tcfg, freeze_und=training.freeze_und, transformer_impl=config.megatron.transformer_impl)
-    tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None else None
+    initialize_kv_sharing(arch.llm.num_key_value_heads)
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    decoder = [_build_chunk(config, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
+    tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and first else None
     autoencoder = None
-    if arch.autoencoder is not None:
+    if arch.autoencoder is not None and (first or last):
         path = Path(config.model.model_path) / "ae.safetensors" if training.finetune_from_hf else Path(config.model.vae_path)
         autoencoder = load_autoencoder(path, arch.autoencoder).to(device)
-    decoder.to(device, tcfg.params_dtype)
-    if tower is not None:
-        tower.to(device, tcfg.params_dtype)
-    return Modules([decoder], tower, autoencoder)
+    for part in (*decoder, *([tower] if tower is not None else [])):
+        part.to(device, tcfg.params_dtype)
+    return Modules(decoder, tower, autoencoder)
+
+
+def _build_chunk(config: Config, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:
+    """Chunk ``number`` of this rank's pipeline stage."""
+    interleaved = tcfg.virtual_pipeline_model_parallel_size is not None
+    place = {"ignore_virtual": False, "vp_stage": number} if interleaved else {}
+    return build_decoder(
+        arch,
+        tcfg,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        vp_stage=number if interleaved else None,
+        freeze_und=config.training.freeze_und,
+        transformer_impl=config.megatron.transformer_impl,
+    )
 
 
 def freeze_modules(config: Config, modules: Modules) -> None:

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.data.loader import LoadedPack, StepBatch
 from megatron_bagel.encoders.stage import PrePipelineStage
-from megatron_bagel.layout.order import expert_order
+from megatron_bagel.layout.dealing import context_orders, padded_length
+from megatron_bagel.model.attention.context_parallel import ContextPlace
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
 from megatron_bagel.training.accounting import StepWork
 from megatron_bagel.training.ema import ShardedEma
@@ -60,12 +61,25 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """``backend`` names the attention (sdpa, flex, dense), ``seq_length`` is the capacity of a pack in tokens."""
+    """``backend`` names the attention (sdpa, flex, dense), ``seq_length`` is the capacity of a pack in tokens, ``cp_comm_type`` how
+    context-parallel ranks exchange keys (all_gather, a2a).
+
+    Slots of a microbatch are a multiple of ``slot_multiple`` (sequence parallelism cuts them evenly), and with ``fixed_slots`` the
+    same for every pack, so that pipeline stages need not tell each other shapes.
+    """
 
     weights: LossWeights
     backend: str
     seq_length: int
     device: torch.device | str = "cpu"
+    slot_multiple: int = 1
+    fixed_slots: bool = False
+    cp_comm_type: str = "all_gather"
+
+    def slots(self, tokens: int) -> int:
+        """Slots of one context-parallel rank for a pack of ``tokens`` tokens, padding included."""
+        wanted = self.seq_length if self.fixed_slots else tokens
+        return padded_length(wanted, parallel_state.get_context_parallel_world_size(), self.slot_multiple)
 
 
 def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) -> tuple[LossTotals, StepWork, int]:
@@ -89,12 +103,15 @@ def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) 
 
 
 def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings: StepSettings) -> list[MicroBatch]:
-    """Encode the packs and put their tokens into this rank's order."""
+    """Encode the packs and put this rank's share of their tokens into its order."""
     features = stage.encode(packs)
-    return [
-        make_microbatch(pack.pack, expert_order(pack.pack), encoded, settings.backend, settings.device)
-        for pack, encoded in zip(packs, features, strict=True)
-    ]
+    group = parallel_state.get_context_parallel_group()
+    made = []
+    for pack, encoded in zip(packs, features, strict=True):
+        orders = context_orders(pack.pack, group.size(), settings.slots(pack.pack.sequence_length))
+        place = ContextPlace(group.rank(), group, orders, settings.cp_comm_type)
+        made.append(make_microbatch(pack.pack, orders[place.rank], encoded, settings.backend, settings.device, place))
+    return made
 
 
 def forward_step(
@@ -113,28 +130,37 @@ def forward_step(
 
 def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings) -> StepResult:
     """Train on one global batch, of which this replica holds ``batch.packs``."""
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    totals, work, samples = global_counts(batch.packs, replicas)
+    totals, work, samples = global_counts(batch.packs, parallel_state.get_data_parallel_group())
     for module in trainable.wrapped:
         module.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     shards = microbatches(batch.packs, trainable.stage, settings)
+    chunks = trainable.decoder
     outputs = get_forward_backward_func()(
         forward_step_func=partial(forward_step, totals=totals, weights=settings.weights),
-        data_iterator=iter(shards),
-        model=trainable.decoder if len(trainable.decoder) > 1 else trainable.decoder[0],
+        # Every chunk of an interleaved stage sees every microbatch.
+        data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(shards),
-        seq_length=settings.seq_length,
+        # Megatron divides by the context-parallel size itself.
+        seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=1,
         forward_only=False,
     )
     trainable.stage.backward()
     # Not left to the schedule, which would finish before the tower's backward pass.
-    finalize_gradients(trainable.wrapped)
+    finalize_gradients(chunks)
+    if trainable.tower is not None:
+        trainable.tower.finish_grad_sync()
     lr = trainable.learning_rate.lr
     outcome = optimizer_step(trainable.optimizer)
     if outcome.updated:
         trainable.ema.update()
     trainable.learning_rate.step()
-    losses = global_losses([output["shares"] for output in outputs], settings.weights, replicas)
+    losses = global_losses(
+        [output["shares"] for output in outputs],
+        settings.weights,
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
     return StepResult(losses, outcome, totals, work, samples, lr)
