@@ -1,0 +1,110 @@
+"""Runs whose packs are shared by several ranks give the numbers and the weights of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from tests.runs import make_world, numbers, run, run_config
+
+pytestmark = pytest.mark.distributed
+
+CP, COMM = "context_parallel_size", "cp_comm_type"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sample data, and a decoder with heads enough to share between four ranks."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    path = folder / "data/llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 8, "num_key_value_heads": 4}))
+    for name in ("text", "t2i_pretrain"):
+        groups = yaml.safe_load((folder / "data/dataset.yaml").read_text())
+        only = {key: content for key, content in groups.items() if key in (name, "dataset_info")}
+        only[name]["weight"] = 1
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(only))
+    return folder
+
+
+class Reference:
+    """Runs of one process, each made once."""
+
+    def __init__(self, world: Path, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.made: dict[str, tuple[list[tuple], CheckpointWeights]] = {}
+
+    def run(self, flags: dict[str, Any]) -> tuple[list[tuple], CheckpointWeights]:
+        key = json.dumps(flags, sort_keys=True)
+        if key not in self.made:
+            self.made[key] = trained(self.world, self.folder / str(len(self.made)), 1, flags)
+        return self.made[key]
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(world, tmp_path_factory.mktemp("reference"))
+
+
+def trained(world: Path, results: Path, ranks: int, flags: dict[str, Any]) -> tuple[list[tuple], CheckpointWeights]:
+    """Numbers of three steps, and the weights after them.
+
+    A usual epsilon instead of 1e-15, which would make a full update of the last bit of a gradient that should be zero.
+    """
+    settings = {"total_steps": STEPS, "save_every": STEPS, "eps": 1e-6, **flags}
+    if "dataset_config_file" in flags:
+        settings["dataset_config_file"] = str(world / flags["dataset_config_file"])
+    history = run(run_config(world, results, ranks=ranks, **settings), ranks)
+    return numbers(history), CheckpointWeights(results / f"checkpoints/{STEPS:07d}")
+
+
+def assert_equal(ours: tuple[list[tuple], CheckpointWeights], theirs: tuple[list[tuple], CheckpointWeights]) -> None:
+    assert len(ours[0]) == len(theirs[0]) == STEPS
+    for left, right in zip(ours[0], theirs[0], strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+    assert set(ours[1].keys()) == set(theirs[1].keys())
+    for name in theirs[1].keys():  # noqa: SIM118
+        torch.testing.assert_close(
+            ours[1].read(name), theirs[1].read(name), atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+LAYOUTS = {
+    "cp2": (2, {CP: 2}),
+    "cp4": (4, {CP: 4}),
+    "cp2-a2a": (2, {CP: 2, COMM: "a2a"}),
+    "cp4-a2a": (4, {CP: 4, COMM: "a2a"}),
+    "cp2-dp2": (4, {CP: 2}),
+    "cp2-dp2-a2a-overlap": (4, {CP: 2, COMM: "a2a", "overlap_grad_reduce": True, "overlap_param_gather": True}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_packs_equal_one_process(world: Path, tmp_path: Path, reference: Reference, layout: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
+
+
+KINDS = {
+    "text-alone": {"dataset_config_file": "text.yaml", "visual_gen": False, "visual_und": False},
+    "pictures-alone": {"dataset_config_file": "t2i_pretrain.yaml"},
+    "freeze-und": {"freeze_und": True},
+    "freeze-llm": {"freeze_llm": True, "use_distributed_optimizer": False},
+    "freeze-vit-recompute": {"freeze_vit": True, "recompute_granularity": "full", "layer_module": "Qwen2MoEDecoderLayer"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_equals_one_process(world: Path, tmp_path: Path, reference: Reference, kind: str) -> None:
+    assert_equal(trained(world, tmp_path, 4, {CP: 4, **KINDS[kind]}), reference.run(KINDS[kind]))
+
+
+def test_a_checkpoint_continues_on_another_number_of_ranks(world: Path, tmp_path: Path, reference: Reference) -> None:
+    run(run_config(world, tmp_path, ranks=2, total_steps=1, eps=1e-6, **{CP: 2}), ranks=2)
+    assert_equal(trained(world, tmp_path, 4, {CP: 4}), reference.run({}))
