@@ -95,8 +95,9 @@ def llm_config(vocab_size: int, hidden: int, layers: int) -> dict:
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2, "hidden_act": "silu", "max_position_embeddings": 4096, "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "num_key_value_heads": heads // 2, "hidden_act": "silu", "max_position_embeddings": 4096,
+        # The usual 0.02 is for widths of thousands: at small ones hardly any signal would pass at first.
+        "initializer_range": round(0.7 * hidden**-0.5, 3), "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
     }  # fmt: skip
 
 

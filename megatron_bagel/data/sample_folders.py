@@ -29,6 +29,9 @@ EDIT_SCHEMA = pa.schema([
     ("instruction_list", pa.list_(pa.field("element", pa.list_(pa.field("element", pa.string()))))),
 ])  # fmt: skip
 
+# An editing example has three images, so at half the weight it still gets the largest share of the tokens.
+WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.5, "vlm_sft": 1.0, "text": 0.5}
+
 
 @dataclass(frozen=True)
 class FolderSpec:
@@ -104,7 +107,8 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     size = _transform_sizes(spec.world)
     if spec.t2i:
         counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
-        dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], "image_transform_args": dict(size["vae"]), **_weight([len(counts)])}
+        args = {"image_transform_args": dict(size["vae"])}
+        dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], **args, **_weight("t2i_pretrain", [len(counts)])}
         where["t2i_pretrain"] = {"t2i": {"data_dir": str(final / "t2i"), "num_files": len(counts), "num_total_samples": spec.t2i}}
     if spec.edit:
         counts = _write_parquet(root / "editing/seedxedit_multi", EDIT_SCHEMA, edit_row, spec, spec.edit, "edit")
@@ -116,7 +120,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
             "dataset_names": ["seedxedit_multi"],
             "image_transform_args": dict(size["vae"]),
             "vit_image_transform_args": dict(size["vit"]),
-            **_weight([len(counts)]),
+            **_weight("unified_edit", [len(counts)]),
         }
         where["unified_edit"] = {"seedxedit_multi": {
             "data_dir": str(folder), "num_files": len(counts), "num_total_samples": spec.edit, "parquet_info_path": str(info),
@@ -125,7 +129,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
         _write_conversations(root / "vlm", spec)
         dataset["vlm_sft"] = {
             "dataset_names": ["llava_ov"], "image_transform_args": dict(size["vit"]),
-            "shuffle_lines": True, "shuffle_seed": 0, **_weight([spec.vlm]),
+            "shuffle_lines": True, "shuffle_seed": 0, **_weight("vlm_sft", [spec.vlm]),
         }  # fmt: skip
         where["vlm_sft"] = {"llava_ov": {
             "data_dir": str(final / "vlm/images"), "jsonl_path": str(final / "vlm/llava_ov_si.jsonl"), "num_total_samples": spec.vlm,
@@ -133,7 +137,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     if spec.text:
         (root / "text").mkdir()
         _write_lines(root / "text/text.jsonl", (text_row(spec, i) for i in _progress(spec.text, "text")))
-        dataset["text"] = {"dataset_names": ["text"], **_weight([spec.text])}
+        dataset["text"] = {"dataset_names": ["text"], **_weight("text", [spec.text])}
         where["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
     return {**dataset, "dataset_info": where}
 
@@ -143,8 +147,8 @@ def write_yaml(content: dict, path: Path, comment: str) -> None:
     path.write_text(f"# {comment}\n" + yaml.safe_dump(content, sort_keys=False))
 
 
-def _weight(num_used_data: list[int]) -> dict:
-    return {"is_mandatory": True, "num_used_data": num_used_data, "weight": 1}
+def _weight(group: str, num_used_data: list[int]) -> dict:
+    return {"is_mandatory": True, "num_used_data": num_used_data, "weight": WEIGHTS[group]}
 
 
 def _transform_sizes(world: World) -> dict[str, dict[str, int]]:
