@@ -16,15 +16,18 @@ from tests.runs import make_world, numbers, run, run_config
 pytestmark = pytest.mark.distributed
 
 CP, COMM = "context_parallel_size", "cp_comm_type"
+PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sample data, and a decoder with heads enough to share between four ranks."""
+    """Sample data, and a decoder of 4 layers with heads enough to share between four ranks."""
     folder = make_world(tmp_path_factory.mktemp("world"))
     path = folder / "data/llm/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 8, "num_key_value_heads": 4}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | SIZES))
     for name in ("text", "t2i_pretrain"):
         groups = yaml.safe_load((folder / "data/dataset.yaml").read_text())
         only = {key: content for key, content in groups.items() if key in (name, "dataset_info")}
@@ -57,7 +60,7 @@ def trained(world: Path, results: Path, ranks: int, flags: dict[str, Any]) -> tu
 
     A usual epsilon instead of 1e-15, which would make a full update of the last bit of a gradient that should be zero.
     """
-    settings = {"total_steps": STEPS, "save_every": STEPS, "eps": 1e-6, **flags}
+    settings = {"global_batch_size": 4, "total_steps": STEPS, "save_every": STEPS, "eps": 1e-6, **flags}
     if "dataset_config_file" in flags:
         settings["dataset_config_file"] = str(world / flags["dataset_config_file"])
     history = run(run_config(world, results, ranks=ranks, **settings), ranks)
@@ -82,6 +85,11 @@ LAYOUTS = {
     "cp4-a2a": (4, {CP: 4, COMM: "a2a"}),
     "cp2-dp2": (4, {CP: 2}),
     "cp2-dp2-a2a-overlap": (4, {CP: 2, COMM: "a2a", "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tp2-sp-cp2-dp2": (8, {**TP2_SP, CP: 2}),
+    "tp2-sp-cp2-a2a": (4, {**TP2_SP, CP: 2, COMM: "a2a"}),
+    "pp2-cp2-dp2": (8, {PP: 2, CP: 2}),
+    "tp2-sp-pp2-cp2": (8, {**TP2_SP, PP: 2, CP: 2}),
+    "pp2-vpp2-cp2-recompute": (4, {PP: 2, VPP: 2, CP: 2, "recompute_granularity": "selective"}),
 }
 
 
@@ -92,19 +100,21 @@ def test_shared_packs_equal_one_process(world: Path, tmp_path: Path, reference: 
 
 
 KINDS = {
-    "text-alone": {"dataset_config_file": "text.yaml", "visual_gen": False, "visual_und": False},
-    "pictures-alone": {"dataset_config_file": "t2i_pretrain.yaml"},
-    "freeze-und": {"freeze_und": True},
-    "freeze-llm": {"freeze_llm": True, "use_distributed_optimizer": False},
-    "freeze-vit-recompute": {"freeze_vit": True, "recompute_granularity": "full", "layer_module": "Qwen2MoEDecoderLayer"},
+    "text-alone": (4, {CP: 4}, {"dataset_config_file": "text.yaml", "visual_gen": False, "visual_und": False}),
+    "text-alone-pp2": (4, {PP: 2, CP: 2}, {"dataset_config_file": "text.yaml"}),
+    "pictures-alone-pp2": (4, {PP: 2, CP: 2, COMM: "a2a"}, {"dataset_config_file": "t2i_pretrain.yaml"}),
+    "freeze-und-pp2": (4, {PP: 2, CP: 2}, {"freeze_und": True}),
+    "freeze-llm-pp2": (4, {PP: 2, CP: 2}, {"freeze_llm": True, "use_distributed_optimizer": False}),
+    "freeze-vit-moe": (2, {CP: 2, "recompute_granularity": "full"}, {"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_equals_one_process(world: Path, tmp_path: Path, reference: Reference, kind: str) -> None:
-    assert_equal(trained(world, tmp_path, 4, {CP: 4, **KINDS[kind]}), reference.run(KINDS[kind]))
+    ranks, layout, flags = KINDS[kind]
+    assert_equal(trained(world, tmp_path, ranks, {**layout, **flags}), reference.run(flags))
 
 
 def test_a_checkpoint_continues_on_another_number_of_ranks(world: Path, tmp_path: Path, reference: Reference) -> None:
-    run(run_config(world, tmp_path, ranks=2, total_steps=1, eps=1e-6, **{CP: 2}), ranks=2)
+    run(run_config(world, tmp_path, ranks=2, total_steps=1, global_batch_size=4, eps=1e-6, **{CP: 2}), ranks=2)
     assert_equal(trained(world, tmp_path, 4, {CP: 4}), reference.run({}))
