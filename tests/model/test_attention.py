@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 
+from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import build_pack
 from megatron_bagel.model.attention.dense import DensePlan
-from megatron_bagel.model.attention.flex import FlexPlan
+from megatron_bagel.model.attention.flex import FlexPlan, block_mask
 from megatron_bagel.model.attention.sdpa import SdpaPlan
 from megatron_bagel.model.batch import attention_plan
+from tests.long_packs import KINDS, LONG, quickest
 from tests.strategies import SPEC, samples
 
 
@@ -49,6 +53,16 @@ def test_flex_equals_the_oracle_forward(plan: list[Sample]) -> None:
     q, k, v = (x.detach() for x in _qkv(len(order.positions), dim=16))
     oracle = DensePlan(mask, order).attend(q, k, v, layer_number=1)
     torch.testing.assert_close(FlexPlan(mask, order).attend(q, k, v, layer_number=1), oracle, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_block_masks_of_long_packs_are_quick(kind: Callable[[], list[Sample]]) -> None:
+    """From the segments to FlexAttention's own object."""
+    pack = build_pack(kind(), LONG)
+    mask, order = PackMask.of(pack), expert_order(pack)
+    assert quickest(lambda: block_mask(mask, order, "cpu")) < 0.3
+    blocks = block_mask(mask, order, "cpu").to_dense()
+    assert torch.equal(blocks[0, 0].bool(), torch.from_numpy(block_occupancy(mask, order).some))
 
 
 def test_unknown_backend_is_refused() -> None:
