@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,12 @@ def set_up(config: Config) -> Run:
     arch, tokenizer = run_model(config)
     validate_architecture(config, arch)
     source = _agreed(weight_source(config) if rank == 0 else None)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     if rank == 0:
         ensure_index(config, tokenizer)
-    dist.barrier()
+    # Indexing may take longer than a collective of training ever should.
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
     replica = parallel_state.get_data_parallel_rank()
     loader = open_loader(config, arch, tokenizer, layout.global_batch_size, replica, layout.data_parallel_size)
     trainable, trained = _build_trainable(config, layout, arch, source)

@@ -92,6 +92,7 @@ def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: in
         ({"freeze_und": True}, None),
         ({"freeze_llm": True, "layer_module": "Qwen2DecoderLayer"}, None),
         ({"tie_word_embeddings": True, "ce_loss_reweighting": True, "lr_scheduler": "cosine", "total_steps": 3}, None),
+        ({"bf16": True, "lr": 1e-4}, None),
         ({"vae_encode_padded": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
