@@ -105,7 +105,7 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     _fill_modules(trained.modules, loaded)
     # The distributed optimizer copies into leaf tensors that require gradients.
     with torch.no_grad():
-        if trained.optimizer is not None:
+        if _has_state(trained.optimizer):
             trained.optimizer.load_state_dict(loaded["optimizer"])
         if trained.ema is not None:
             trained.ema.load_state_dict(loaded["ema"])
@@ -177,11 +177,17 @@ def provenance(step: int, arch: BagelArch) -> dict[str, Any]:
 
 def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"model": module_state(trained.modules)}
-    if trained.optimizer is not None:
-        state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=dict(_METADATA))
+    if _has_state(trained.optimizer):
+        with megatron_compat.padded_buckets(trained.optimizer):
+            state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=dict(_METADATA))
     if trained.ema is not None:
         state["ema"] = trained.ema.sharded_state_dict(state["model"], is_loading=is_loading)
     return state
+
+
+def _has_state(optimizer: MegatronOptimizer | None) -> bool:
+    """False also for Megatron's stub, on a pipeline stage that is frozen altogether."""
+    return optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False)
 
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import megatron.core
@@ -67,3 +69,25 @@ def shutdown_save_manager() -> None:
     if results is not None and not isinstance(results, queue.SimpleQueue):
         results._manager.shutdown()
     filesystem_async._results_queue = None
+
+
+@contextmanager
+def padded_buckets(optimizer: Any) -> Iterator[None]:
+    """Within the block a fully reshardable state of the distributed optimizer is cut in the right places.
+
+    Every supported Megatron-Core joins the buckets of a gradient buffer without the padding between them, but cuts parameters out
+    at offsets that count it: with a second bucket, weights and moments would be saved shifted. With the padding counted as content
+    both agree.
+    """
+    leaves = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for leaf in leaves for buffer in getattr(leaf, "buffers", [])]
+    kept = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
+    for buffer in buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, numel in kept:
+            part.numel_unpadded = numel

@@ -80,7 +80,8 @@ class ShardedEma:
         averages = [entry.average for entry in self._entries]
         weights = [main_weight_slice(entry.parameter, entry.owned) for entry in self._entries]
         # lerp is the same formula with one rounding less than scaling and adding, and reads each tensor once.
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
 
     def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tracked average as a whole fp32 tensor of the parameter's (tensor-parallel local) shape, one at a time."""

@@ -20,6 +20,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bagel import platform
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -95,9 +97,14 @@ def trainable_parameters(module: torch.nn.Module) -> int:
 
 
 def build_optimizer(modules: Sequence[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of all wrapped modules. Raises ValueError when everything is frozen."""
+    """AdamW over the trainable parameters of all wrapped modules. Raises ValueError when everything is frozen, on every rank.
+
+    A pipeline stage without any gets an optimizer that only takes part in the global gradient norm. Collective over the world.
+    """
     trainable = [module for module in modules if trainable_parameters(module)]
-    if not trainable:
+    anywhere = torch.tensor([len(trainable)], device=platform.device())
+    dist.all_reduce(anywhere)
+    if not anywhere.item():
         raise ValueError(
             "No parameter is left to train: the freeze flags (freeze_llm, freeze_vit, freeze_und) together with visual_gen / "
             "visual_und off freeze the whole model. Drop one of them."
@@ -118,7 +125,7 @@ def build_optimizer(modules: Sequence[DistributedDataParallel], settings: Optimi
         overlap_param_gather=settings.overlap_param_gather,
     )
     # No overrides: without weight decay there is no reason to split biases into a group of their own.
-    return get_megatron_optimizer(config, trainable, config_overrides={})
+    return get_megatron_optimizer(config, trainable or list(modules), config_overrides={})
 
 
 def finalize_gradients(model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
