@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from megatron_bagel.data.training_data import open_loader
+from megatron_bagel.layout.dealing import context_orders
+from megatron_bagel.layout.mask import PackMask
+from megatron_bagel.training.model_setup import run_model
 from tests.runs import make_world, numbers, run, run_config
 
 pytestmark = pytest.mark.distributed
@@ -118,3 +123,16 @@ def test_every_kind_of_training_equals_one_process(world: Path, tmp_path: Path, 
 def test_a_checkpoint_continues_on_another_number_of_ranks(world: Path, tmp_path: Path, reference: Reference) -> None:
     run(run_config(world, tmp_path, ranks=2, total_steps=1, global_batch_size=4, eps=1e-6, **{CP: 2}), ranks=2)
     assert_equal(trained(world, tmp_path, 4, {CP: 4}), reference.run({}))
+
+
+def test_packs_of_the_sample_data_are_dealt_evenly(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path, max_num_tokens=2048, expected_num_tokens=1900)
+    loader = open_loader(config, *run_model(config), 8, 0, 1)
+    for loaded in next(loader).packs:
+        areas = PackMask.of(loaded.pack).row_areas()
+        for ranks in (2, 4, 8, 16):
+            orders = context_orders(loaded.pack, ranks)
+            counts = [len(order.positions) for order in orders]
+            loads = np.array([areas[order.positions].sum() for order in orders])
+            assert max(counts) - min(counts) <= 1 and loads.max() / loads.mean() <= 1.05
+    loader.close()
