@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.model.context import PackContext
 from megatron_bagel.model.experts import ExpertExchange, ExpertPair
-from megatron_bagel.model.rope import rotate
+from megatron_bagel.model.fused import norm_and_rotate, rotate
+from megatron_bagel.model.recompute import recomputed, recomputes
+from megatron_bagel.parallel.kv_sharing import gather_columns, kv_sharing_group
 
 
 @dataclass
@@ -32,8 +33,10 @@ class AttentionExpert(MegatronModule):
         super().__init__(config=config)
         tp = config.tensor_model_parallel_size
         self.head_dim = config.kv_channels
-        self.groups = config.num_query_groups // tp
-        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        # More ranks than key/value heads: ``sharing`` ranks work on the query heads of one group.
+        self.sharing = max(1, tp // config.num_query_groups)
+        self.groups = max(1, config.num_query_groups // tp)
+        self.heads_per_group = config.num_attention_heads // (config.num_query_groups * self.sharing)
         query = config.kv_channels * config.num_attention_heads
         self.linear_qkv = build_module(
             submodules.linear_qkv, config.hidden_size, query + 2 * config.kv_channels * config.num_query_groups, config=config,
@@ -49,19 +52,23 @@ class AttentionExpert(MegatronModule):
             self.q_layernorm = build_module(submodules.qk_layernorm, **norm)
             self.k_layernorm = build_module(submodules.qk_layernorm, **norm)
 
-    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[s, h] -> per KV group its queries and key after QK-norm, and its value.
+    def qkv(self, x: torch.Tensor) -> torch.Tensor:
+        """[s, h] -> per KV group its queries, key and value, [s, groups, heads_per_group + 2, head_dim]."""
+        mixed = self.linear_qkv(x)
+        if self.sharing > 1:
+            mixed = self._own_queries(mixed)
+        return mixed.view(x.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
 
-        Shapes [s, groups, heads_per_group + 1, head_dim] and [s, groups, head_dim].
-        """
-        mixed = self.linear_qkv(x).view(x.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
-        qk, value = mixed[:, :, :-1], mixed[:, :, -1]
-        if not hasattr(self, "q_layernorm"):
-            return qk, value
-        # Query and key heads are normed in one call; only the weights differ.
-        weights = torch.cat([self.q_layernorm.weight.expand(self.heads_per_group, -1), self.k_layernorm.weight[None]])
-        normed = F.rms_norm(qk.float(), (self.head_dim,), None, self.q_layernorm.eps)
-        return normed.to(qk.dtype) * weights, value
+    def head_weights(self) -> torch.Tensor:
+        """QK-norm weights per head of a group: its query heads, then its key, [heads_per_group + 1, head_dim]."""
+        return torch.cat([self.q_layernorm().expand(self.heads_per_group, -1), self.k_layernorm()[None]])
+
+    def _own_queries(self, mixed: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of a group's [q..q k v] -> its own queries, and the key and value it shares."""
+        group = kv_sharing_group()
+        columns = gather_columns(mixed, group).unflatten(-1, (-1, self.head_dim))
+        first = group.rank() * self.heads_per_group
+        return torch.cat([columns[:, first : first + self.heads_per_group], columns[:, -2:]], dim=1)
 
 
 class CoreAttention(MegatronModule):
@@ -70,10 +77,15 @@ class CoreAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.recompute = recomputes(config, "core_attn")
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: PackContext) -> torch.Tensor:
         """[s, heads, d] and [s, groups, d] -> [s, heads * d]."""
-        return context.attention.attend(query, key, value, self.layer_number)
+
+        def attend(*qkv: torch.Tensor) -> torch.Tensor:
+            return context.attention.attend(*qkv, self.layer_number)
+
+        return recomputed(attend, query, key, value) if self.recompute else attend(query, key, value)
 
 
 class SelfAttention(MegatronModule):
@@ -94,14 +106,22 @@ class SelfAttention(MegatronModule):
         """Normed rows of both experts held here -> [local rows, h]."""
         und, gen = self.exchange.enter(parts, local_rows, context)
         experts = (self.und, self.gen if hasattr(self, "gen") else self.und)
-        (und_qk, und_v), (gen_qk, gen_v) = experts[0].qkv(und), experts[1].qkv(gen)
-        if self.freeze_und:
-            und_qk, und_v = und_qk.detach(), und_v.detach()
-        real = context.n_und + context.n_gen
-        qk, value = torch.cat([und_qk, gen_qk]), torch.cat([und_v, gen_v])
-        qk = rotate(qk, context.cos[:real], context.sin[:real])
-        query = qk[:, :, :-1].flatten(1, 2)
-        mixed = self.core_attention(query, qk[:, :, -1], value, context)
-        und_out = experts[0].linear_proj(mixed[: context.n_und])
-        gen_out = experts[1].linear_proj(mixed[context.n_und :])
+        und_rows, gen_rows = experts[0].qkv(und), experts[1].qkv(gen)
+        mixed = torch.cat([und_rows.detach() if self.freeze_und else und_rows, gen_rows])
+        query_key, value = mixed.split([mixed.shape[2] - 1, 1], dim=2)
+        query, key = self._turn(query_key, experts, context).split([mixed.shape[2] - 2, 1], dim=2)
+        attended = self.core_attention(query.flatten(1, 2), key.squeeze(2), value.squeeze(2), context)
+        und, gen = attended.split([context.n_und, context.n_gen])
+        und_out, gen_out = experts[0].linear_proj(und), experts[1].linear_proj(gen)
         return self.exchange.leave([und_out.detach() if self.freeze_und else und_out, gen_out], context)
+
+    def _turn(self, query_key: torch.Tensor, experts: tuple[AttentionExpert, AttentionExpert], context: PackContext) -> torch.Tensor:
+        """QK-norm, by each token's expert, and rotary positions; queries and keys in one go."""
+        rows = query_key.shape[0]
+        cos, sin = context.cos[:rows], context.sin[:rows]
+        if not hasattr(experts[0], "q_layernorm"):
+            return rotate(query_key, cos, sin)
+        und, gen = (expert.head_weights() for expert in experts)
+        if self.freeze_und:
+            und = und.detach()
+        return norm_and_rotate(query_key, und, gen, context.n_und, experts[0].q_layernorm.eps, cos, sin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -18,7 +20,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
 from megatron_bagel.config.architecture import BagelArch
@@ -29,7 +30,6 @@ from megatron_bagel.model.experts import ExpertPair, join, per_expert
 from megatron_bagel.model.flow import interpolate, target_velocity
 from megatron_bagel.model.norm import RMSNorm
 from megatron_bagel.model.positions import sincos_2d
-from megatron_bagel.model.rope import rotary_table
 
 
 class BagelModel(MegatronModule):
@@ -54,7 +54,7 @@ class BagelModel(MegatronModule):
         self.share_embeddings_and_output_weights = arch.llm.tie_word_embeddings
         hidden, draws = config.hidden_size, arch.autoencoder is not None
         if pre_process or (post_process and self.share_embeddings_and_output_weights):
-            self.embedding = nn.Module()
+            self.embedding = MegatronModule(config)
             self.embedding.word_embeddings = VocabParallelEmbedding(
                 arch.llm.vocab_size, hidden, init_method=config.init_method, config=config
             )
@@ -69,6 +69,7 @@ class BagelModel(MegatronModule):
         )
         if post_process:
             self._build_heads(draws)
+        self._mark_shared_embedding()
         self.model_type = ModelType.encoder_or_decoder
 
     def _build_heads(self, draws: bool) -> None:
@@ -87,6 +88,15 @@ class BagelModel(MegatronModule):
             # Zero at first, so that an untrained head predicts no motion (the original's initialisation).
             nn.init.zeros_(self.llm2vae.weight)
             nn.init.zeros_(self.llm2vae.bias)
+
+    def _mark_shared_embedding(self) -> None:
+        """Tied embeddings on different stages: Megatron sums their gradients, and counts only the first stage's in norms."""
+        weight = self.shared_embedding_or_output_weight()
+        if weight is None or (self.pre_process and self.post_process):
+            return
+        # A bucket of its own, so that both stages cut it over the data-parallel ranks in the same places.
+        weight.shared_embedding = True
+        weight.shared = self.post_process
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Megatron's schedules hand the previous stage's hidden states here."""
@@ -113,18 +123,21 @@ class BagelModel(MegatronModule):
         if batch.vit_features is not None:
             und = torch.cat([und, batch.vit_features.to(und.dtype)])
         gen = und[:0]
+        if self.freeze_und:
+            # Not quite cut off: a tied embedding gets (zero) gradients on a stage without the head, where reduction waits for them.
+            und = und * 0 + und.detach() if self.share_embeddings_and_output_weights and not self.post_process else und.detach()
         if self.arch.autoencoder is not None:
             x_t = interpolate(batch.latents, batch.noise, batch.timesteps)
             gen = self.embed_latents(x_t, batch.timesteps, batch.latent_position_ids)
-        return join([und.detach() if self.freeze_und else und, gen], batch.length)
+        return join([und, gen], batch.length)
 
     def decode(
         self, hidden: torch.Tensor | None, n_und: int, n_gen: int, position_ids: torch.Tensor, attention: AttentionPlan
     ) -> torch.Tensor:
         """Run this stage's layers: [length, h] (None on later stages) -> [length (or its share), 1, h], before the final norm."""
         llm = self.arch.llm
-        cos, sin = rotary_table(position_ids, llm.head_dim, llm.rope_theta)
-        context = PackContext(n_und, n_gen, len(position_ids), cos, sin, attention)
+        dtype = self.config.params_dtype
+        context = PackContext.of(n_und, n_gen, position_ids, attention, llm.head_dim, llm.rope_theta, dtype)
         if hidden is not None:
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden)
@@ -154,6 +167,9 @@ class BagelModel(MegatronModule):
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, h] -> this rank's share of the logits, [n, V / tp]."""
         weight = self.shared_embedding_or_output_weight()
+        if weight is not None and not self.pre_process:
+            # Called for its hooks alone: overlapped parameter gathering waits there for the weight that the head is about to read.
+            self.embedding.word_embeddings(torch.zeros(0, dtype=torch.long, device=hidden.device))
         return self.output_layer(hidden, weight=weight)[0]
 
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,9 +198,11 @@ class BagelModel(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
         """Every parameter of the stage, for dist_checkpointing."""
-        state: ShardedStateDict = {}
-        for name, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        key = f"{prefix}embedding.word_embeddings.weight"
+        if key in state and not self.pre_process:
+            # The last stage's copy of tied embeddings: the first stage's is the one that is saved.
+            state[key] = replace(state[key], replica_id=(1, *state[key].replica_id[1:]))
         return state
 
 

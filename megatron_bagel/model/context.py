@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_bagel.model.rope import rotary_table
+
 
 class AttentionPlan(Protocol):
     """How the tokens of a rank attend; made once per pack and used by every layer."""
@@ -18,7 +20,7 @@ class AttentionPlan(Protocol):
 @dataclass
 class PackContext:
     """Expert split and positions of a pack: slots [0, n_und) are understanding tokens, [n_und, n_und + n_gen) generation
-    tokens, the rest padding. ``cos`` and ``sin`` are [s, head_dim]."""
+    tokens, the rest padding. ``cos`` and ``sin`` are [s, 1, 1, head_dim / 2], in the dtype of the hidden states."""
 
     n_und: int
     n_gen: int
@@ -26,6 +28,15 @@ class PackContext:
     cos: torch.Tensor
     sin: torch.Tensor
     attention: AttentionPlan
+
+    @classmethod
+    def of(
+        cls, n_und: int, n_gen: int, position_ids: torch.Tensor, attention: AttentionPlan, head_dim: int, theta: float, dtype: torch.dtype
+    ) -> PackContext:
+        """Context of the slots whose RoPE positions are ``position_ids`` [s]."""
+        # Both halves of a row are equal; the angles are made in fp32 and rounded once.
+        cos, sin = (table[:, None, None, : head_dim // 2].to(dtype) for table in rotary_table(position_ids, head_dim, theta))
+        return cls(n_und, n_gen, len(position_ids), cos, sin, attention)
 
     def split(self, hidden: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Understanding and generation rows of ``hidden`` [rows, ...], which holds the slots from ``first`` on."""
@@ -36,4 +47,5 @@ class PackContext:
         """The same for given counts."""
         und = min(max(n_und - first, 0), hidden.shape[0])
         real = min(max(n_und + n_gen - first, 0), hidden.shape[0])
-        return hidden[:und], hidden[und:real]
+        # One split instead of two slices: its backward pass is one concatenation, not two padded copies and a sum.
+        return hidden.split([und, real - und, hidden.shape[0] - real])[:2]

@@ -9,19 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megatron_bagel.model.fused import linear
 
 
 class SilentColumnLinear(ColumnParallelLinear):
     """[s, in] -> [s, out / tp]; the input is already whole on every tensor-parallel rank."""
 
     def forward(self, input_: torch.Tensor, *_: Any) -> torch.Tensor:
-        return F.linear(input_, self.weight, self.bias)
+        return linear(input_, self.weight, self.bias)
 
 
 class SilentRowLinear(RowParallelLinear):
     """[s, in / tp] -> [s, out], a partial sum that the layer reduces later."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return F.linear(input_, self.weight)
+        return linear(input_, self.weight)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bagel import platform
+from megatron_bagel.model.fused import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension.
@@ -22,6 +25,15 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., hidden_size], same shape out."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        if platform.has_gpu():
+            # torch's own kernel does this in one launch there.
+            return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+class NormWeight(RMSNorm):
+    """A norm that its owner computes together with others. It is called for its weight, not read, because overlapped parameter
+    gathering waits for weights in hooks on calls."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight

@@ -15,10 +15,3 @@ def rotary_table(position_ids: torch.Tensor, head_dim: int, theta: float) -> tup
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x`` [tokens, ..., head_dim] by ``cos`` and ``sin`` [tokens, head_dim]; dtype of ``x``."""
-    shape = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.view(shape).to(x.dtype) + turned * sin.view(shape).to(x.dtype)

@@ -15,7 +15,7 @@ from megatron_bagel.model.attention_experts import AttentionSubmodules, CoreAtte
 from megatron_bagel.model.experts import MLPSubmodules
 from megatron_bagel.model.layer import MoTLayer, MoTLayerSubmodules
 from megatron_bagel.model.linear import SilentColumnLinear, SilentRowLinear
-from megatron_bagel.model.norm import RMSNorm
+from megatron_bagel.model.norm import NormWeight, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def layer_spec(arch: LLMArch, modules: SpecModules = LOCAL, freeze_und: bool = F
         linear_qkv=modules.column_linear,
         linear_proj=modules.row_linear,
         core_attention=CoreAttention,
-        qk_layernorm=modules.norm if arch.qk_norm else None,
+        qk_layernorm=NormWeight if arch.qk_norm else None,
     )
     submodules = MoTLayerSubmodules(
         norm=modules.norm,

@@ -13,7 +13,6 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack, build_pack
 from megatron_bagel.model.batch import Features, MicroBatch, make_microbatch
 from megatron_bagel.model.context import PackContext
-from megatron_bagel.model.rope import rotary_table
 
 
 class EmptyPlan:
@@ -45,8 +44,7 @@ def tiny_config(arch: BagelArch, **settings: Any) -> TransformerConfig:
 def random_context(arch: BagelArch, n_und: int = 5, n_gen: int = 4) -> tuple[torch.Tensor, PackContext]:
     """Hidden states [9, 1, h] and a context of both experts."""
     hidden = torch.randn(n_und + n_gen, 1, arch.llm.hidden_size, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotary_table(torch.arange(n_und + n_gen), arch.llm.head_dim, 1e4)
-    return hidden, PackContext(n_und, n_gen, n_und + n_gen, cos, sin, EmptyPlan())
+    return hidden, PackContext.of(n_und, n_gen, torch.arange(n_und + n_gen), EmptyPlan(), arch.llm.head_dim, 1e4, torch.float32)
 
 
 def random_features(pack: Pack, arch: BagelArch, seed: int = 0) -> Features:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,16 +43,23 @@ class SdpaPlan:
             q = q.index_select(0, self.queries)
             k, v = (x.index_select(0, self.keys) for x in (k, v))
         repeat, results = q.shape[1] // k.shape[1], []
-        query = key = 0
-        for (documents, rows, columns), mask in zip(self.shapes, self.masks, strict=True):
-            next_query, next_key = query + documents * rows, key + documents * columns
-            batch = [
-                x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q[query:next_query], k[key:next_key], v[key:next_key])
-            ]
+        cut = [self._cut(x, side) for x, side in ((q, 1), (k, 2), (v, 2))]
+        for (documents, _, _), mask, *parts in zip(self.shapes, self._masks_as(q.dtype), *cut, strict=True):
+            batch = [x.unflatten(0, (documents, -1)).transpose(1, 2) for x in parts]
             if repeat > 1:
                 batch[1:] = [x.repeat_interleave(repeat, 1) for x in batch[1:]]
             result = F.scaled_dot_product_attention(*batch, attn_mask=mask)
             results.append(result.transpose(1, 2).flatten(2).flatten(0, 1))
-            query, key = next_query, next_key
         out = results[0] if len(results) == 1 else torch.cat(results)
         return out if self.in_place else out.index_select(0, self.back)
+
+    def _cut(self, x: torch.Tensor, side: int) -> Sequence[torch.Tensor]:
+        """The rows of each group; ``side`` 1 for queries, 2 for keys and values."""
+        return (x,) if len(self.shapes) == 1 else x.split([shape[0] * shape[side] for shape in self.shapes])
+
+    def _masks_as(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Additive masks of the queries' dtype, made once: torch would make them from booleans in every call."""
+        if self.masks and self.masks[0].dtype != dtype:
+            minus_infinity = torch.tensor(float("-inf"), dtype=dtype, device=self.masks[0].device)
+            self.masks = [torch.where(mask, 0.0, minus_infinity).to(dtype) for mask in self.masks]
+        return self.masks
