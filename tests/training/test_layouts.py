@@ -17,6 +17,8 @@ pytestmark = pytest.mark.distributed
 TP, SP = "tensor_model_parallel_size", "sequence_parallel"
 PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 STEPS = 3
+#: Clipping is active. A usual epsilon: 1e-15 would make a full update of the last bit of a gradient that should be zero.
+SETTINGS = {"global_batch_size": 4, "save_every": STEPS, "max_grad_norm": 0.5, "eps": 1e-6, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,8 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Referenc
 
 
 def trained(world: Path, results: Path, ranks: int, flags: dict[str, Any]) -> tuple[list[tuple], CheckpointWeights]:
-    """Numbers of three steps, and the checkpoint after them.
-
-    A usual epsilon instead of 1e-15, which would make a full update of the last bit of a gradient that should be zero.
-    """
-    settings = {"global_batch_size": 4, "total_steps": STEPS, "save_every": STEPS, "eps": 1e-6, **flags}
-    history = run(run_config(world, results, ranks, **settings), ranks)
+    """Numbers of three steps, and the checkpoint after them."""
+    history = run(run_config(world, results, ranks, **{**SETTINGS, "total_steps": STEPS, **flags}), ranks)
     return numbers(history), CheckpointWeights(results / f"checkpoints/{STEPS:07d}")
 
 
@@ -67,16 +65,23 @@ def assert_equal(ours: tuple[list[tuple], CheckpointWeights], theirs: tuple[list
         torch.testing.assert_close(ours.read(name), theirs.read(name), atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+SP_TP2 = {TP: 2, SP: True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = {
     "tp2": (2, {TP: 2}),
-    "tp2-sp": (2, {TP: 2, SP: True}),
+    "tp2-sp": (2, SP_TP2),
     "tp4-two-kv-heads": (4, {TP: 4, SP: True}),
     "pp2": (2, {PP: 2}),
     "pp4": (4, {PP: 4}),
     "pp2-vpp2": (2, {PP: 2, VPP: 2}),
     "uneven": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}),
-    "tp2-sp-pp2-dp2": (8, {TP: 2, SP: True, PP: 2}),
-    "pp2-vpp2-dp2-overlap": (4, {PP: 2, VPP: 2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tp2-sp-pp2-dp2": (8, {**SP_TP2, PP: 2}),
+    "tp2-pp2-vpp2-plain-optimizer": (4, {TP: 2, PP: 2, "num_layers_per_virtual_pipeline_stage": 1, "use_distributed_optimizer": False}),
+    "pp2-vpp2-dp2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
+    "recompute-uniform": (4, {**SP_TP2, PP: 2, "recompute_granularity": "full", "recompute_num_layers": 2, "recompute_vit": True}),
+    "recompute-block": (2, {PP: 2, "recompute_granularity": "full", "recompute_method": "block"}),
+    "recompute-attention": (2, {**SP_TP2, "recompute_granularity": "selective"}),
+    "recompute-attention-mlp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"], **OVERLAP}),
 }
 
 
@@ -84,3 +89,33 @@ LAYOUTS = {
 def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Reference, layout: str) -> None:
     ranks, flags = LAYOUTS[layout]
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
+
+
+TIED = {"tie_word_embeddings": True}
+MODELS = {
+    "moe": (4, {**SP_TP2, PP: 2}, {"layer_module": "Qwen2MoEDecoderLayer"}),
+    "dense": (4, {**SP_TP2, PP: 2}, {"layer_module": "Qwen2DecoderLayer"}),
+    "no-qk-norm": (2, {TP: 2}, {"llm_qk_norm": False}),
+    "tied": (4, {PP: 2}, TIED),
+    "tied-freeze-und": (4, {PP: 2, **OVERLAP}, {**TIED, "freeze_und": True}),
+    "tied-tp2": (2, {TP: 2}, TIED),
+    "freeze-llm": (4, {PP: 4}, {"freeze_llm": True}),
+    "freeze-vit": (2, {PP: 2}, {"freeze_vit": True}),
+    "freeze-und": (4, {**SP_TP2, PP: 2}, {"freeze_und": True}),
+    "no-vit": (2, {PP: 2}, {"visual_und": False}),
+    "no-images-out": (4, {**SP_TP2, PP: 2}, {"visual_gen": False}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_on_a_layout(world: Path, tmp_path: Path, reference: Reference, model: str) -> None:
+    ranks, layout, flags = MODELS[model]
+    assert_equal(trained(world, tmp_path, ranks, {**layout, **flags}), reference.run(flags))
+
+
+@pytest.mark.parametrize("there", [(4, {**SP_TP2, PP: 2}), (4, {PP: 2, VPP: 2})], ids=["tp2-pp2", "pp2-vpp2-dp2"])
+def test_a_checkpoint_continues_on_another_layout(world: Path, tmp_path: Path, reference: Reference, there: tuple) -> None:
+    """One step elsewhere, then here, with two other layouts in a row."""
+    for steps, (ranks, flags) in ((1, there), (2, (2, {PP: 2, "num_layers_in_last_pipeline_stage": 1}))):
+        run(run_config(world, tmp_path, ranks, **SETTINGS, **{**flags, "total_steps": steps}), ranks)
+    assert_equal(trained(world, tmp_path, 2, {TP: 2}), reference.run({}))
