@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Parts of a SigLIP checkpoint that BAGEL's vision tower has no use for: pooling head, text tower, contrastive scale.
 _SIGLIP_UNUSED = re.compile(r"^(vision_model\.head\.|text_model\.|logit_scale$|logit_bias$|vision_model\.embeddings\.position_ids$)")
+_SIGLIP_NAMES = re.compile(r"^(vision_model|text_model)\.|^logit_(scale|bias)$")
 _SIGLIP_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 
 
@@ -142,14 +143,16 @@ def vit_source(folder: str | Path, arch: BagelArch) -> View:
     """A SigLIP folder as BAGEL names: patch convolution -> linear over (row, column, channel), layers past the selected one dropped."""
     reader = folder_weights(folder, "--vit_path")
     view, dropped = View(reader.path), []
-    for name in reader.keys():  # noqa: SIM118
+    for there in reader.keys():  # noqa: SIM118
+        # transformers 5 saves a vision tower without the prefix that earlier releases and BAGEL use.
+        name = there if _SIGLIP_NAMES.match(there) else f"vision_model.{there}"
         layer = _SIGLIP_LAYER.match(name)
         if _SIGLIP_UNUSED.match(name) or (layer and int(layer.group(1)) >= arch.n_vit_layers):
-            dropped.append(name)
+            dropped.append(there)
         elif name.endswith("patch_embedding.weight"):
-            view.add(f"vit_model.{name}", reader, name, patch_convolution_to_linear)
+            view.add(f"vit_model.{name}", reader, there, patch_convolution_to_linear)
         else:
-            view.add(f"vit_model.{name}", reader, name)
+            view.add(f"vit_model.{name}", reader, there)
     if dropped:
         logger.info(
             "%s: %d tensors not used (layers after the %d selected, heads, text tower)", reader.path, len(dropped), arch.n_vit_layers

@@ -114,3 +114,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_groups(tmp_path / "bad.yaml")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(GUIDE))
     assert len(load_groups(tmp_path / "good.yaml")) == 3
+
+
+def test_the_guides_example_is_here_and_is_read() -> None:
+    path = Path(__file__).resolve().parents[2] / "data/configs/example.yaml"
+    assert [(group.name, len(group.datasets)) for group in load_groups(path)] == [("t2i_pretrain", 1), ("unified_edit", 1), ("vlm_sft", 1)]

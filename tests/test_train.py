@@ -1,0 +1,93 @@
+"""The guide's two commands, with tiny folders in place of the real ones: pre-training from a Qwen2 and a SigLIP folder, and
+fine-tuning of the model that came out of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bagel import train
+from megatron_bagel.training.history import read_history
+from tests.runs import make_world
+from tools.checkpoint_convert import megatron_to_hf
+
+pytestmark = pytest.mark.distributed
+GUIDE_DATA = ["--expected_num_tokens", "256", "--max_num_tokens", "320", "--max_num_tokens_per_sample", "256"]
+TINY = ["--vit_max_num_patch_per_side", "10", "--total_steps", "2", "--warmup_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample world, with pretrained (here: random) weights in Hugging Face's own formats."""
+    from transformers import AutoConfig, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(AutoConfig.from_pretrained(folder / "data/llm")).save_pretrained(folder / "qwen")
+    for file in (folder / "data/tokenizer").iterdir():
+        shutil.copy(file, folder / "qwen")
+    SiglipVisionModel(SiglipVisionConfig.from_pretrained(folder / "data/vit")).save_pretrained(folder / "siglip")
+    return folder
+
+
+def command(arguments: list[str]) -> int | None:
+    """Exit code of the program in a process of its own."""
+
+    def main() -> None:
+        raise SystemExit(train.main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Path) -> None:
+    pretrain = [
+        "--dataset_config_file", str(world / "data/dataset.yaml"), "--llm_path", str(world / "qwen"),
+        "--vae_path", str(world / "ae.safetensors"), "--vit_path", str(world / "siglip"), "--layer_module", "Qwen2MoTDecoderLayer", "--use_flex", "True",
+        "--results_dir", str(tmp_path / "a"), "--checkpoint_dir", str(tmp_path / "a/checkpoints"), "--max_latent_size", "64",
+    ]  # fmt: skip
+    assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"]) == 0
+    assert (tmp_path / "a/index/manifest.json").is_file(), "without --index_dir the index is made below results_dir"
+    assert len(read_history(tmp_path / "a/metrics.jsonl")) == 2
+    model = tmp_path / "model"
+    assert not megatron_to_hf.main(["--checkpoint", str(tmp_path / "a/checkpoints"), "--output", str(model), "--dtype", "fp32"])
+    finetune = [
+        "--dataset_config_file", str(world / "data/dataset.yaml"), "--model_path", str(model), "--layer_module", "Qwen2MoTDecoderLayer",
+        "--max_latent_size", "64", "--resume-from", str(model), "--finetune_from_hf", "True", "--auto_resume", "True",
+        "--resume-model-only", "True", "--finetune-from-ema", "True", "--log_every", "1", "--lr", "2e-5", "--num_worker", "1",
+        "--results_dir", str(tmp_path / "b"), "--checkpoint_dir", str(tmp_path / "b/checkpoints"),
+    ]  # fmt: skip
+    assert command([*finetune, *GUIDE_DATA, *TINY]) == 0
+    assert len(read_history(tmp_path / "b/metrics.jsonl")) == 2
+    assert f"starting from the ema weights of {model}" in (tmp_path / "b/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--llm_path", "nowhere"], "--llm_path: there is no folder nowhere"),
+        (["--vit_path", "nowhere"], "--vit_path: there is no folder nowhere"),
+        (["--vae_path", "nowhere/ae.safetensors"], "--vae_path: there is no file nowhere"),
+        (["--resume_from", "nowhere"], "--resume_from nowhere"),
+        (["--max_latent_size", "2"], "--max_latent_size"),
+        (["--vit_max_num_patch_per_side", "9"], "vit_max_num_patch_per_side"),
+        (["--max_latent_sizes", "64"], "did you mean --max_latent_size"),
+        (["--max_num_tokens_per_sample", "8", "--max_num_tokens", "9", "--expected_num_tokens", "9"], "longer than 8 tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture, change: list[str], message: str
+) -> None:
+    base = [
+        "--dataset_config_file", str(world / "data/dataset.yaml"), "--index_dir", str(world / "index"), "--llm_path", str(world / "qwen"),
+        "--vae_path", str(world / "ae.safetensors"), "--vit_path", str(world / "siglip"), "--results_dir", str(tmp_path),
+        "--checkpoint_dir", str(tmp_path / "checkpoints"), "--num_workers", "0", *GUIDE_DATA, *TINY, "--max_latent_size", "64",
+    ]  # fmt: skip
+    assert command([*base, *change]) == 2
+    assert message in capfd.readouterr().err
