@@ -49,7 +49,8 @@ def command(arguments: list[str]) -> int | None:
 def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Path) -> None:
     pretrain = [
         "--dataset_config_file", str(world / "data/dataset.yaml"), "--llm_path", str(world / "qwen"),
-        "--vae_path", str(world / "ae.safetensors"), "--vit_path", str(world / "siglip"), "--layer_module", "Qwen2MoTDecoderLayer", "--use_flex", "True",
+        "--vae_path", str(world / "ae.safetensors"), "--vit_path", str(world / "siglip"),
+        "--layer_module", "Qwen2MoTDecoderLayer", "--use_flex", "True",
         "--results_dir", str(tmp_path / "a"), "--checkpoint_dir", str(tmp_path / "a/checkpoints"), "--max_latent_size", "64",
     ]  # fmt: skip
     assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"]) == 0
