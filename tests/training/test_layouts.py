@@ -76,7 +76,6 @@ LAYOUTS = {
     "pp2-vpp2": (2, {PP: 2, VPP: 2}),
     "uneven": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 1}),
     "tp2-sp-pp2-dp2": (8, {**SP_TP2, PP: 2}),
-    "tp2-pp2-vpp2-plain-optimizer": (4, {TP: 2, PP: 2, "num_layers_per_virtual_pipeline_stage": 1, "use_distributed_optimizer": False}),
     "pp2-vpp2-dp2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
     "recompute-uniform": (4, {**SP_TP2, PP: 2, "recompute_granularity": "full", "recompute_num_layers": 2, "recompute_vit": True}),
     "recompute-block": (2, {PP: 2, "recompute_granularity": "full", "recompute_method": "block"}),
@@ -93,6 +92,7 @@ def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Refer
 
 TIED = {"tie_word_embeddings": True}
 MODELS = {
+    "plain-optimizer": (4, {TP: 2, PP: 2, "num_layers_per_virtual_pipeline_stage": 1}, {"use_distributed_optimizer": False}),
     "moe": (4, {**SP_TP2, PP: 2}, {"layer_module": "Qwen2MoEDecoderLayer"}),
     "dense": (4, {**SP_TP2, PP: 2}, {"layer_module": "Qwen2DecoderLayer"}),
     "no-qk-norm": (2, {TP: 2}, {"llm_qk_norm": False}),
