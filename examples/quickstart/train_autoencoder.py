@@ -1,6 +1,7 @@
 """Makes the autoencoder kept in this folder: FLUX's architecture at a width of 64, trained on the sample world alone.
 
     OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT
+    OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT2 --start OUT/ae.safetensors --steps 0 0 500 --lr 0.001
 
 It grows from pictures of 16 pixels to 32 and 64 (see megatron_bagel/encoders/autoencoder_growing.py). Judged not by decibels but by
 whether the scorer still reads colour, place and kind of the shape off the reconstruction.
@@ -72,13 +73,15 @@ def told(shares: dict[str, float]) -> str:
     return f"{shares['psnr']:.1f} dB; read right: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items() if k != "psnr")
 
 
-def train(steps: list[int], lr: float, seed: int) -> AutoEncoder:
-    """All stages; prints progress."""
+def train(steps: list[int], lr: float, seed: int, start: Path | None) -> AutoEncoder:
+    """All stages, or with `start` only the last one from those weights; prints progress."""
     pool, rng = training_pictures(seed), keyed_generator(seed, "batches")
     generator = torch.Generator().manual_seed(seed)
-    model = seed_autoencoder(ARCH, generator)
+    model = load_autoencoder(start, flag="--start") if start else seed_autoencoder(ARCH, generator)
     for stage, (count, batch) in enumerate(zip(steps, BATCH, strict=True)):
-        if stage:
+        if start and stage < len(BATCH) - 1:
+            continue
+        if stage and not start:
             model = grow(model, generator)
         shrink = 4 >> stage
 
@@ -97,11 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for ae.safetensors (fp16) and ae_config.json")
     parser.add_argument("--steps", type=int, nargs=3, default=[250, 300, 1000], metavar="N", help="per stage (default 250 300 1000)")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="weights that an earlier run wrote, to train on in the last stage")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and batches (default 0)")
     args = parser.parse_args(argv)
     path = args.out / "ae.safetensors"
-    save_autoencoder(train(args.steps, args.lr, args.seed), path, torch.float16)
+    save_autoencoder(train(args.steps, args.lr, args.seed, args.start), path, torch.float16)
     print(f"{path}, {path.stat().st_size / 1e6:.2f} MB: {told(judge(load_autoencoder(path)))}")
 
 
