@@ -29,8 +29,8 @@ EDIT_SCHEMA = pa.schema([
     ("instruction_list", pa.list_(pa.field("element", pa.list_(pa.field("element", pa.string()))))),
 ])  # fmt: skip
 
-# An editing example has three images, so at half the weight it still gets the largest share of the tokens.
-WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.5, "vlm_sft": 1.0, "text": 0.5}
+# Drawing from words needs the most examples; an editing example has three images and costs as much as two others.
+WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.25, "vlm_sft": 0.5, "text": 0.25}
 
 
 @dataclass(frozen=True)
