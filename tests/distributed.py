@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -48,6 +49,7 @@ def run_ranks(
         # What the parent has buffered would be printed once more by every rank.
         sys.stdout.flush()
         sys.stderr.flush()
+        _forget_dead_groups()
         for process in ranks:
             process.start()
         try:
@@ -59,6 +61,25 @@ def run_ranks(
                     process.kill()
                     process.join()
             answers.close()
+
+
+def fork(target: Callable[..., Any], *args: Any) -> Any:
+    """A started process that runs ``target(*args)``: for programs that are killed, or that set up their own group."""
+    _forget_dead_groups()
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def _forget_dead_groups() -> None:
+    """Collect process groups of earlier tests (optimizers hold them in cycles) before a fork.
+
+    Collected in the forked process, where their threads do not exist, they would crash it. What is left after the collection is
+    frozen for the same reason.
+    """
+    if multiprocessing.parent_process() is None:
+        gc.collect()
+    gc.freeze()
 
 
 def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:

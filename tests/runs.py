@@ -18,7 +18,7 @@ from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.training.history import read_history
-from tests.distributed import run_ranks
+from tests.distributed import fork, run_ranks
 
 SIZES = ["--hidden-size", "64", "--layers", "2", "--vit-hidden-size", "32", "--vit-layers", "2", "--vit-patches-per-side", "10"]
 AUTOENCODER = AutoencoderArch(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
@@ -79,9 +79,7 @@ def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:
 
 def start(config: Config, ranks: int) -> multiprocessing.Process:
     """The same run in a process of its own group of ranks, to be killed."""
-    process = multiprocessing.get_context("fork").Process(target=_start_main, args=(config, ranks))
-    process.start()
-    return process
+    return fork(_start_main, config, ranks)
 
 
 def _start_main(config: Config, ranks: int) -> None:

@@ -3,7 +3,6 @@ fine-tuning of the model that came out of it."""
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from megatron_bagel import train
 from megatron_bagel.training.history import read_history
+from tests.distributed import fork
 from tests.runs import make_world
 from tools.checkpoint_convert import megatron_to_hf
 
@@ -40,8 +40,7 @@ def command(arguments: list[str]) -> int | None:
     def main() -> None:
         raise SystemExit(train.main(arguments))
 
-    process = multiprocessing.get_context("fork").Process(target=main)
-    process.start()
+    process = fork(main)
     process.join(240)
     return process.exitcode
 

@@ -51,12 +51,10 @@ def shutdown_distributed() -> None:
     """Leave the process group and Megatron-Core's groups; does nothing when there is none."""
     from megatron.core import parallel_state
 
+    from megatron_bagel.platform import megatron_compat
+
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        # It leaves some groups behind; a process forked later would crash in the destructor of one it replaces.
-        for name, value in list(vars(parallel_state).items()):
-            if isinstance(value, dist.ProcessGroup):
-                setattr(parallel_state, name, None)
+        megatron_compat.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ from megatron_bagel.checkpoint import publish
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
 from megatron_bagel.checkpoint.training_state import save_checkpoint
 from tests.checkpoint.tiny_run import tiny_run, train_step
-from tests.distributed import run_ranks
+from tests.distributed import fork, run_ranks
 
 
 def _fake(directory: Path, step: int) -> Path:
@@ -97,8 +96,7 @@ def test_killed_saves_leave_the_previous_checkpoint(tmp_path: Path) -> None:
     moments = random.Random(0)
     newest = 0
     for _ in range(4):
-        process = multiprocessing.get_context("fork").Process(target=_save_until_killed, args=(tmp_path,))
-        process.start()
+        process = fork(_save_until_killed, tmp_path)
         first = publish.latest_checkpoint(tmp_path)
         deadline = time.monotonic() + 60
         while publish.latest_checkpoint(tmp_path) == first and time.monotonic() < deadline and newest < 3:
