@@ -4,9 +4,9 @@ Entry points call ``install()`` before they import anything of Megatron-Core.
 """
 
 from megatron_bagel.platform.cpu import enter_thread
-from megatron_bagel.platform.device import backend, device, has_gpu, peak_memory_bytes
+from megatron_bagel.platform.device import backend, compiles_kernels, device, has_gpu, peak_memory_bytes
 
-__all__ = ["backend", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
+__all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
 
 
 def install() -> None:

@@ -29,6 +29,11 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def compiles_kernels(where: torch.device | str) -> bool:
+    """Whether kernels for this device are compiled with torch.compile; on CPU they run eagerly."""
+    return torch.device(where).type == "cuda"
+
+
 def device_name() -> str:
     """What the hardware calls itself, for looking up its peak rate; "cpu" without a GPU."""
     return torch.cuda.get_device_name(device()) if has_gpu() else "cpu"

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bagel import platform
 from megatron_bagel.data.loader import LoadedPack, StepBatch
 from megatron_bagel.encoders.stage import PrePipelineStage
 from megatron_bagel.layout.dealing import context_orders, padded_length
@@ -92,9 +93,8 @@ def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) 
     work = sum((StepWork.of(pack.pack) for pack in packs), StepWork())
     samples = sum(len(pack.pack.samples) for pack in packs)
     counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
-    summed = torch.tensor(counts, dtype=torch.float64)
+    summed = torch.tensor(counts, dtype=torch.float64, device=platform.device())
     if group is not None and dist.get_world_size(group) > 1:
-        summed = summed.to("cuda") if dist.get_backend(group) == "nccl" else summed
         dist.all_reduce(summed, group=group)
     values = summed.tolist()
     split = len(fields(totals))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_bagel import platform
 from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.mask import PackMask
@@ -91,7 +92,7 @@ class FlexPlan:
         self.real, self.missing = len(order.positions), order.length - len(order.positions)
         self.missing_keys = self.missing if keys is None else keys.length - len(keys.positions)
         self.mask = block_mask(mask, order, device, keys)
-        self.kernel = _kernel(torch.device(device).type == "cuda")
+        self.kernel = _kernel(platform.compiles_kernels(device))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """See AttentionPlan; the same in every layer."""
