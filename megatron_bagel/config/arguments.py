@@ -70,6 +70,9 @@ class DataArguments:
     index_dir: str | None = flag(
         None, "Ours. Folder written by data_tools/build_index.py. Default: index/ in results_dir, built there at the first start."
     )
+    split: str | None = flag(
+        None, 'Ours. Weights of training and validation rows, such as "99,1": one row of every 100 of each dataset is held out.'
+    )
 
 
 @dataclass

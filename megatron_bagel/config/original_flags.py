@@ -28,9 +28,17 @@ ALIASES: dict[str, str] = {
 }
 
 #: Flags that the original does not have.
-OURS: frozenset[str] = frozenset(
-    {"tokenizer_path", "init_random", "allow_missing", "data_root", "index_dir", "use_wandb", "zero_lr_first_step", "vae_encode_padded"}
-)
+OURS: frozenset[str] = frozenset({
+    "tokenizer_path",
+    "init_random",
+    "allow_missing",
+    "data_root",
+    "index_dir",
+    "split",
+    "use_wandb",
+    "zero_lr_first_step",
+    "vae_encode_padded",
+})
 
 #: FSDP sharding strategies -> what they are under Megatron.
 SHARDING_STRATEGIES: dict[str, str] = {

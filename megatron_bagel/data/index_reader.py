@@ -20,6 +20,7 @@ from megatron_bagel.data.groups import EDIT, T2I, DatasetEntry, GroupConfig
 from megatron_bagel.data.index_format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
 from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.records import Record
+from megatron_bagel.data.split import EVERYTHING, Split, SplitRows
 from megatron_bagel.data.tokenizer import Tokenizer
 
 
@@ -69,7 +70,7 @@ def _ragged(column: pa.ListArray) -> Ragged:
     return Ragged(column.offsets.to_numpy(), column.values.to_numpy())
 
 
-Rows = range | np.ndarray
+Rows = SplitRows | np.ndarray  # row numbers; either is indexed by an array of places
 
 
 class DatasetReader:
@@ -125,30 +126,36 @@ class DatasetReader:
         """All shards in row order, for work on whole columns."""
         return [self._shard(number) for number in range(len(self.info.shards))]
 
-    def used_rows(self, entry: DatasetEntry, group: GroupConfig) -> list[Rows]:
-        """Rows that ``num_used_data`` takes: the first files by name (T2I, editing), or lines (VLM, text), in one or more passes.
+    def used_rows(self, entry: DatasetEntry, group: GroupConfig, split: Split = EVERYTHING) -> list[Rows]:
+        """Rows of the part of ``split`` that ``num_used_data`` takes, in one or more passes: those of the first files by name (T2I,
+        editing), or of a number of lines (VLM, text).
 
         Lines are the first ones, or with ``shuffle_lines`` a choice that depends on ``shuffle_seed`` alone. More files than there
         are give further passes over the first ones, as the original repeats the list of files.
         """
+
+        def first(stop: int) -> list[Rows]:
+            rows = SplitRows(self.name, len(self), stop, split)
+            return [rows] if len(rows) else []
+
         used = entry.num_used_data
         if used is None:
-            return [range(len(self))]
+            return first(len(self))
         sources = self.info.sources
         if self.group in (T2I, EDIT):
             passes, rest = divmod(used, len(sources))
-            part = range(sum(source.samples for source in sources[:rest]))
-            return [range(len(self))] * passes + ([part] if len(part) else [])
+            return first(len(self)) * passes + first(sum(source.samples for source in sources[:rest]))
         lines = sources[0].rows
         if used >= lines:
-            return [range(len(self))]
-        rows = np.concatenate([shard.source_row for shard in self.shards()])
+            return first(len(self))
+        line_of_row = np.concatenate([shard.source_row for shard in self.shards()])
         if not group.shuffle_lines:
-            return [range(int(np.searchsorted(rows, used)))]
+            return first(int(np.searchsorted(line_of_row, used)))
         draws = keyed_uniform(group.shuffle_seed, self.name, "shuffle_lines", np.arange(lines))
         taken = np.zeros(lines, dtype=bool)
         taken[np.argsort(draws, kind="stable")[:used]] = True
-        return [np.flatnonzero(taken[rows])]
+        rows = np.flatnonzero(taken[line_of_row])
+        return [rows[SplitRows(self.name, len(self), len(self), split).contains(rows)]]
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):

@@ -21,6 +21,7 @@ from megatron_bagel.data.sample_plan import (
     drop_conditions,
     transform_of,
 )
+from megatron_bagel.data.split import EVERYTHING, Split
 from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
@@ -42,22 +43,28 @@ class GroupSource:
     Pass k of n in epoch e draws as epoch e * n + k of its dataset, so that passes differ in captions, dropout and noise.
     """
 
-    def __init__(self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings) -> None:
-        """Raises ValueError when the group's images can be too large for the model, or when it has no sample at all."""
+    def __init__(
+        self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings, split: Split = EVERYTHING
+    ) -> None:
+        """``split`` says which rows are read. Raises ValueError when the group's images can be too large for the model, or when it
+        has no sample at all."""
         check_image_limits(group, settings.layout, settings.visual_und)
         self.group, self.settings = group, settings
         self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
-            passes = reader.used_rows(entry, group)
+            passes = reader.used_rows(entry, group, split)
             if len(group.datasets) == 1:
                 passes = passes[:1]  # alone in its group, a dataset's repetitions change nothing
             self._passes += [_Pass(reader, rows, number, len(passes)) for number, rows in enumerate(passes)]
         self._starts = np.cumsum([0, *(len(each.rows) for each in self._passes)])
         if not len(self):
             names = ", ".join(entry.name for entry in group.datasets)
-            raise ValueError(f"group {group.name} has no sample: the index of {names} is empty, or num_used_data takes only skipped rows")
+            raise ValueError(
+                f"group {group.name} has no sample for {split.part}: the index of {names} is empty, num_used_data takes only skipped "
+                "rows, or --split leaves none"
+            )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -69,8 +76,7 @@ class GroupSource:
         for number in np.unique(numbers):
             each, mine = self._passes[number], numbers == number
             offsets = indexes[mine] - self._starts[number]
-            rows = offsets + each.rows.start if isinstance(each.rows, range) else each.rows[offsets]
-            measured[:, mine] = self._measure_pass(each, rows, epoch * each.passes + each.number)
+            measured[:, mine] = self._measure_pass(each, each.rows[offsets], epoch * each.passes + each.number)
         return Measures(*measured)
 
     def sample(self, index: int, epoch: int) -> Sample:
@@ -110,6 +116,8 @@ class GroupSource:
         return each.reader, int(each.rows[index - int(self._starts[number])]), epoch * each.passes + each.number
 
 
-def open_sources(groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings) -> list[GroupSource]:
+def open_sources(
+    groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, split: Split = EVERYTHING
+) -> list[GroupSource]:
     """One source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
-    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings) for group in groups]
+    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, split) for group in groups]

@@ -18,7 +18,8 @@ from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.loader import PackLoader, PackReader
 from megatron_bagel.data.planner import Planner, PlannerConfig
 from megatron_bagel.data.sample_plan import ConditionDropout, active_groups
-from megatron_bagel.data.sources import PlanSettings, open_sources
+from megatron_bagel.data.sources import GroupSource, PlanSettings, open_sources
+from megatron_bagel.data.split import Part, Split
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.layout.pack import LayoutSpec
 
@@ -77,6 +78,26 @@ def ensure_index(config: Config, tokenizer: Tokenizer) -> Path:
     return folder
 
 
+def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part: Part = "train") -> list[GroupSource]:
+    """The groups over the rows that ``--split`` gives to training or to validation; held-out samples keep all their conditions.
+
+    Raises ValueError as `open_loader` does, and for "validation" when nothing is held out.
+    """
+    model, training, split = config.model, config.training, Split.parse(config.data.split, part)
+    if part == "validation" and not split.block:
+        raise ValueError('no rows are held out for validation: give --split, such as "99,1"')
+    dropout = ConditionDropout(model.text_cond_dropout_prob, model.vae_cond_dropout_prob, model.vit_cond_dropout_prob)
+    settings = PlanSettings(
+        seed=training.global_seed,
+        layout=layout_spec(arch, tokenizer),
+        dropout=dropout if part == "train" else ConditionDropout(0.0, 0.0, 0.0),
+        visual_und=training.visual_und,
+        costs=CostModel.of(arch),
+    )
+    index = IndexedSamples.open(index_folder(config), tokenizer)
+    return open_sources(training_groups(config), index, settings, split)
+
+
 def open_loader(
     config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch_size: int, replica: int = 0, replicas: int = 1
 ) -> PackLoader:
@@ -85,17 +106,8 @@ def open_loader(
     Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
     images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
     """
-    spec = layout_spec(arch, tokenizer)
-    model, data, training = config.model, config.data, config.training
-    settings = PlanSettings(
-        seed=training.global_seed,
-        layout=spec,
-        dropout=ConditionDropout(model.text_cond_dropout_prob, model.vae_cond_dropout_prob, model.vit_cond_dropout_prob),
-        visual_und=training.visual_und,
-        costs=CostModel.of(arch),
-    )
-    index = IndexedSamples.open(index_folder(config), tokenizer)
-    sources = open_sources(training_groups(config), index, settings)
+    data, training = config.data, config.training
+    sources = training_sources(config, arch, tokenizer)
     plan = PlannerConfig(
         max_num_tokens=data.max_num_tokens,
         expected_num_tokens=training.expected_num_tokens,
@@ -104,5 +116,5 @@ def open_loader(
         seed=data.data_seed,
         global_batch_size=global_batch_size,
     )
-    reader = PackReader(sources, spec, training.global_seed)
+    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed)
     return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor)

@@ -10,7 +10,7 @@ import yaml
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bagel.data.training_data import ensure_index, open_loader, training_groups
+from megatron_bagel.data.training_data import ensure_index, open_loader, training_groups, training_sources
 from tests.data import golden_index
 
 
@@ -72,3 +72,21 @@ def test_images_larger_than_the_model_are_refused(goldens: Path, tmp_path: Path,
     small = BagelArch.from_hf_folder(goldens / "hf", max_latent_size=2, vit_max_num_patch_per_side=16)
     with pytest.raises(ValueError, match="--max_latent_size"):
         open_loader(config(goldens, tmp_path), small, words, 2)
+
+
+def test_held_out_samples_are_not_trained_on(goldens: Path, tmp_path: Path, words: Tokenizer, arch: BagelArch) -> None:
+    run = config(goldens, tmp_path, split="3,1")
+    ensure_index(run, words)
+    parts = [training_sources(run, arch, words, part) for part in ("train", "validation")]
+    for train, held_out in zip(*parts, strict=True):
+        names = [{(s.dataset, s.index) for s in (source.sample(i, 0) for i in range(len(source)))} for source in (train, held_out)]
+        whole = training_sources(config(goldens, tmp_path), arch, words)
+        assert len(names[0]) + len(names[1]) == len(next(source for source in whole if source.name == train.name))
+        assert names[0] and names[1] and not names[0] & names[1]
+        assert all(not item.dropped for i in range(len(held_out)) for item in held_out.sample(i, 0).items)
+    loader = open_loader(run, arch, words, 2)
+    trained = {(s.dataset, s.index) for _ in range(12) for pack in next(loader).packs for s in pack.pack.samples}
+    held_out = {(s.dataset, s.index) for source in parts[1] for s in (source.sample(i, 0) for i in range(len(source)))}
+    assert not trained & held_out
+    with pytest.raises(ValueError, match="--split"):
+        training_sources(config(goldens, tmp_path), arch, words, "validation")
