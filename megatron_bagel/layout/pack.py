@@ -76,6 +76,14 @@ class Pack:
         """Images of one kind, in sequence order."""
         return [image for image in self.images if image.kind == kind]
 
+    def sample_numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Which of ``samples`` the tokens at ``positions`` [n] of the sequence belong to, int64 [n]."""
+        documents = np.searchsorted(np.cumsum(self.sample_lens), positions, side="right")
+        if len(self.samples) in (0, len(self.sample_lens)):
+            return documents
+        # sample_lens leaves out samples of which nothing is left.
+        return np.flatnonzero([any(not item.dropped for item in sample.items) for sample in self.samples])[documents]
+
 
 def grid_position_ids(rows: int, cols: int, side: int, interpolate: bool) -> np.ndarray:
     """Ids [rows * cols] into a [side, side] position table, row-major.

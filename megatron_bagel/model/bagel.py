@@ -182,19 +182,28 @@ class BagelModel(MegatronModule):
         Without loss tokens the results are empty but still hang on the heads: every parameter gets a (zero) gradient on every
         rank, which overlapped gradient reduction waits for.
         """
-        normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
-        ce = cross_entropy(self.text_logits(normed.index_select(0, batch.ce_slots)).float(), batch.labels)
+        logits, predicted = self.predictions(hidden, batch)
+        ce = cross_entropy(logits, batch.labels)
         if self.arch.autoencoder is None:
-            return ce, normed.new_zeros((0, 1), dtype=torch.float32)
-        predicted = self.velocity(normed.index_select(0, batch.mse_slots)).float()
+            return ce, predicted
         target = target_velocity(batch.latents, batch.noise).index_select(0, batch.mse_rows)
         return ce, (predicted - target.float()) ** 2
 
+    def predictions(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the losses are about: logits [n_ce, V / tp] and velocities [n_mse, p * p * z], both fp32."""
+        normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
+        logits = self.text_logits(normed.index_select(0, batch.ce_slots)).float()
+        if self.arch.autoencoder is None:
+            return logits, normed.new_zeros((0, 1), dtype=torch.float32)
+        return logits, self.velocity(normed.index_select(0, batch.mse_slots)).float()
+
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Losses on the last stage, hidden states [length, 1, h] elsewhere."""
+        """Losses (or predictions) on the last stage, hidden states [length, 1, h] elsewhere."""
         hidden = self.embed(batch) if self.pre_process else None
         hidden = self.decode(hidden, batch.n_und, batch.n_vae, batch.position_ids, batch.attention)
-        return self.losses(hidden, batch) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        return self.predictions(hidden, batch) if batch.predict else self.losses(hidden, batch)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
         """Every parameter of the stage, for dist_checkpointing."""

@@ -21,7 +21,9 @@ class MicroBatch:
     ``text_ids`` [n_text]; ``position_ids`` [length] (0 for padding); ``vit_features`` [n_vit, h] or None (connector output with
     its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``timesteps`` [n_vae] in [0, 1], 0 for clean images;
     ``latent_position_ids`` [n_vae]; ``ce_slots``, ``labels``, ``ce_weights`` [n_ce]; ``mse_slots`` [n_mse] and the rows of
-    ``latents`` they belong to, ``mse_rows``.
+    ``latents`` they belong to, ``mse_rows``; ``ce_samples`` [n_ce] and ``mse_samples`` [n_mse] number the pack's sample of each
+    loss token, ``datasets`` names the dataset of each sample. With ``predict`` the model returns what it predicts at these
+    tokens, not its losses.
     """
 
     n_text: int
@@ -40,7 +42,11 @@ class MicroBatch:
     ce_weights: torch.Tensor
     mse_slots: torch.Tensor
     mse_rows: torch.Tensor
+    ce_samples: torch.Tensor
+    mse_samples: torch.Tensor
     attention: AttentionPlan
+    datasets: tuple[str, ...] = ()
+    predict: bool = False
 
     @property
     def n_und(self) -> int:
@@ -124,5 +130,8 @@ def make_microbatch(
         ce_weights=put(pack.ce_weights[ce_here]),
         mse_slots=put(mse_slots[mse_here]),
         mse_rows=put(mse_slots[mse_here] - order.n_und),
+        ce_samples=put(pack.sample_numbers(pack.ce_positions[ce_here])),
+        mse_samples=put(pack.sample_numbers(pack.mse_positions[mse_here])),
         attention=attention_plan(backend, PackMask.of(pack), order, device, place),
+        datasets=tuple(sample.dataset for sample in pack.samples),
     )

@@ -25,6 +25,7 @@ from megatron_bagel.model.attention.context_parallel import ContextPlace
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
 from megatron_bagel.training.accounting import StepWork
 from megatron_bagel.training.ema import ShardedEma
+from megatron_bagel.training.loss_table import LossTable
 from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
 from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, optimizer_step
 from megatron_bagel.training.schedule import LearningRate
@@ -115,12 +116,14 @@ def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings:
 
 
 def forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, totals: LossTotals, weights: LossWeights
+    batches: Iterator[MicroBatch], model: torch.nn.Module, totals: LossTotals, weights: LossWeights, table: LossTable | None = None
 ) -> tuple[object, Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Megatron's forward_step_func: the stage's output, and how the last stage turns it into a loss."""
     batch = next(batches)
 
     def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        if table is not None:
+            table.add(batch, *output)
         scalar, shares = microbatch_loss(*output, batch.ce_weights, totals, weights)
         # The token count is Megatron's divisor; the loss is divided already (losses.py), so it stays unused.
         return scalar, torch.ones((), dtype=torch.int, device=scalar.device), {"shares": shares}
@@ -128,8 +131,8 @@ def forward_step(
     return model(batch), loss
 
 
-def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings) -> StepResult:
-    """Train on one global batch, of which this replica holds ``batch.packs``."""
+def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings, table: LossTable | None = None) -> StepResult:
+    """Train on one global batch, of which this replica holds ``batch.packs``. ``table`` takes this rank's losses by dataset."""
     totals, work, samples = global_counts(batch.packs, parallel_state.get_data_parallel_group())
     for module in trainable.wrapped:
         module.zero_grad_buffer()
@@ -137,7 +140,7 @@ def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings) -
     shards = microbatches(batch.packs, trainable.stage, settings)
     chunks = trainable.decoder
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights),
+        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
         # Every chunk of an interleaved stage sees every microbatch.
         data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
         model=chunks if len(chunks) > 1 else chunks[0],
