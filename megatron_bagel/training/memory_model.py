@@ -1,0 +1,141 @@
+"""How many bytes one rank holds between steps, from sizes alone: weights, gradients, optimizer state, average, autoencoder.
+
+The formula is that of docs/parallelism.md; tests hold it against the buffers of real runs. Activations are not part of it. The shapes
+come from the weight map, so that no module is built and any layout of any model is answered in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.training.freezing import TOWER_PARTS, is_frozen
+
+FP32 = 4
+#: Megatron-Core begins every tensor of a sharded gradient buffer at a multiple of so many elements.
+ALIGNMENT = 64
+_CUT_BY_TENSOR_PARALLEL = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
+_FIRST_STAGE = ("embedding.", "vae2llm.", "time_embedder.")
+_LAST_STAGE = ("final_layernorm.", "output_layer.", "llm2vae.")
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank, and its numbers of parameters (``trained`` of which have gradients)."""
+
+    parameters: int
+    trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    autoencoder_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything but activations."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes + self.autoencoder_bytes
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One parameter as a tensor-parallel rank holds it: ``numel`` elements, ``layer`` of the decoder (None outside of it)."""
+
+    name: str
+    numel: int
+    layer: int | None
+    frozen: bool
+
+
+def stage_layers(megatron: MegatronArguments, layers: int) -> list[int]:
+    """Decoder layers of each pipeline stage, all its chunks together. The sizes must have passed ``check_pipeline``."""
+    stages = megatron.pipeline_model_parallel_size
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    between = stages - (first is not None) - (last is not None)
+    each = (layers - (first or 0) - (last or 0)) // between if between else 0
+    counts = [each] * stages
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    return counts
+
+
+class MemoryModel:
+    """Tensors of a model cut for the tensor-parallel size of ``config``, asked for by pipeline stage."""
+
+    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout) -> None:
+        """``layout`` is what ``resolve`` made of ``config``; the sizes must have passed ``validate_architecture``."""
+        self.megatron, self.arch, self.layout = config.megatron, arch, layout
+        training = config.training
+        entries = WeightMap(arch).entries
+        self._tensors = [
+            _Tensor(
+                name,
+                prod(entry.shape) // (config.megatron.tensor_model_parallel_size if _is_cut(name) else 1),
+                int(name.split(".")[2]) if name.startswith("decoder.layers.") else None,
+                is_frozen(
+                    name, entries, arch.llm.tie_word_embeddings, training.freeze_llm, training.freeze_vit, training.freeze_und
+                ),
+            )
+            for name, entry in entries.items()
+        ]
+        self._autoencoder_bytes = _autoencoder_bytes(arch.autoencoder) if arch.autoencoder is not None else 0
+
+    def rank(self, stage: int) -> RankMemory:
+        """Memory of a rank of pipeline stage ``stage``; all tensor-, context- and data-parallel ranks of a stage are alike."""
+        held = [tensor for tensor in self._tensors if self._holds(stage, tensor)]
+        return self._bytes(held, autoencoder=stage in (0, self.megatron.pipeline_model_parallel_size - 1))
+
+    def stages(self) -> list[RankMemory]:
+        """Memory of a rank of every stage."""
+        return [self.rank(stage) for stage in range(self.megatron.pipeline_model_parallel_size)]
+
+    def _holds(self, stage: int, tensor: _Tensor) -> bool:
+        last = self.megatron.pipeline_model_parallel_size - 1
+        if tensor.layer is not None:
+            before = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)
+            # Which of the equal layers a stage has makes no difference, how many does.
+            return sum(before[:stage]) <= tensor.layer < sum(before[: stage + 1])
+        if tensor.name.startswith(_LAST_STAGE):
+            return stage == last
+        tied = self.arch.llm.tie_word_embeddings and tensor.name.startswith("embedding.")
+        return stage == 0 or (tied and stage == last)
+
+    def _bytes(self, held: Sequence[_Tensor], autoencoder: bool) -> RankMemory:
+        bf16, sharded = self.layout.bf16, self.layout.use_distributed_optimizer
+        trained = [tensor.numel for tensor in held if not tensor.frozen]
+        total, training = sum(tensor.numel for tensor in held), sum(trained)
+        replicas = self.layout.data_parallel_size * self.megatron.context_parallel_size
+        shards = replicas // self.layout.distributed_optimizer_instances
+        padded = sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained) if sharded else training
+        # Two moments, and a main weight where the model's own is not fp32.
+        state = (3 if bf16 else 2) * FP32
+        return RankMemory(
+            parameters=total,
+            trained=training,
+            weight_bytes=(total - training + padded) * (2 if bf16 else FP32),
+            gradient_bytes=padded * FP32,
+            optimizer_bytes=padded * state // shards if sharded else training * state,
+            average_bytes=training * FP32 // (shards if sharded else replicas),
+            autoencoder_bytes=self._autoencoder_bytes if autoencoder else 0,
+        )
+
+
+def _is_cut(name: str) -> bool:
+    return not name.startswith(TOWER_PARTS) and any(part in name for part in _CUT_BY_TENSOR_PARALLEL)
+
+
+def _autoencoder_bytes(arch: AutoencoderArch) -> int:
+    """Encoder and decoder, which are fp32 whatever the run's precision."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoEncoder(arch).parameters()) * FP32

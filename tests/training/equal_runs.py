@@ -1,0 +1,92 @@
+"""What every test of layouts shares: a run here and a run of one process there, compared number by number and weight by weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.runs import make_world, numbers, run, run_config
+
+TP, SP = "tensor_model_parallel_size", "sequence_parallel"
+PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP, COMM = "context_parallel_size", "cp_comm_type"
+SP_TP2 = {TP: 2, SP: True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+STEPS = 3
+#: Clipping is active. A usual epsilon: 1e-15 would make a full update of the last bit of a gradient that should be zero.
+SETTINGS = {
+    "global_batch_size": 4, "total_steps": STEPS, "save_every": STEPS, "max_grad_norm": 0.5, "eps": 1e-6, "warmup_steps": 0,
+}  # fmt: skip
+
+#: Numbers of the steps, and every tensor of the checkpoint after them by its name there.
+Result = tuple[list[tuple], dict[str, torch.Tensor]]
+
+
+def world_of(folder: Path, **llm: int) -> Path:
+    """Sample data, and a decoder of 4 layers whose ``config.json`` holds ``llm`` besides."""
+    make_world(folder)
+    path = folder / "data/llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 4, **llm}))
+    return folder
+
+
+def trained(world: Path, results: Path, ranks: int, flags: Mapping[str, Any]) -> Result:
+    """A short run on ``ranks`` processes. A ``dataset_config_file`` among the flags is a name inside the world."""
+    settings = {**SETTINGS, **flags}
+    if "dataset_config_file" in flags:
+        settings["dataset_config_file"] = str(world / flags["dataset_config_file"])
+    history = run(run_config(world, results, ranks, **settings), ranks)
+    return numbers(history), stored_tensors(results / f"checkpoints/{settings['total_steps']:07d}")
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole. In one call: one for each of the hundreds would take longer than the run."""
+    reader = torch_checkpoint.FileSystemReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata.items()
+    kept = {name: held for name, held in stored if isinstance(held, TensorStorageMetadata)}
+    tensors = {name: torch.empty(held.size, dtype=held.properties.dtype) for name, held in kept.items()}
+    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+class Reference:
+    """Runs of one process, each made once."""
+
+    def __init__(self, world: Path, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.made: dict[str, Result] = {}
+
+    def run(self, flags: Mapping[str, Any]) -> Result:
+        """The run of one process with these flags."""
+        key = json.dumps(flags, sort_keys=True)
+        if key not in self.made:
+            self.made[key] = trained(self.world, self.folder / str(len(self.made)), 1, flags)
+        return self.made[key]
+
+
+def assert_equal(ours: Result, theirs: Result, steps: int = STEPS) -> None:
+    """Losses and gradient norms to 1e-5; weights, averages and optimizer moments within fp32's rounding of another order."""
+    assert len(ours[0]) == len(theirs[0]) == steps
+    for left, right in zip(ours[0], theirs[0], strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, tensor in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], tensor, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def cases(table: Mapping[str, Any], *representatives: str) -> list[Any]:
+    """Parameters of a test by name; all but the ``representatives`` are slow."""
+    if unknown := set(representatives) - set(table):
+        raise ValueError(f"no such cases: {', '.join(sorted(unknown))}")
+    return [pytest.param(*_tuple(row), id=name, marks=() if name in representatives else pytest.mark.slow) for name, row in table.items()]
+
+
+def _tuple(row: Any) -> tuple:
+    return row if isinstance(row, tuple) else (row,)
