@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import torch
 
 from megatron_bagel import platform
 from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
-from megatron_bagel.platform.megatron_compat import shutdown_save_manager
 
 
 def run_ranks(
@@ -118,8 +116,6 @@ def _rank_main(rank: int, world_size: int, store: str, answers: Any, job: tuple)
     except BaseException:
         answers.put((rank, False, traceback.format_exc()))
     finally:
-        with contextlib.suppress(OSError, EOFError):
-            shutdown_save_manager()
         answers.close()
         answers.join_thread()
         sys.stdout.flush()

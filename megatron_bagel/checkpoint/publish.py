@@ -1,7 +1,7 @@
 """Checkpoint folders that are either complete or not there: written under another name, synced to disk, renamed, then pointed to.
 
 <directory>/0000200/                            a complete checkpoint after 200 optimizer steps
-<directory>/.saving-0000400/                    being written, or torn by a kill: never loaded, removed by the next save
+<directory>/.saving-0000400-5f0c2a91/           being written, or torn by a kill: never loaded, removed by a later save
 <directory>/latest_checkpointed_iteration.txt   "200", for people and tools; loading looks at the folders themselves
 """
 
@@ -11,9 +11,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from megatron_bagel.checkpoint.checksums import missing_or_cut, write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +34,30 @@ def step_folder(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"{step:07d}"
 
 
+def step_of(folder: Path) -> int:
+    """The number of optimizer steps in the name of a checkpoint's folder."""
+    # A kill between the two renames of `publish` leaves the earlier save of a step under its other name.
+    return int(folder.name.removeprefix(_REPLACED))
+
+
 def begin(directory: str | Path, step: int) -> Path:
-    """An empty folder to write into. One rank calls this; leftovers of killed saves go."""
+    """An empty folder to write into. One rank calls this, with no other save under way; leftovers of killed saves go.
+
+    Its name is used once: the writers of a killed run may outlive it, and must never write into a later save.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for torn in directory.glob(f"{_SAVING}*"):
         logger.info("removing %s, left by a save that did not finish", torn)
-        shutil.rmtree(torn)
+        # Such a writer may still be adding files; what stays goes with the next save.
+        shutil.rmtree(torn, ignore_errors=True)
     for replaced in directory.glob(f"{_REPLACED}*"):
         original = directory / replaced.name.removeprefix(_REPLACED)
         if original.exists():
             shutil.rmtree(replaced)
         else:
             replaced.rename(original)
-    saving = directory / f"{_SAVING}{step:07d}"
+    saving = directory / f"{_SAVING}{step:07d}-{uuid4().hex[:8]}"
     saving.mkdir()
     return saving
 
@@ -58,11 +71,12 @@ def state_text(state: Mapping[str, Any]) -> str:
 
 
 def publish(saving: Path) -> Path:
-    """Give a completely written folder its name and point to it. One rank calls this after all ranks have written."""
+    """Give a completely written folder its checksums and its name, and point to it. One rank calls this after all have written."""
+    write_checksums(saving)
     for path in saving.rglob("*"):
         _sync(path)
     _sync(saving)
-    directory, final = saving.parent, saving.parent / saving.name.removeprefix(_SAVING)
+    directory, final = saving.parent, saving.parent / saving.name.removeprefix(_SAVING).split("-")[0]
     replaced = directory / f"{_REPLACED}{final.name}"
     if final.exists():
         final.rename(replaced)
@@ -83,24 +97,51 @@ def is_complete(folder: str | Path) -> bool:
     return all((Path(folder) / name).is_file() for name in _REQUIRED)
 
 
-def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps, or None. Torn and foreign folders are passed over, the former with a log line."""
+def latest_checkpoint(directory: str | Path, without: Collection[Path] = ()) -> Path | None:
+    """The complete checkpoint with the most steps that is not in `without`, or None.
+
+    Torn, cut and foreign folders are passed over, all but the last with a log line; contents are not read (`checksums.damaged` does).
+    """
+    found = checkpoints(directory)
+    for folder in reversed(found):
+        if folder not in without:
+            return folder
+    return None
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """All complete checkpoints of a run by rising step; what looks like one and is not is logged."""
     directory = Path(directory)
     if not directory.is_dir():
-        return None
-    best: tuple[int, Path] | None = None
+        return []
+    found: dict[int, Path] = {}
     for folder in sorted(directory.iterdir()):
         if folder.name.startswith(_SAVING):
             logger.warning("ignoring %s: a save that did not finish", folder)
             continue
-        # A kill between the two renames of `publish` leaves the earlier save of that step under its other name.
-        number = folder.name.removeprefix(_REPLACED)
-        if folder.is_dir() and number.isdigit():
-            if is_complete(folder):
-                best = max(best, (int(number), folder), key=lambda pair: pair[0]) if best else (int(number), folder)
-            else:
-                logger.warning("ignoring %s: files of a complete checkpoint are missing (%s)", folder, ", ".join(_absent(folder)))
-    return best[1] if best else None
+        if not (folder.is_dir() and folder.name.removeprefix(_REPLACED).isdigit()):
+            continue
+        wrong = [f"{name} is missing" for name in _absent(folder)] or missing_or_cut(folder)
+        if wrong:
+            logger.warning("ignoring %s, which is not complete: %s", folder, ", ".join(wrong[:5]))
+        else:
+            found[step_of(folder)] = folder
+    return [found[step] for step in sorted(found)]
+
+
+def retain(directory: str | Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints, those of steps divisible by `keep_every`, and `protected`; returns what went.
+
+    `keep_last` 0 keeps all; `keep_every` 0 means no such steps. One rank calls this, after a save.
+    """
+    old = checkpoints(directory)[:-keep_last] if keep_last else []
+    removed = [folder for folder in old if folder not in protected and not (keep_every and step_of(folder) % keep_every == 0)]
+    for folder in removed:
+        logger.info("removing %s: keep_last is %d", folder, keep_last)
+        # Without this file it is no checkpoint any more, however far the deletion comes.
+        (folder / STATE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return removed
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -112,12 +153,18 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         found = latest_checkpoint(folder)
         hint = f"; the newest checkpoint inside it is {found}" if found else ""
         raise ValueError(f"{folder} is not a complete training checkpoint: it lacks {', '.join(_absent(folder))}{hint}")
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / STATE_FILE} is damaged ({error}); copy the checkpoint again, or use another step") from error
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{folder} has checkpoint format {state['format_version']}, this version of megatron_bagel reads up to {FORMAT_VERSION}; "
             "update megatron_bagel"
         )
+    wrong = missing_or_cut(folder)
+    if wrong:
+        raise ValueError(f"{folder} is damaged: {', '.join(wrong[:5])}; copy it again, or use another step")
     return state
 
 

@@ -1,4 +1,4 @@
-"""Training state on disk: Megatron-Core dist_checkpointing (torch_dist) for tensors, one JSON file for everything else.
+"""What a checkpoint holds, and loading it: Megatron-Core dist_checkpointing (torch_dist) for tensors, one JSON file for everything else.
 
 Tensors lie in model space under the weight map's names: `<name>` is the weight, `ema.<name>` its average,
 `optimizer.state.<kind>.<name>` the optimizer's. So a checkpoint does not depend on the layout that wrote it, and any part of it can be read
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
@@ -67,30 +67,6 @@ class Trained:
     ema: EmaState | None = None
 
 
-def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_state: Mapping[str, Any]) -> Path:
-    """Save after `step` optimizer steps into `directory/{step:07d}`; returns that folder. It appears only when it is complete.
-
-    `run_state` is everything that is not a tensor (schedule, planner, counters, config): JSON values only, equal on all ranks.
-    """
-    text = publish.state_text({**provenance(step, trained.arch), "run": dict(run_state)})
-    rank = dist.get_rank()
-    saving = publish.begin(directory, step) if rank == 0 else None
-    dist.barrier()
-    saving = saving or Path(directory) / f".saving-{step:07d}"
-    tensors = _sharded_state(trained, is_loading=False)
-    megatron_compat.collect_save_results_in_process()
-    strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), _data_parallel_group())
-    dist_checkpointing.save(tensors, str(saving), sharded_strategy=strategy)
-    if rank == 0:
-        (saving / publish.STATE_FILE).write_text(text, encoding="utf-8")
-        publish.publish(saving)
-    dist.barrier()
-    final = publish.step_folder(directory, step)
-    if rank == 0:
-        logger.info("saved %s", final)
-    return final
-
-
 def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str, Any]]:
     """Fill weights, optimizer and EMA from `folder`, bit for bit; returns (steps done, run_state).
 
@@ -99,7 +75,7 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     folder = Path(folder)
     state = publish.read_state(folder)
     check_same_model(BagelArch.from_dict(state["arch"]), trained.arch, folder)
-    wanted = _sharded_state(trained, is_loading=True)
+    wanted = sharded_state(trained, is_loading=True)
     _check_contents(folder, wanted)
     loaded = _load(folder, wanted)
     _fill_modules(trained.modules, loaded)
@@ -175,7 +151,8 @@ def provenance(step: int, arch: BagelArch) -> dict[str, Any]:
     }
 
 
-def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
+def sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
+    """Everything a checkpoint stores as tensors, in model space; with `is_loading` empty buffers to be filled."""
     state: dict[str, Any] = {"model": module_state(trained.modules)}
     if _has_state(trained.optimizer):
         with megatron_compat.padded_buckets(trained.optimizer):
@@ -192,7 +169,7 @@ def _has_state(optimizer: MegatronOptimizer | None) -> bool:
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder))
-    return dist_checkpointing.load(wanted, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, _data_parallel_group()))
+    return dist_checkpointing.load(wanted, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, data_parallel_group()))
 
 
 def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any]) -> None:
@@ -245,7 +222,8 @@ def _in_fp32(tensor: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedT
     return replace(tensor, key=key, data=buffer, dtype=torch.float32)
 
 
-def _data_parallel_group() -> dist.ProcessGroup:
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same shards of the model, and share the work of writing and reading them."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 

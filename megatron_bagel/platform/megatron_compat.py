@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,22 +55,38 @@ def collect_save_results_in_process() -> None:
     """Let a save that the caller waits for hand its results over inside this process.
 
     Megatron-Core otherwise starts a helper process per rank at the first save, which imports everything anew (seconds) and
-    outlives a killed rank. Only a save in the background needs it; ``shutdown_save_manager`` undoes this before one.
+    outlives a killed rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.SimpleQueue()
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
-def shutdown_save_manager() -> None:
-    """End the helper process that a torch_dist save in the background leaves in each rank; a killed rank would orphan it."""
+class _FileOfResults:
+    """A queue of one entry from a forked process to its parent. A pipe would block the child when the entry is large."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it has been read
+
+    def put(self, result: Any) -> None:
+        self._file.write(pickle.dumps(result))
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Raises queue.Empty when the writer died before it had a result."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.close()
+        if not content:
+            raise queue.Empty
+        return pickle.loads(content)
+
+
+def collect_save_results_by_file() -> None:
+    """Let the next save in the background hand its results over in an unnamed file instead of by a helper process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    results = filesystem_async._results_queue
-    if results is not None and not isinstance(results, queue.SimpleQueue):
-        results._manager.shutdown()
-    filesystem_async._results_queue = None
+    filesystem_async._results_queue = _FileOfResults()
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint, save_checkpoint
+from megatron_bagel.checkpoint.saver import save_checkpoint
+from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import virtual_stages
 from megatron_bagel.config.parser import Config

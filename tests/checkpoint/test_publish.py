@@ -14,7 +14,7 @@ import pytest
 
 from megatron_bagel.checkpoint import publish
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.training_state import save_checkpoint
+from megatron_bagel.checkpoint.saver import save_checkpoint
 from tests.checkpoint.tiny_run import tiny_run, train_step
 from tests.distributed import fork, run_ranks
 

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel.checkpoint.pretrained import initialise
-from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint, save_checkpoint
+from megatron_bagel.checkpoint.saver import save_checkpoint
+from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.encoders.vision_tower import VisionTower

@@ -25,7 +25,8 @@ def test_bf16_weights_and_fp32_compute(tiny_folder: Path, single_rank: None) -> 
 
 
 def test_training_checkpoint_equals_the_folder(engine: Engine, tiny_folder: Path, tmp_path: Path) -> None:
-    from megatron_bagel.checkpoint.training_state import Trained, save_checkpoint
+    from megatron_bagel.checkpoint.saver import save_checkpoint
+    from megatron_bagel.checkpoint.training_state import Trained
 
     modules = {"decoder": engine.decoder, "vision": engine.vision_tower}
     run = {"config": {"model": {"vae_path": str(tiny_folder / "ae.safetensors"), "tokenizer_path": str(tiny_folder)}}}
@@ -38,7 +39,8 @@ def test_training_checkpoint_equals_the_folder(engine: Engine, tiny_folder: Path
 
 
 def test_checkpoint_without_its_files_asks_for_them(engine: Engine, tmp_path: Path) -> None:
-    from megatron_bagel.checkpoint.training_state import Trained, save_checkpoint
+    from megatron_bagel.checkpoint.saver import save_checkpoint
+    from megatron_bagel.checkpoint.training_state import Trained
 
     save_checkpoint(tmp_path, 1, Trained({"decoder": engine.decoder, "vision": engine.vision_tower}, engine.arch), {})
     with pytest.raises(ValueError, match="tokenizer .not recorded. is not there; say where it is with --tokenizer"):
