@@ -13,6 +13,7 @@ import torch
 
 from megatron_bagel.checkpoint.publish import latest_checkpoint
 from tests.runs import make_world, numbers, run, run_config, start
+from tests.training.equal_runs import OVERLAP, cases
 
 pytestmark = pytest.mark.distributed
 
@@ -51,7 +52,9 @@ def test_resume_is_the_same_run(world: Path, tmp_path: Path, straight: list[tupl
     assert numbers(run(run_config(world, tmp_path, total_steps=6, num_workers=2))) == straight
 
 
-@pytest.mark.parametrize("flags", [{}, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {"use_distributed_optimizer": False}])
+@pytest.mark.parametrize(
+    ("flags",), cases({"plain": {}, "overlap": OVERLAP, "whole-optimizer": {"use_distributed_optimizer": False}}, "overlap")
+)
 def test_two_ranks_give_the_same_numbers(world: Path, tmp_path: Path, straight: list[tuple], flags: dict) -> None:
     close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags), ranks=2)), straight)
 
@@ -61,12 +64,13 @@ def test_another_number_of_ranks_continues_the_run(world: Path, tmp_path: Path, 
     close(numbers(run(run_config(world, tmp_path, total_steps=6))), straight)
 
 
+@pytest.mark.slow
 def test_recompute_changes_nothing(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     flags = {"recompute_granularity": "full", "recompute_vit": True}
     close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags))), straight)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: int) -> None:
     """SIGKILL at a random moment, and the same command again."""
     expected = numbers(run(run_config(world, tmp_path / "whole", total_steps=8), ranks))
@@ -83,19 +87,20 @@ def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: in
     assert numbers(run(config, ranks)) == expected
 
 
+KINDS: dict[str, tuple[dict, str | None]] = {
+    "no-vit": ({"visual_und": False}, None),
+    "no-images-out": ({"visual_gen": False}, "mse"),
+    "freeze-vit-moe": ({"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}, None),
+    "freeze-und": ({"freeze_und": True}, None),
+    "freeze-llm-dense": ({"freeze_llm": True, "layer_module": "Qwen2DecoderLayer"}, None),
+    "tied-cosine": ({"tie_word_embeddings": True, "ce_loss_reweighting": True, "lr_scheduler": "cosine", "total_steps": 3}, None),
+    "bf16": ({"bf16": True, "lr": 1e-4}, None),
+    "as-the-original": ({"vae_encode_padded": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
+}
+
+
 @pytest.mark.parametrize(
-    ("flags", "absent"),
-    [
-        ({"visual_und": False}, None),
-        ({"visual_gen": False}, "mse"),
-        ({"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}, None),
-        ({"freeze_und": True}, None),
-        ({"freeze_llm": True, "layer_module": "Qwen2DecoderLayer"}, None),
-        ({"tie_word_embeddings": True, "ce_loss_reweighting": True, "lr_scheduler": "cosine", "total_steps": 3}, None),
-        ({"bf16": True, "lr": 1e-4}, None),
-        ({"vae_encode_padded": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ("flags", "absent"), cases(KINDS, "no-images-out", "freeze-llm-dense", "tied-cosine", "bf16", "as-the-original")
 )
 def test_every_kind_of_training_runs(world: Path, tmp_path: Path, flags: dict, absent: str | None) -> None:
     history = run(run_config(world, tmp_path, **{"total_steps": 3, **flags}))
