@@ -25,6 +25,8 @@ INSTALL_REQUIRES = [
     "packaging>=23",
     # Megatron-Core imports psutil when it saves a torch_dist checkpoint, without declaring it.
     "psutil>=5.9",
+    # So does einops, when optimizer state is replicated (several instances of the distributed optimizer).
+    "einops>=0.6",
     # 0.17 and later (Python 3.12) import triton unguarded; torch's CUDA build brings it, its CPU build does not.
     "triton>=3; sys_platform == 'linux' and python_version >= '3.12'",
 ]
