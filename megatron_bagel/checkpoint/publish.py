@@ -111,22 +111,37 @@ def latest_checkpoint(directory: str | Path, without: Collection[Path] = ()) -> 
 
 def checkpoints(directory: str | Path) -> list[Path]:
     """All complete checkpoints of a run by rising step; what looks like one and is not is logged."""
+    found, unusable = look_through(directory)
+    for folder, wrong in unusable.items():
+        logger.warning("ignoring %s: %s", folder, ", ".join(wrong[:5]))
+    return found
+
+
+def look_through(directory: str | Path) -> tuple[list[Path], dict[Path, list[str]]]:
+    """(complete checkpoints by rising step, what looks like one and is not, with what is wrong), by names and sizes of files."""
     directory = Path(directory)
     if not directory.is_dir():
-        return []
+        return [], {}
     found: dict[int, Path] = {}
+    unusable: dict[Path, list[str]] = {}
     for folder in sorted(directory.iterdir()):
         if folder.name.startswith(_SAVING):
-            logger.warning("ignoring %s: a save that did not finish", folder)
+            unusable[folder] = ["a save that did not finish"]
             continue
         if not (folder.is_dir() and folder.name.removeprefix(_REPLACED).isdigit()):
             continue
         wrong = [f"{name} is missing" for name in _absent(folder)] or missing_or_cut(folder)
         if wrong:
-            logger.warning("ignoring %s, which is not complete: %s", folder, ", ".join(wrong[:5]))
+            unusable[folder] = wrong
         else:
             found[step_of(folder)] = folder
-    return [found[step] for step in sorted(found)]
+    return [found[step] for step in sorted(found)], unusable
+
+
+def lost(directory: str | Path) -> dict[Path, list[str]]:
+    """Published checkpoints of a directory whose files are not whole any more, when no other is left there; else nothing."""
+    found, unusable = look_through(directory)
+    return {} if found else {folder: wrong for folder, wrong in unusable.items() if not folder.name.startswith(_SAVING)}
 
 
 def retain(directory: str | Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> list[Path]:

@@ -41,7 +41,7 @@ class SaveSettings:
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of one run into `directory`. All methods are collective.
+    """Writes the checkpoints of one run into `directory`. All methods but `clean` are collective.
 
     `published` is called on rank 0 with every finished folder; `protected` says there which folders must not be removed.
     """
@@ -78,6 +78,10 @@ class Saver:
         """Wait for the save that is under way, if any, and publish it."""
         self._finalize(blocking=True)
 
+    def clean(self) -> None:
+        """Remove the checkpoints that need not stay. After every save; on one rank, and not collective."""
+        publish.retain(self.directory, self.settings.keep_last, self.settings.keep_every, self.protected())
+
     def _finalize(self, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
             with self._explained():
@@ -105,7 +109,7 @@ class Saver:
             (saving / publish.STATE_FILE).write_text(text, encoding="utf-8")
             final = publish.publish(saving)
             self.published(final)
-            publish.retain(self.directory, self.settings.keep_last, self.settings.keep_every, self.protected())
+            self.clean()
             return final
 
         final = on_first_rank(on_disk, f"cannot finish the checkpoint in {saving}")

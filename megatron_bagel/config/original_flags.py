@@ -36,6 +36,11 @@ OURS: frozenset[str] = frozenset({
     "index_dir",
     "split",
     "use_wandb",
+    "async_save",
+    "keep_last",
+    "keep_every",
+    "verify_checkpoint",
+    "export_hf_every",
     "zero_lr_first_step",
     "vae_encode_padded",
 })

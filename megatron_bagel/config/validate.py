@@ -12,11 +12,11 @@ from megatron_bagel.config.resolve import resolve, tokenizer_path
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
-    "recompute_num_layers",
+    "recompute_num_layers", "eval_samples", "eval_answer_tokens", "eval_cfg_text_scale", "eval_cfg_img_scale",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
-    "peak_device_tflops",
+    "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -82,6 +82,10 @@ def check_consistency(config: Config) -> None:
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
     check_recompute(config)
     check_parallel_consistency(megatron)
+    if training.keep_every and not training.keep_last:
+        raise ValueError(f"--keep_every {training.keep_every} needs --keep_last: without it no checkpoint is removed")
+    if training.eval_every and not data.split:
+        raise ValueError(f'--eval_every {training.eval_every} needs rows that are not trained on: give --split, such as "99,1"')
     if training.resume_model_only and training.resume_from is None:
         raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
     if training.finetune_from_ema and not training.resume_model_only:

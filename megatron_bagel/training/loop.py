@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.saver import save_checkpoint
 from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import virtual_stages
@@ -27,7 +27,9 @@ from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
 from megatron_bagel.platform.device import device_name
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.ema import ShardedEma
+from megatron_bagel.training.evaluation import Evaluation
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
+from megatron_bagel.training.loss_table import LossTable, losses_by_dataset
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.metrics import RateWindow, StepMetrics
 from megatron_bagel.training.model_setup import (
@@ -39,7 +41,6 @@ from megatron_bagel.training.model_setup import (
     load_first_weights,
     load_folder,
     run_model,
-    weight_source,
 )
 from megatron_bagel.training.optimizer import (
     OptimizerSettings,
@@ -48,7 +49,9 @@ from megatron_bagel.training.optimizer import (
     trainable_parameters,
     wrap_ddp,
 )
+from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
+from megatron_bagel.training.starting_point import starting_point
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
 
 
@@ -73,7 +76,9 @@ class Run:
     loader: PackLoader
     settings: StepSettings
     log: RunLog
+    saving: Saving
     counters: Counters = field(default_factory=Counters)
+    evaluation: Evaluation | None = None
 
 
 def execute(config: Config) -> None:
@@ -106,7 +111,7 @@ def set_up(config: Config) -> Run:
     layout = resolve(config, dist.get_world_size(), platform.has_gpu())
     arch, tokenizer = run_model(config)
     validate_architecture(config, arch)
-    source = _agreed(weight_source(config) if rank == 0 else None)
+    source = starting_point(config)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     if rank == 0:
         ensure_index(config, tokenizer)
@@ -114,7 +119,7 @@ def set_up(config: Config) -> Run:
     dist.barrier(patient)
     dist.destroy_process_group(patient)
     replica = parallel_state.get_data_parallel_rank()
-    loader = open_loader(config, arch, tokenizer, layout.global_batch_size, replica, layout.data_parallel_size)
+    loader = open_loader(config, arch, tokenizer, layout.batch_sizes, replica, layout.data_parallel_size)
     trainable, trained = _build_trainable(config, layout, arch, source)
     counters = _restore(source, trained, trainable, loader)
     log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
@@ -127,18 +132,11 @@ def set_up(config: Config) -> Run:
         fixed_slots=config.megatron.pipeline_model_parallel_size > 1,
         cp_comm_type=config.megatron.cp_comm_type,
     )
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, counters)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, Saving(training), counters)
+    if training.eval_every:
+        run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
     _announce(run, source)
     return run
-
-
-def _agreed(source: WeightSource | None) -> WeightSource:
-    """Rank 0's choice on every rank: folders may change while ranks look at them."""
-    choice = [source]
-    dist.broadcast_object_list(choice, src=0)
-    if choice[0] is None:
-        raise RuntimeError("rank 0 sent no weight source")
-    return choice[0]
 
 
 def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource) -> tuple[Trainable, Trained]:
@@ -227,7 +225,7 @@ def _announce(run: Run, source: WeightSource) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the state after ``run.counters.steps`` steps."""
+    """Write a checkpoint of the state after ``run.counters.steps`` steps, whole after ``run.saving.finish()`` if not before."""
     counters = run.counters
     state = {
         "schedule": run.trainable.learning_rate.state_dict(),
@@ -237,7 +235,7 @@ def save(run: Run) -> None:
         "config": run.config.to_dict(),
     }
     with synced_parameters(run.trainable.wrapped):
-        save_checkpoint(run.config.training.checkpoint_dir, counters.steps, run.trained, state)
+        run.saving.saver.save(counters.steps, run.trained, state)
 
 
 def train(run: Run) -> None:
@@ -247,26 +245,34 @@ def train(run: Run) -> None:
     saved = counters.steps
     while counters.steps < training.total_steps:
         step = counters.steps
-        result = train_step(run.trainable, next(run.loader), run.settings)
+        logged = step % training.log_every == 0 or step + 1 == training.total_steps
+        table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
+        result = train_step(run.trainable, next(run.loader), run.settings, table)
         _check_finite(result, step)
         counters.steps += 1
         counters.samples += result.samples
         counters.tokens += result.work.tokens
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
-        if step % training.log_every == 0 or counters.steps == training.total_steps:
-            run.log.log(_metrics(step, result, counters, window))
-        if counters.steps % training.save_every == 0:
+        if table is not None:
+            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table)))
+        if run.evaluation is not None and (counters.steps % training.eval_every == 0 or counters.steps == training.total_steps):
+            began = time.perf_counter()
+            run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
+            window.exclude(time.perf_counter() - began)
+        run.saving.poll()
+        if run.saving.due(counters.steps):
             began = time.perf_counter()
             save(run)
             saved = counters.steps
             window.exclude(time.perf_counter() - began)
     if saved != counters.steps:
         save(run)
+    run.saving.finish()
     _report_skipped(run)
 
 
-def _metrics(step: int, result: StepResult, counters: Counters, window: RateWindow) -> StepMetrics:
+def _metrics(step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float]) -> StepMetrics:
     rates = window.close()
     return StepMetrics(
         step=step,
@@ -288,6 +294,7 @@ def _metrics(step: int, result: StepResult, counters: Counters, window: RateWind
         step_samples=result.samples,
         work_tflops=rates.work_tflops,
         work_mfu=rates.work_mfu,
+        by_dataset=by_dataset,
     )
 
 

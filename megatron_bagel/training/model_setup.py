@@ -6,6 +6,7 @@ Weights never come from chance unless ``--init_random`` says so: every source is
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf_folder import HFFolder
 from megatron_bagel.checkpoint.pretrained import grown_vocabulary, load_pretrained
-from megatron_bagel.checkpoint.publish import is_complete, latest_checkpoint
+from megatron_bagel.checkpoint.publish import is_complete, latest_checkpoint, lost
 from megatron_bagel.checkpoint.training_state import load_weights_only
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_weights
@@ -120,14 +121,23 @@ class WeightSource:
         return f"starting from {config.model.llm_path} and {config.model.vit_path if config.training.visual_und else 'no ViT'}"
 
 
-def weight_source(config: Config) -> WeightSource:
-    """Decide from the resume flags, the newest checkpoint winning with ``auto_resume`` as in the original.
+def weight_source(config: Config, damaged: Sequence[Path] = ()) -> WeightSource:
+    """Decide from the resume flags, the newest checkpoint that is not in ``damaged`` winning with ``auto_resume`` as in the original.
 
-    Raises ValueError for a ``resume_from`` that is neither a checkpoint nor a model folder.
+    Raises ValueError for a ``resume_from`` that is neither a checkpoint nor a model folder, and for a run whose checkpoints are all
+    damaged: it must not begin anew unnoticed.
     """
     training = config.training
-    if training.auto_resume and (newest := latest_checkpoint(training.checkpoint_dir)) is not None:
-        return WeightSource(checkpoint=newest)
+    if training.auto_resume:
+        newest = latest_checkpoint(training.checkpoint_dir, without=damaged)
+        if newest is not None:
+            return WeightSource(checkpoint=newest)
+        gone = {*damaged, *lost(training.checkpoint_dir)}
+        if gone:
+            raise ValueError(
+                f"no checkpoint in {training.checkpoint_dir} can be used: {', '.join(sorted(map(str, gone)))}. Copy one of them again, or "
+                "remove them to start anew"
+            )
     if training.resume_from is None:
         return WeightSource()
     path = Path(training.resume_from)

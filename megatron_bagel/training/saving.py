@@ -1,0 +1,114 @@
+"""When a run saves, what becomes of its checkpoints, and the model folders that are exported from them while it goes on.
+
+An export reads a published checkpoint in a process of its own, tensor by tensor: the ranks wait for nothing but the save.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+import megatron_bagel
+from megatron_bagel.checkpoint.publish import step_of
+from megatron_bagel.checkpoint.saver import Saver, SaveSettings
+from megatron_bagel.config.arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HFExporter:
+    """Writes `<results_dir>/hf/<step>` from finished checkpoints, one after the other. Lives on rank 0.
+
+    A failed export is an error in the log and no more: its checkpoint is there to be exported by hand.
+    """
+
+    results_dir: Path
+    every: int
+    _waiting: list[Path] = field(default_factory=list)
+    _running: tuple[Path, subprocess.Popen] | None = None
+
+    def add(self, checkpoint: Path) -> None:
+        """Export `checkpoint` if it is its turn. Called when it has been published."""
+        if self.every and step_of(checkpoint) % self.every == 0:
+            self._waiting.append(checkpoint)
+            self.poll()
+
+    def in_use(self) -> list[Path]:
+        """Checkpoints that are still read, or will be."""
+        return [*self._waiting, *([self._running[0]] if self._running else [])]
+
+    def poll(self) -> None:
+        """Note the end of an export and start the next."""
+        if self._running is not None and self._running[1].poll() is not None:
+            self._end(*self._running)
+        if self._running is None and self._waiting:
+            self._start(self._waiting.pop(0))
+
+    def finish(self) -> None:
+        """Wait until everything is exported."""
+        while self._running is not None:
+            self._running[1].wait()
+            self.poll()
+
+    def _start(self, checkpoint: Path) -> None:
+        out = self.results_dir / "hf" / checkpoint.name
+        if out.exists():
+            logger.info("%s exists already: not exported again", out)
+            return
+        log = out.with_name(f"{out.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # The launcher's variables would make it one more rank; it needs no device.
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        package = str(Path(megatron_bagel.__file__).parent.parent)
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "megatron_bagel.training.export_job", str(checkpoint), str(out)]
+        with log.open("w") as text:
+            self._running = checkpoint, subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
+
+    def _end(self, checkpoint: Path, process: subprocess.Popen) -> None:
+        self._running = None
+        log = self.results_dir / "hf" / f"{checkpoint.name}.log"
+        if process.returncode:
+            logger.error("%s could not be exported; %s says: %s", checkpoint, log, log.read_text(errors="replace")[-1000:].strip())
+            return
+        logger.info("exported %s to %s", checkpoint, self.results_dir / "hf" / checkpoint.name)
+        log.unlink()
+
+
+class Saving:
+    """The saves of a run by its flags (`save_every`, `async_save`, `keep_last`, `keep_every`, `export_hf_every`)."""
+
+    def __init__(self, training: TrainingArguments) -> None:
+        self._training = training
+        self._exporter = HFExporter(Path(training.results_dir), training.export_hf_every)
+        self.saver = Saver(
+            Path(training.checkpoint_dir),
+            SaveSettings(training.async_save, training.keep_last, training.keep_every),
+            published=self._exporter.add,
+            protected=self._exporter.in_use,
+        )
+
+    def due(self, steps: int) -> bool:
+        """Whether the state after `steps` steps is saved: every `save_every`, and where an export reads it."""
+        every = (self._training.save_every, self._training.export_hf_every)
+        return any(number and steps % number == 0 for number in every)
+
+    def poll(self) -> None:
+        """After every step, on all ranks: publish what was written meanwhile."""
+        self.saver.poll()
+        if dist.get_rank() == 0:
+            self._exporter.poll()
+
+    def finish(self) -> None:
+        """At the end, on all ranks: wait for the save under way; rank 0 for the exports."""
+        self.saver.finish()
+        if dist.get_rank() == 0:
+            self._exporter.finish()
+            self.saver.clean()

@@ -1,0 +1,77 @@
+"""Saves of whole runs: in the background as well as waited for, thinned out, exported while training goes on, and damage found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from megatron_bagel.checkpoint.publish import checkpoints
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from tests.runs import make_world, numbers, run, run_config
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = CheckpointWeights(folder)
+    return {key: checkpoint.read(key) for key in checkpoint.keys()}  # noqa: SIM118
+
+
+def _flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+def test_background_saves_are_the_waited_for_ones_and_old_ones_go(world: Path, tmp_path: Path) -> None:
+    flags = {"total_steps": 4, "save_every": 1}
+    waited = run_config(world, tmp_path / "waited", 2, **flags)
+    kept = run_config(world, tmp_path / "kept", 2, **flags, async_save=True, keep_last=1, keep_every=3, export_hf_every=2)
+    assert numbers(run(waited, ranks=2)) == numbers(run(kept, ranks=2))
+    assert [folder.name for folder in checkpoints(waited.training.checkpoint_dir)] == ["0000001", "0000002", "0000003", "0000004"]
+    left = checkpoints(kept.training.checkpoint_dir)
+    assert [folder.name for folder in left] == ["0000003", "0000004"]
+    for folder in left:
+        expected, got = _tensors(tmp_path / "waited/checkpoints" / folder.name), _tensors(folder)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    exported = sorted(folder.name for folder in (tmp_path / "kept/hf").iterdir())
+    assert exported == ["0000002", "0000004"]
+    checkpoint = CheckpointWeights(left[-1])
+    written = load_file(tmp_path / "kept/hf/0000004/ema.safetensors")
+    assert written.keys() == WeightMap(checkpoint.arch).hf_shapes().keys()
+    name = "decoder.layers.1.mlp.gen.linear_fc2.weight"
+    hf = WeightMap(checkpoint.arch).entries[name].hf[0]
+    assert torch.equal(written[hf], checkpoint.ema(name).bfloat16())
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_named_one_refused(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(world, tmp_path, total_steps=4, save_every=2)
+    expected = numbers(run(config))
+    newest = tmp_path / "checkpoints/0000004"
+    shard = next(newest.glob("*.distcp"))
+    _flip(shard, shard.stat().st_size // 2)
+    again = numbers(run(run_config(world, tmp_path, total_steps=4, save_every=2)))
+    assert again == expected
+    assert "0000004 is damaged" in capfd.readouterr().err + (tmp_path / "log.txt").read_text()
+    _flip(shard := next(newest.glob("*.distcp")), shard.stat().st_size // 2)
+    named = {"auto_resume": False, "resume_from": str(newest)}
+    with pytest.raises(AssertionError, match=f"{shard.name} does not have the checksum"):
+        run(run_config(world, tmp_path / "other", total_steps=5, **named))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        if folder.is_dir():
+            shard = next(folder.glob("*.distcp"))
+            shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(AssertionError, match="no checkpoint in .* can be used"):
+        run(config)
