@@ -3,6 +3,10 @@
     python data_tools/build_index.py --dataset_config_file data.yaml --data-root bagel_example --tokenizer hf/BAGEL-7B-MoT --output index
 
 Rows that cannot be used are kept out, counted on the console, and listed with file, row and reason in OUTPUT/skipped.jsonl.
+The same command continues a build that broke off. Sources may be URLs (s3://, gs://, hdfs://, or any scheme of fsspec).
+
+Many machines build one index with --num-jobs N --job-index 0 ... N-1 (the same other flags, a shared file system) and then
+`python data_tools/merge_index.py --output index`; examples/build_index.sbatch does it under Slurm.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.data.groups import load_groups
-from megatron_bagel.data.index_build import IMAGE_CHECKS, ROWS_PER_SHARD, BuildOptions, build_index
+from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.data.index_format import SKIPPED, Manifest
+from megatron_bagel.data.index_merge import build_folder
+from megatron_bagel.data.index_plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
+from megatron_bagel.data.transforms import PIXEL_LIMIT
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
     flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML that training reads too")
-    flag("data_root", type=Path, metavar="DIR", help="folder in the guide's layout (t2i/, editing/, vlm/, text/); not needed where the "
+    flag("data_root", metavar="DIR", help="folder or URL in the guide's layout (t2i/, editing/, vlm/, text/); not needed where the "
          "YAML's dataset_info says where each dataset lies")  # fmt: skip
     parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=Path, metavar="PATH",
                         help="Hugging Face folder or SentencePiece .model; training must use the same")  # fmt: skip
@@ -35,6 +42,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"samples per set of files, about (default {ROWS_PER_SHARD})")
     flag("check_images", choices=IMAGE_CHECKS, default="decode", help="decode every image (finds all that are corrupt, default), or look "
          "at headers only (several times faster)")  # fmt: skip
+    flag("max_image_pixels", type=int, default=PIXEL_LIMIT, help=f"larger images are kept out as bombs (default {PIXEL_LIMIT})")
+    flag("num_jobs", type=int, default=1, help="jobs that build this index together, each its share of the shards (default 1)")
+    flag("job_index", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
     return parser.parse_args(argv)
 
@@ -54,11 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         groups = load_groups(args.dataset_config_file, args.data_root)
-        options = BuildOptions(args.workers, args.rows_per_shard, args.check_images, args.overwrite, sys.stderr.isatty())
+        checks = ImageChecks(args.check_images, args.max_image_pixels)
+        options = BuildOptions(
+            args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index
+        )
         manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         print(f"build_index: {error}", file=sys.stderr)
         return 2
+    if manifest is None:
+        part = build_folder(args.output, args.job_index, args.num_jobs)
+        print(f"job {args.job_index} of {args.num_jobs} is done: {part} ({time.monotonic() - start:.1f} s)")
+        print(f"when all are: python data_tools/merge_index.py --output {args.output}")
+        return 0
     print(summary(manifest))
     if any(dataset.skipped for dataset in manifest.datasets):
         print(f"every skipped row, with its reason: {args.output / SKIPPED}")

@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from megatron_bagel.data.raw_files import is_file, is_folder, join, list_files
 from megatron_bagel.data.transforms import TransformArgs
+from megatron_bagel.data.video import FrameSampler
 
 T2I, EDIT, VLM, TEXT = "t2i_pretrain", "unified_edit", "vlm_sft", "text"
 GROUPS = (T2I, EDIT, VLM, TEXT)
@@ -29,11 +31,14 @@ _INFO_KEYS = (*_PLACE_KEYS, "num_files", "num_total_samples")
 
 @dataclass(frozen=True)
 class DatasetPlace:
-    """Where a dataset lies: the folder of parquet files or of images, and the files beside it (None: not needed or not given)."""
+    """Where a dataset lies: the folder of parquet files or of images, and the files beside it (None: not needed or not given).
 
-    data_dir: Path | None = None
-    jsonl_path: Path | None = None
-    parquet_info_path: Path | None = None
+    Local paths or URLs, see raw_files.py.
+    """
+
+    data_dir: str | None = None
+    jsonl_path: str | None = None
+    parquet_info_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class GroupConfig:
 
     ``image_transform`` is for the VAE in the T2I and editing groups and for the ViT in the VLM group; ``vit_image_transform`` is
     the editing group's ViT copy. ``shuffle_lines`` and ``shuffle_seed`` say which lines ``num_used_data`` takes.
-    ``frame_sampler_args`` concerns videos, which the index does not take yet. ``resume_data_status`` False starts the group's data
-    anew when a run resumes.
+    ``frame_sampler`` says which frames of videos go into the index (VLM group). ``resume_data_status`` False starts the group's
+    data anew when a run resumes.
     """
 
     name: str
@@ -61,7 +66,7 @@ class GroupConfig:
     is_mandatory: bool = False
     image_transform: TransformArgs | None = None
     vit_image_transform: TransformArgs | None = None
-    frame_sampler_args: Mapping[str, int] | None = None
+    frame_sampler: FrameSampler | None = None
     shuffle_lines: bool = False
     shuffle_seed: int = 0
     resume_data_status: bool = True
@@ -84,14 +89,14 @@ def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[G
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    return parse_groups(content, str(path), path.parent, None if data_root is None else Path(data_root))
+    return parse_groups(content, str(path), str(path.parent), None if data_root is None else str(data_root))
 
 
-def parse_groups(content: Any, where: str, base: Path, data_root: Path | None = None) -> list[GroupConfig]:
+def parse_groups(content: Any, where: str, base: str | Path, data_root: str | Path | None = None) -> list[GroupConfig]:
     """Groups of an already loaded YAML; ``where`` names it in errors, relative places start at ``data_root`` or else ``base``."""
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{where}: expected groups ({', '.join(GROUPS)}) with their settings")
-    content = dict(content)
+    content, base, data_root = dict(content), str(base), None if data_root is None else str(data_root)
     info = content.pop("dataset_info", None) or {}
     _refuse_unknown(content, GROUPS, f"{where}: dataset group")
     _refuse_unknown(info, GROUPS, f"{where}, dataset_info: dataset group")
@@ -103,7 +108,7 @@ def parse_groups(content: Any, where: str, base: Path, data_root: Path | None = 
     return groups
 
 
-def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base: Path, data_root: Path | None) -> GroupConfig:
+def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base: str, data_root: str | None) -> GroupConfig:
     if not isinstance(keys, dict):
         raise ValueError(f"{where}: expected settings such as dataset_names, got {keys!r}")
     _refuse_unknown(keys, _GROUP_KEYS, f"{where}: key")
@@ -123,7 +128,7 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base
         is_mandatory=_boolean(keys.get("is_mandatory", False), f"{where}: is_mandatory"),
         image_transform=_transform(keys, "image_transform_args", needs_vae, where),
         vit_image_transform=_transform(keys, "vit_image_transform_args", needs_vit, where),
-        frame_sampler_args=keys.get("frame_sampler_args"),
+        frame_sampler=_frame_sampler(name, keys.get("frame_sampler_args"), f"{where}, frame_sampler_args"),
         shuffle_lines=_boolean(keys.get("shuffle_lines", False), f"{where}: shuffle_lines"),
         shuffle_seed=int(_number(keys.get("shuffle_seed", 0), f"{where}: shuffle_seed")),
         resume_data_status=_boolean(keys.get("resume_data_status", True), f"{where}: resume_data_status"),
@@ -131,7 +136,7 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base
 
 
 def _places(
-    group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], where: str, base: Path, data_root: Path | None
+    group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], where: str, base: str, data_root: str | None
 ) -> list[DatasetPlace]:
     root = data_root if data_root is not None else base
     parallel = {key: _parallel_list(keys[key], names, f"{where}: {key}") for key in _PLACE_KEYS if key in keys}
@@ -140,8 +145,10 @@ def _places(
         own = info.get(name) or {}
         _refuse_unknown(own, _INFO_KEYS, f"{where}, dataset_info of {name}: key")
         given = {key: value[i] for key, value in parallel.items()} | {key: own[key] for key in _PLACE_KEYS if own.get(key)}
+        if wrong := [key for key, value in given.items() if not isinstance(value, str)]:
+            raise ValueError(f"{where}: {wrong[0]} of {name} must be a path or URL, got {given[wrong[0]]!r}")
         if given:
-            place = DatasetPlace(**{key: root / value for key, value in given.items()})
+            place = DatasetPlace(**{key: join(root, value) for key, value in given.items()})
         elif data_root is not None:
             place = guide_place(group, name, data_root)
         else:
@@ -150,19 +157,20 @@ def _places(
     return places
 
 
-def guide_place(group: str, name: str, root: Path) -> DatasetPlace:
+def guide_place(group: str, name: str, root: str) -> DatasetPlace:
     """Where the folder layout of BAGEL's guide keeps dataset ``name`` of ``group``, below ``root``."""
     if group == T2I:
-        return DatasetPlace(data_dir=root / "t2i" / name if (root / "t2i" / name).is_dir() else root / "t2i")
+        own = join(root, f"t2i/{name}")
+        return DatasetPlace(data_dir=own if is_folder(own) else join(root, "t2i"))
     if group == EDIT:
-        info = root / "editing/parquet_info" / f"{name}.json"
-        return DatasetPlace(data_dir=root / "editing" / name, parquet_info_path=info if info.is_file() else None)
-    folder = root / ("vlm" if group == VLM else "text")
-    jsonl = folder / f"{name}.jsonl"
-    similar = sorted(folder.glob(f"{name}*.jsonl"))
-    if not jsonl.is_file() and len(similar) == 1:
-        jsonl = similar[0]
-    return DatasetPlace(data_dir=folder / "images" if group == VLM else None, jsonl_path=jsonl)
+        info = join(root, f"editing/parquet_info/{name}.json")
+        return DatasetPlace(data_dir=join(root, f"editing/{name}"), parquet_info_path=info if is_file(info) else None)
+    folder = join(root, "vlm" if group == VLM else "text")
+    jsonl = join(folder, f"{name}.jsonl")
+    if not is_file(jsonl) and is_folder(folder):
+        similar = [path for path in list_files(folder, ".jsonl") if path.rsplit("/", 1)[-1].startswith(name)]
+        jsonl = similar[0] if len(similar) == 1 else jsonl
+    return DatasetPlace(data_dir=join(folder, "images") if group == VLM else None, jsonl_path=jsonl)
 
 
 def _refuse_unknown(given: Any, known: Iterable[str], what: str) -> None:
@@ -200,6 +208,24 @@ def _transform(keys: Mapping[str, Any], key: str, needed: bool, where: str) -> T
         return TransformArgs(**values)
     except ValueError as error:
         raise ValueError(f"{where}, {key}: {error}") from error
+
+
+def _frame_sampler(group: str, args: Any, where: str) -> FrameSampler | None:
+    if args is None:
+        return None
+    if group != VLM:
+        raise ValueError(f"{where}: only the group {VLM} has videos; take the key out")
+    _refuse_unknown(args, [f.name for f in fields(FrameSampler)], f"{where}: key")
+    for name, value in args.items():
+        wanted = str if name == "sample" else int
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{where}: {name} must be a {'word' if wanted is str else 'whole number'}, got {value!r}")
+    if "max_num_frames" not in args:
+        raise ValueError(f"{where}: max_num_frames is missing")
+    try:
+        return FrameSampler(**args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _used(value: Any, names: list[str], where: str) -> list[int | None]:

@@ -1,173 +1,80 @@
-"""Builds the index of a dataset config: plans shards from the sources, writes them with any number of processes, publishes once.
+"""Builds the index of a dataset config, alone or as one of several jobs: plan, write shards with any number of processes, publish.
 
-Everything is written into ``OUT.building`` and renamed to ``OUT`` at the end, so an index is whole or not there. A build that was
-cut off goes on with the shards it had not finished.
+Everything is written into a build folder and renamed at the end, so an index is whole or not there. A build that was cut off goes
+on with the shards it had not finished.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_bagel.data.groups import EDIT, T2I, VLM, DatasetEntry, GroupConfig
-from megatron_bagel.data.index_format import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    SKIPPED,
-    DatasetInfo,
-    Manifest,
-    ShardInfo,
-    SourceInfo,
-    dataset_folder,
-    read_manifest,
-)
-from megatron_bagel.data.index_shard import ShardPlan, finished_shard, short_reason, skipped_line, write_shard
-from megatron_bagel.data.raw_readers import BadRow, SourceUnit, check_parquet, scan_jsonl
+from megatron_bagel.data.groups import GroupConfig
+from megatron_bagel.data.index_format import MANIFEST, Manifest, read_manifest
+from megatron_bagel.data.index_merge import INDEX, PLAN, build_folder, finished_shard, locked, publish
+from megatron_bagel.data.index_plan import ROWS_PER_SHARD, ImageChecks, IndexPlan, ShardPlan, plan_index
+from megatron_bagel.data.index_shard import write_shard
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 
-ROWS_PER_SHARD = 20_000
-IMAGE_CHECKS = ("decode", "header")
-_PLAN = "plan.json"
+_LOG_SECONDS = 30.0  # between progress lines where there is no terminal
+_written: Synchronized | None = None  # in a worker process: rows written by all workers together
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """``workers`` 0 builds in this process. ``check_images`` "header" is faster and finds only images whose header is bad."""
+    """``workers`` 0 builds in this process. Of ``num_jobs`` jobs this one, ``job_index``, writes its share of the shards.
+
+    ``progress`` goes to stderr: a bar, or in a log file a line now and then.
+    """
 
     workers: int = 0
     rows_per_shard: int = ROWS_PER_SHARD
-    check_images: str = "decode"
+    checks: ImageChecks = ImageChecks()
     overwrite: bool = False
     progress: bool = True
+    num_jobs: int = 1
+    job_index: int = 0
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.rows_per_shard < 1:
             raise ValueError(f"--workers must be 0 or more and --rows-per-shard 1 or more, got {self.workers} and {self.rows_per_shard}")
-        if self.check_images not in IMAGE_CHECKS:
-            raise ValueError(f"--check-images must be one of {', '.join(IMAGE_CHECKS)}, got {self.check_images!r}")
+        if not 0 <= self.job_index < self.num_jobs:
+            raise ValueError(f"--job-index counts from 0 to --num-jobs - 1, got index {self.job_index} of {self.num_jobs} jobs")
 
 
-@dataclass(frozen=True)
-class DatasetPlan:
-    """The sources and shards of one dataset; ``bad_files`` are (path, reason) of files kept out whole."""
-
-    group: str
-    name: str
-    sources: list[tuple[str, int]]
-    shards: list[ShardPlan]
-    bad_files: list[tuple[str, str]]
-
-
-def build_index(groups: Sequence[GroupConfig], tokenizer_path: Path, output: Path, options: BuildOptions = BuildOptions()) -> Manifest:
+def build_index(
+    groups: Sequence[GroupConfig], tokenizer_path: Path, output: Path, options: BuildOptions = BuildOptions()
+) -> Manifest | None:
     """Build the index of ``groups`` at ``output`` and return its manifest; one that is there and still fits is returned as it is.
 
-    Raises ValueError when a source is missing, when ``output`` holds something else (unless ``overwrite``), or when not one row
-    of a dataset is usable.
+    One of several jobs writes its shards into a folder of its own beside ``output`` and returns None; `merge_jobs` then makes the
+    index. Raises ValueError when a source is missing, when ``output`` holds something else (unless ``overwrite``), or when not one
+    row of a dataset is usable.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    plans = [plan_dataset(group, entry, options) for group in groups for entry in group.datasets]
-    build_key = _build_key(plans, tokenizer)
-    if output.exists() and not options.overwrite:
-        return _existing(output, build_key)
-    building = output.with_name(output.name + ".building")
-    _prepare(building, build_key)
-    shards = _write_shards(building, [shard for plan in plans for shard in plan.shards], tokenizer_path, options)
-    datasets = [_dataset_info(plan, [shards[plan.group, plan.name, shard.name] for shard in plan.shards]) for plan in plans]
-    _write_skipped(building, plans)
-    _refuse_empty(datasets, building / SKIPPED)
-    manifest = Manifest(SCHEMA_VERSION, build_key, tokenizer.fingerprint, str(tokenizer_path), len(tokenizer), datasets)
-    manifest.write(building / MANIFEST)
-    _publish(building, output)
-    return manifest
-
-
-def plan_dataset(group: GroupConfig, entry: DatasetEntry, options: BuildOptions) -> DatasetPlan:
-    """Cut a dataset's source rows into shards. Raises ValueError when its files are not where the config says."""
-    where = f"dataset {group.name}/{entry.name}"
-    place = entry.place
-    if group.name in (T2I, EDIT):
-        if place.data_dir is None:
-            raise ValueError(f"{where}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
-        return _plan_parquet(group.name, entry, _parquet_files(place.data_dir, where), options)
-    if place.jsonl_path is None or (group.name == VLM and place.data_dir is None):
-        raise ValueError(f"{where}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
-    if not place.jsonl_path.is_file():
-        raise ValueError(f"{where}: there is no file {place.jsonl_path} (jsonl_path)")
-    if group.name == VLM and not place.data_dir.is_dir():
-        raise ValueError(f"{where}: there is no image folder {place.data_dir} (data_dir)")
-    jsonl, images = place.jsonl_path.absolute(), None if place.data_dir is None else place.data_dir.absolute()
-    units = scan_jsonl(jsonl, group.name, images, options.rows_per_shard)
-    shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), options.check_images) for i, unit in enumerate(units)]
-    return DatasetPlan(group.name, entry.name, [(str(jsonl), sum(unit.rows for unit in units))], shards, [])
-
-
-def _parquet_files(folder: Path, where: str) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{where}: there is no folder {folder} (data_dir)")
-    files = sorted(folder.absolute().glob("*.parquet"))
-    if not files:
-        raise ValueError(f"{where}: no *.parquet in {folder} (data_dir)")
-    return files
-
-
-def _plan_parquet(group: str, entry: DatasetEntry, files: list[Path], options: BuildOptions) -> DatasetPlan:
-    """Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
-    bad_files = [(str(path), "the file is not listed in parquet_info") for path in _unlisted(files, entry)]
-    unlisted = {path for path, _ in bad_files}
-    sources: list[tuple[str, int]] = []
-    runs: list[list[SourceUnit]] = []
-    for path in files:
-        rows = 0
-        if str(path) not in unlisted:
-            try:
-                rows = check_parquet(path, group)
-            except BadRow as error:
-                bad_files.append((str(path), str(error)))
-        if rows:
-            if not runs or sum(unit.rows for unit in runs[-1]) >= options.rows_per_shard:
-                runs.append([])
-            runs[-1].append(SourceUnit(group, str(path), len(sources), 0, rows))
-        sources.append((str(path), rows))
-    shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), options.check_images) for i, run in enumerate(runs)]
-    return DatasetPlan(group, entry.name, sources, shards, bad_files)
-
-
-def _unlisted(files: list[Path], entry: DatasetEntry) -> list[Path]:
-    """Files that the dataset's parquet_info does not list. Its keys match by their last two parts: data sets move between machines."""
-    info_path = entry.place.parquet_info_path
-    if info_path is None:
-        return []
-    try:
-        listed = json.loads(info_path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"dataset {entry.name}: parquet_info_path {info_path} cannot be read as JSON ({error})") from error
-    known = {Path(key).parts[-2:] for key in listed}
-    unlisted = [path for path in files if path.parts[-2:] not in known]
-    if len(unlisted) == len(files):
-        raise ValueError(
-            f"dataset {entry.name}: {info_path} lists none of the {len(files)} files in {files[0].parent}; "
-            f"its keys should end in {'/'.join(files[0].parts[-2:])}"
-        )
-    return unlisted
-
-
-def _build_key(plans: Sequence[DatasetPlan], tokenizer: Tokenizer) -> str:
-    """Names the inputs of a build: the plan, and size and time of every source file."""
-    stats = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for plan in plans for path, _ in plan.sources]
-    content = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(plan) for plan in plans], stats]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    plan = plan_index(groups, tokenizer, options.rows_per_shard, options.checks)
+    build = build_folder(output, options.job_index, options.num_jobs)
+    with locked(build):
+        if output.exists() and not options.overwrite:
+            manifest = _existing(output, plan.build_key)
+            shutil.rmtree(build, ignore_errors=True)  # what a kill right after publishing left over
+            return manifest
+        _prepare(build, plan)
+        if not (build / INDEX / MANIFEST).is_file():
+            _write_shards(build, plan, tokenizer_path, options)
+        return publish(build, plan.summary(), output) if options.num_jobs == 1 else None
 
 
 def _existing(output: Path, build_key: str) -> Manifest:
@@ -177,96 +84,67 @@ def _existing(output: Path, build_key: str) -> Manifest:
     return manifest
 
 
-def _prepare(building: Path, build_key: str) -> None:
+def _prepare(build: Path, plan: IndexPlan) -> None:
     """An unfinished build of the same inputs is continued, any other is removed."""
-    plan = building / _PLAN
-    if building.exists() and not (plan.is_file() and plan.read_text() == build_key):
-        shutil.rmtree(building)
-    building.mkdir(parents=True, exist_ok=True)
-    plan.write_text(build_key)
+    path, content = build / PLAN, json.dumps(plan.summary())
+    if build.exists() and not (path.is_file() and path.read_text() == content):
+        shutil.rmtree(build)
+    (build / INDEX).mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
 
 
-def _write_shards(
-    building: Path, plans: Sequence[ShardPlan], tokenizer_path: Path, options: BuildOptions
-) -> dict[tuple[str, str, str], ShardInfo]:
-    done: dict[tuple[str, str, str], ShardInfo] = {}
-    todo: list[ShardPlan] = []
-    for plan in plans:
-        info = finished_shard(building, plan)
-        if info is None:
-            todo.append(plan)
+def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: BuildOptions) -> None:
+    mine = plan.shards[options.job_index :: options.num_jobs]
+    todo = [shard for shard in mine if finished_shard(build, shard.group, shard.dataset, shard.name) is None]
+    rows, left = (sum(shard.rows for shard in shards) for shards in (mine, todo))
+    pause = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
+    with tqdm(total=rows, initial=rows - left, unit="row", desc="index", disable=not options.progress, **pause) as bar:
+        if options.workers == 0 or len(todo) < 2:
+            for shard in todo:
+                write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
         else:
-            done[plan.group, plan.dataset, plan.name] = info
-    rows = sum(unit.rows for plan in plans for unit in plan.units)
-    left = sum(unit.rows for plan in todo for unit in plan.units)
-    with tqdm(total=rows, initial=rows - left, unit="row", desc="index", disable=not options.progress) as bar:
-        for plan, info in _run(building, todo, tokenizer_path, options, bar):
-            done[plan.group, plan.dataset, plan.name] = info
-    return done
+            for count in _in_processes(build, todo, tokenizer_path, options.workers, spawn=plan.is_remote):
+                bar.update(count)
 
 
-def _run(
-    building: Path, plans: Sequence[ShardPlan], tokenizer_path: Path, options: BuildOptions, bar: tqdm
-) -> Iterator[tuple[ShardPlan, ShardInfo]]:
-    if options.workers == 0 or len(plans) < 2:
-        for plan in plans:
-            yield plan, write_shard(building, plan, _tokenizer(tokenizer_path), bar.update)
-        return
-    with ProcessPoolExecutor(min(options.workers, len(plans)), mp_context=get_context("fork")) as pool:
-        futures = {pool.submit(_write_in_worker, building, plan, tokenizer_path): plan for plan in plans}
-        for future in as_completed(futures):
-            plan = futures[future]
-            bar.update(sum(unit.rows for unit in plan.units))
-            yield plan, future.result()
+def _in_processes(build: Path, todo: Sequence[ShardPlan], tokenizer_path: Path, workers: int, spawn: bool) -> Iterator[int]:
+    """Write shards in worker processes; yields the rows done since the last time, about every second.
+
+    Clients of remote file systems run threads, which do not survive a fork, so ``spawn`` starts fresh processes for them.
+    """
+    context = get_context("spawn" if spawn else "fork")
+    written, seen = context.Value("q"), 0
+    try:
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (written,)) as pool:
+            running = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in todo}
+            while running:
+                done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                before, seen = seen, written.value
+                yield seen - before
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process of the build was killed, perhaps for want of memory; run the same command again, with fewer --workers: "
+            "finished shards are kept"
+        ) from error
 
 
-def _write_in_worker(building: Path, plan: ShardPlan, tokenizer_path: Path) -> ShardInfo:
+def _start_worker(written: Synchronized) -> None:
+    global _written
+    _written = written
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one shard, one core; also silences the warning about forks
-    return write_shard(building, plan, _tokenizer(tokenizer_path), lambda _: None)
+
+
+def _write_in_worker(build: Path, shard: ShardPlan, tokenizer_path: Path) -> None:
+    def count(rows: int) -> None:
+        with _written.get_lock():
+            _written.value += rows
+
+    write_shard(build, shard, _tokenizer(tokenizer_path), count)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of this process, loaded once."""
     return load_tokenizer(path)
-
-
-def _dataset_info(plan: DatasetPlan, shards: list[ShardInfo]) -> DatasetInfo:
-    skipped = Counter({short_reason(reason): count for reason, count in Counter(reason for _, reason in plan.bad_files).items()})
-    per_source: Counter[str] = Counter()
-    for shard in shards:
-        skipped.update(shard.skipped)
-        per_source.update(shard.samples_per_source)
-    sources = [SourceInfo(path, rows, per_source[str(i)]) for i, (path, rows) in enumerate(plan.sources)]
-    return DatasetInfo(plan.group, plan.name, sources, shards, dict(skipped))
-
-
-def _write_skipped(building: Path, plans: Sequence[DatasetPlan]) -> None:
-    with open(building / SKIPPED, "w") as file:
-        for plan in plans:
-            for path, reason in plan.bad_files:
-                file.write(skipped_line(plan.group, plan.name, path, None, reason))
-            for shard in plan.shards:
-                file.write((dataset_folder(building, plan.group, plan.name) / f"{shard.name}.skipped.jsonl").read_text())
-
-
-def _refuse_empty(datasets: Sequence[DatasetInfo], skipped: Path) -> None:
-    for dataset in datasets:
-        if not dataset.samples:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in dataset.skipped.items()) or "its files have no rows"
-            raise ValueError(f"dataset {dataset.key}: not one usable sample ({reasons}); every row is explained in {skipped}")
-
-
-def _publish(building: Path, output: Path) -> None:
-    """Drop what only a build needs, then put the finished folder in place of whatever was there."""
-    (building / _PLAN).unlink()
-    for leftover in [*building.glob("*/*/*.skipped.jsonl"), *building.glob("*/*/*.json")]:
-        leftover.unlink()
-    if output.exists():
-        old = output.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        building.rename(output)
-        shutil.rmtree(old)
-    else:
-        building.rename(output)

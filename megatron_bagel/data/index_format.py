@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
+SHARD_FILES = ("bin", "idx", "arrow")
 TEXT_MODE, IMAGE_MODE = 0, 1  # Megatron-Core's per-sequence modes
 
 _INT32_LIST = pa.list_(pa.field("item", pa.int32(), nullable=False))
@@ -88,8 +90,9 @@ class Manifest:
     vocabulary_size: int
     datasets: list[DatasetInfo]
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 def shard_from_dict(content: dict[str, Any]) -> ShardInfo:
@@ -106,7 +109,8 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema {version}, this version reads {SCHEMA_VERSION}; build the index again")
+            remedy = "update megatron_bagel" if version > SCHEMA_VERSION else "build the index again"
+            raise ValueError(f"{path} has schema {version}, this version reads {SCHEMA_VERSION}; {remedy}")
         datasets = [
             DatasetInfo(
                 entry["group"],
@@ -125,3 +129,13 @@ def read_manifest(folder: Path) -> Manifest:
 def dataset_folder(index: Path, group: str, name: str) -> Path:
     """Where the shards of a dataset lie."""
     return index / group / name
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

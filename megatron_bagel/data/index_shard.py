@@ -8,29 +8,27 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bagel.data.index_format import IMAGE_MODE, PLANNING_SCHEMA, TEXT_MODE, ShardInfo, dataset_folder, shard_from_dict
-from megatron_bagel.data.raw_readers import BadRow, SourceUnit, read_unit
+from megatron_bagel.data.index_format import (
+    IMAGE_MODE,
+    PLANNING_SCHEMA,
+    SHARD_FILES,
+    TEXT_MODE,
+    ShardInfo,
+    dataset_folder,
+    write_durably,
+)
+from megatron_bagel.data.index_merge import INDEX, STATE, short_reason, skipped_line
+from megatron_bagel.data.index_plan import ImageChecks, ShardPlan
+from megatron_bagel.data.raw_readers import BadRow, read_unit
 from megatron_bagel.data.records import RawSample
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import decode_rgb, open_image
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What a shard is made of. ``check_images`` is "decode" (every pixel) or "header" (format and size only)."""
-
-    group: str
-    dataset: str
-    name: str
-    units: tuple[SourceUnit, ...]
-    check_images: str
 
 
 class _Columns:
@@ -50,32 +48,44 @@ class _Columns:
             writer.write_batch(batch)
 
 
-def image_size(data: bytes, check: str) -> tuple[int, int]:
-    """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``check`` looks."""
+def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
+    """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``checks`` look, or too large."""
     try:
-        image = open_image(data)
-        if check == "decode":
-            decode_rgb(data)
+        image = open_image(data, checks.max_pixels) if checks.depth == "header" else decode_rgb(data, checks.max_pixels)
         return image.size
     except ValueError as error:
         raise BadRow(f"corrupt image: {error}") from error
 
 
-def write_shard(index: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
-    """Write the shard's files below ``index``; its ``.json`` comes last and says that it is complete. ``progress`` gets row counts."""
-    folder = dataset_folder(index, plan.group, plan.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
+def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+    """Write the shard's files into a build folder (index_merge.py); its description comes last and says that it is complete.
+
+    ``progress`` gets row counts. Raises ValueError when the files cannot be written, for example because the disk is full.
+    """
+    try:
+        return _write_shard(build, plan, tokenizer, progress)
+    except OSError as error:
+        raise ValueError(
+            f"shard {plan.group}/{plan.dataset}/{plan.name} cannot be written to {build} ({error.strerror or error}); when that is "
+            "cured, run the same command again: finished shards are kept"
+        ) from error
+
+
+def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+    folder, state = (dataset_folder(build / kind, plan.group, plan.dataset) for kind in (INDEX, STATE))
+    for path in (folder, state):
+        path.mkdir(parents=True, exist_ok=True)
     stem = folder / plan.name
     builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=np.uint8, multimodal=True)
     columns, skipped, per_source = _Columns(), Counter(), Counter()
     counts = Counter(samples=0, texts=0, images=0, tokens=0)
-    with open(f"{stem}.skipped.jsonl", "w") as skipped_rows:
+    with open(state / f"{plan.name}.skipped.jsonl", "w") as skipped_rows:
         for unit in plan.units:
             for row, sample in read_unit(unit):
                 try:
                     if isinstance(sample, BadRow):
                         raise sample
-                    sizes = [image_size(image, plan.check_images) for image in sample.images]
+                    sizes = [image_size(image, plan.checks) for image in sample.images]
                 except BadRow as error:
                     skipped[short_reason(str(error))] += 1
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
@@ -88,27 +98,10 @@ def write_shard(index: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Ca
                 counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
     builder.finalize(f"{stem}.idx")
     columns.write(Path(f"{stem}.arrow"))
-    files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in ("bin", "idx", "arrow")}
+    files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in SHARD_FILES}
     info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
-    _write_durably(Path(f"{stem}.json"), json.dumps(dataclasses.asdict(info)))
+    write_durably(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
     return info
-
-
-def finished_shard(index: Path, plan: ShardPlan) -> ShardInfo | None:
-    """The shard's description when an earlier, interrupted build had completed it."""
-    path = dataset_folder(index, plan.group, plan.dataset) / f"{plan.name}.json"
-    return shard_from_dict(json.loads(path.read_text())) if path.is_file() else None
-
-
-def skipped_line(group: str, dataset: str, path: str, row: int | None, reason: str) -> str:
-    """One line of `skipped.jsonl`; row None stands for the whole file."""
-    return json.dumps({"dataset": f"{group}/{dataset}", "file": path, "row": row, "reason": reason}) + "\n"
-
-
-def short_reason(reason: str) -> str:
-    """The reason without its particulars (numbers, paths, parentheses), to count rows by."""
-    words = reason.split(" (")[0].split("; ")[0].split()
-    return " ".join("N" if word.isdigit() else "PATH" if "/" in word else word for word in words)
 
 
 def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: Tokenizer) -> list[int]:
@@ -127,12 +120,3 @@ def _checksum(path: Path) -> tuple[int, str]:
             digest.update(block)
         os.fsync(file.fileno())
     return path.stat().st_size, digest.hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_bagel.data.groups import EDIT, T2I, TEXT
+from megatron_bagel.data.raw_files import join, open_raw, read_raw
 from megatron_bagel.data.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, RawSample
+from megatron_bagel.data.video import FrameSampler, video_frames
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction_list")}
 
 
@@ -31,7 +32,7 @@ class SourceUnit:
     """A run of rows of one source file: a whole parquet file, or the bytes [start, stop) of a jsonl file.
 
     ``source`` numbers the file among those of its dataset, ``first_row`` numbers its rows; ``image_dir`` is where a jsonl file's
-    images lie.
+    images and videos lie, ``frames`` says what is taken of a video.
     """
 
     group: str
@@ -42,6 +43,7 @@ class SourceUnit:
     start: int = 0
     stop: int = 0
     image_dir: str = ""
+    frames: FrameSampler | None = None
 
 
 def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
@@ -52,10 +54,10 @@ def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
         yield from _read_jsonl(unit)
 
 
-def check_parquet(path: Path, group: str) -> int:
+def check_parquet(path: str, group: str) -> int:
     """Number of rows of a parquet file by its footer. Raises BadRow when it is not parquet or lacks a column the group needs."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(open_raw(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise BadRow(f"not a readable parquet file ({_first_line(error)})") from error
     with file:
@@ -69,7 +71,7 @@ def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
     parse = parse_t2i if unit.group == T2I else parse_edit
     row = unit.first_row
     try:
-        with pq.ParquetFile(unit.path) as file:
+        with open_raw(unit.path) as raw, pq.ParquetFile(raw) as file:
             for batch in file.iter_batches(batch_size=64, columns=list(PARQUET_COLUMNS[unit.group])):
                 for first, second in zip(batch.column(0), batch.column(1), strict=True):
                     try:
@@ -83,7 +85,7 @@ def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
 
 
 def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
-    with open(unit.path, "rb") as file:
+    with open_raw(unit.path) as file:
         file.seek(unit.start)
         row = unit.first_row
         while file.tell() < unit.stop:
@@ -91,7 +93,7 @@ def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
             if line.strip():
                 try:
                     content = _json_object(line)
-                    sample: RawSample | BadRow = parse_text(content) if unit.group == TEXT else parse_vlm(content, Path(unit.image_dir))
+                    sample: RawSample | BadRow = parse_text(content) if unit.group == TEXT else parse_vlm(content, unit, row)
                 except BadRow as error:
                     sample = error
                 yield row, sample
@@ -138,24 +140,45 @@ def parse_edit(images: Any, instructions: Any) -> RawSample:
     return RawSample(texts, structure, images)
 
 
-def parse_vlm(content: dict[str, Any], image_dir: Path) -> RawSample:
-    """A conversation: human turns split at their ``<image>`` marks, answers with loss; images are read from ``image_dir``."""
-    if "video" in content:
-        raise BadRow("the line holds a video; only images are read")
-    names = content.get("image") or []
+def parse_vlm(content: dict[str, Any], unit: SourceUnit, row: int) -> RawSample:
+    """A conversation: human turns split at their ``<image>`` marks, answers with loss; files are read from the unit's ``image_dir``.
+
+    A video stands for as many images as frames are taken of it, at the place of its ``<video>`` mark.
+    """
+    is_video = "video" in content
+    names = [] if is_video else _image_names(content.get("image") or [])
+    frames = _frames_of(content["video"], unit, row) if is_video else []
+    texts, structure = _conversation(content.get("conversations"), len(frames))
+    marks, images = structure.count(IMAGE_ITEM), len(frames) if is_video else len(names)
+    if marks > images:
+        raise BadRow(f"{marks} {IMAGE_MARK} marks but {images} images")
+    if ANSWER_ITEM not in structure:
+        raise BadRow("no answer, so nothing to learn from")
+    return RawSample(texts, structure, frames or [_read_file("image", join(unit.image_dir, name)) for name in names[:marks]])
+
+
+def _image_names(names: Any) -> list[str]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadRow("image is neither a file name nor a list of file names")
-    texts, structure = _conversation(content.get("conversations"))
-    marks = structure.count(IMAGE_ITEM)
-    if marks > len(names):
-        raise BadRow(f"{marks} {IMAGE_MARK} marks but {len(names)} images")
-    if ANSWER_ITEM not in structure:
-        raise BadRow("no answer, so nothing to learn from")
-    return RawSample(texts, structure, [_image_file(image_dir / name) for name in names[:marks]])
+    return names
 
 
-def _conversation(turns: Any) -> tuple[list[str], list[int]]:
+def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
+    if unit.frames is None:
+        raise BadRow("the line holds a video, and the group has no frame_sampler_args in the dataset config")
+    if not isinstance(name, str):
+        raise BadRow("video is not a file name")
+    try:
+        return video_frames(_read_file("video", join(unit.image_dir, name)), unit.frames, unit.source, row)
+    except BadRow:
+        raise
+    except ValueError as error:
+        raise BadRow(f"video {name}: {error}") from error
+
+
+def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
+    """Texts and structure; with ``frames`` the first ``<video>`` mark stands for so many images."""
     if not isinstance(turns, list) or not turns:
         raise BadRow("conversations is missing or empty")
     texts: list[str] = []
@@ -164,6 +187,8 @@ def _conversation(turns: Any) -> tuple[list[str], list[int]]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadRow("a turn of conversations has no text in 'value'")
         value, role = turn["value"], turn.get("from")
+        if frames and role == "human" and VIDEO_MARK in value:
+            value, frames = value.replace(VIDEO_MARK, IMAGE_MARK * frames, 1), 0
         if role == "gpt":
             texts.append(value)
             structure.append(ANSWER_ITEM)
@@ -179,6 +204,8 @@ def _conversation(turns: Any) -> tuple[list[str], list[int]]:
                 if piece.strip():
                     texts.append(piece.strip())
                     structure.append(TEXT_ITEM)
+    if frames:
+        raise BadRow(f"no {VIDEO_MARK} mark for the video")
     return texts, structure
 
 
@@ -202,32 +229,32 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _image_file(path: Path) -> bytes:
+def _read_file(kind: str, place: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_raw(place)
     except OSError as error:
-        raise BadRow(f"image {path} cannot be read ({error.strerror})") from error
+        raise BadRow(f"{kind} {place} cannot be read ({error.strerror or _first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def scan_jsonl(path: Path, group: str, image_dir: Path | None, rows_per_unit: int) -> list[SourceUnit]:
+def scan_jsonl(path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int) -> list[SourceUnit]:
     """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter), by one pass over its bytes."""
     units: list[SourceUnit] = []
     start = position = first = row = 0
-    with open(path, "rb") as file:
+
+    def cut() -> None:
+        units.append(SourceUnit(group, path, 0, first, row - first, start, position, image_dir, frames))
+
+    with open_raw(path) as file:
         for line in file:
             position += len(line)
             row += 1
             if row - first == rows_per_unit:
-                units.append(_lines(path, group, image_dir, first, row, start, position))
+                cut()
                 start, first = position, row
     if row > first:
-        units.append(_lines(path, group, image_dir, first, row, start, position))
+        cut()
     return units
-
-
-def _lines(path: Path, group: str, image_dir: Path | None, first: int, last: int, start: int, stop: int) -> SourceUnit:
-    return SourceUnit(group, str(path), 0, first, last - first, start, stop, "" if image_dir is None else str(image_dir))

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
-PIXEL_LIMIT = 200_000_000  # an image above this is taken for a decompression bomb
-Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT  # Pillow's own limit is lower, and would refuse images that the original trains on
+PIXEL_LIMIT = 200_000_000  # an image above this is taken for a decompression bomb, unless a build says otherwise
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than the original's; `open_image` checks instead
 
 
 @dataclass(frozen=True)
@@ -94,37 +94,46 @@ def output_sizes(
     return where(long > args.max_image_size, args.max_image_size / long)
 
 
-def open_image(data: bytes | memoryview) -> Image.Image:
+def open_image(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
     """Header of an encoded image; pixels are not decoded yet.
 
-    Raises ValueError when the bytes are no image, or one of more than `PIXEL_LIMIT` pixels.
+    Raises ValueError when the bytes are no image, or one of more than ``max_pixels`` pixels.
     """
     if not len(data):
         raise ValueError("the image has no bytes")
     try:
         image = Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"not a readable image ({error})") from error
-    if image.width * image.height > PIXEL_LIMIT:
-        raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {PIXEL_LIMIT}")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {max_pixels}")
     return image
 
 
-def decode_rgb(data: bytes | memoryview) -> Image.Image:
-    """Decode to RGB; transparency (RGBA, LA, palette) is laid on white.
+def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
+    """Decode to RGB; transparency (RGBA, LA, palette) is laid on white, 16-bit grey values are brought to 8 bits.
 
-    Raises ValueError when the bytes cannot be decoded, for example because the file is cut off.
+    Raises ValueError when the bytes cannot be decoded, for example because the file is cut off, or as `open_image` does.
     """
-    image = open_image(data)
+    image = open_image(data, max_pixels)
     try:
         if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             white = Image.new("RGB", image.size, (255, 255, 255))
             white.paste(image, mask=image.split()[3])
             return white
+        if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+            return _from_wide_grey(image).convert("RGB")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    """8-bit grey of an image with 16-bit values, which Pillow (and the original) would cut off at 255: nearly all white."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; convert the image to 8 bits per channel")
+    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:

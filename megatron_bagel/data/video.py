@@ -1,0 +1,89 @@
+"""Which frames of a video a conversation shows, and the frames themselves: a video becomes images when the index is built.
+
+Needs PyAV (the extra ``video``). The original draws frames anew in every epoch; here the draw is made once per row, so that an
+index holds pictures of known size and training decodes no video.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bagel.data.keyed_random import keyed_integers
+
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class FrameSampler:
+    """The YAML's ``frame_sampler_args``, by the original's rules.
+
+    ``sample`` "rand" draws a number of frames between ``min_num_frames`` and ``max_num_frames``, cuts the video into as many runs
+    and draws a frame of each; "middle" takes the run's middle frame; "fps2" takes two frames per second, the first
+    ``max_num_frames`` of them.
+    """
+
+    max_num_frames: int
+    min_num_frames: int = 8
+    sample: str = "rand"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_num_frames <= self.max_num_frames:
+            raise ValueError(
+                f"max_num_frames must be at least min_num_frames, and that 1 or more; got {self.max_num_frames} and {self.min_num_frames}"
+            )
+        if self.sample not in ("rand", "middle") and self.rate is None:
+            raise ValueError(f'sample must be "rand", "middle" or "fps" and a number above 0 (frames per second), got {self.sample!r}')
+
+    @property
+    def rate(self) -> float | None:
+        """Frames per second of "fps...", else None."""
+        try:
+            rate = float(self.sample.removeprefix("fps")) if self.sample.startswith("fps") else 0.0
+        except ValueError:
+            return None
+        return rate if 0 < rate < float("inf") else None
+
+    def choose(self, frames: int, fps: float, *key: int | str) -> list[int]:
+        """Frame numbers, ascending, out of ``frames`` at ``fps`` per second; ``key`` names the draws."""
+        if self.rate is not None:
+            seconds = np.arange(0.5 / self.rate, frames / fps + 0.5 / self.rate, 1 / self.rate)
+            chosen = np.rint(seconds * fps).astype(int)
+            return chosen[chosen < frames][: self.max_num_frames].tolist() or [frames // 2]
+        wanted = self.min_num_frames + keyed_integers(self.max_num_frames - self.min_num_frames + 1, 0, *key, "frames")
+        edges = np.linspace(0, frames, min(wanted, frames) + 1).astype(int)
+        if self.sample == "middle":
+            return ((edges[:-1] + edges[1:] - 1) // 2).tolist()
+        draws = keyed_integers(np.diff(edges), 0, *key, "frame", np.arange(len(edges) - 1))
+        return (edges[:-1] + draws).tolist()
+
+
+def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[bytes]:
+    """The chosen frames of a video file, each as the bytes of a JPEG file.
+
+    Raises ValueError when PyAV is not installed, or when the bytes are no video that it can decode.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("videos need PyAV, which is not installed (pip install 'megatron-bagel[video]')") from error
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            rate = container.streams.video[0].average_rate
+            total = sum(packet.size > 0 for packet in container.demux(video=0))
+        with av.open(io.BytesIO(data)) as container:
+            chosen = set(sampler.choose(total, float(rate or 1), *key)) if total else set()
+            frames = [_jpeg(frame) for number, frame in enumerate(container.decode(video=0)) if number in chosen]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"not a readable video ({error})") from error
+    if not frames:
+        raise ValueError("the video has no frame")
+    return frames
+
+
+def _jpeg(frame: object) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_image().save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
