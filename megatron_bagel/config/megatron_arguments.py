@@ -27,6 +27,9 @@ class MegatronArguments:
     overlap_param_gather: bool = flag(False, "Gather updated weights while the next forward pass runs; needs overlap_grad_reduce.")
     micro_batch_size: int = flag(1, "Packs per microbatch; always 1. Make packs longer (max_num_tokens) instead.")
     global_batch_size: int | None = flag(None, "Packs per step. Default: data-parallel replicas times gradient_accumulation_steps.")
+    rampup_batch_size: list[int] = flag(
+        [], "START INCREMENT PACKS: grow the global batch from START to global_batch_size over the first PACKS packs. Default: no ramp."
+    )
     bf16: bool | None = flag(None, "Train in bfloat16 with fp32 main weights. Default: True on a GPU, False on CPU.")
     recompute_granularity: Literal["full", "selective"] | None = flag(None, "full: keep only layer inputs, compute the rest again.")
     recompute_method: Literal["uniform", "block"] = flag("uniform", "uniform: all layers, in units; block: only the first ones.")

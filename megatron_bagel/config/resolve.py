@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch, read_json
+from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.original_flags import SHARDING_STRATEGIES
 from megatron_bagel.config.parser import Config
 
@@ -20,12 +21,14 @@ _MODEL_SETTINGS = (
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs."""
+    """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs, after the ramp of
+    ``batch_sizes`` where there is one."""
 
     world_size: int
     data_parallel_size: int
     global_batch_size: int
     num_microbatches: int
+    batch_sizes: BatchSizes
     attention_backend: str
     bf16: bool
     use_distributed_optimizer: bool
@@ -40,7 +43,10 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
     megatron, training, given = config.megatron, config.training, config.given
     data_parallel = data_parallel_size(config, world_size)
     global_batch, microbatches = _batch_geometry(config, data_parallel)
-    _check_interleaving(config, microbatches)
+    sizes = BatchSizes.of(global_batch, megatron.rampup_batch_size)
+    _check_ramp(sizes, data_parallel)
+    for size in sizes.steps:
+        _check_interleaving(config, size // data_parallel)
     sharded, instances = _optimizer_sharding(config, data_parallel)
     backend, notes = _attention_backend(config, has_gpu)
     bf16 = megatron.bf16 if megatron.bf16 is not None else has_gpu
@@ -54,6 +60,7 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
         data_parallel_size=data_parallel,
         global_batch_size=global_batch,
         num_microbatches=microbatches,
+        batch_sizes=sizes,
         attention_backend=backend,
         bf16=bf16,
         use_distributed_optimizer=sharded,
@@ -102,6 +109,15 @@ def _batch_geometry(config: Config, data_parallel: int) -> tuple[int, int]:
             f"but --gradient_accumulation_steps says {accumulation}; give one of them"
         )
     return global_batch, microbatches
+
+
+def _check_ramp(sizes: BatchSizes, data_parallel: int) -> None:
+    uneven = [size for size in sizes.steps if size % data_parallel]
+    if uneven:
+        raise ValueError(
+            f"--rampup_batch_size: global batches of {_listed(uneven)} packs are no multiples of the {data_parallel} data-parallel "
+            f"replicas; let START ({sizes.start}) and INCREMENT ({sizes.increment}) be multiples"
+        )
 
 
 def _check_interleaving(config: Config, microbatches: int) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.counts import SampleSource
 from megatron_bagel.data.loader_noise import raw_timesteps
 from megatron_bagel.data.planner import Planner
@@ -108,16 +109,20 @@ class PackLoader:
     """Endless iterator of `StepBatch` for one data-parallel replica, starting where the planner's loaded state stands."""
 
     def __init__(
-        self, planner: Planner, reader: PackReader, replica: int = 0, replicas: int = 1, num_workers: int = 0, prefetch_factor: int = 2
-    ) -> None:
-        """``prefetch_factor`` packs are read ahead by each of ``num_workers`` processes; 0 workers read in this process."""
+        self, planner: Planner, reader: PackReader, replica: int = 0, replicas: int = 1, num_workers: int = 0, prefetch_factor: int = 2,
+        sizes: BatchSizes | None = None,
+    ) -> None:  # fmt: skip
+        """``prefetch_factor`` packs are read ahead by each of ``num_workers`` processes; 0 workers read in this process. ``sizes`` of
+        the global batches are the planner's own, always the same, by default."""
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas} does not exist")
         self.planner, self.reader = planner, reader
         self.replica, self.replicas = replica, replicas
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.consumed_packs = planner.made
-        deal([PackPlan(number, (), 0, 0.0) for number in range(planner.config.global_batch_size)], replicas)  # refuse uneven sizes now
+        self.sizes = sizes or BatchSizes.of(planner.config.global_batch_size, [])
+        for size in self.sizes.steps:
+            deal([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuse uneven sizes now
         self._batches: list[list[PackPlan]] = []  # planned, not yet handed out
         self._loaded: Iterator[LoadedPack] | None = None
 
@@ -129,7 +134,7 @@ class PackLoader:
             ahead = {"prefetch_factor": self.prefetch_factor} if self.num_workers else {}
             plans = _Plans(self)
             self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **ahead))
-        each = self.planner.config.global_batch_size // self.replicas
+        each = self.sizes.at(self.consumed_packs) // self.replicas
         packs = [next(self._loaded) for _ in range(each)]
         plans = self._batches.pop(0)
         self.consumed_packs += len(plans)
@@ -152,8 +157,8 @@ class PackLoader:
 
     def plan_next(self) -> list[PackPlan]:
         """Plan the next global batch beyond all planned ones, and give this replica's packs of it."""
-        size = self.planner.config.global_batch_size
-        plans = self.planner.packs(self.consumed_packs + size * len(self._batches), size)
+        first = self.consumed_packs + sum(map(len, self._batches))
+        plans = self.planner.packs(first, self.sizes.at(first))
         self._batches.append(plans)
         return deal(plans, self.replicas)[self.replica]
 

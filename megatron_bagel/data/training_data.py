@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.counts import CostModel
 from megatron_bagel.data.groups import GroupConfig, load_groups
@@ -99,14 +100,15 @@ def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part
 
 
 def open_loader(
-    config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch_size: int, replica: int = 0, replicas: int = 1
+    config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1
 ) -> PackLoader:
-    """The loader of one data-parallel replica, at the first pack.
+    """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow.
 
     Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
     images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
     """
     data, training = config.data, config.training
+    sizes = global_batch if isinstance(global_batch, BatchSizes) else BatchSizes.of(global_batch, [])
     sources = training_sources(config, arch, tokenizer)
     plan = PlannerConfig(
         max_num_tokens=data.max_num_tokens,
@@ -114,7 +116,7 @@ def open_loader(
         max_num_tokens_per_sample=data.max_num_tokens_per_sample,
         window=data.max_buffer_size,
         seed=data.data_seed,
-        global_batch_size=global_batch_size,
+        global_batch_size=sizes.final,
     )
     reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed)
-    return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor)
+    return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor, sizes)

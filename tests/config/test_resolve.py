@@ -40,6 +40,13 @@ def test_accumulation_and_global_batch_are_two_views_of_one_setting(replicas, ac
         ("--global_batch_size 7", 2, r"not a multiple of the 2 .* 8 would be"),
         ("--global_batch_size 8 --gradient_accumulation_steps 2", 2, r"is 4 packs per replica, but --gradient_accumulation_steps says 2"),
         ("--gradient_accumulation_steps 0", 1, r"at least 1"),
+        ("--global_batch_size 8 --rampup_batch_size 2 2", 1, r"expected three numbers"),
+        ("--global_batch_size 8 --rampup_batch_size 2 4 40", 2, r"which is 8; 10 would do"),
+        ("--global_batch_size 8 --rampup_batch_size 2 1 40", 2, r"batches of 3, 5 or 7 packs are no multiples of the 2"),
+        (
+            "--global_batch_size 8 --rampup_batch_size 1 1 40 --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2", 2,
+            r"1 packs per replica and step do not divide into groups of 2",
+        ),
         ("--sharding_strategy SHARD_HALF", 1, r"SHARD_HALF' is none of FULL_SHARD"),
         ("--sharding_strategy NO_SHARD --use_distributed_optimizer", 1, r"contradict"),
         ("--sharding_strategy FULL_SHARD --num_replicate 2", 2, r"only means something with --sharding_strategy HYBRID_SHARD"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.counts import CostModel, Measures, measure_sample
 from megatron_bagel.data.keyed_random import keyed_generator, keyed_integers
 from megatron_bagel.data.loader import LoadedPack, PackLoader, PackReader
@@ -57,9 +58,9 @@ class Pictures:
         return f"{self.name}/pictures, 0000.parquet row {index}"
 
 
-def loader(replica: int = 0, replicas: int = 1, workers: int = 0, **source) -> PackLoader:
+def loader(replica: int = 0, replicas: int = 1, workers: int = 0, rampup: tuple[int, ...] = (), **source) -> PackLoader:
     planner = Planner([Pictures(**source)], PlannerConfig(90, 70, 60, 5, seed=1, global_batch_size=4))
-    return PackLoader(planner, PackReader([Pictures(**source)], SPEC, seed=9), replica, replicas, workers)
+    return PackLoader(planner, PackReader([Pictures(**source)], SPEC, seed=9), replica, replicas, workers, sizes=BatchSizes.of(4, rampup))
 
 
 def same(one: LoadedPack, other: LoadedPack) -> bool:
@@ -90,6 +91,21 @@ def test_replicas_share_one_global_order() -> None:
         assert all(share.plans == expected.plans for share in shares)
         packs = sorted((pack for share in shares for pack in share.packs), key=lambda pack: pack.plan.number)
         assert all(same(a, b) for a, b in zip(expected.packs, packs, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_grow_are_slices_of_the_same_sequence(workers: int) -> None:
+    """Also after a resume in the middle of the ramp, on another number of replicas."""
+    ramp = (2, 2, 6)
+    flat, whole, first, again = loader(), loader(rampup=ramp), loader(0, 2, workers, ramp), loader(1, 2, rampup=ramp)
+    plans = [plan for _ in range(4) for plan in next(flat).plans]
+    steps = [next(whole).plans for _ in range(5)]
+    assert [len(step) for step in steps] == [2, 2, 2, 4, 4]
+    assert [plan for step in steps for plan in step] == plans[: sum(map(len, steps))]
+    assert [next(first).plans for _ in range(2)] == steps[:2]
+    again.load_state_dict(first.state_dict())
+    assert [next(again).plans for _ in range(3)] == steps[2:]
+    first.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -65,6 +65,14 @@ def test_another_number_of_ranks_continues_the_run(world: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_a_batch_that_grows_is_the_same_on_other_ranks_and_after_a_resume(world: Path, tmp_path: Path) -> None:
+    flags = {"global_batch_size": 4, "rampup_batch_size": [2, 2, 6], "total_steps": 6}
+    expected = numbers(run(run_config(world, tmp_path / "one", **flags)))
+    run(run_config(world, tmp_path / "two", 2, **{**flags, "total_steps": 2}), ranks=2)
+    close(numbers(run(run_config(world, tmp_path / "two", num_workers=1, **flags))), expected)
+
+
+@pytest.mark.slow
 def test_recompute_changes_nothing(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     flags = {"recompute_granularity": "full", "recompute_vit": True}
     close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags))), straight)
