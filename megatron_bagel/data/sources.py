@@ -69,6 +69,13 @@ class GroupSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def datasets(self) -> dict[str, range]:
+        """Name of each dataset, and the group's indexes of its first pass: each of its rows once."""
+        ranges: dict[str, range] = {}
+        for number, each in enumerate(self._passes):
+            ranges.setdefault(each.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
+        return ranges
+
     def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
         """Lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
         measured = np.zeros((3, len(indexes)), dtype=np.int64)

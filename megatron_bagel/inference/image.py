@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.inference.context import GuidedContext
 from megatron_bagel.inference.engine import Engine
 from megatron_bagel.inference.guidance import Guidance, guide, time_grid
@@ -82,11 +83,15 @@ def _guided_velocity(
     return torch.cat(guided)
 
 
-@torch.no_grad()
 def decode_picture(engine: Engine, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Latent tokens [rows * columns, channels] -> uint8 [H, W, 3]."""
+    return decode_latents(engine.need_autoencoder(), tokens, grid, engine.arch.latent_patch_size)
+
+
+@torch.no_grad()
+def decode_latents(autoencoder: AutoEncoder, tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
     """Latent tokens [rows * columns, channels] -> uint8 [H, W, 3]; values are truncated to integers, as in the original."""
-    autoencoder = engine.need_autoencoder()
-    latent = unpatchify(tokens, *grid, engine.arch.latent_patch_size)
+    latent = unpatchify(tokens, *grid, patch)
     parameter = next(autoencoder.parameters())
     pixels = autoencoder.decode(latent[None].to(parameter))[0].float()
     return ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()

@@ -1,17 +1,22 @@
-"""Where a run's numbers go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, and W&B on request. Rank 0 only.
+"""Where a run's numbers and pictures go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, W&B on request. Rank 0 only.
 
 Other ranks hold a ``RunLog`` too and call the same methods, which do nothing there, so the loop has no rank test of its own.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from megatron_bagel.training.contact_sheet import SheetRow, contact_sheet
 from megatron_bagel.training.history import MetricsFile, read_history
 from megatron_bagel.training.metrics import StepMetrics, log_line
 from megatron_bagel.training.plots import plot_losses
@@ -74,6 +79,16 @@ class WandbSink:
         }
         self._run.log(record, step=metrics.step)
 
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Held-out losses, each under ``validation/``."""
+        self._run.log({f"validation/{name}": value for name, value in numbers.items()}, step=step)
+
+    def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
+        """One picture of samples."""
+        import wandb
+
+        self._run.log({f"samples/{name}": wandb.Image(sheet)}, step=step)
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -92,6 +107,15 @@ class TensorBoardSink:
         for name, value in metrics.as_json().items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, metrics.step)
+
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One scalar per held-out loss, at the step."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
+
+    def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
+        """One picture of samples."""
+        self._writer.add_image(f"samples/{name}", np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -118,6 +142,8 @@ class RunLog:
         self.results_dir.mkdir(parents=True, exist_ok=True)
         self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
         self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
+        # An evaluation is logged after its step: one of step n belongs to the first n steps.
+        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1)
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.results_dir, next_step))
         if wandb is not None:
@@ -136,11 +162,38 @@ class RunLog:
             for sink in self._sinks:
                 sink.write(metrics)
 
+    def log_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write held-out losses after ``step`` steps: ``validation.jsonl``, the loggers, and one line on the console."""
+        if not self._active:
+            return
+        shown = [f"{name} {numbers[name]:.4f}" for name in ("model/ce", "model/mse", "ema/ce", "ema/mse") if name in numbers]
+        seconds = sum(value for name, value in numbers.items() if name.startswith("seconds_"))
+        self._logger.info(f"(step={step:07d}) Validation {', '.join(shown)}, {seconds:.1f} s")
+        self._validation.write({"step": step, **numbers})
+        for sink in self._sinks:
+            sink.write_validation(step, numbers)
+
+    def log_samples(self, step: int, rows: Mapping[str, Sequence[SheetRow]], texts: Sequence[Mapping[str, Any]]) -> None:
+        """Write pictures, one sheet per name, and texts into ``samples/``, and the sheets to the loggers."""
+        if not self._active:
+            return
+        folder = self.results_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        for name, found in rows.items():
+            sheet = contact_sheet(found)
+            sheet.save(folder / f"{step:07d}_{name}.png")
+            for sink in self._sinks:
+                sink.write_sheet(step, name, sheet)
+        if texts:
+            lines = [json.dumps(dict(text), ensure_ascii=False) + "\n" for text in texts]
+            (folder / f"{step:07d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
     def close(self, plot: bool = True) -> None:
         """Draw ``loss.png`` (if any step was logged) and close every file. Also safe after an error of the loop."""
         if not self._active:
             return
         self._metrics.close()
+        self._validation.close()
         history = read_history(self._metrics.path)
         if plot and history:
             plot_losses(history, self.results_dir / "loss.png")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bagel import platform
@@ -80,6 +81,14 @@ class LossTable:
             rows.setdefault(name.split("/", 1)[0], []).append(number)
             rows.setdefault(name, [number])
         return rows
+
+
+def losses_by_dataset(table: LossTable) -> dict[str, float]:
+    """A training step's losses of every group and dataset, for its log line. Collective over the world."""
+    table.reduce(
+        parallel_state.get_data_parallel_group(with_context_parallel=True), parallel_state.get_pipeline_model_parallel_group()
+    )
+    return {name: mean for name, mean in table.means().items() if "/" in name}
 
 
 def _put(found: dict[str, float], name: str, total: float, count: float) -> None:

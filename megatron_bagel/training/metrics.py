@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from megatron_bagel.training.accounting import utilization
 
@@ -19,6 +20,7 @@ class StepMetrics:
 
     ``tflops`` and ``mfu`` follow the original's formula, ``work_tflops`` and ``work_mfu`` count the work really done
     (accounting.py); both are over all devices. ``step_time_s`` is the mean over the steps since the last logged one.
+    ``by_dataset`` holds ``ce/<group>``, ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of.
     """
 
     step: int
@@ -40,10 +42,14 @@ class StepMetrics:
     step_samples: int = 0
     work_tflops: float = 0.0
     work_mfu: float = 0.0
+    by_dataset: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, int | float | None]:
-        """Plain values at full precision. JSON has no NaN or infinity: they become null, and readers show a gap."""
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(self).items()}
+        """Plain values at full precision, those of ``by_dataset`` beside the others. JSON has no NaN or infinity: they become
+        null, and readers show a gap."""
+        values = asdict(self)
+        values |= values.pop("by_dataset")
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def log_line(metrics: StepMetrics) -> str:
