@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_bagel.checkpoint.weights import copy_und_to_gen
+from megatron_bagel.checkpoint.weights import named_weights
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
@@ -251,7 +251,10 @@ def kind_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, A
 def copy_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, float]) -> None:
     """Generation weights replaced by the understanding expert's."""
     parts = cases.model.parts()
-    copy_und_to_gen(parts.modules)
+    parameters = named_weights(parts.modules)
+    with torch.no_grad():
+        for name in (name for name in parameters if ".gen." in name):
+            parameters[name].copy_(parameters[name.replace(".gen.", ".und.")])
     compare_losses(check, cases.run(parts, MAIN, backward=False).shares[0], want)
 
 

@@ -1,26 +1,22 @@
-"""Where a model's first weights come from: seeded values by parameter name, then Qwen2.5 and SigLIP folders seen as BAGEL's layout.
+"""Pretrained Qwen2.5, Qwen3 and SigLIP folders seen as BAGEL's layout, so that one strict loader serves every start.
 
-Each pretrained folder becomes a *source* (weights.py) under the released names, so one strict loader serves every start. Initial values are
-keyed by (seed, parameter name), never by the order of construction: any parallel layout starts from the same numbers.
+Each folder becomes a *source* (weights.py) under the released names; first_weights.py puts them together with seeded values.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.weight_map import Entry, WeightMap
-from megatron_bagel.checkpoint.weights import LoadReport, TensorSource, assign, entries_of, load_weights
+from megatron_bagel.checkpoint.weights import TensorSource
 from megatron_bagel.config.architecture import BagelArch
 
 logger = logging.getLogger(__name__)
@@ -29,36 +25,6 @@ logger = logging.getLogger(__name__)
 _SIGLIP_UNUSED = re.compile(r"^(vision_model\.head\.|text_model\.|logit_scale$|logit_bias$|vision_model\.embeddings\.position_ids$)")
 _SIGLIP_NAMES = re.compile(r"^(vision_model|text_model)\.|^logit_(scale|bias)$")
 _SIGLIP_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
-
-
-def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
-    """Full fp32 start value of one parameter, a function of (seed, name) alone.
-
-    Norm weights 1, biases 0, `llm2vae` 0 (the original starts the velocity head at zero); decoder and embeddings normal with the LLM's
-    `initializer_range`; adapters (connector, vae2llm, time embedder) uniform in +-1/sqrt(fan in), torch's default for a Linear; vision
-    tower as SigLIP: embeddings normal with variance 1/width, matrices Xavier-uniform.
-    """
-    name = entry.ours
-    if name.startswith("llm2vae") or name.endswith(".bias"):
-        return torch.zeros(entry.shape)
-    if "norm" in name.split(".")[-2] or "layernorm" in name:
-        return torch.ones(entry.shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    fan_in = entry.shape[-1]
-    if name.startswith("vit_model.vision_model.embeddings."):
-        return torch.randn(entry.shape, generator=generator) / math.sqrt(fan_in)
-    if name.startswith("vit_model."):
-        return (torch.rand(entry.shape, generator=generator) * 2 - 1) * math.sqrt(6 / sum(entry.shape))
-    if name.startswith(("connector.", "vae2llm.", "time_embedder.")):
-        return (torch.rand(entry.shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-    return torch.randn(entry.shape, generator=generator) * arch.llm.initializer_range
-
-
-def initialise(modules: Sequence[nn.Module], weight_map: WeightMap, seed: int) -> None:
-    """Give every parameter of `modules` its seeded start value; the same on any layout."""
-    for entry, parameter in entries_of(modules, weight_map):
-        assign(parameter, initial_value(entry, weight_map.arch, seed), entry)
 
 
 class View:
@@ -71,6 +37,10 @@ class View:
     def add(self, name: str, source: TensorSource, there: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> None:
         """Let `name` be `change(source[there])`."""
         self._where[name] = (source, there, change)
+
+    def alias(self, name: str, known: str) -> None:
+        """Let `name` be what `known` is."""
+        self._where[name] = self._where[known]
 
     def merge(self, other: View) -> None:
         """Offer what `other` offers, too."""
@@ -171,36 +141,6 @@ def grown_vocabulary(arch: BagelArch, tokens: int) -> BagelArch:
         return arch
     logger.info("vocabulary grows from %d to %d rows for the tokenizer", arch.llm.vocab_size, tokens)
     return replace(arch, llm=replace(arch.llm, vocab_size=tokens))
-
-
-def load_pretrained(
-    modules: Sequence[nn.Module],
-    arch: BagelArch,
-    seed: int,
-    llm_path: str | Path | None,
-    vit_path: str | Path | None,
-    allow_missing: Sequence[str] = (),
-) -> LoadReport:
-    """Seeded start values everywhere, then the LLM's and the ViT's pretrained weights over them.
-
-    A path of None leaves that part at its start values. What those folders cannot have keeps its start value: generation expert, adapters,
-    and QK-norm where the LLM has none. `copy_init_moe` is a separate step (`weights.copy_und_to_gen`).
-    """
-    weight_map = WeightMap(arch)
-    initialise(modules, weight_map, seed)
-    view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None))
-    kept = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
-    if llm_path is None:
-        kept.append("language_model.*")
-    else:
-        view.merge(llm_source(llm_path, arch, partial(initial_value, arch=arch, seed=seed)))
-        if not any("q_norm" in name for name in view.keys()):  # noqa: SIM118
-            kept += ["*.q_norm.weight", "*.k_norm.weight"]
-    if vit_path is None or arch.vit is None:
-        kept.append("vit_model.*")
-    else:
-        view.merge(vit_source(vit_path, arch))
-    return load_weights(view, weight_map, modules, allow_missing=kept)
 
 
 def _grow(tensor: torch.Tensor, entry: Entry, extra_rows: Callable[[Entry], torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Safetensors files read and written one tensor at a time, so that converting a model never needs the model in memory.
 
-The library's own `save_file` wants every tensor at once. The format is small enough to write in a stream: 8 bytes header length (little
-endian), a JSON header of name -> {dtype, shape, data_offsets}, then the raw tensors (https://github.com/huggingface/safetensors).
+The library's own `save_file` wants every tensor at once, and its reader maps the file: what was read stays resident. The format is small
+enough for plain reads and writes: 8 bytes header length (little endian), a JSON header of name -> {dtype, shape, data_offsets}, then the
+raw tensors (https://github.com/huggingface/safetensors). The library still checks every file that is opened.
 """
 
 from __future__ import annotations
@@ -12,13 +13,46 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPE_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in its file: `offset` in bytes from the beginning."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+def _header(file: Path) -> dict[str, _Place]:
+    """Names and places of the tensors of a file, by rising offset. Raises ValueError for a file the library finds fault with."""
+    try:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in entries.values()} - _NAME_DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{file} holds tensors of type {', '.join(unknown)}; read are {', '.join(_NAME_DTYPES)}")
+    by_offset = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+    return {
+        name: _Place(tuple(entry["shape"]), _NAME_DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+        for name, entry in by_offset
+    }
 
 
 class SafetensorsReader:
@@ -38,21 +72,16 @@ class SafetensorsReader:
             if absent:
                 raise ValueError(f"{self.path} names files that do not exist: {', '.join(absent)}")
         else:
-            self._where = dict.fromkeys(self._open(self.path).keys(), self.path)
-        self._handles: dict[Path, safe_open] = {}
+            self._where = dict.fromkeys(_header(self.path), self.path)
+        self._headers: dict[Path, dict[str, _Place]] = {}
 
-    @staticmethod
-    def _open(file: Path) -> safe_open:
-        try:
-            return safe_open(file, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error
-
-    def _handle(self, name: str) -> safe_open:
+    def _place(self, name: str) -> _Place:
         file = self._where[name]
-        if file not in self._handles:
-            self._handles[file] = self._open(file)
-        return self._handles[file]
+        if file not in self._headers:
+            self._headers[file] = _header(file)
+        if name not in self._headers[file]:
+            raise ValueError(f"{self.path} says that {name} is in {file.name}, where it is not: copy the folder again")
+        return self._headers[file][name]
 
     def keys(self) -> list[str]:
         """All tensor names, in file order."""
@@ -63,12 +92,22 @@ class SafetensorsReader:
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype without reading the data."""
-        part = self._handle(name).get_slice(name)
-        return tuple(part.get_shape()), _NAME_DTYPES.get(part.get_dtype(), torch.float32)
+        place = self._place(name)
+        return place.shape, place.dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor `name`, read now."""
-        return self._handle(name).get_tensor(name)
+        """The tensor `name`, read now, in memory of its own."""
+        place = self._place(name)
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        with self._where[name].open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            while left.nbytes:
+                got = file.readinto(left)
+                if not got:
+                    raise ValueError(f"{self._where[name]} ends inside tensor {name}; copy it again")
+                left = left[got:]
+        return tensor
 
 
 class SafetensorsWriter:

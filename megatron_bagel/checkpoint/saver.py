@@ -60,7 +60,7 @@ class Saver:
         `run_state` is everything that is not a tensor (schedule, planner, counters, config): JSON values only, equal on all ranks.
         Raises ValueError on all ranks when the files cannot be written, naming the last checkpoint that could.
         """
-        text = publish.state_text({**provenance(step, trained.arch), "run": dict(run_state)})
+        text = publish.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
         saving = on_first_rank(lambda: publish.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}")
         with self._explained():

@@ -140,14 +140,14 @@ def check_same_model(saved: BagelArch, ours: BagelArch, folder: Path) -> None:
         raise ValueError(f"{folder} holds another model; these settings differ: {', '.join(differing)}")
 
 
-def provenance(step: int, arch: BagelArch) -> dict[str, Any]:
+def provenance(step: int, arch: BagelArch, world_size: int) -> dict[str, Any]:
     """The JSON head of every checkpoint: format, step, model, and the versions and world size that wrote it."""
     return {
         "format_version": publish.FORMAT_VERSION,
         "step": step,
         "arch": arch.to_dict(),
         "versions": {"megatron_bagel": megatron_bagel.__version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__},
-        "world_size": dist.get_world_size(),
+        "world_size": world_size,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,11 +109,13 @@ def load_weights(
     modules: Sequence[nn.Module],
     allow_missing: Sequence[str] = (),
     allow_left_over: Sequence[str] = (),
+    absent: Callable[[Entry], torch.Tensor] | None = None,
 ) -> LoadReport:
     """Fill `modules` from `source`, one parameter at a time.
 
     `allow_missing`, `allow_left_over`: fnmatch patterns of Hugging Face names. Tensors of parts this run has switched off
-    (`visual_und`, `visual_gen`) are left over by choice, and position tables are always computed, never read.
+    (`visual_und`, `visual_gen`) are left over by choice, and position tables are always computed, never read. `absent` gives the full
+    value of a parameter that may be missing and is; without it such a parameter keeps what it has.
     Raises ValueError listing missing and left-over tensors, or naming a tensor of another shape with the flag that decides it.
     """
     report = check_against(source, weight_map, allow_missing, allow_left_over)
@@ -121,6 +123,8 @@ def load_weights(
         if entry.hf[0] in source:
             assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
             report.loaded += entry.hf
+        elif absent is not None:
+            assign(parameter, absent(entry), entry)
     for line in report.lines(source.path):
         logger.info(line)
     return report
@@ -147,16 +151,6 @@ def check_against(
         if present:
             _check_shapes(source, entry)
     return report
-
-
-@torch.no_grad()
-def copy_und_to_gen(modules: Sequence[nn.Module]) -> int:
-    """Copy every understanding weight into its generation twin (`copy_init_moe`); returns how many. Local on every rank."""
-    parameters = named_weights(modules)
-    twins = [(name, name.replace(".gen.", ".und.")) for name in parameters if ".gen." in name]
-    for gen, und in twins:
-        parameters[gen].copy_(parameters[und])
-    return len(twins)
 
 
 def _check_left_over(source: TensorSource, weight_map: WeightMap, allowed: Sequence[str], report: LoadReport) -> None:

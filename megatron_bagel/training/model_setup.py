@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron.core import parallel_state
@@ -15,12 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel import platform
+from megatron_bagel.checkpoint.first_weights import FirstWeights, initial_value
 from megatron_bagel.checkpoint.hf_folder import HFFolder
-from megatron_bagel.checkpoint.pretrained import grown_vocabulary, load_pretrained
+from megatron_bagel.checkpoint.pretrained import grown_vocabulary
 from megatron_bagel.checkpoint.publish import is_complete, latest_checkpoint, lost
 from megatron_bagel.checkpoint.training_state import load_weights_only
 from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_weights
+from megatron_bagel.checkpoint.weights import load_weights
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import architecture, tokenizer_path
@@ -171,10 +173,8 @@ def load_first_weights(config: Config, source: WeightSource, modules: Modules, a
         return
     model = config.model
     llm, vit = (None, None) if model.init_random else (model.llm_path, model.vit_path)
-    load_pretrained(parts, arch, config.training.global_seed, llm, vit, model.allow_missing)
-    if config.training.copy_init_moe:
-        copied = copy_und_to_gen(parts)
-        logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
+    training = config.training
+    FirstWeights.of(arch, training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe).fill(parts)
 
 
 def average_source(source: WeightSource) -> str | None:
@@ -191,4 +191,6 @@ def load_folder(config: Config, folder: Path, weights: str, modules: Modules, ar
     if is_complete(folder):
         load_weights_only(folder, modules.named, arch, weights)
         return
-    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), list(modules.named.values()), config.model.allow_missing)
+    seeded = partial(initial_value, arch=arch, seed=config.training.global_seed)
+    parts = list(modules.named.values())
+    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, config.model.allow_missing, absent=seeded)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bagel.checkpoint.hf_folder import HFFolder, copy_tokenizer, write_folder
 from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import copy_und_to_gen, load_weights, named_weights
+from megatron_bagel.checkpoint.weights import load_weights, named_weights
 from megatron_bagel.config.architecture import AutoencoderArch
 from tests.checkpoint.parameter_tree import model_like
 
@@ -161,10 +161,3 @@ def test_existing_output_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(KeyError):  # a getter that fails leaves nothing behind
         write_folder(tmp_path / "out", HFFolder(folder).arch, {"ema": {}.__getitem__}, zero_table)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-
-
-def test_copy_und_to_gen(folder: Path) -> None:
-    modules = _load(folder)
-    assert copy_und_to_gen(modules) > 0
-    named = named_weights(modules)
-    assert all(torch.equal(named[n], named[n.replace(".gen.", ".und.")]) for n in named if ".gen." in n)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.pretrained import grown_vocabulary, initialise, load_pretrained, patch_convolution_to_linear
+from megatron_bagel.checkpoint.first_weights import FirstWeights, initialise
+from megatron_bagel.checkpoint.pretrained import grown_vocabulary, patch_convolution_to_linear
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import named_weights
 from megatron_bagel.config.architecture import BagelArch
@@ -40,9 +41,9 @@ def _siglip_folder(path: Path, arch: BagelArch) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _loaded(arch: BagelArch, llm: Path | None, vit: Path | None) -> dict[str, torch.Tensor]:
+def _loaded(arch: BagelArch, llm: Path | None, vit: Path | None, copy_init_moe: bool = False) -> dict[str, torch.Tensor]:
     modules = model_like(WeightMap(arch))
-    load_pretrained(modules, arch, 7, llm, vit)
+    FirstWeights.of(arch, 7, llm, vit, copy_init_moe=copy_init_moe).fill(modules)
     return {name: p.detach() for name, p in named_weights(modules).items()}
 
 
@@ -69,6 +70,18 @@ def test_pretrained_folders_fill_their_parts(tmp_path: Path) -> None:
     prefix = "vision_model.encoder.layers.1.mlp.fc1.weight"
     assert torch.equal(named[f"vit_model.{prefix}"], vit[prefix])
     assert all(not t.isnan().any() for t in named.values())
+
+
+def test_the_generation_expert_may_start_as_a_copy(tmp_path: Path) -> None:
+    arch = tiny_arch()
+    _qwen_folder(tmp_path / "llm", arch)
+    for llm in (tmp_path / "llm", None):
+        named = _loaded(arch, llm, None, copy_init_moe=True)
+        apart = _loaded(arch, llm, None)
+        twins = [name for name in named if ".gen." in name]
+        assert twins and all(torch.equal(named[name], named[name.replace(".gen.", ".und.")]) for name in twins)
+        assert any(not torch.equal(apart[name], named[name]) for name in twins)
+        assert all(torch.equal(apart[name], named[name]) for name in named if name not in twins)
 
 
 def test_patch_convolution_becomes_the_same_linear_map() -> None:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_bagel.checkpoint.pretrained import initialise
+from megatron_bagel.checkpoint.first_weights import initialise
 from megatron_bagel.checkpoint.saver import save_checkpoint
 from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
 from megatron_bagel.checkpoint.weight_map import WeightMap

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_bagel.checkpoint.hf_folder import write_folder
-from megatron_bagel.checkpoint.pretrained import initial_value
+from megatron_bagel.checkpoint.first_weights import initial_value
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.tokenizer_training import train_tokenizer

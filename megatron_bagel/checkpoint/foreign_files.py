@@ -1,0 +1,86 @@
+"""Checkpoints of others are read as data: nothing in them may run. torch_dist keeps its table of contents as a pickle, which can.
+
+A pickle names the classes and functions it wants called. Those of a table of contents are few and known; any other name is refused before
+anything is called. Tensors, and the other objects of a checkpoint, are read by torch's own guarded loader (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+_CONTENTS = ".metadata"
+_COMMON = "common.pt"
+# Modules whose listed classes only hold data, as torch's and Megatron-Core's tables of contents use them.
+_ALLOWED: dict[str, frozenset[str]] = {
+    "torch.distributed.checkpoint.metadata": frozenset({
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING",
+    }),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+    "torch.distributed.checkpoint.planner": frozenset({"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"}),
+    "torch": frozenset({
+        "Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "strided",
+        "contiguous_format", "preserve_format", "device",
+    }),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "collections": frozenset({"OrderedDict", "defaultdict"}),
+    "pathlib": frozenset({"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}),
+    "pathlib._local": frozenset({"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}),
+    "builtins": frozenset({"dict", "list", "set", "frozenset", "tuple", "slice", "int", "str"}),
+}  # fmt: skip
+
+
+class _Data(pickle.Unpickler):
+    """Unpickles the classes of `_ALLOWED` and nothing else."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        super().__init__(io.BytesIO(content))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise ValueError(f"{self._path} wants to call {module}.{name}, which no checkpoint needs: it is not loaded")
+        return super().find_class(module, name)
+
+
+def read_contents(folder: str | Path) -> Metadata:
+    """The table of contents of a torch_dist checkpoint. Raises ValueError when it is damaged or would run code."""
+    path = Path(folder) / _CONTENTS
+    try:
+        contents = _Data(path.read_bytes(), path).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again, or use another step") from error
+    if not isinstance(contents, Metadata):
+        raise ValueError(f"{path} holds a {type(contents).__name__}, no table of contents")
+    return contents
+
+
+def refuse_code(folder: str | Path) -> None:
+    """Raise ValueError when reading the checkpoint `folder` would run code of whoever wrote it.
+
+    Looks at everything that Megatron-Core unpickles: the table of contents, the common part, and stored objects that are no tensors.
+    """
+    folder = Path(folder)
+    contents = read_contents(folder)
+    if (folder / _COMMON).is_file():
+        _guarded(folder / _COMMON, (folder / _COMMON).read_bytes())
+    for index, place in (contents.storage_data or {}).items():
+        if isinstance(contents.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            path = folder / Path(place.relative_path).name
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                _guarded(path, file.read(place.length))
+
+
+def _guarded(path: Path, content: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds an object that torch does not load unseen ({reason}): it is not loaded") from error
