@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_bagel.data.groups import load_groups
 from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_format import SKIPPED, Manifest
+from megatron_bagel.data.index_format import SKIPPED
 from megatron_bagel.data.index_merge import build_folder
 from megatron_bagel.data.index_plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.transforms import PIXEL_LIMIT
@@ -49,16 +49,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def summary(manifest: Manifest) -> str:
-    """What each dataset of the index holds, and what was left out and why."""
-    lines = []
-    for dataset in manifest.datasets:
-        images, tokens = (sum(getattr(shard, name) for shard in dataset.shards) for name in ("images", "tokens"))
-        lines.append(f"{dataset.key}: {dataset.samples} samples, {images} images, {tokens} text tokens, {len(dataset.shards)} shard(s)")
-        lines += [f"  skipped {count}: {reason}" for reason, count in sorted(dataset.skipped.items(), key=lambda item: -item[1])]
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     start = time.monotonic()
@@ -77,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"job {args.job_index} of {args.num_jobs} is done: {part} ({time.monotonic() - start:.1f} s)")
         print(f"when all are: python data_tools/merge_index.py --output {args.output}")
         return 0
-    print(summary(manifest))
+    print(manifest.summary())
     if any(dataset.skipped for dataset in manifest.datasets):
         print(f"every skipped row, with its reason: {args.output / SKIPPED}")
     print(f"index at {args.output} ({time.monotonic() - start:.1f} s)")

@@ -94,6 +94,15 @@ class Manifest:
         """The text of the file."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
+    def summary(self) -> str:
+        """Lines for the console: what each dataset holds, and what was left out and why."""
+        lines = []
+        for dataset in self.datasets:
+            images, tokens = (sum(getattr(shard, name) for shard in dataset.shards) for name in ("images", "tokens"))
+            lines.append(f"{dataset.key}: {dataset.samples} samples, {images} images, {tokens} text tokens, {len(dataset.shards)} shard(s)")
+            lines += [f"  skipped {count}: {reason}" for reason, count in sorted(dataset.skipped.items(), key=lambda item: -item[1])]
+        return "\n".join(lines)
+
 
 def shard_from_dict(content: dict[str, Any]) -> ShardInfo:
     """Inverse of `dataclasses.asdict` after a trip through JSON."""

@@ -46,9 +46,13 @@ def build_folder(output: Path, job: int = 0, jobs: int = 1) -> Path:
 
 
 def finished_shard(build: Path, group: str, dataset: str, name: str) -> ShardInfo | None:
-    """The description of a shard that is complete, or None."""
+    """The description of a shard that is complete, with all its files in place; else None."""
     path = dataset_folder(build / STATE, group, dataset) / f"{name}.json"
-    return shard_from_dict(json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    info, stem = shard_from_dict(json.loads(path.read_text())), dataset_folder(build / INDEX, group, dataset) / name
+    files = [(Path(f"{stem}.{ending}"), size) for ending, (size, _) in info.files.items()]
+    return info if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
 def short_reason(reason: str) -> str:
@@ -113,10 +117,14 @@ def locked(build: Path) -> Iterator[None]:
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise BlockingIOError  # its owner has just removed the file
         except BlockingIOError as error:
             raise ValueError(f"another process is building in {build}; wait for it, or end it and run this again") from error
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 PIXEL_LIMIT = 200_000_000  # an image above this is taken for a decompression bomb, unless a build says otherwise
@@ -103,6 +103,8 @@ def open_image(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image
         raise ValueError("the image has no bytes")
     try:
         image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # whose text holds a memory address, which would differ from build to build
+        raise ValueError("not a readable image (of no known format)") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"not a readable image ({error})") from error
     if image.width * image.height > max_pixels:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import pickle
 import shutil
@@ -13,57 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from megatron_bagel.data import index_build
-from megatron_bagel.data.groups import GroupConfig, parse_groups
+from megatron_bagel.data.groups import parse_groups
 from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.data.index_format import MANIFEST, SKIPPED
 from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.tokenizer import load_tokenizer
+from tests.data.index_files import SIZES, files_of, groups_of, png, reasons, talk, write_lines, write_t2i
 
-SIZES = {"image_stride": 16, "max_image_size": 48, "min_image_size": 32}
 QUIET = BuildOptions(progress=False)
-
-
-def png(number: int, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (20 + number, 30)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_t2i(folder: Path, rows: list[tuple[object, object]], name: str = "0000.parquet") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = {"image": pa.array([r[0] for r in rows], pa.binary()), "captions": pa.array([r[1] for r in rows], pa.string())}
-    pq.write_table(pa.table(columns), folder / name, row_group_size=3)
-
-
-def write_lines(path: Path, rows: list[object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-
-
-def groups_of(root: Path, *names: str) -> list[GroupConfig]:
-    dataset = {"t2i_pretrain": "t2i", "unified_edit": "edits", "vlm_sft": "chat", "text": "plain"}
-    content = {
-        name: {"dataset_names": [dataset[name]], "weight": 1, "image_transform_args": SIZES, "vit_image_transform_args": SIZES}
-        for name in names
-    }
-    return parse_groups(content, "test.yaml", root, root)
-
-
-def talk(human: str, answer: str | None = "yes", **keys: object) -> dict:
-    turns = [{"from": "human", "value": human}] + ([{"from": "gpt", "value": answer}] if answer is not None else [])
-    return {"conversations": turns, **keys}
-
-
-def reasons(index: Path) -> dict[int | None, str]:
-    return {line["row"]: line["reason"] for line in map(json.loads, (index / SKIPPED).read_text().splitlines())}
-
-
-def files_of(index: Path) -> dict[str, str]:
-    paths = sorted(path for path in index.rglob("*") if path.is_file())
-    return {str(path.relative_to(index)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def test_what_goes_in_comes_out(goldens: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.sample_plan import ConditionDropout, PlanSettings
 from megatron_bagel.data.sources import GroupSource, open_sources
 from megatron_bagel.layout.pack import LayoutSpec, build_pack
-from tests.data.test_index import png, talk, write_lines, write_t2i
+from tests.data.index_files import png, talk, write_lines, write_t2i
 
 SPEC = LayoutSpec(bos=411, eos=412, start_of_image=419, end_of_image=420, vit_max_side=16, max_latent_size=16)
 VAE = {"image_stride": 16, "max_image_size": 96, "min_image_size": 32, "max_pixels": 3000}
