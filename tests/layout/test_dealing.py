@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.long_packs import KINDS, LONG, TOKENS, quickest
 from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.dealing import concatenated, context_orders, deal, imbalance, padded_length
 from megatron_bagel.layout.groups import attention_groups
@@ -14,7 +15,6 @@ from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack, build_pack
-from tests.long_packs import KINDS, LONG, TOKENS, quickest
 from tests.strategies import SPEC, samples
 
 

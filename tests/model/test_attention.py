@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from benchmarks.long_packs import KINDS, LONG, quickest
 from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
@@ -17,7 +18,6 @@ from megatron_bagel.model.attention.dense import DensePlan
 from megatron_bagel.model.attention.flex import FlexPlan, block_mask
 from megatron_bagel.model.attention.sdpa import SdpaPlan
 from megatron_bagel.model.batch import attention_plan
-from tests.long_packs import KINDS, LONG, quickest
 from tests.strategies import SPEC, samples
 
 

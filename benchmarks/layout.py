@@ -1,0 +1,99 @@
+"""What the layout of packs costs and how evenly it deals, as JSON: context-parallel shares and FlexAttention's block masks.
+
+    python -m benchmarks.layout                              # synthetic packs of 32k tokens
+    python -m benchmarks.layout --config run.yaml --packs 4  # packs of a training configuration's own data
+
+Times are processor seconds of one core, the quickest of several tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_bagel import platform
+
+platform.install()
+
+from benchmarks.long_packs import KINDS, LONG, quickest  # noqa: E402
+from megatron_bagel.config.parser import parse_config  # noqa: E402
+from megatron_bagel.data.training_data import open_loader  # noqa: E402
+from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
+from megatron_bagel.layout.dealing import context_orders  # noqa: E402
+from megatron_bagel.layout.mask import PackMask  # noqa: E402
+from megatron_bagel.layout.order import expert_order  # noqa: E402
+from megatron_bagel.layout.pack import Pack, build_pack  # noqa: E402
+from megatron_bagel.model.attention.flex import BLOCK, block_mask  # noqa: E402
+from megatron_bagel.training.model_setup import run_model  # noqa: E402
+
+SIZES = (2, 4, 8, 16)
+
+
+def measure_dealing(pack: Pack, ranks: int) -> dict[str, Any]:
+    """How a pack falls on ``ranks`` context-parallel ranks: tokens, and the largest share of the mask area over the mean."""
+    areas, orders = PackMask.of(pack).row_areas(), context_orders(pack, ranks)
+    counts = [len(order.positions) for order in orders]
+    loads = np.array([areas[order.positions].sum() for order in orders])
+    return {
+        "tokens": [min(counts), max(counts)],
+        "area_imbalance": float(loads.max() / loads.mean()),
+        "seconds": quickest(lambda: context_orders(pack, ranks)),
+    }
+
+
+def measure_block_mask(pack: Pack) -> dict[str, Any]:
+    """Building the block mask of a whole pack on one rank, and how much of the attention matrix its blocks skip."""
+    mask, order = PackMask.of(pack), expert_order(pack)
+    blocks = block_occupancy(mask, order, block=BLOCK)
+    return {
+        "seconds": quickest(lambda: block_mask(mask, order, "cpu")),
+        "blocks": int(blocks.some.size),
+        "blocks_computed": int(blocks.some.sum()),
+        "blocks_without_mask": int(blocks.full.sum()),
+    }
+
+
+def measure_pack(pack: Pack) -> dict[str, Any]:
+    """Every number of one pack."""
+    return {
+        "tokens": int(pack.sequence_length),
+        "generation_tokens": len(pack.vae_positions),
+        "context_parallel": {str(ranks): measure_dealing(pack, ranks) for ranks in SIZES},
+        "block_mask": measure_block_mask(pack),
+    }
+
+
+def packs_of(config_file: Path, count: int) -> dict[str, Pack]:
+    """The first packs that a training configuration would train on."""
+    config = parse_config(["--config", str(config_file)])
+    loader = open_loader(config, *run_model(config), count)
+    packs = {f"pack {loaded.plan.number}": loaded.pack for loaded in next(loader).packs}
+    loader.close()
+    return packs
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print one JSON object, and return it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML of a training run whose data is measured, in place of synthetic packs")
+    parser.add_argument("--packs", type=int, default=4, help="with --config: how many packs (default 4)")
+    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    packs = packs_of(arguments.config, arguments.packs) if arguments.config else {k.__name__: build_pack(k(), LONG) for k in KINDS}
+    result = {name: measure_pack(pack) for name, pack in packs.items()}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()
