@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from megatron_bagel.checkpoint import publish
+from megatron_bagel.checkpoint.foreign_files import read_contents
+from megatron_bagel.checkpoint.safetensors_io import TensorSpec
 from megatron_bagel.config.architecture import BagelArch
 
 # Where an fp32 weight is kept, best first: Megatron's main weights (distributed optimizer, plain bf16 optimizer), then the model's own.
@@ -21,13 +23,15 @@ _MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 
 class _Reader(torch_checkpoint.FileSystemReader):
-    """Reads the table of contents once; torch would read it again for every tensor."""
+    """Reads the table of contents once and as data; torch would read it again for every tensor, and run what it names."""
 
     _metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
+            self._metadata = read_contents(self.path)
+            self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
 
@@ -52,15 +56,26 @@ class CheckpointWeights:
 
     def kinds(self) -> list[str]:
         """Which weights can be exported: "model", and "ema" if one was kept."""
-        return ["model", *(["ema"] if any(key.startswith("ema.") for key in self._stored) else [])]
+        averaged = publish.is_average(self.state) or any(key.startswith("ema.") for key in self._stored)
+        return ["model", *(["ema"] if averaged else [])]
 
     def model(self, name: str) -> torch.Tensor:
         """The trained weight `name` (a name of weight_map.py), full, in fp32 where fp32 main weights were kept."""
-        return self.read(self._first(f"{prefix}{name}" for prefix in _MAIN_WEIGHTS))
+        return self.read(self.key(name, "model"))
 
     def ema(self, name: str) -> torch.Tensor:
         """The average of `name`; of a weight that was frozen, the weight itself."""
-        return self.read(f"ema.{name}") if f"ema.{name}" in self._stored else self.model(name)
+        return self.read(self.key(name, "ema"))
+
+    def key(self, name: str, kind: str) -> str:
+        """Under which key the weight `name`, or (`kind` "ema") its average, is stored. Raises ValueError when it is not."""
+        prefixes = ("ema.", *_MAIN_WEIGHTS) if kind == "ema" else _MAIN_WEIGHTS
+        return self._first(f"{prefix}{name}" for prefix in prefixes)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Full shape and dtype of one stored tensor."""
+        stored = self._stored[key]
+        return tuple(stored.size), stored.properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
         """One stored tensor, put together from its shards."""

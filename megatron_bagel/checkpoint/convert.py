@@ -1,27 +1,26 @@
-"""Between training checkpoints and Hugging Face folders: the work behind tools/checkpoint_convert and the export at the end of a run."""
+"""Between training checkpoints and Hugging Face folders, tensor by tensor: the work behind tools/checkpoint_convert and exports.
+
+No process group and no model: peak memory is a few tensors whatever the size of the model.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_bagel.checkpoint import publish
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.hf_folder import DTYPES, HFFolder, PositionTable, write_folder
-from megatron_bagel.checkpoint.training_state import provenance
+from megatron_bagel.checkpoint.first_weights import FirstWeights
+from megatron_bagel.checkpoint.hf_folder import HFFolder, PositionTable, WeightFile, write_folder
+from megatron_bagel.checkpoint.safetensors_io import TensorSpec
+from megatron_bagel.checkpoint.stream_write import write_checkpoint
 from megatron_bagel.checkpoint.weight_map import Entry, WeightMap
 from megatron_bagel.checkpoint.weights import TensorSource, check_against
-from megatron_bagel.platform import megatron_compat
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
+from megatron_bagel.config.architecture import BagelArch
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,15 @@ def export_checkpoint(
     weights: Sequence[str] = ("ema",),
     dtype: str = "bf16",
     companions: Companions | None = None,
+    untrained_from: HFFolder | None = None,
+    shard_bytes: int | None = None,
 ) -> Path:
     """Write the training checkpoint `folder` as a folder in the released layout; returns `out`.
 
-    `weights`: any of "ema" and "model"; `companions`: by default those the run used. No process group and no model is needed; memory is a
-    few tensors. Raises ValueError when the checkpoint, the weights asked for, or a companion's file is not there.
+    `weights`: any of "ema" and "model"; `dtype`: "bf16", "fp32" or "keep" (each tensor as it is stored); `companions`: by default those
+    the run used; `untrained_from`: a folder that gives the parts the run was trained without (vision tower, image generation);
+    `shard_bytes`: largest size of one weight file. The size is logged before anything is written. Raises ValueError when the checkpoint,
+    the weights asked for, or a companion's file is not there.
     """
     checkpoint = CheckpointWeights(folder)
     absent = [kind for kind in weights if kind not in checkpoint.kinds()]
@@ -64,26 +67,76 @@ def export_checkpoint(
         raise ValueError(f"{folder} holds {' and '.join(checkpoint.kinds())} weights; asked for: {', '.join(weights) or 'none'}")
     if companions is None:
         companions = companions_of(checkpoint.state["run"].get("config", {}))
-    getters = {"ema": checkpoint.ema, "model": checkpoint.model}
-    size = sum(torch.Size(shape).numel() for shape in WeightMap(checkpoint.arch).hf_shapes().values()) * DTYPES[dtype].itemsize
-    logger.info("step %d: writing %s of about %.2f GB each to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
+    arch = checkpoint.arch
+    rest: TensorSource | None = None
+    if untrained_from is not None:
+        arch, rest, companions = _with_parts_of(untrained_from, arch, companions)
+    files = {kind: _Export(checkpoint, kind, WeightMap(arch), rest).file(dtype) for kind in weights}
+    size = sum(file.bytes(WeightMap(arch)) for file in files.values())
+    logger.info("step %d: writing %s, %.2f GB together, to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
     return write_folder(
-        out,
-        checkpoint.arch,
-        {kind: getters[kind] for kind in weights},
-        table,
-        tokenizer=companions.tokenizer,
-        autoencoder=companions.autoencoder,
-        dtype=dtype,
+        out, arch, files, table, tokenizer=companions.tokenizer, autoencoder=companions.autoencoder, shard_bytes=shard_bytes
     )
+
+
+def _with_parts_of(folder: HFFolder, arch: BagelArch, companions: Companions) -> tuple[BagelArch, TensorSource, Companions]:
+    """`arch` with the vision tower and image generation it lacks taken from `folder`, the folder's weights, and its autoencoder."""
+    there = folder.arch
+    if arch.vit is None and there.vit is not None:
+        settings = ("vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "vit_rope")
+        arch = replace(arch, vit=there.vit, **{name: getattr(there, name) for name in settings})
+    if arch.autoencoder is None and there.autoencoder is not None:
+        settings = ("latent_patch_size", "max_latent_size", "timestep_shift")
+        arch = replace(arch, autoencoder=there.autoencoder, **{name: getattr(there, name) for name in settings})
+        companions = replace(companions, autoencoder=folder.path / "ae.safetensors")
+    kinds = folder.available_weights()
+    if not kinds:
+        raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
+    return arch, folder.weights(kinds[0]), companions
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One weight file's tensors: the checkpoint's, and `rest` for what the checkpoint does not have."""
+
+    checkpoint: CheckpointWeights
+    kind: str
+    weight_map: WeightMap
+    rest: TensorSource | None
+
+    def file(self, dtype: str) -> WeightFile:
+        own = WeightMap(self.checkpoint.arch).entries
+        given = [name for name in self.weight_map.entries if name not in own]
+        for name in given:
+            entry = self.weight_map.entries[name]
+            if self.rest is None or any(hf not in self.rest or self.rest.spec(hf)[0] != shape for hf, shape in _parts(entry)):
+                raise ValueError(f"{name} is neither in {self.checkpoint.folder} nor, in this shape, in the folder of untrained parts")
+        if given:
+            logger.info("%d parameters were not trained and are taken as they are", len(given))
+        return WeightFile(self._get, dtype, self._stored_type)
+
+    def _get(self, name: str) -> torch.Tensor:
+        if name in WeightMap(self.checkpoint.arch).entries:
+            return self.checkpoint.read(self.checkpoint.key(name, self.kind))
+        entry = self.weight_map.entries[name]
+        return entry.fuse([self.rest.get(hf) for hf in entry.hf])
+
+    def _stored_type(self, name: str) -> torch.dtype:
+        if name in WeightMap(self.checkpoint.arch).entries:
+            return self.checkpoint.spec(self.checkpoint.key(name, self.kind))[1]
+        return self.rest.spec(self.weight_map.entries[name].hf[0])[1]
+
+
+def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
+    return list(zip(entry.hf, entry.hf_shapes, strict=True))
 
 
 def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[str] = ("ema",), **overrides: Any) -> Path:
     """Write a folder in the released layout as a checkpoint of 0 steps under `directory`; returns the checkpoint's folder.
 
-    Model weights come from "model" if given, else from "ema"; "ema" is kept as EMA, too. There is no optimizer state: train from the result
-    with `--resume_model_only True`. `overrides` are settings of `BagelArch` that win over the folder's.
-    Raises ValueError when tensors are missing, left over or of another shape.
+    Model weights come from "model" if given, else from "ema"; tensors keep their types. With "ema" alone the weights are stored once and
+    serve as average, too. There is no optimizer state: train from the result with `--resume_model_only True`. `overrides` are settings of
+    `BagelArch` that win over the folder's. Raises ValueError when tensors are missing, left over or of another shape.
     """
     source = HFFolder(folder, **overrides)
     weight_map = WeightMap(source.arch)
@@ -92,34 +145,40 @@ def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[s
         raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
     for reader in readers.values():
         check_against(reader, weight_map)
-    plan = {"": readers.get("model", readers.get("ema")), **({"ema.": readers["ema"]} if "ema" in readers else {})}
-    with _own_process_group():
-        tensors = {
-            prefix + name: _whole(prefix + name, entry, reader)
-            for prefix, reader in plan.items()
-            for name, entry in weight_map.entries.items()
-        }
-        saving = publish.begin(directory, 0)
-        megatron_compat.collect_save_results_in_process()
-        dist_checkpointing.save(tensors, str(saving), sharded_strategy=megatron_compat.torch_dist_save_strategy())
-        run = {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}}
-        text = publish.state_text({**provenance(0, source.arch), "run": run})
-        (saving / publish.STATE_FILE).write_text(text, encoding="utf-8")
-        return publish.publish(saving)
+    plan: dict[str, tuple[TensorSource, Entry]] = {}
+    for prefix, reader in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
+        if reader is not None:
+            plan |= {prefix + name: (reader, entry) for name, entry in weight_map.entries.items()}
+    specs: dict[str, TensorSpec] = {key: (entry.shape, reader.spec(entry.hf[0])[1]) for key, (reader, entry) in plan.items()}
+
+    def get(key: str) -> torch.Tensor:
+        reader, entry = plan[key]
+        return entry.fuse([reader.get(name) for name in entry.hf])
+
+    head = {
+        "run": {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}},
+        "ema_is_model": tuple(weights) == ("ema",),
+    }
+    return write_checkpoint(directory, 0, source.arch, specs, get, head)
 
 
-def _whole(key: str, entry: Entry, reader: TensorSource) -> ShardedTensor:
-    return ShardedTensor.from_rank_offsets(key, entry.fuse([reader.get(name) for name in entry.hf]).float())
+def write_first_weights(first: FirstWeights, directory: str | Path, companions: Companions) -> Path:
+    """Write the weights a run would start from (pretrained parts, seeded values) as a checkpoint of 0 steps; returns its folder.
 
+    Tensors of a folder keep their types, seeded ones are fp32. Raises ValueError when a folder lacks what it must have.
+    """
+    for line in first.check().lines(first.found.path):
+        logger.info(line)
+    entries = WeightMap(first.arch).entries
+    specs: dict[str, TensorSpec] = {
+        name: (entry.shape, first.found.spec(entry.hf[0])[1] if entry.hf[0] in first.found else torch.float32)
+        for name, entry in entries.items()
+    }
 
-@contextmanager
-def _own_process_group() -> Iterator[None]:
-    """Megatron-Core writes checkpoints within a process group; a converter is a world of one."""
-    if dist.is_initialized():
-        yield
-        return
-    init_distributed()
-    try:
-        yield
-    finally:
-        shutdown_distributed()
+    def get(name: str) -> torch.Tensor:
+        entry = entries[name]
+        return entry.fuse([first.found.get(hf) for hf in entry.hf]) if entry.hf[0] in first.found else first.seeded(entry)
+
+    flags = {"llm_path": companions.tokenizer, "vae_path": companions.autoencoder}
+    config = {name: str(path.resolve()) for name, path in flags.items() if path is not None}
+    return write_checkpoint(directory, 0, first.arch, specs, get, {"run": {"config": config}, "ema_is_model": True})

@@ -29,10 +29,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
         "contiguous_format", "preserve_format", "device",
     }),
     "torch.serialization": frozenset({"_get_layout"}),
-    "collections": frozenset({"OrderedDict", "defaultdict"}),
     "pathlib": frozenset({"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}),
     "pathlib._local": frozenset({"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}),
-    "builtins": frozenset({"dict", "list", "set", "frozenset", "tuple", "slice", "int", "str"}),
 }  # fmt: skip
 
 

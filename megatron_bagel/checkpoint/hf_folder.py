@@ -11,13 +11,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
+from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 
@@ -77,16 +77,44 @@ class HFFolder:
         return index if index.is_file() else self.path / f"{kind}.safetensors"
 
 
-def weight_specs(weight_map: WeightMap, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes of a weight file; the position tables are fp32 whatever `dtype` is, as in the released file."""
-    return {name: (shape, torch.float32 if name in weight_map.tables else dtype) for name, shape in weight_map.hf_shapes().items()}
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file to be written: `get` gives the full tensor of one of our names and is asked for one at a time.
 
+    `dtype`: "bf16", "fp32", or "keep": then `stored_type` says in which type each of our names is kept.
+    """
 
-def write_weights(path: str | Path, weight_map: WeightMap, get: TensorGetter, table: PositionTable, dtype: torch.dtype) -> None:
-    """Write one weight file. `get` gives the full tensor of one of our names; it is asked for one at a time."""
-    with SafetensorsWriter(path, weight_specs(weight_map, dtype)) as writer:
+    get: TensorGetter
+    dtype: str = "bf16"
+    stored_type: Callable[[str], torch.dtype] | None = None
+
+    def __post_init__(self) -> None:
+        known = (*DTYPES, *(["keep"] if self.stored_type is not None else []))
+        if self.dtype not in known:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(known)}")
+
+    def specs(self, weight_map: WeightMap) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes; the position tables are fp32 whatever `dtype` is, as in the released file."""
+        specs: dict[str, TensorSpec] = {}
         for name, entry in weight_map.entries.items():
-            full = get(name)
+            dtype = DTYPES[self.dtype] if self.stored_type is None or self.dtype != "keep" else self.stored_type(name)
+            specs |= {hf: (shape, dtype) for hf, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+        return specs | {name: (table.shape, torch.float32) for name, table in weight_map.tables.items()}
+
+    def bytes(self, weight_map: WeightMap) -> int:
+        """Size of the tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.specs(weight_map).values())
+
+
+def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: PositionTable, shard_bytes: int | None = None) -> None:
+    """Write one weight file, or with `shard_bytes` as many as it takes and their index, in the order of the weight map.
+
+    A tensor larger than `shard_bytes` gets a file of its own.
+    """
+    specs = file.specs(weight_map)
+    with ShardedWriter(path, specs, shard_bytes) as writer:
+        for name, entry in weight_map.entries.items():
+            full = file.get(name)
             if entry.vocabulary:
                 full = full[: entry.shape[0]]  # rows that only pad the vocabulary to a multiple of the tensor-parallel size
             for hf_name, part in zip(entry.hf, entry.split(full), strict=True):
@@ -98,41 +126,41 @@ def write_weights(path: str | Path, weight_map: WeightMap, get: TensorGetter, ta
 def write_folder(
     out: str | Path,
     arch: BagelArch,
-    weights: Mapping[str, TensorGetter],
+    weights: Mapping[str, WeightFile],
     table: PositionTable,
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
-    dtype: str = "bf16",
+    shard_bytes: int | None = None,
 ) -> Path:
     """Write a complete folder in the released layout.
 
-    `weights`: "ema" and/or "model" -> getter of full tensors; `table` computes a position table; `tokenizer` is a folder or a
-    SentencePiece `.model` file to copy; `autoencoder` a weight file to copy; `dtype` "fp32" or "bf16".
-    Raises ValueError when `out` already holds something or a file to copy is absent.
+    `weights`: "ema" and/or "model" -> what to write; `table` computes a position table; `tokenizer` is a folder or a SentencePiece
+    `.model` file to copy; `autoencoder` a weight file to copy; `shard_bytes` cuts weight files.
+    Raises ValueError when `out` already holds something, cannot be written, or a file to copy is absent.
     """
     out = Path(out)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose {' or '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists and is not an empty folder; choose another output or remove it")
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        _write_configs(partial, arch, dtype)
+        partial.mkdir(parents=True)
+        _write_configs(partial, arch, _stated_type(weights))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         if autoencoder is not None and arch.autoencoder is not None:
             _copy(Path(autoencoder), partial / "ae.safetensors")
         weight_map = WeightMap(arch)
-        for kind, get in weights.items():
-            write_weights(partial / f"{kind}.safetensors", weight_map, get, table, DTYPES[dtype])
+        for kind, file in weights.items():
+            write_weights(partial / f"{kind}.safetensors", weight_map, file, table, shard_bytes)
         if out.exists():
             out.rmdir()
         partial.rename(out)
+    except OSError as error:
+        raise ValueError(f"cannot write the model folder {out}: {error}") from error
     finally:
         if partial.exists():
             shutil.rmtree(partial)
-    logger.info("wrote %s (%s, %s)", out, " and ".join(weights), dtype)
+    logger.info("wrote %s (%s)", out, " and ".join(weights))
     return out
 
 
@@ -149,8 +177,12 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
         _copy(source / name, out / name)
 
 
-def _write_configs(out: Path, arch: BagelArch, dtype: str) -> None:
-    stored = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+def _stated_type(weights: Mapping[str, WeightFile]) -> str:
+    """What the configs say of the weights: with "keep", the type that takes the least; loaders of the folder choose their own."""
+    return "float32" if weights and all(file.dtype == "fp32" for file in weights.values()) else "bfloat16"
+
+
+def _write_configs(out: Path, arch: BagelArch, stored: str) -> None:
     top = arch.to_hf()
     top["llm_config"] = {**top["llm_config"], "torch_dtype": stored}
     _write_json(out / "config.json", top)

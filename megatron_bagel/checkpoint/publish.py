@@ -183,6 +183,11 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
+def is_average(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's weights are averages themselves, as in one made from a released folder."""
+    return bool(state.get("ema_is_model", False))
+
+
 def _absent(folder: Path) -> list[str]:
     return [name for name in _REQUIRED if not (folder / name).is_file()]
 

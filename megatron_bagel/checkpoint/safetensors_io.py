@@ -161,3 +161,60 @@ class SafetensorsWriter:
         self._partial.unlink()
         if kind is None:
             raise ValueError(f"{self.path} was not written: {len(self._left)} tensors never came, e.g. {sorted(self._left)[:3]}")
+
+
+class ShardedWriter:
+    """Like `SafetensorsWriter`, but over several files named `x-00001-of-00003.safetensors` with an index when `shard_bytes` is given.
+
+    Tensors must come in about the order of `specs`: a file is open from its first tensor to its last.
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], shard_bytes: int | None = None) -> None:
+        self.path = Path(path)
+        self._shards = [dict(specs)] if shard_bytes is None else _cut(specs, shard_bytes)
+        self._paths = [self.path] if len(self._shards) == 1 else [self._name(number) for number in range(1, len(self._shards) + 1)]
+        self._of = {name: number for number, shard in enumerate(self._shards) for name in shard}
+        self._left = [len(shard) for shard in self._shards]
+        self._open: dict[int, SafetensorsWriter] = {}
+
+    def _name(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{number:05d}-of-{len(self._shards):05d}{self.path.suffix}")
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write `tensor`; errors are those of `SafetensorsWriter.write`."""
+        if name not in self._of:
+            raise ValueError(f"{self.path}: tensor {name} was not announced")
+        number = self._of[name]
+        if number not in self._open:
+            self._open[number] = SafetensorsWriter(self._paths[number], self._shards[number]).__enter__()
+        self._open[number].write(name, tensor)
+        self._left[number] -= 1
+        if not self._left[number]:
+            self._open.pop(number).__exit__(None, None, None)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for writer in self._open.values():
+            writer.__exit__(kind, error, trace)
+        if kind is None and any(self._left):
+            raise ValueError(f"{self.path} was not written: {sum(self._left)} tensors never came")
+        if kind is None and len(self._shards) > 1:
+            total = sum(dtype.itemsize * torch.Size(shape).numel() for shard in self._shards for shape, dtype in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": {name: self._paths[n].name for name, n in self._of.items()}}
+            self.path.with_name(self.path.name + ".index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _cut(specs: Mapping[str, TensorSpec], most: int) -> list[dict[str, TensorSpec]]:
+    """Groups of neighbours of at most `most` bytes, or of one tensor that is larger."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, (shape, dtype) in specs.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        if shards[-1] and filled + size > most:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (shape, dtype)
+        filled += size
+    return shards

@@ -8,7 +8,7 @@ without building a model (checkpoint_weights.py). All functions here are collect
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,9 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
 import megatron_bagel
-from megatron_bagel.checkpoint import publish
+from megatron_bagel.checkpoint import foreign_files, publish
+from megatron_bagel.checkpoint.weight_map import Entry, WeightMap
+from megatron_bagel.checkpoint.weights import assign, entries_of, matches
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.platform import megatron_compat
 
@@ -73,7 +75,7 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     Raises ValueError when the folder is no complete checkpoint, or does not hold exactly what this run trains.
     """
     folder = Path(folder)
-    state = publish.read_state(folder)
+    state = _read_safely(folder)
     check_same_model(BagelArch.from_dict(state["arch"]), trained.arch, folder)
     wanted = sharded_state(trained, is_loading=True)
     _check_contents(folder, wanted)
@@ -88,30 +90,73 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     return int(state["step"]), state["run"]
 
 
-def load_weights_only(folder: str | Path, modules: Mapping[str, nn.Module], arch: BagelArch, weights: str = "model") -> None:
+def load_weights_only(
+    folder: str | Path,
+    modules: Mapping[str, nn.Module],
+    arch: BagelArch,
+    weights: str = "model",
+    allow_missing: Sequence[str] = (),
+    absent: Callable[[Entry], torch.Tensor] | None = None,
+) -> None:
     """Fill only the modules, from the trained weights ("model") or their average ("ema"); a frozen weight is its own average.
 
-    The optimizer is not touched: call `optimizer.reload_model_params()` afterwards so that its main weights follow.
+    `allow_missing` (shell patterns of Hugging Face names) and `absent` (gives the full value of such a weight) are those of
+    `weights.load_weights`. What was loaded, left over and missing is logged. The optimizer is not touched: call
+    `optimizer.reload_model_params()` afterwards so that its main weights follow.
     Raises ValueError like `load_checkpoint`, and when "ema" is asked of a checkpoint without one.
     """
     if weights not in ("model", "ema"):
         raise ValueError(f"weights {weights!r} are unknown; choose model or ema")
     folder = Path(folder)
-    saved = BagelArch.from_dict(publish.read_state(folder)["arch"])
+    state = _read_safely(folder)
+    saved = BagelArch.from_dict(state["arch"])
     # A part that this run has switched off may be there: its tensors are not asked for.
     saved = replace(saved, vit=saved.vit if arch.vit else None, autoencoder=saved.autoencoder if arch.autoencoder else None)
+    if allow_missing:  # A part that run did not have: whether it may be missing is decided tensor by tensor.
+        saved = replace(saved, vit=saved.vit or arch.vit, autoencoder=saved.autoencoder or arch.autoencoder)
     check_same_model(saved, arch, folder)
+    present = _stored_shapes(folder)
+    if weights == "ema" and not publish.is_average(state) and not any(key.startswith("ema.") for key in present):
+        raise ValueError(f"{folder} holds no EMA; load its model weights instead")
     wanted = {"model": module_state(modules)}
     if weights == "ema":
-        present = _stored_shapes(folder)
-        if not any(key.startswith("ema.") for key in present):
-            raise ValueError(f"{folder} holds no EMA; load its model weights instead")
-        for state in wanted["model"].values():
-            for name, tensor in state.items():
+        for part in wanted["model"].values():
+            for name, tensor in part.items():
                 if f"ema.{tensor.key}" in present:
-                    state[name] = _in_fp32(tensor, f"ema.{tensor.key}")
-    _check_contents(folder, wanted, all_of_it=False)
-    _fill_modules(modules, _load(folder, wanted))
+                    part[name] = _in_fp32(tensor, f"ema.{tensor.key}")
+    lacking = _take_out_missing(wanted["model"], WeightMap(arch), present, allow_missing)
+    asked = _check_contents(folder, wanted, all_of_it=False)
+    _fill_modules(modules, _load(folder, wanted), lacking)
+    if absent is not None:
+        for entry, parameter in entries_of(modules.values(), WeightMap(arch)):
+            if entry.ours in lacking:
+                assign(parameter, absent(entry), entry)
+    if dist.get_rank() == 0:
+        unused = sorted(WeightMap(BagelArch.from_dict(state["arch"])).entries.keys() - {key.removeprefix("ema.") for key in asked})
+        logger.info("%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(asked), weights, _few(unused))
+    for name in sorted(lacking):
+        logger.info("%s: %s is absent and allowed to be: it starts from its seeded value", folder, name)
+
+
+def _take_out_missing(
+    wanted: Mapping[str, dict[str, Any]], weight_map: WeightMap, present: Mapping[str, Any], allow_missing: Sequence[str]
+) -> set[str]:
+    """Remove from `wanted` the weights that are not `present` and need not be; returns their names."""
+    lacking = set()
+    for part in wanted.values():
+        for name, tensor in list(part.items()):
+            entry = weight_map.entries.get(tensor.key)
+            if tensor.key not in present and entry is not None and all(matches(hf, allow_missing) for hf in entry.hf):
+                lacking.add(tensor.key)
+                del part[name]
+    return lacking
+
+
+def _read_safely(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint that is about to be loaded, its files found to hold nothing but data."""
+    state = publish.read_state(folder)
+    foreign_files.refuse_code(folder)
+    return state
 
 
 def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
@@ -172,15 +217,18 @@ def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return dist_checkpointing.load(wanted, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, data_parallel_group()))
 
 
-def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any]) -> None:
+def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
     for name, module in modules.items():
         while hasattr(module, "module"):
             module = module.module
-        module.load_state_dict(loaded["model"][name])
+        module.load_state_dict(loaded["model"][name], strict=not lacking)
 
 
-def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = True) -> None:
-    """Compare keys and shapes on disk with what all ranks together ask for (`all_of_it`: and nothing else may be there)."""
+def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = True) -> set[str]:
+    """Compare keys and shapes on disk with what all ranks together ask for (`all_of_it`: and nothing else may be there).
+
+    Returns the keys asked for.
+    """
     present = _stored_shapes(folder)
     mine = {tensor.key: tuple(tensor.global_shape) for tensor in _sharded_tensors(wanted)}
     everyone: list[dict[str, tuple[int, ...]] | None] = [None] * dist.get_world_size()
@@ -197,6 +245,7 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
     wrong = [f"{key}: {present[key]} there, {shape} here" for key, shape in asked.items() if present[key] != shape]
     if wrong:
         raise ValueError(f"{folder} holds tensors of other shapes: {_few(wrong)}")
+    return set(asked)
 
 
 def _sharded_tensors(state: Any) -> Sequence[ShardedTensor]:

@@ -137,7 +137,7 @@ def check_against(
     report = LoadReport()
     _check_left_over(source, weight_map, (*allow_left_over, *_switched_off(weight_map.arch)), report)
     report.missing = [name for name in weight_map.by_hf if name not in source]
-    refused = [name for name in report.missing if not _matches(name, allow_missing)]
+    refused = [name for name in report.missing if not matches(name, allow_missing)]
     if refused:
         raise ValueError(
             f"{source.path} lacks {len(refused)} tensors this model needs: {_some(refused)}. Check layer_module, llm_qk_norm, "
@@ -155,7 +155,7 @@ def check_against(
 
 def _check_left_over(source: TensorSource, weight_map: WeightMap, allowed: Sequence[str], report: LoadReport) -> None:
     strangers = [name for name in source.keys() if name not in weight_map.by_hf and name not in weight_map.tables]  # noqa: SIM118
-    refused = [name for name in strangers if not _matches(name, allowed)]
+    refused = [name for name in strangers if not matches(name, allowed)]
     if refused:
         raise ValueError(
             f"{source.path} holds {len(refused)} tensors that this model has no place for: {_some(refused)}. Check layer_module, "
@@ -195,7 +195,8 @@ def _tensor_parallel_place() -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a Hugging Face name fits one of the shell patterns of `--allow_missing`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -188,9 +188,9 @@ def average_source(source: WeightSource) -> str | None:
 
 def load_folder(config: Config, folder: Path, weights: str, modules: Modules, arch: BagelArch) -> None:
     """Fill the modules from a checkpoint or a model folder, weights only."""
-    if is_complete(folder):
-        load_weights_only(folder, modules.named, arch, weights)
-        return
     seeded = partial(initial_value, arch=arch, seed=config.training.global_seed)
+    if is_complete(folder):
+        load_weights_only(folder, modules.named, arch, weights, config.model.allow_missing, seeded)
+        return
     parts = list(modules.named.values())
     load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, config.model.allow_missing, absent=seeded)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.hf_folder import HFFolder, copy_tokenizer, write_folder
+from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, copy_tokenizer, write_folder
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import load_weights, named_weights
 from megatron_bagel.config.architecture import AutoencoderArch
@@ -52,11 +52,10 @@ def test_round_trip_is_bit_for_bit(folder: Path, tmp_path: Path, dtype: str) -> 
     out = write_folder(
         tmp_path / "out",
         source.arch,
-        {"ema": lambda name: named[name].data},
+        {"ema": WeightFile(lambda name: named[name].data, dtype)},
         lambda width, side: tables[(side * side, width)],
         tokenizer=folder,
         autoencoder=folder / "ae.safetensors",
-        dtype=dtype,
     )
     written = load_file(out / "ema.safetensors")
     assert set(written) == set(recorded)
@@ -159,5 +158,5 @@ def test_existing_output_is_not_overwritten(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="not an empty folder"):
         write_folder(folder, HFFolder(folder).arch, {}, zero_table)
     with pytest.raises(KeyError):  # a getter that fails leaves nothing behind
-        write_folder(tmp_path / "out", HFFolder(folder).arch, {"ema": {}.__getitem__}, zero_table)
+        write_folder(tmp_path / "out", HFFolder(folder).arch, {"ema": WeightFile({}.__getitem__)}, zero_table)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.hf_folder import HFFolder, write_folder
+from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, write_folder
 from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import entries_of, load_weights, named_weights
@@ -30,7 +30,8 @@ def _through_modules(folder: Path, out: Path) -> None:
     modules, weight_map = _modules(source.arch), WeightMap(source.arch)
     load_weights(source.weights(), weight_map, modules)
     named = named_weights(modules)
-    write_folder(out, source.arch, {"ema": lambda name: named[name]}, sincos_2d, tokenizer=folder, autoencoder=folder / "ae.safetensors")
+    written = {"ema": WeightFile(lambda name: named[name])}
+    write_folder(out, source.arch, written, sincos_2d, tokenizer=folder, autoencoder=folder / "ae.safetensors")
 
 
 def test_released_layout_through_the_real_model(goldens: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_bagel.checkpoint.hf_folder import write_folder
 from megatron_bagel.checkpoint.first_weights import initial_value
+from megatron_bagel.checkpoint.hf_folder import WeightFile, write_folder
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.tokenizer_training import train_tokenizer
@@ -47,4 +47,4 @@ def write_tiny_model(folder: Path, arch: BagelArch | None = None, dtype: str = "
             return torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) * 0.3
         return value
 
-    return write_folder(folder / "hf", arch, {"ema": weight}, sincos_2d, folder / "tokenizer", ae_file, dtype)
+    return write_folder(folder / "hf", arch, {"ema": WeightFile(weight, dtype)}, sincos_2d, folder / "tokenizer", ae_file)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bagel import platform
-from megatron_bagel.checkpoint.convert import import_folder
-from megatron_bagel.config.architecture import AutoencoderArch
-
-CHOICES = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
+from megatron_bagel.checkpoint import command_line as command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
     p.add_argument(
-        "--weights", choices=CHOICES, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
+        "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
     )
     p.add_argument("--max-latent-size", type=int, help="side of the latent grid (config.json's, else 32); 64 for the released weights")
     p.add_argument("--autoencoder-config", type=Path, help="JSON shape of an autoencoder that is not FLUX's and has no ae_config.json")
@@ -34,19 +28,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the process's exit status."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    platform.install()
-    try:
-        shape = args.autoencoder_config
-        if shape is not None and not shape.is_file():
-            raise ValueError(f"--autoencoder-config: there is no file {shape}")
-        autoencoder = AutoencoderArch.from_dict(json.loads(shape.read_text())) if shape else None
-        made = import_folder(args.model, args.output, CHOICES[args.weights], autoencoder=autoencoder, max_latent_size=args.max_latent_size)
-    except ValueError as error:
-        print(f"hf_to_megatron: {error}", file=sys.stderr)
-        return 1
-    print(made)
-    return 0
+
+    def work() -> None:
+        from megatron_bagel.checkpoint.convert import import_folder
+
+        settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
+        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], **settings))
+
+    return command.run("hf_to_megatron", work)
 
 
 if __name__ == "__main__":

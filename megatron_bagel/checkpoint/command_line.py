@@ -1,0 +1,56 @@
+"""What the commands of tools/checkpoint_convert share: which weights, sizes, readable errors and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_bagel import platform
+from megatron_bagel.checkpoint import publish
+from megatron_bagel.config.architecture import AutoencoderArch
+
+WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def run(name: str, work: Callable[[], None]) -> int:
+    """Do `work`; an error that a user can cause ends in one sentence and status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    platform.install()
+    try:
+        work()
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def step_folder(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the newest complete one inside it. Raises ValueError naming what is wrong with it."""
+    folder = path if publish.is_complete(path) else publish.latest_checkpoint(path) or path
+    publish.read_state(folder)
+    return folder
+
+
+def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
+    """The shape in a JSON file given by --autoencoder-config."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ValueError(f"--autoencoder-config: there is no file {path}")
+    return AutoencoderArch.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def size(text: str) -> int:
+    """Bytes of "5GB", "200MB" or a number, as an argparse type."""
+    for unit, factor in SIZE_UNITS.items():
+        if text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 200MB or a number of bytes") from None
