@@ -1,22 +1,36 @@
-"""Shows what is in an index: counts and reasons, or one sample with its texts and pictures.
+"""Shows what is in an index: schema, counts and histograms, one sample with texts and pictures, or one pack of a run with its mask.
 
     python data_tools/inspect_index.py INDEX
-    python data_tools/inspect_index.py INDEX --dataset t2i_pretrain/t2i --sample 17 --tokenizer hf/BAGEL-7B-MoT --images out
+    python data_tools/inspect_index.py INDEX --dataset t2i_pretrain/t2i --sample 17 --images out
+    python data_tools/inspect_index.py INDEX --config results/config.yaml --pack 3 --png pack.png
+    python data_tools/inspect_index.py INDEX --dataset t2i_pretrain/t2i --sample 17 --config results/config.yaml --pack 3 --html look.html
+
+It is not called inspect.py: a script's folder comes first where Python looks for modules, and that name would hide Python's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+from matplotlib.figure import Figure
 
+from megatron_bagel.config.parser import Config, parse_config
+from megatron_bagel.config.resolve import architecture
+from megatron_bagel.data.index_figures import as_png, overview_figure, pack_figure, sample_figure
 from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples
-from megatron_bagel.data.records import ANSWER_ITEM, IMAGE_ITEM
-from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.data.index_view import describe_dataset, describe_pack, describe_sample, describe_schema
+from megatron_bagel.data.tokenizer import load_tokenizer
+from megatron_bagel.data.training_data import open_loader
 from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.layout.pack import build_pack
+
+Section = tuple[str, Callable[[], Figure]]  # words, and how to draw the same thing
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,44 +38,68 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("index", type=Path, help="folder made by build_index.py")
     parser.add_argument("--dataset", metavar="GROUP/NAME", help="one dataset instead of all")
     parser.add_argument("--sample", type=int, metavar="N", help="show sample N of --dataset")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="config.yaml of a run (in its results_dir), which --pack needs")
+    parser.add_argument("--pack", type=int, metavar="N", help="show pack N of the run's order")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="spell texts out (default: the tokenizer the index was built with)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="write the sample's pictures there as PNG")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw what is shown last: pack, sample or histograms")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write words and pictures of everything shown to one file")
     return parser.parse_args(argv)
-
-
-def describe_dataset(reader: DatasetReader) -> str:
-    """Counts of a dataset, its text lengths and image sizes."""
-    info = reader.info
-    lines = [f"{reader.name}: {len(reader)} samples in {len(info.shards)} shard(s), {len(info.sources)} source file(s)"]
-    for title, column in (("tokens per text", "text_tokens"), ("image width", "width"), ("image height", "height")):
-        values = np.concatenate([getattr(shard, column).values for shard in reader.shards()])
-        if len(values):
-            low, middle, high = np.percentile(values, [5, 50, 95])
-            lines.append(f"  {title}: {len(values)} values, 5 % {low:g}, median {middle:g}, 95 % {high:g}, largest {values.max()}")
-    lines += [f"  skipped {count}: {reason}" for reason, count in info.skipped.items()]
-    return "\n".join(lines)
-
-
-def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> str:
-    """Source, texts and image sizes of one sample, in order."""
-    record, (path, row) = reader.record(index), reader.source(index)
-    lines = [f"{reader.name} sample {index}: {path}, row {row}"]
-    lines += [f"  image {i}: {w} x {h}" for i, (w, h) in enumerate(zip(record.widths, record.heights, strict=True))]
-    turns = [code for code in record.structure if code != IMAGE_ITEM] if record.group in ("vlm_sft", "text") else []
-    for i, count in enumerate(record.text_tokens):
-        learned = " (learned)" if turns and turns[i] == ANSWER_ITEM else ""
-        lines.append(f"  text {i}{learned}, {count} tokens: {tokenizer.decode(reader.text_ids(index, i).tolist())!r}")
-    return "\n".join(lines)
 
 
 def write_images(reader: DatasetReader, index: int, folder: Path) -> list[Path]:
     """Decode the sample's images to ``folder``; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for image in range(len(reader.record(index).widths)):
+    record = reader.record(index)
+    for image, (width, height) in enumerate(zip(record.widths.tolist(), record.heights.tolist(), strict=True)):
         paths.append(folder / f"{reader.name.replace('/', '_')}_{index}_{image}.png")
-        decode_rgb(reader.image_bytes(index, image)).save(paths[-1])
+        decode_rgb(reader.image_bytes(index, image), width * height).save(paths[-1])
     return paths
+
+
+def overview(index: IndexedSamples, readers: Sequence[DatasetReader]) -> Section:
+    """Schema, counts and histograms."""
+    words = [describe_schema(index.manifest), *(describe_dataset(reader) for reader in readers)]
+    return "\n".join(words), partial(overview_figure, list(readers))
+
+
+def one_sample(args: argparse.Namespace, index: IndexedSamples, readers: Sequence[DatasetReader]) -> Section:
+    """A sample with its texts and pictures."""
+    if len(readers) > 1:
+        raise ValueError(f"--sample needs --dataset, one of {', '.join(index.datasets)}")
+    reader, number = readers[0], args.sample
+    if not 0 <= number < len(reader):
+        raise ValueError(f"--sample {number} does not exist; {reader.name} has samples 0 to {len(reader) - 1}")
+    tokenizer = load_tokenizer(args.tokenizer or index.manifest.tokenizer_path)
+    words = describe_sample(reader, number, tokenizer)
+    if args.images is not None:
+        words += "".join(f"\n  {path}" for path in write_images(reader, number, args.images))
+    return words, partial(sample_figure, reader, number, tokenizer)
+
+
+def one_pack(args: argparse.Namespace, index: IndexedSamples) -> Section:
+    """A pack as the run makes it, whatever ranks it falls to."""
+    if args.config is None:
+        raise ValueError("--pack needs --config: the order and size of packs are a run's")
+    if args.pack < 0:
+        raise ValueError(f"--pack {args.pack}: packs count from 0")
+    config: Config = parse_config(["--config", str(args.config), "--index_dir", str(args.index)])
+    tokenizer = load_tokenizer(args.tokenizer or index.manifest.tokenizer_path)
+    batch = config.megatron.global_batch_size or config.training.gradient_accumulation_steps
+    loader = open_loader(config, architecture(config), tokenizer, batch)
+    plan = loader.planner.packs(args.pack, 1)[0]
+    pack = build_pack([loader.reader.sources[source].sample(row, epoch) for source, row, epoch in plan.samples], loader.reader.spec)
+    return describe_pack(plan, pack, config.data.max_num_tokens), partial(pack_figure, plan, pack)
+
+
+def write_html(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """One file that needs no other: every section's words and its picture."""
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"]
+    for words, draw in sections:
+        data = base64.b64encode(as_png(draw())).decode()
+        parts.append(f"<pre>{html.escape(words)}</pre><img src='data:image/png;base64,{data}'>")
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,18 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dataset is not None and args.dataset not in index.datasets:
             raise ValueError(f"--dataset {args.dataset} is not in the index; it has {', '.join(index.datasets)}")
         readers = list(index.datasets.values()) if args.dataset is None else [index.datasets[args.dataset]]
-        if args.sample is None:
-            print("\n".join(describe_dataset(reader) for reader in readers))
-            return 0
-        if len(readers) > 1:
-            raise ValueError(f"--sample needs --dataset, one of {', '.join(index.datasets)}")
-        if not 0 <= args.sample < len(readers[0]):
-            raise ValueError(f"--sample {args.sample} does not exist; {readers[0].name} has samples 0 to {len(readers[0]) - 1}")
-        tokenizer = load_tokenizer(args.tokenizer or index.manifest.tokenizer_path)
-        print(describe_sample(readers[0], args.sample, tokenizer))
-        if args.images is not None:
-            print("\n".join(f"  {path}" for path in write_images(readers[0], args.sample, args.images)))
-    except ValueError as error:
+        sections = []
+        if args.sample is None and args.pack is None:
+            sections.append(overview(index, readers))
+        if args.sample is not None:
+            sections.append(one_sample(args, index, readers))
+        if args.pack is not None:
+            sections.append(one_pack(args, index))
+        print("\n".join(words for words, _ in sections))
+        if args.png is not None:
+            args.png.write_bytes(as_png(sections[-1][1]()))
+        if args.html is not None:
+            write_html(args.html, str(args.index), sections)
+    except (ValueError, OSError) as error:
         print(f"inspect_index: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,28 +1,94 @@
-"""The inspector shows counts, a sample's words and its pictures."""
+"""The inspector shows counts and histograms, a sample's words and pictures, and a run's packs, as text, PNG and one HTML file."""
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.inspect_index import main
-from tests.data.golden_index import build_golden_index
+from megatron_bagel.config.parser import Config
+from megatron_bagel.data.index_figures import token_strips
+from megatron_bagel.data.index_view import Histogram
+from megatron_bagel.layout.pack import build_pack
+from tests import strategies
+from tests.data.golden_index import CONFIG, build_golden_index
 
 
-def test_shows_an_index_and_a_sample(goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = tmp_path / "index"
-    build_golden_index(goldens, index)
+@pytest.fixture(scope="module")
+def index(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect") / "index"
+    build_golden_index(goldens, folder)
+    return folder
+
+
+def test_shows_an_index_and_a_sample(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(index)]) == 0
     told = capsys.readouterr().out
     assert "t2i_pretrain/t2i: 8 samples" in told and "image width: 8 values" in told and "skipped 1: no answer" in told
+    assert "schema 1" in told and "text_tokens (list<" in told and re.search(r"32 to 63 +#+ +\d", told)
     pictures = tmp_path / "pictures"
     assert main([str(index), "--dataset", "vlm_sft/llava_ov", "--sample", "2", "--images", str(pictures)]) == 0
     told = capsys.readouterr().out
     assert "(learned), 4 tokens: 'the background is white'" in told and "image 0: 90 x 60" in told
     assert Image.open(pictures / "vlm_sft_llava_ov_2_1.png").size == (30, 50)
-    for arguments, message in (["--sample", "1"], "needs --dataset"), (["--dataset", "x"], "not in the index"):
-        assert main([str(index), *arguments]) == 2
-        assert message in capsys.readouterr().err
-    assert main([str(index), "--dataset", "vlm_sft/llava_ov", "--sample", "99"]) == 2
+
+
+def test_a_pack_of_a_run_in_words_and_in_one_html_file(
+    index: Path, goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(CONFIG))
+    values = {
+        "dataset_config_file": str(tmp_path / "data.yaml"), "finetune_from_hf": True, "model_path": str(goldens / "hf"),
+        "max_num_tokens": 400, "expected_num_tokens": 300, "max_num_tokens_per_sample": 200, "max_latent_size": 16,
+        "vit_max_num_patch_per_side": 16, "global_batch_size": 2,
+    }  # fmt: skip
+    Config.from_values(values).save(tmp_path / "config.yaml")
+    page, picture = tmp_path / "look.html", tmp_path / "pack.png"
+    pack = ["--config", str(tmp_path / "config.yaml"), "--pack", "1", "--html", str(page), "--png", str(picture)]
+    assert main([str(index), "--dataset", "t2i_pretrain/t2i", "--sample", "1", *pack]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"pack 1: \d+ of 400 tokens", told) and "t2i_pretrain/t2i row" in told and "generation expert" in told
+    assert Image.open(picture).format == "PNG"
+    text = page.read_text()
+    drawn = re.findall(r"data:image/png;base64,([^']+)'", text)
+    assert len(drawn) == 2 and all(Image.open(io.BytesIO(base64.b64decode(data))).size[0] > 400 for data in drawn)
+    assert "pack 1:" in text and "src='http" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sample", "1"], "needs --dataset"),
+        (["--dataset", "x"], "not in the index"),
+        (["--dataset", "vlm_sft/llava_ov", "--sample", "99"], "has samples 0 to 3"),
+        (["--pack", "0"], "needs --config"),
+        (["--pack", "-1", "--config", "x"], "count from 0"),
+    ],
+)
+def test_bad_questions_are_one_line(index: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(index), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=20), max_size=4))
+def test_histograms_count_every_value_once(parts: list[list[int]]) -> None:
+    histogram = Histogram.of(np.array(part, dtype=np.int32) for part in parts)
+    values = [value for part in parts for value in part]
+    assert (histogram.values, histogram.total, histogram.largest) == (len(values), sum(values), max(values, default=0))
+    assert all(count == sum(low <= value <= high for value in values) for low, high, count in histogram.bins())
+
+
+@given(strategies.samples())
+def test_a_packs_picture_has_a_value_for_every_token(samples: list) -> None:
+    pack = build_pack(samples, strategies.SPEC)
+    for title, values, _, colours in token_strips(pack):
+        assert len(values) == pack.sequence_length and set(values.tolist()) <= set(range(len(colours))), title
