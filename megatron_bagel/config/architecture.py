@@ -50,25 +50,27 @@ class LLMArch:
     attention_bias: bool = True
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
+    #: Width of a head where it is not hidden size over heads (Qwen3).
+    kv_channels: int | None = None
     #: Keys of the source file that this code does not interpret; written back unchanged.
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.layer_module not in LAYER_MODULES:
             raise ValueError(f"layer_module {self.layer_module!r} is not one of {', '.join(LAYER_MODULES)}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head size {self.head_dim} (hidden_size / num_attention_heads) must be even for rotary positions")
+            raise ValueError(f"head size {self.head_dim} must be even for rotary positions")
 
     @property
     def head_dim(self) -> int:
-        """Hidden size over heads; a ``head_dim`` key in the file is not used, as in the original."""
-        return self.hidden_size // self.num_attention_heads
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def has_gen_mlp(self) -> bool:
@@ -85,7 +87,7 @@ class LLMArch:
         """From the content of a ``config.json`` of Qwen2 or an ``llm_config.json`` of BAGEL.
 
         ``override`` (``layer_module``, ``qk_norm``, ``tie_word_embeddings``, ...) wins over the file: a plain Qwen2 folder
-        knows nothing of experts.
+        knows nothing of experts. A ``head_dim`` key counts in Qwen3's files alone: the original does not use it in Qwen2's.
         """
         known = {f.name for f in fields(cls)} - {"extra"}
         config = dict(config)
@@ -100,6 +102,8 @@ class LLMArch:
             raise ValueError(f"LLM config has hidden_act {config['hidden_act']!r}; the decoder's MLP is SwiGLU (silu)")
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         _require(config, sizes, "LLM")
+        if str(config.get("model_type", "")).startswith("qwen3"):
+            config.setdefault("kv_channels", config.get("head_dim"))
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         # A plain Qwen2 folder has no qk_norm key and no such weights; whoever adds them says so through ``override``.
         config.setdefault("qk_norm", False)
@@ -113,6 +117,9 @@ class LLMArch:
         ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         if self.attention_bias:
             ours.pop("attention_bias")  # Qwen2 always has it; its config has no such key
+        kv_channels = ours.pop("kv_channels")
+        if kv_channels is not None:
+            ours |= {"model_type": "qwen3", "head_dim": kv_channels}
         defaults = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0}
         return {**defaults, **self.extra, **ours}
 

@@ -35,7 +35,7 @@ class CostModel:
     def of(cls, arch: BagelArch) -> CostModel:
         """The ratios of a model, by its floating-point operations (2 per multiply-add; backward twice the forward pass)."""
         llm, vit, autoencoder = arch.llm, arch.vit, arch.autoencoder
-        queries, keys = llm.hidden_size, llm.num_key_value_heads * llm.head_dim
+        queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
         per_layer = llm.hidden_size * (2 * queries + 2 * keys) + 3 * llm.hidden_size * llm.intermediate_size
         token = 2 * llm.num_hidden_layers * per_layer
         pair = 4 * llm.num_hidden_layers * queries

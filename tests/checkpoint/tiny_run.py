@@ -29,6 +29,7 @@ def transformer_config(arch: BagelArch, bf16: bool) -> TransformerConfig:
         hidden_size=llm.hidden_size,
         num_attention_heads=llm.num_attention_heads,
         num_query_groups=llm.num_key_value_heads,
+        kv_channels=llm.head_dim,
         ffn_hidden_size=llm.intermediate_size,
         add_bias_linear=False,
         add_qkv_bias=True,

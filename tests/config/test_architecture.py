@@ -81,3 +81,11 @@ def test_broken_json_is_named(tmp_path):
     (tmp_path / "llm_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"holds a list"):
         BagelArch.from_hf_folder(tmp_path)
+
+
+def test_head_size_of_qwen3_counts_and_of_qwen2_does_not():
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=40, head_dim=32)
+    qwen2, qwen3 = (LLMArch.from_hf({**sizes, "model_type": kind}) for kind in ("qwen2", "qwen3"))
+    assert (qwen2.head_dim, qwen3.head_dim) == (16, 32)
+    assert LLMArch.from_hf(qwen3.to_hf()) == qwen3 and qwen3.to_hf()["head_dim"] == 32
+    assert qwen2.to_hf()["head_dim"] == 32  # as it was read

@@ -1,4 +1,4 @@
-"""The decoder: backends agree, padding and order change nothing, frozen parts stay, text alone equals transformers' Qwen2."""
+"""The decoder: backends agree, padding and order change nothing, frozen parts stay, text alone equals transformers' Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import build_pack
@@ -105,23 +106,30 @@ def test_freeze_und_trains_the_generation_expert_and_the_head_only() -> None:
     assert not [name for name in moved if ".und." in name or name.startswith("embedding")]
 
 
-def test_text_equals_transformers_qwen2() -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+@pytest.mark.parametrize(("family", "own"), [("Qwen2", {}), ("Qwen3", {"head_dim": 24, "attention_bias": False})])
+def test_text_equals_transformers_qwen(family: str, own: dict) -> None:
+    import transformers
 
     from megatron_bagel.checkpoint.weight_map import WeightMap
     from megatron_bagel.checkpoint.weights import load_weights
 
-    model, arch = built("Qwen2DecoderLayer", qk_norm=False)
+    _, arch = built("Qwen2DecoderLayer", qk_norm=False)
     llm = arch.llm
-    config = Qwen2Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=llm.vocab_size, hidden_size=llm.hidden_size, intermediate_size=llm.intermediate_size,
         num_hidden_layers=llm.num_hidden_layers, num_attention_heads=llm.num_attention_heads,
         num_key_value_heads=llm.num_key_value_heads, rms_norm_eps=llm.rms_norm_eps, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta}, rope_theta=llm.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta}, rope_theta=llm.rope_theta, **own,
     )  # fmt: skip
     torch.manual_seed(0)
-    peer = Qwen2ForCausalLM(config).eval()
-    arch = replace(arch, autoencoder=None)
+    peer = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            if "norm" in name or "bias" in name:  # made as ones and zeros, which would hide a swap
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    llm = LLMArch.from_hf(config.to_dict(), qk_norm=family == "Qwen3", layer_module="Qwen2DecoderLayer")
+    assert LLMArch.from_hf(llm.to_hf()) == llm
+    arch = replace(arch, llm=llm, autoencoder=None)
     torch.manual_seed(0)
     model = build_decoder(arch, tiny_config(arch))
     load_weights(_Source(peer), WeightMap(arch), [model])
@@ -140,9 +148,9 @@ def test_text_equals_transformers_qwen2() -> None:
 
 
 class _Source:
-    """transformers' Qwen2 under the released layout's names."""
+    """transformers' Qwen under the released layout's names."""
 
-    path = "a Qwen2 made here"
+    path = "a Qwen made here"
 
     def __init__(self, peer: torch.nn.Module) -> None:
         self.tensors = {f"language_model.{name}": value.detach() for name, value in peer.state_dict().items()}

@@ -34,7 +34,8 @@ def tiny_config(arch: BagelArch, **settings: Any) -> TransformerConfig:
     llm = arch.llm
     return TransformerConfig(
         num_layers=llm.num_hidden_layers, hidden_size=llm.hidden_size, num_attention_heads=llm.num_attention_heads,
-        num_query_groups=llm.num_key_value_heads, ffn_hidden_size=llm.intermediate_size, gated_linear_unit=True, activation_func=F.silu,
+        num_query_groups=llm.num_key_value_heads, kv_channels=llm.head_dim, ffn_hidden_size=llm.intermediate_size,
+        gated_linear_unit=True, activation_func=F.silu,
         add_bias_linear=False, add_qkv_bias=llm.attention_bias, normalization="RMSNorm", layernorm_epsilon=llm.rms_norm_eps,
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, calculate_per_token_loss=True,
         gradient_accumulation_fusion=False, bias_dropout_fusion=False, init_method_std=0.1, **settings,
