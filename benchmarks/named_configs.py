@@ -49,9 +49,11 @@ CONFIGS = {
 }
 
 
-def megatron_config(arch: BagelArch, recompute: bool = False) -> TransformerConfig:
-    """Megatron's configuration on one rank: fp32, optionally every layer recomputed in the backward pass."""
-    layout = MegatronArguments(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if recompute else None
+def megatron_config(arch: BagelArch, recompute_layers: int = 0) -> TransformerConfig:
+    """Megatron's configuration on one rank: fp32, the first ``recompute_layers`` layers recomputed in the backward pass."""
+    layout = None
+    if recompute_layers:
+        layout = MegatronArguments(recompute_granularity="full", recompute_method="block", recompute_num_layers=recompute_layers)
     return transformer_config(arch.llm, layout, on_cpu=not platform.has_gpu())
 
 

@@ -55,12 +55,12 @@ def random_inputs(pack: Pack, arch: BagelArch) -> Inputs:
 class BenchStep:
     """Model, optimizer and EMA of a config on its pack, with the parts of a training step as methods."""
 
-    def __init__(self, arch: BagelArch, pack: Pack, recompute: bool) -> None:
+    def __init__(self, arch: BagelArch, pack: Pack, recompute_layers: int) -> None:
         device = platform.device()
-        config = megatron_config(arch, recompute)
+        config = megatron_config(arch, recompute_layers)
         self.arch, self.pack, self.inputs = arch, pack, random_inputs(pack, arch)
         self.vae = AutoEncoder(arch.autoencoder).to(device).requires_grad_(False)
-        vision = VisionTower(arch, recompute)
+        vision = VisionTower(arch, recompute_layers > 0)
         vision.reset_parameters(torch.Generator().manual_seed(SEED))
         decoder = build_decoder(arch, config)
         # The head starts at zero, which would leave the decoder without a gradient from the images.
@@ -101,11 +101,11 @@ class BenchStep:
         return loss.item()
 
 
-def measure_step(name: str, recompute: bool, rounds: int, warmup: int) -> dict[str, Any]:
+def measure_step(name: str, recompute_layers: int, rounds: int, warmup: int) -> dict[str, Any]:
     """Medians over ``rounds`` steps after ``warmup`` ones, tokens per second, peak memory, and the rate against plain matrix products."""
     arch = CONFIGS[name].arch
     pack = bench_pack(CONFIGS[name])
-    step, watch = BenchStep(arch, pack, recompute), Stopwatch(warmup)
+    step, watch = BenchStep(arch, pack, recompute_layers), Stopwatch(warmup)
     losses = [step.run(watch) for _ in range(warmup + rounds)]
     work = StepWork.of(pack)
     parts = work_flops(arch, work)
@@ -114,7 +114,7 @@ def measure_step(name: str, recompute: bool, rounds: int, warmup: int) -> dict[s
     gflops = matmul_gflops(work.tokens // 2, arch.llm.hidden_size, 2 * arch.llm.intermediate_size)
     return {
         "config": name,
-        "recompute": recompute,
+        "recompute_layers": recompute_layers,
         "parameters": step.parameters,
         "samples": len(pack.samples),
         "images": {kind: len(pack.images_of(kind)) for kind in ("vit", "vae")},

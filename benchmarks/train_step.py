@@ -1,6 +1,6 @@
 """Speed and memory of a training step, as JSON: a named config on its named pack, part by part, beside the machine's own rate.
 
-    python -m benchmarks.train_step step --config bench-53m            # forward, backward, update; add --recompute True
+    python -m benchmarks.train_step step --config bench-53m            # forward, backward, update; add --recompute-layers -1
     python -m benchmarks.train_step layers                             # expert-sorted layer against gather/scatter
     python -m benchmarks.train_step rate                               # matrix products of a layer's size alone
 
@@ -37,8 +37,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "layers", "rate"))
     parser.add_argument("--config", choices=sorted(CONFIGS), default="bench-53m")
-    parser.add_argument("--recompute", type=lambda text: text.lower() in ("true", "1"), default=False, metavar="BOOL",
-                        help="activation checkpointing of decoder and ViT layers")  # fmt: skip
+    parser.add_argument("--recompute-layers", type=int, default=0, metavar="N",
+                        help="activation checkpointing of the first N decoder layers, and of the ViT if N > 0; -1: all")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions; medians are reported")
     parser.add_argument("--warmup", type=int, default=1, help="repetitions before the measured ones")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"what": arguments.what, "device": device_name(), "torch": torch.__version__}
     result["threads"] = torch.get_num_threads()
     if arguments.what == "step":
-        result |= measure_step(arguments.config, arguments.recompute, arguments.rounds, arguments.warmup)
+        layers = CONFIGS[arguments.config].arch.llm.num_hidden_layers
+        if not -1 <= arguments.recompute_layers <= layers:
+            raise SystemExit(f"--recompute-layers is -1 (all) to {layers}, the layers of {arguments.config}")
+        recomputed = layers if arguments.recompute_layers == -1 else arguments.recompute_layers
+        result |= measure_step(arguments.config, recomputed, arguments.rounds, arguments.warmup)
     elif arguments.what == "layers":
         result |= compare_layers(arguments.hidden, arguments.layers, arguments.tokens, arguments.rounds)
     else:

@@ -51,6 +51,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """grad^T x, added straight to Megatron's gradient buffer where the parameter has one of its dtype.
+
+    What is returned then holds no numbers: DDP only looks that a gradient arrived (``grad_added_to_main_grad``, the mark that
+    Megatron's gradient_accumulation_fusion sets too). A pass over memory less per weight.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or buffer.dtype != grad.dtype:
+        return grad.t().mm(x)
+    buffer.addmm_(grad.t(), x)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +78,7 @@ class _Linear(Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             grad.mm(weight) if need_x else None,
-            grad.t().mm(x) if need_weight else None,
+            _weight_gradient(grad, x, weight) if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
 

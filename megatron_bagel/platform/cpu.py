@@ -7,6 +7,7 @@ CUDA tensor types. Installed by ``platform.install`` only where there is no GPU.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_bagel.platform import lone_rank
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -110,6 +113,9 @@ def install() -> None:
     if not _installed:
         _install_streams()
         _install_random_state()
+        _use_huge_pages()
+        _scale_in_place()
+        lone_rank.install()
         _installed = True
     enter_thread()
 
@@ -124,6 +130,27 @@ def _install_streams() -> None:
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+
+def _use_huge_pages() -> None:
+    """Let torch ask Linux for 2 MiB pages for its large tensors: a step's temporaries then cost a tenth of the page faults.
+
+    torch reads the variable at its first allocation; a value that the user has set stays.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _scale_in_place() -> None:
+    """Clipping scales gradients where they are; Megatron-Core's stand-in for apex's kernel makes a copy first and copies it back."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    def scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = scale
 
 
 def _install_random_state() -> None:

@@ -48,11 +48,11 @@ def test_counter_sees_kernels_and_views() -> None:
     assert (calls.total, calls.kernels) == (4, 3)
 
 
-@pytest.mark.parametrize("recompute", ["False", "True"])
-def test_json(tmp_path: Path, recompute: str) -> None:
+@pytest.mark.parametrize(("layers", "recomputed"), [(0, 0), (1, 1), (-1, 2)])
+def test_json(tmp_path: Path, layers: int, recomputed: int) -> None:
     out = tmp_path / "result.json"
-    main(["step", "--config", "bench-tiny", "--rounds", "1", "--recompute", recompute, "--output", str(out)])
+    main(["step", "--config", "bench-tiny", "--rounds", "1", "--recompute-layers", str(layers), "--output", str(out)])
     result = json.loads(out.read_text())
-    assert result["tokens_per_s"] > 0 and result["peak_mem_bytes"] > 0 and result["recompute"] == (recompute == "True")
+    assert result["tokens_per_s"] > 0 and result["peak_mem_bytes"] > 0 and result["recompute_layers"] == recomputed
     assert result["last_loss"] < result["first_loss"]
     assert sum(result["parts_s"].values()) == pytest.approx(result["step_s"], rel=0.01)

@@ -60,3 +60,22 @@ def test_bfloat16_keeps_its_dtype_and_fp32_statistics() -> None:
     out = rms_norm(x, weight, EPS)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), plain_norm(x.float(), weight.float()), atol=1e-2, rtol=1e-2)
+
+
+def test_weight_gradients_go_straight_to_megatrons_buffer() -> None:
+    x, y = torch.randn(6, 8), torch.randn(3, 8)
+    plain, buffered = (torch.nn.Parameter(torch.linspace(-1, 1, 40).reshape(5, 8)) for _ in range(2))
+    buffered.main_grad, buffered.grad_added_to_main_grad = torch.zeros(5, 8), False
+    for batch in (x, y):  # two microbatches add up
+        linear(batch, plain).square().sum().backward()
+        linear(batch, buffered).square().sum().backward()
+        assert buffered.grad_added_to_main_grad and buffered.grad is not None
+        buffered.grad = None  # as DDP's hook does
+    torch.testing.assert_close(buffered.main_grad, plain.grad)
+
+
+def test_a_buffer_of_another_dtype_is_left_to_megatron() -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 8, dtype=torch.bfloat16))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(5, 8), False
+    linear(torch.randn(6, 8, dtype=torch.bfloat16), weight).sum().backward()
+    assert not weight.grad_added_to_main_grad and bool(weight.grad.any()) and not weight.main_grad.any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +88,24 @@ def test_peak_memory_counts_bytes():
     before = platform.peak_memory_bytes()
     block = torch.ones(max(before, 1) // 4 + 16_000_000)
     assert platform.peak_memory_bytes() >= block.numel() * 4 > 64_000_000
+
+
+def test_large_temporaries_come_in_huge_pages():
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[never]" in modes.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 26)
+    # 64 Mi floats are 65,536 small pages, or 128 huge ones.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
+
+
+def test_clipping_scales_in_place(single_rank):
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([3.0, 0.0, 4.0])
+    address = parameter.grad.data_ptr()
+    clip_grad_by_total_norm_fp32([parameter], 1.0, 5.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.0, 0.8]))
+    assert parameter.grad.data_ptr() == address
