@@ -230,10 +230,11 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
     Returns the keys asked for.
     """
     present = _stored_shapes(folder)
-    mine = {tensor.key: tuple(tensor.global_shape) for tensor in _sharded_tensors(wanted)}
-    everyone: list[dict[str, tuple[int, ...]] | None] = [None] * dist.get_world_size()
+    # Where the vocabulary is padded for a layout, the number of rows may differ.
+    mine = {tensor.key: (tuple(tensor.global_shape), int(tensor.allow_shape_mismatch)) for tensor in _sharded_tensors(wanted)}
+    everyone: list[dict[str, tuple[tuple[int, ...], int]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    asked = {key: shape for part in everyone if part for key, shape in part.items()}
+    asked = {key: held for part in everyone if part for key, held in part.items()}
     missing = sorted(asked.keys() - present.keys())
     surplus = sorted(present.keys() - asked.keys()) if all_of_it else []
     if missing or surplus:
@@ -242,7 +243,7 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
             "--use-distributed-optimizer and EMA must be as in the run that saved it; to start afresh from its weights pass "
             "--resume_model_only True"
         )
-    wrong = [f"{key}: {present[key]} there, {shape} here" for key, shape in asked.items() if present[key] != shape]
+    wrong = [f"{key}: {present[key]} there, {shape} here" for key, (shape, free) in asked.items() if present[key][free:] != shape[free:]]
     if wrong:
         raise ValueError(f"{folder} holds tensors of other shapes: {_few(wrong)}")
     return set(asked)

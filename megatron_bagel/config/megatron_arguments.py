@@ -25,6 +25,9 @@ class MegatronArguments:
     num_distributed_optimizer_instances: int | None = flag(None, "Groups of ranks; each holds the sharded optimizer state once.")
     overlap_grad_reduce: bool = flag(False, "Reduce gradients while the backward pass runs.")
     overlap_param_gather: bool = flag(False, "Gather updated weights while the next forward pass runs; needs overlap_grad_reduce.")
+    make_vocab_size_divisible_by: int = flag(
+        1, "Pad the vocabulary's rows to a multiple of this times the tensor-parallel size. Padding is never predicted nor exported."
+    )
     micro_batch_size: int = flag(1, "Packs per microbatch; always 1. Make packs longer (max_num_tokens) instead.")
     global_batch_size: int | None = flag(None, "Packs per step. Default: data-parallel replicas times gradient_accumulation_steps.")
     rampup_batch_size: list[int] = flag(

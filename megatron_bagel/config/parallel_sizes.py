@@ -31,7 +31,6 @@ def _tensor_obstacle(size: int, llm: LLMArch) -> str | None:
     for what, amount in (
         ("attention heads", llm.num_attention_heads),
         ("channels of the MLP (intermediate_size)", llm.intermediate_size),
-        ("rows of the vocabulary (vocab_size)", llm.vocab_size),
     ):
         if amount % size:
             return f"the model's {amount} {what} cannot be divided by {size}"
@@ -40,6 +39,15 @@ def _tensor_obstacle(size: int, llm: LLMArch) -> str | None:
     if 2 * groups * llm.head_dim % size:
         return f"the {2 * groups * llm.head_dim} key and value channels cannot be divided by {size}"
     return None
+
+
+def padded_vocabulary(tokens: int, tensor_parallel: int, divisor: int = 1) -> int:
+    """Rows of embedding and output layer: ``tokens``, and padding up to a multiple of ``divisor`` on every tensor-parallel rank.
+
+    Megatron's rule (``--make_vocab_size_divisible_by``). Rows of padding stand for no token and stay zero.
+    """
+    multiple = tensor_parallel * divisor
+    return -(-tokens // multiple) * multiple
 
 
 def virtual_stages(megatron: MegatronArguments, layers: int) -> int | None:

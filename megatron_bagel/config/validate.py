@@ -12,7 +12,8 @@ from megatron_bagel.config.resolve import resolve, tokenizer_path
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
-    "recompute_num_layers", "eval_samples", "eval_answer_tokens", "eval_cfg_text_scale", "eval_cfg_img_scale",
+    "recompute_num_layers", "make_vocab_size_divisible_by",
+    "eval_samples", "eval_answer_tokens", "eval_cfg_text_scale", "eval_cfg_img_scale",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parallel_sizes import padded_vocabulary
 from megatron_bagel.model.batch import MicroBatch
 from megatron_bagel.model.context import AttentionPlan, PackContext
 from megatron_bagel.model.embedders import TimestepEmbedder
@@ -47,16 +48,18 @@ class BagelModel(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         freeze_und: bool = False,
+        vocab_divisor: int = 1,
     ) -> None:
         super().__init__(config=config)
         self.arch, self.freeze_und, self.vp_stage = arch, freeze_und, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = arch.llm.tie_word_embeddings
         hidden, draws = config.hidden_size, arch.autoencoder is not None
+        self.vocab_rows = padded_vocabulary(arch.llm.vocab_size, config.tensor_model_parallel_size, vocab_divisor)
         if pre_process or (post_process and self.share_embeddings_and_output_weights):
             self.embedding = MegatronModule(config)
             self.embedding.word_embeddings = VocabParallelEmbedding(
-                arch.llm.vocab_size, hidden, init_method=config.init_method, config=config
+                self.vocab_rows, hidden, init_method=config.init_method, config=config
             )
         if pre_process and draws:
             self.vae2llm = nn.Linear(arch.latent_token_dim, hidden)
@@ -77,7 +80,7 @@ class BagelModel(MegatronModule):
         two = arch.llm.has_gen_mlp
         self.final_layernorm = ExpertPair(config, lambda: RMSNorm(config, config.hidden_size, config.layernorm_epsilon), two)
         self.output_layer = ColumnParallelLinear(
-            config.hidden_size, arch.llm.vocab_size, config=config, init_method=config.init_method, bias=False,
+            config.hidden_size, self.vocab_rows, config=config, init_method=config.init_method, bias=False,
             skip_weight_param_allocation=self.share_embeddings_and_output_weights,
         )  # fmt: skip
         # Loss tokens are gathered from all ranks before the head, so the head itself works on whole rows.
@@ -165,12 +168,15 @@ class BagelModel(MegatronModule):
         return self.final_norm(self.decode(hidden, n_und, n_gen, position_ids, attention), n_und, n_gen)
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> this rank's share of the logits, [n, V / tp]."""
+        """[n, h] -> this rank's share of the logits, [n, V / tp]. Those of rows that pad the vocabulary are -inf: no token is there."""
         weight = self.shared_embedding_or_output_weight()
         if weight is not None and not self.pre_process:
             # Called for its hooks alone: overlapped parameter gathering waits there for the weight that the head is about to read.
             self.embedding.word_embeddings(torch.zeros(0, dtype=torch.long, device=hidden.device))
-        return self.output_layer(hidden, weight=weight)[0]
+        logits = self.output_layer(hidden, weight=weight)[0]
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        tokens = min(max(self.arch.llm.vocab_size - first, 0), logits.shape[-1])
+        return F.pad(logits[..., :tokens], (0, logits.shape[-1] - tokens), value=float("-inf")) if tokens < logits.shape[-1] else logits
 
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, h] -> predicted velocity, [n, p * p * z]."""
@@ -208,6 +214,10 @@ class BagelModel(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
         """Every parameter of the stage, for dist_checkpointing."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        head = f"{prefix}output_layer.weight"
+        if head in state:
+            # As Megatron-Core does for embeddings: how many rows pad the vocabulary depends on the layout.
+            state[head] = replace(state[head], allow_shape_mismatch=True)
         key = f"{prefix}embedding.word_embeddings.weight"
         if key in state and not self.pre_process:
             # The last stage's copy of tied embeddings: the first stage's is the one that is saved.

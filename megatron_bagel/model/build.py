@@ -17,7 +17,8 @@ def build_decoder(
     vp_stage: int | None = None,
     freeze_und: bool = False,
     transformer_impl: str = "local",
+    vocab_divisor: int = 1,
 ) -> BagelModel:
-    """One stage; weights are Megatron's random ones until a checkpoint is loaded."""
+    """One stage; weights are Megatron's random ones until a checkpoint is loaded. ``vocab_divisor``: see ``padded_vocabulary``."""
     spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und)
-    return BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und)
+    return BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor)

@@ -7,7 +7,7 @@ come from the weight map, so that no module is built and any layout of any model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parallel_sizes import padded_vocabulary
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import RunLayout
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -77,11 +78,14 @@ class MemoryModel:
         """``layout`` is what ``resolve`` made of ``config``; the sizes must have passed ``validate_architecture``."""
         self.megatron, self.arch, self.layout = config.megatron, arch, layout
         training = config.training
-        entries = WeightMap(arch).entries
+        tp, divisor = config.megatron.tensor_model_parallel_size, config.megatron.make_vocab_size_divisible_by
+        rows = padded_vocabulary(arch.llm.vocab_size, tp, divisor)
+        # Rows that pad the vocabulary are held like any other.
+        entries = WeightMap(replace(arch, llm=replace(arch.llm, vocab_size=rows))).entries
         self._tensors = [
             _Tensor(
                 name,
-                prod(entry.shape) // (config.megatron.tensor_model_parallel_size if _is_cut(name) else 1),
+                prod(entry.shape) // (tp if _is_cut(name) else 1),
                 int(name.split(".")[2]) if name.startswith("decoder.layers.") else None,
                 is_frozen(
                     name, entries, arch.llm.tie_word_embeddings, training.freeze_llm, training.freeze_vit, training.freeze_und

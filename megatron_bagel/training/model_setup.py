@@ -93,6 +93,7 @@ def _build_chunk(config: Config, arch: BagelArch, tcfg: TransformerConfig, numbe
         vp_stage=number if interleaved else None,
         freeze_und=config.training.freeze_und,
         transformer_impl=config.megatron.transformer_impl,
+        vocab_divisor=config.megatron.make_vocab_size_divisible_by,
     )
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
-from megatron_bagel.config.parallel_sizes import check_parallel_sizes, virtual_stages
+from megatron_bagel.config.parallel_sizes import check_parallel_sizes, padded_vocabulary, virtual_stages
 from megatron_bagel.config.transformer_config import transformer_config
 
 RELEASED = LLMArch(
@@ -29,7 +29,6 @@ def llm(**sizes: int) -> LLMArch:
     ("arch", "sizes", "message"),
     [
         (RELEASED, {TP: 8}, r"--tensor_model_parallel_size 8: the model's 28 attention heads .* sizes that work: 1, 2, 4$"),
-        (llm(vocab_size=66), {TP: 4}, r"66 rows of the vocabulary .* sizes that work: 1, 2$"),
         (llm(intermediate_size=98), {TP: 4}, r"98 channels of the MLP"),
         (
             llm(num_attention_heads=12, num_key_value_heads=4, hidden_size=96, vocab_size=72),
@@ -75,3 +74,10 @@ def test_what_passes_megatron_accepts(tensor: int, stages: int, chunks: int | No
     except ValueError:
         return
     assert isinstance(transformer_config(arch, megatron), TransformerConfig)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 16), st.integers(1, 128))
+def test_vocabularies_are_padded_to_the_next_multiple(tokens: int, tensor: int, divisor: int) -> None:
+    rows = padded_vocabulary(tokens, tensor, divisor)
+    assert rows % (tensor * divisor) == 0 and 0 <= rows - tokens < tensor * divisor
+    assert padded_vocabulary(rows, tensor, divisor) == rows

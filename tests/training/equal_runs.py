@@ -72,13 +72,21 @@ class Reference:
 
 
 def assert_equal(ours: Result, theirs: Result, steps: int = STEPS) -> None:
-    """Losses and gradient norms to 1e-5; weights, averages and optimizer moments within fp32's rounding of another order."""
+    """Losses and gradient norms to 1e-5; weights, averages and optimizer moments within fp32's rounding of another order.
+
+    Rows that pad the vocabulary for one of the layouts are zero in all of them.
+    """
     assert len(ours[0]) == len(theirs[0]) == steps
     for left, right in zip(ours[0], theirs[0], strict=True):
         assert left == pytest.approx(right, rel=1e-5)
     assert ours[1].keys() == theirs[1].keys()
-    for name, tensor in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], tensor, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for name in theirs[1]:
+        here, there = ours[1][name], theirs[1][name]
+        if len(here) != len(there) and name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            rows = min(len(here), len(there))
+            assert not here[rows:].any() and not there[rows:].any()
+            here, there = here[:rows], there[:rows]
+        torch.testing.assert_close(here, there, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def cases(table: Mapping[str, Any], *representatives: str) -> list[Any]:

@@ -8,9 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.runs import run, run_config
-from tests.training.equal_runs import OVERLAP, PP, SETTINGS, SP, SP_TP2, TP, VPP, Reference, assert_equal, cases, trained, world_of
+from tests.training.equal_runs import (
+    OVERLAP,
+    PP,
+    SETTINGS,
+    SP,
+    SP_TP2,
+    STEPS,
+    TP,
+    VPP,
+    Reference,
+    assert_equal,
+    cases,
+    stored_tensors,
+    trained,
+    world_of,
+)
+from tools.checkpoint_convert import megatron_to_hf
 
 pytestmark = pytest.mark.distributed
 
@@ -19,8 +36,8 @@ INSTANCES = "num_distributed_optimizer_instances"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sample data and a decoder of 4 layers, 4 heads and 2 key/value heads."""
-    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2, vocab_size=448)
+    """Sample data and a decoder of 4 layers, 4 heads, 2 key/value heads and a vocabulary that tensor parallelism must pad."""
+    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2, vocab_size=447)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +48,7 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Referenc
 LAYOUTS = {
     "tp2": (2, {TP: 2}),
     "tp2-sp": (2, SP_TP2),
+    "padded-vocabulary": (2, {TP: 2, "make_vocab_size_divisible_by": 128}),
     "tp4-two-kv-heads": (4, {TP: 4, SP: True}),
     "pp2": (2, {PP: 2}),
     "pp4": (4, {PP: 4}),
@@ -55,6 +73,18 @@ LAYOUTS = {
 )
 def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
+
+
+@pytest.mark.slow
+def test_padding_of_the_vocabulary_is_not_exported(world: Path, tmp_path: Path) -> None:
+    trained(world, tmp_path, 2, {TP: 2, "make_vocab_size_divisible_by": 128})
+    checkpoint, folder = tmp_path / f"checkpoints/{STEPS:07d}", tmp_path / "hf"
+    assert stored_tensors(checkpoint)["output_layer.weight"].shape[0] == 512
+    assert megatron_to_hf.main(["--checkpoint", str(checkpoint), "--output", str(folder), "--weights", "model"]) == 0
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for name in ("embed_tokens", "lm_head"):
+            key = next(key for key in file.keys() if name in key)  # noqa: SIM118
+            assert file.get_slice(key).get_shape()[0] == 447
 
 
 TIED = {"tie_word_embeddings": True}

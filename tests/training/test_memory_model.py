@@ -22,7 +22,7 @@ BF16 = {"bf16": True, "lr": 1e-4}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2, vocab_size=448)
+    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2, vocab_size=447)
 
 
 def held(config: Config) -> tuple[int, dict[str, int]]:
