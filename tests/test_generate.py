@@ -74,6 +74,26 @@ def test_prompts_from_a_file(model: Path, photo: Path, tmp_path: Path) -> None:
     assert first["image"] == "one.png" and "text" in second
 
 
+def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["--model", str(model), "--prompt", "a", "b", "c", "--image-size", "16x16", *QUICK]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for out in (whole, torn):
+        assert main([*argv, "--out", str(out)]) == 0
+    lines = (torn / "results.jsonl").read_text().splitlines(keepends=True)
+    (torn / "results.jsonl").write_text(lines[0] + lines[1][:20])
+    for name in ("00001.png", "00002.png"):
+        (torn / name).unlink()
+    before = (torn / "00000.png").stat().st_mtime_ns
+    assert main([*argv, "--out", str(torn), "--resume", "--batch-size", "1"]) == 0
+    assert (torn / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()
+    assert (torn / "00000.png").stat().st_mtime_ns == before
+    first, second = (Image.open(out / "00002.png").tobytes() for out in (torn, whole))
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) <= 1
+    for change, said in ((["--cfg-text-scale", "2"], "cfg_text_scale 3.0 there, 2.0 now"), (["--seed", "5"], "another prompt or seed")):
+        assert main([*argv, *change, "--out", str(torn), "--resume"]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

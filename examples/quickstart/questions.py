@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.data.sample_world import COLOURS, POSITIONS, SHAPES, Scene, Shape, World, draw_scene, render, to_png
-from megatron_bagel.data.sample_world_score import Reading, read_single
+from megatron_bagel.data.sample_world import World, draw_scene, render, to_png
+from megatron_bagel.data.sample_world_exam import CHANCE, picture_grid, read_lines, read_picture, to_scene
 from megatron_bagel.data.sample_world_text import captions, draw_edit
 
 WORLD = World()
@@ -49,23 +48,6 @@ def make(out: Path, pictures: int, answers: int, edits: int) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSONL file; ValueError where it is missing."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; run the step before this one first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def to_scene(row: dict) -> Scene:
-    """A scene from its JSON form."""
-    return Scene(row["background"], tuple(Shape(**shape) for shape in row["shapes"]), row["width"], row["height"])
-
-
-def read_picture(path: Path) -> Reading:
-    """What a PNG shows."""
-    return read_single(np.asarray(Image.open(path).convert("RGB")))
-
-
 def score(asked: Path, answered: Path) -> dict[str, list[bool]]:
     """Right or wrong per attribute: "t2i colour", "question shape", "edit position", ..."""
     results = {row["id"]: row for row in read_lines(answered / "results.jsonl")}
@@ -85,29 +67,9 @@ def score(asked: Path, answered: Path) -> dict[str, list[bool]]:
 
 def print_table(table: dict[str, list[bool]]) -> None:
     """One line per attribute, beside what guessing would give."""
-    chance = {"colour": 1 / len(COLOURS), "position": 1 / len(POSITIONS), "shape": 1 / len(SHAPES)}
     print(f"{'':20s}{'right':>8s}{'of':>5s}{'chance':>9s}")
     for name, rights in table.items():
-        print(f"{name:20s}{np.mean(rights):>8.0%}{len(rights):>5d}{chance[name.split()[-1]]:>9.0%}")
-
-
-def draw_grid(asked: Path, answered: Path, columns: int = 8) -> Path:
-    """All drawn pictures side by side, twice their size; edits as pairs of before and after. Returns the file's path."""
-    pictures = []
-    for row in read_lines(answered / "results.jsonl"):
-        if "image" in row:
-            if row["task"] == "edit":
-                pictures.append(Image.open(asked / f"{row['id']}.png").convert("RGB"))
-            pictures.append(Image.open(answered / row["image"]).convert("RGB"))
-    if not pictures:
-        raise ValueError(f"{answered / 'results.jsonl'} holds no picture")
-    width, height = pictures[0].size
-    step_x, step_y = 2 * width + 8, 2 * height + 8
-    grid = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), (200, 200, 200))
-    for i, picture in enumerate(pictures):
-        grid.paste(picture.resize((2 * width, 2 * height), Image.Resampling.NEAREST), (i % columns * step_x + 4, i // columns * step_y + 4))
-    grid.save(answered / "grid.png")
-    return answered / "grid.png"
+        print(f"{name:20s}{np.mean(rights):>8.0%}{len(rights):>5d}{CHANCE[name.split()[-1]]:>9.0%}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             make(args.out, args.pictures, args.answers, args.edits)
         else:
             print_table(score(args.asked, args.answered))
-            print(f"all pictures: {draw_grid(args.asked, args.answered)}")
+            picture_grid(args.asked, args.answered).save(args.answered / "grid.png")
+            print(f"all pictures: {args.answered / 'grid.png'}")
     except ValueError as error:
         parser.error(str(error))
 

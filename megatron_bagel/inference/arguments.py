@@ -49,6 +49,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model (default: the model's own)")
     group.add_argument("--autoencoder", metavar="FILE", help="ae.safetensors (default: the model's own)")
     group.add_argument("--max-latent-size", type=int, metavar="N", help="side of the latent position table (default: as stored)")
+    group.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, metavar="N",
+        help="processes that share the decoder, started by torchrun; more processes answer prompts side by side (default: 1)",
+    )  # fmt: skip
     group.add_argument("--interpolate-pos", action="store_true", default=None, help="spread positions over the whole table")
 
 
@@ -59,6 +63,7 @@ def _add_prompts(group: Any) -> None:
     group.add_argument("--input", metavar="FILE", help="JSONL with one prompt per line (docs/generation.md lists its keys)")
     group.add_argument("--output", choices=("image", "text"), help="what interleave produces (default: image)")
     group.add_argument("--out", default="generated", metavar="DIR", help="folder for results.jsonl and PNG files (default: %(default)s)")
+    group.add_argument("--resume", action="store_true", help="keep the answers that --out already holds and make the others")
     group.add_argument("--seed", type=int, default=0, help="same seed, same answers, whatever the batch (default: %(default)s)")
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers per prompt, seeds counting up (default: 1)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts worked on at once (default: %(default)s)")

@@ -30,7 +30,7 @@ class Decoder(Protocol):
     def embed_text(self, ids: Tensor) -> Tensor: ...
     def embed_latents(self, x_t: Tensor, t: Tensor, latent_position_ids: Tensor) -> Tensor: ...
     def run_decoder(self, hidden: Tensor, n_und: int, position_ids: Tensor, attention: Any) -> Tensor: ...
-    def text_logits(self, hidden: Tensor) -> Tensor: ...
+    def all_text_logits(self, hidden: Tensor) -> Tensor: ...
     def velocity(self, hidden: Tensor) -> Tensor: ...
     def parameters(self) -> Any: ...
 
@@ -65,7 +65,7 @@ class PassRow:
 
 @dataclass
 class Engine:
-    """A model ready for inference, on one process.
+    """A model ready for inference, on one process or on each of the ranks that share its decoder, which then all make the same calls.
 
     ``vision_tower`` is missing in models without image understanding, ``autoencoder`` in those without image generation.
     """
@@ -142,7 +142,14 @@ class Engine:
         embeddings = self._embed_ids(tokens).split(1)
         rows = [PassRow(context, e, shared_position=False) for context, e in zip(contexts, embeddings, strict=True)]
         hidden, extended = self._run(rows, causal=True, keep=True)
-        return self.decoder.text_logits(hidden), extended
+        return self.decoder.all_text_logits(hidden), extended
+
+    def logits_of(self, contexts: Sequence[Context], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits [tokens, V] after each token of a text read into its context at once; contexts are not extended."""
+        embeddings = self._embed_ids([token for text in ids for token in text]).split([len(text) for text in ids])
+        rows = [PassRow(context, e, shared_position=False) for context, e in zip(contexts, embeddings, strict=True)]
+        hidden, _ = self._run(rows, causal=True, keep=False)
+        return list(self.decoder.all_text_logits(hidden).split([len(text) for text in ids]))
 
     def velocities(self, contexts: Sequence[Context], embedded: Sequence[Tensor]) -> list[Tensor]:
         """Flow velocity [tokens, channels] of a noised picture under each context, float32; contexts are not extended.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +20,8 @@ from megatron_bagel.checkpoint.hf_folder import HFFolder
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import assign, entries_of, load_weights
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parallel_sizes import check_parallel_sizes
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.data.transforms import TransformArgs
@@ -27,6 +30,7 @@ from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.inference.engine import Engine
 from megatron_bagel.model.build import build_decoder
+from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size
 
 # (longest side, shortest side) in pixels of input images, BAGEL's own.
@@ -41,7 +45,8 @@ class LoadOptions:
 
     ``weights`` is "ema" or "model"; ``dtype`` "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
     ``vae_transform`` and ``vit_transform`` are (longest, shortest) side in pixels of input images for the autoencoder and the
-    vision tower. The settings from ``max_latent_size`` on win over the folder's config.json.
+    vision tower. ``max_latent_size`` and ``interpolate_pos`` win over the folder's config.json. ``tensor_parallel`` ranks share the
+    decoder; a run on more ranks has several copies of the model.
     """
 
     weights: str | None = None
@@ -52,6 +57,7 @@ class LoadOptions:
     vit_transform: tuple[int, int] | None = None
     max_latent_size: int | None = None
     interpolate_pos: bool | None = None
+    tensor_parallel: int = 1
 
 
 def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
@@ -62,7 +68,7 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
     """
     options = options or LoadOptions()
     path = Path(path)
-    _alone()
+    _join(options.tensor_parallel)
     if not path.is_dir():
         raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face layout or a training checkpoint")
     if (path / "llm_config.json").is_file():
@@ -111,15 +117,22 @@ def _transform(flag: str, usual: tuple[int, int], asked: tuple[int, int] | None,
     return args
 
 
-def _alone() -> None:
-    """Megatron-Core's modules need process groups, even of one process."""
-    if launched_world_size() > 1:
-        raise ValueError("generation runs on one process: start it with python, not with torchrun on several ranks")
+def _join(tensor_parallel: int) -> None:
+    """Process groups for Megatron-Core's modules, which need them even on one process; groups that exist are kept.
+
+    Raises ValueError when the launched ranks are no multiple of ``tensor_parallel``.
+    """
+    ranks = launched_world_size()
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor_parallel} does not divide the {ranks} launched processes; start it with "
+            f"torchrun --nproc_per_node {max(tensor_parallel, 1)}, or a multiple of that"
+        )
     platform.install()
     if not torch.distributed.is_initialized():
         init_distributed()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_parallel)
 
 
 def _dtype(options: LoadOptions) -> torch.dtype:
@@ -192,8 +205,13 @@ def _assemble(
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: not a pair")
     dtype, device = _dtype(options), platform.device()
     vae_transform, vit_transform = image_transforms(arch, options.vae_transform, options.vit_transform)
-    # Random weights would only be overwritten.
-    config = transformer_config(arch.llm, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), perform_initialization=False)
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    megatron = MegatronArguments(tensor_model_parallel_size=ranks)
+    check_parallel_sizes(megatron, arch.llm)
+    # Random weights would only be overwritten. Megatron marks the weights that ranks share only where it initialises them.
+    nothing: dict[str, Any] = {"init_method": _as_it_is, "output_layer_init_method": _as_it_is, "perform_initialization": ranks > 1}
+    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **nothing)
+    initialize_kv_sharing(arch.llm.num_key_value_heads)
     decoder = build_decoder(arch, config)
     vision_tower = VisionTower(arch) if arch.vit else None
     modules: list[nn.Module] = [module for module in (decoder, vision_tower) if module is not None]
@@ -203,3 +221,8 @@ def _assemble(
     if autoencoder is not None:
         autoencoder.to(device)
     return Engine(decoder, vision_tower, autoencoder, tokenizer, arch, vae_transform, vit_transform)
+
+
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    """Initialisation of weights that are about to be loaded."""
+    return weight

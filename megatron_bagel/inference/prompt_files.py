@@ -1,8 +1,9 @@
-"""Prompts as lines of a JSONL file, answers as lines of another with pictures beside it."""
+"""Prompts: the rules of each task, and the lines of a JSONL file."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_bagel.data.transforms import decode_rgb
-from megatron_bagel.inference.requests import Answer, Request
+from megatron_bagel.inference.requests import Request
 
 TASKS = ("t2i", "edit", "understand", "interleave")
 _KEYS = ("id", "task", "prompt", "image", "terms", "output", "think", "size", "seed", "system_prompt")
@@ -104,10 +105,9 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
             prompts.append(_parse(line, f"{path}, line {number}", len(prompts), path.parent, task, defaults))
     if not prompts:
         raise ValueError(f"--input {path} holds no prompt")
-    names = [prompt.name for prompt in prompts]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--input {path}: id '{name}' occurs more than once; pictures are named by it")
+    name, count = Counter(prompt.name for prompt in prompts).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--input {path}: id '{name}' occurs more than once; pictures are named by it")
     return prompts
 
 
@@ -149,32 +149,3 @@ def _term(term: Any, where: str, folder: Path) -> tuple[str, str]:
         raise ValueError(f'{where}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
     ((kind, value),) = term.items()
     return kind, str(folder / value) if kind == "image" else str(value)
-
-
-class AnswerWriter:
-    """Writes ``results.jsonl`` and one PNG per picture into a folder, each line when its answer is there."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (self.folder / "results.jsonl").open("w", encoding="utf-8")
-
-    def __enter__(self) -> AnswerWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._lines.close()
-
-    def write(self, name: str, prompt: Prompt, seed: int, answer: Answer) -> dict[str, Any]:
-        """Save one answer under ``name``; the line that was written."""
-        record = {**prompt.record(), "id": name, "seed": seed}
-        if answer.thought is not None:
-            record["thought"] = answer.thought.text
-        if answer.text is not None:
-            record |= {"text": answer.text.text, "finished": answer.text.finished}
-        if answer.image is not None:
-            record["image"] = f"{name}.png"
-            Image.fromarray(answer.image).save(self.folder / record["image"])
-        self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._lines.flush()
-        return record

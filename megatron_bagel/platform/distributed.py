@@ -47,6 +47,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Rank the launcher announced; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def shutdown_distributed() -> None:
     """Leave the process group and Megatron-Core's groups; does nothing when there is none."""
     from megatron.core import parallel_state

@@ -100,6 +100,8 @@ def test_cached_logits_equal_uncached(engine: Engine) -> None:
         logits, contexts = engine.next_logits(contexts, [token])
         rows.append(logits[0])
     torch.testing.assert_close(torch.stack(rows), expected, atol=1e-5, rtol=1e-5)
+    (at_once,) = engine.logits_of([Context()], [[engine.tokenizer.bos, *ids]])
+    torch.testing.assert_close(torch.stack(rows), at_once, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def test_usual_transforms_shrink_to_the_model_and_asked_ones_are_refused() -> No
         image_transforms(tiny_arch(), (128, 64), None)
 
 
-def test_only_one_process(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs on one process"):
-        load_engine(tiny_folder)
+def test_ranks_must_be_shared_out_evenly(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 does not divide the 3 launched"):
+        load_engine(tiny_folder, LoadOptions(tensor_parallel=2))

@@ -61,6 +61,7 @@ def test_losses_by_dataset_and_timestep(alone: tuple) -> None:
     assert all(set(text) == {"probe", "prompt", "answer", "truth"} and text["truth"] for text in texts)
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(world: Path, alone: tuple, tmp_path: Path) -> None:
     history, _ = evaluated(world, tmp_path / "often", 1, eval_every=1, eval_pictures=0)
     assert numbers(history) == numbers(alone[1])
@@ -75,7 +76,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2", "cp2-dp2"))
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2"))
 def test_layouts_equal_one_process(world: Path, alone: tuple, tmp_path: Path, ranks: int, flags: dict) -> None:
     history, (line,) = evaluated(world, tmp_path, ranks, **flags)
     folder, reference, (expected,) = alone

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Trains a small BAGEL on the sample world on 2 processes, examines every checkpoint, and prints a table: pictures from words, questions,
+# edits, on (colour, shape) pairs that training showed and on pairs that it never did.
+#
+#   bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 2000 --global_seed 1]
+#
+# A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
+# PROCESSES, T2I, EDIT, VLM and DATA_SEED in the environment change how many processes train and how much data of each kind is made.
+set -euo pipefail
+
+if [ $# -lt 1 ] || [[ $1 == --* ]]; then
+  echo "usage: bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train]" >&2
+  exit 2
+fi
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+if [ ! -x "$PYTHON" ] && ! command -v "$PYTHON" > /dev/null; then
+  echo "there is no $PYTHON: run examples/setup_env.sh, or set PYTHON" >&2
+  exit 2
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+HERE=examples/small_world
+AUTOENCODER=examples/quickstart/autoencoder/ae.safetensors
+SECONDS=0
+stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+stage "data: one large shape per picture; four (colour, shape) pairs never appear"
+if [ ! -f "$OUT/data/world.json" ]; then
+  "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-20000}" --edit "${EDIT:-10000}" --vlm "${VLM:-20000}" \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --edit-kinds recolour \
+    --hold-out red:square green:circle purple:triangle cyan:cross
+else echo "reusing $OUT/data"; fi
+
+stage "index"
+if [ ! -f "$OUT/index/manifest.json" ]; then
+  "$PYTHON" data_tools/build_index.py --dataset_config_file "$OUT/data/dataset.yaml" --tokenizer "$OUT/data/tokenizer" --output "$OUT/index"
+else echo "reusing $OUT/index"; fi
+
+stage "training"
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" -m megatron_bagel.train --config $HERE/config.yaml \
+  --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" \
+  --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $AUTOENCODER \
+  --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
+
+stage "exam of every checkpoint"
+"$PYTHON" $HERE/exam.py ask "$OUT/data/world.json" "$OUT/exam"
+for CHECKPOINT in "$OUT"/checkpoints/[0-9]*/; do
+  STEP=$(basename "$CHECKPOINT")
+  if [ -f "$OUT/answers/$STEP/complete" ]; then continue; fi
+  "$PYTHON" -m megatron_bagel.generate --model "$CHECKPOINT" --input "$OUT/exam/prompts.jsonl" --out "$OUT/answers/$STEP" --resume \
+    --image-size 64x64 --num-timesteps 25 --timestep-shift 1 --cfg-text-scale 3 --cfg-img-scale 1 --cfg-interval 0 1 \
+    --max-length 12 --vae-transform 64 64 --vit-transform 70 70 --batch-size 24 > "$OUT/answers.log"
+  touch "$OUT/answers/$STEP/complete"
+done
+
+stage "marks"
+"$PYTHON" $HERE/exam.py marks "$OUT/exam" "$OUT/answers" --autoencoder $AUTOENCODER

@@ -1,0 +1,90 @@
+"""Answers to a benchmark's questions in the layout its scorer expects: ``python -m megatron_bagel.evaluate geneval FILE --model DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_bagel import platform
+from megatron_bagel.inference.answer_files import RESULTS
+from megatron_bagel.inference.arguments import parse_arguments, parse_size
+from megatron_bagel.inference.benchmark_files import BENCHMARKS, BenchmarkItem, read_benchmark
+from megatron_bagel.inference.prompt_files import Prompt
+from megatron_bagel.inference.run_prompts import run_prompts
+from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
+
+_EPILOG = """Every other option is one of megatron_bagel.generate (--model, --image-size, --cfg-text-scale, --batch-size, ...); what a
+benchmark was measured with is set already, and what you give wins. OUT/answers holds what was generated and OUT/scored what the
+scorer reads. A run that was interrupted goes on with --resume."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, apart from generation's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_bagel.evaluate",
+        description="Answer the questions of a benchmark and write them where its scorer looks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="decides how QUESTIONS are read and what is written")
+    parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="the benchmark's file, or folder of files")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="OUT", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    return parser
+
+
+def run(args: Namespace, generation: Sequence[str]) -> int:
+    """Read, answer, hand on; returns how many answers there are. Raises ValueError for what cannot be."""
+    benchmark = BENCHMARKS[args.benchmark]
+    options = parse_arguments([*benchmark.options, *generation, "--out", str(args.out / "answers")])
+    for name in ("input", "terms"):
+        if getattr(options, name, None):
+            raise ValueError("the questions come from the benchmark: leave --input, --prompt and --image out")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit is {args.limit}; it must be at least 1")
+    items = read_benchmark(args.benchmark, args.questions, args.out / "pictures")[: args.limit]
+    size = parse_size(options.image_size) if options.image_size else None
+    count = run_prompts(options, [_with_options(item.prompt, options, size) for item in items])
+    if launched_rank() == 0:
+        scored = args.out / "scored"
+        scored.mkdir(parents=True, exist_ok=True)
+        benchmark.write(items, _answers(items, args.out / "answers", options.num_samples), args.out / "answers", scored)
+        print(f"{count} answers to {len(items)} questions of {args.benchmark}: {scored}")
+    return count
+
+
+def _with_options(prompt: Prompt, options: Namespace, size: tuple[int, int] | None) -> Prompt:
+    return replace(prompt, think=options.think, system_prompt=options.system_prompt, size=size if prompt.output == "image" else None)
+
+
+def _answers(items: Sequence[BenchmarkItem], folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
+    """Lines of results.jsonl by the name of their prompt."""
+    lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()
+    found = {record["id"]: record for record in map(json.loads, lines)}
+    names = {item.prompt.name for item in items}
+    return {name: [found[name]] if samples == 1 else [found[f"{name}_{n}"] for n in range(samples)] for name in names}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; mistakes of the user end with one sentence and status 2."""
+    args, generation = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    platform.install()
+    try:
+        run(args, generation)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutdown_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
