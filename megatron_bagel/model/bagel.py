@@ -12,6 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
@@ -177,6 +178,10 @@ class BagelModel(MegatronModule):
         first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         tokens = min(max(self.arch.llm.vocab_size - first, 0), logits.shape[-1])
         return F.pad(logits[..., :tokens], (0, logits.shape[-1] - tokens), value=float("-inf")) if tokens < logits.shape[-1] else logits
+
+    def all_text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, h] -> logits of the whole vocabulary, [n, V], on every tensor-parallel rank: all of them choose the next token."""
+        return gather_from_tensor_model_parallel_region(self.text_logits(hidden))
 
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, h] -> predicted velocity, [n, p * p * z]."""
