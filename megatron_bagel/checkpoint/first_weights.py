@@ -41,12 +41,12 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     fan_in = entry.shape[-1]
     if name.startswith("vit_model.vision_model.embeddings."):
-        return torch.randn(entry.shape, generator=generator) / math.sqrt(fan_in)
+        return torch.randn(entry.shape, generator=generator).div_(math.sqrt(fan_in))
     if name.startswith("vit_model."):
-        return (torch.rand(entry.shape, generator=generator) * 2 - 1) * math.sqrt(6 / sum(entry.shape))
+        return torch.rand(entry.shape, generator=generator).mul_(2).sub_(1).mul_(math.sqrt(6 / sum(entry.shape)))
     if name.startswith(("connector.", "vae2llm.", "time_embedder.")):
-        return (torch.rand(entry.shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-    return torch.randn(entry.shape, generator=generator) * arch.llm.initializer_range
+        return torch.rand(entry.shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
+    return torch.randn(entry.shape, generator=generator).mul_(arch.llm.initializer_range)
 
 
 def initialise(modules: Sequence[nn.Module], weight_map: WeightMap, seed: int) -> None:

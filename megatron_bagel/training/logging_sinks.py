@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,28 @@ class RunLog:
             handler.close()
 
 
-def _console_and_file(path: Path) -> tuple[logging.Logger, list[logging.Handler]]:
+@contextmanager
+def package_log(results_dir: str | Path, rank: int) -> Iterator[None]:
+    """Within the block what the package logs (weights loaded, checkpoints passed over, saves) is on console and in ``log.txt``.
+
+    On rank 0; other ranks' warnings go where Python sends them.
+    """
+    if rank:
+        yield
+        return
+    Path(results_dir).mkdir(parents=True, exist_ok=True)
+    logger, handlers = _console_and_file(Path(results_dir) / "log.txt", "megatron_bagel")
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _console_and_file(path: Path, name: str = "megatron_bagel.run") -> tuple[logging.Logger, list[logging.Handler]]:
     """The run's own logger, apart from the root one, which libraries configure as they like."""
-    logger = logging.getLogger("megatron_bagel.run")
+    logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]

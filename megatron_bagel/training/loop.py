@@ -28,7 +28,7 @@ from megatron_bagel.platform.device import device_name
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.evaluation import Evaluation
-from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
+from megatron_bagel.training.logging_sinks import RunLog, WandbSettings, package_log
 from megatron_bagel.training.loss_table import LossTable, losses_by_dataset
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.metrics import RateWindow, StepMetrics
@@ -84,12 +84,13 @@ class Run:
 def execute(config: Config) -> None:
     """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
     initialize_parallel(config)
-    run = set_up(config)
-    try:
-        train(run)
-    finally:
-        run.loader.close()
-        run.log.close()
+    with package_log(config.training.results_dir, dist.get_rank()):
+        run = set_up(config)
+        try:
+            train(run)
+        finally:
+            run.loader.close()
+            run.log.close()
 
 
 def initialize_parallel(config: Config) -> None:

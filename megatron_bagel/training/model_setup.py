@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,13 @@ from megatron_bagel.config.resolve import architecture, tokenizer_path
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.cached_posterior import CachedPosterior
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.bagel import BagelModel
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 from megatron_bagel.training.freezing import freeze
+from megatron_bagel.training.lazy_build import give_memory, without_memory
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Modules:
 
     decoder: list[BagelModel]
     tower: VisionTower | None
-    autoencoder: AutoEncoder | None
+    autoencoder: AutoEncoder | CachedPosterior | None
 
     @property
     def named(self) -> dict[str, nn.Module]:
@@ -67,18 +70,27 @@ def run_model(config: Config) -> tuple[BagelArch, Tokenizer]:
 
 def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> Modules:
     """Modules of this rank on its device, without meaningful weights; the autoencoder with its own."""
-    training, device = config.training, platform.device()
+    device = platform.device()
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    decoder = [_build_chunk(config, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
-    tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and first else None
+    # Transformer Engine's layers allocate on the GPU whatever is asked for.
+    with without_memory() if config.megatron.transformer_impl == "local" else nullcontext():
+        decoder = [_build_chunk(config, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
+        tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and first else None
     autoencoder = None
     if arch.autoencoder is not None and (first or last):
-        path = Path(config.model.model_path) / "ae.safetensors" if training.finetune_from_hf else Path(config.model.vae_path)
-        autoencoder = load_autoencoder(path, arch.autoencoder).to(device)
+        autoencoder = _autoencoder(config, arch).to(device)
     for part in (*decoder, *([tower] if tower is not None else [])):
-        part.to(device, tcfg.params_dtype)
+        give_memory(part, device, tcfg.params_dtype)
     return Modules(decoder, tower, autoencoder)
+
+
+def _autoencoder(config: Config, arch: BagelArch) -> AutoEncoder | CachedPosterior:
+    """The autoencoder with its weights or, where a latent cache holds what it would make, its place holder."""
+    if config.data.latent_cache is not None:
+        return CachedPosterior(arch.autoencoder)
+    path = Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
+    return load_autoencoder(path, arch.autoencoder)
 
 
 def _build_chunk(config: Config, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:

@@ -52,7 +52,7 @@ def test_folders_become_a_checkpoint_and_a_bagel_folder(tmp_path: Path, family: 
         norm = checkpoint.model(f"decoder.layers.0.self_attention.{expert}.q_layernorm.weight")
         given = llm.get("model.layers.0.self_attn.q_norm.weight", torch.ones(checkpoint.arch.llm.head_dim))
         assert torch.equal(norm.float(), given.float())
-    assert (f"decoder.layers.0.self_attention.und.linear_qkv.bias" in checkpoint.keys()) is (family == "Qwen2")  # noqa: SIM118
+    assert ("decoder.layers.0.self_attention.und.linear_qkv.bias" in checkpoint.keys()) is (family == "Qwen2")  # noqa: SIM118
     assert not checkpoint.model("llm2vae.weight").any() and checkpoint.model("vae2llm.weight").any()
     conv = load_file(tmp_path / "vit/model.safetensors")
     patch = next(value for name, value in conv.items() if name.endswith("patch_embedding.weight"))
