@@ -13,50 +13,53 @@ from typing import Any
 
 from megatron_bagel import platform
 from megatron_bagel.inference.answer_files import RESULTS
+from megatron_bagel.inference.arguments import build_parser as generation_parser
 from megatron_bagel.inference.arguments import parse_arguments, parse_size
 from megatron_bagel.inference.benchmark_files import BENCHMARKS, BenchmarkItem, read_benchmark
 from megatron_bagel.inference.prompt_files import Prompt
 from megatron_bagel.inference.run_prompts import run_prompts
 from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
 
-_EPILOG = """Every other option is one of megatron_bagel.generate (--model, --image-size, --cfg-text-scale, --batch-size, ...); what a
-benchmark was measured with is set already, and what you give wins. OUT/answers holds what was generated and OUT/scored what the
-scorer reads. A run that was interrupted goes on with --resume."""
+_EPILOG = """The options are those of megatron_bagel.generate; what a benchmark was measured with is set already, and what you give
+wins. OUT/answers holds what was generated and OUT/scored what the scorer reads. A run that was interrupted goes on with --resume."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, apart from generation's own."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_bagel.evaluate",
-        description="Answer the questions of a benchmark and write them where its scorer looks.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """The command line: generation's own, and the benchmark."""
+    parser = generation_parser()
+    parser.prog, parser.epilog = "python -m megatron_bagel.evaluate", _EPILOG
+    parser.description = "Answer the questions of a benchmark and write them where its scorer looks."
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="decides how QUESTIONS are read and what is written")
     parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="the benchmark's file, or folder of files")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="OUT", help="default: %(default)s")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.set_defaults(out="evaluation")
     return parser
 
 
-def run(args: Namespace, generation: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> Namespace:
+    """Arguments, with the benchmark's settings where none is given."""
+    parser = build_parser()
+    parser.set_defaults(**BENCHMARKS[parse_arguments(argv, parser).benchmark].options)
+    return parse_arguments(argv, parser)
+
+
+def run(args: Namespace) -> int:
     """Read, answer, hand on; returns how many answers there are. Raises ValueError for what cannot be."""
-    benchmark = BENCHMARKS[args.benchmark]
-    options = parse_arguments([*benchmark.options, *generation, "--out", str(args.out / "answers")])
-    for name in ("input", "terms"):
-        if getattr(options, name, None):
-            raise ValueError("the questions come from the benchmark: leave --input, --prompt and --image out")
+    if args.input or getattr(args, "terms", None):
+        raise ValueError("the questions come from the benchmark: leave --input, --prompt and --image out")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1")
-    items = read_benchmark(args.benchmark, args.questions, args.out / "pictures")[: args.limit]
-    size = parse_size(options.image_size) if options.image_size else None
-    count = run_prompts(options, [_with_options(item.prompt, options, size) for item in items])
+    out = Path(args.out)
+    items = read_benchmark(args.benchmark, args.questions, out / "pictures")[: args.limit]
+    size = parse_size(args.image_size) if args.image_size else None
+    options = Namespace(**{name: value for name, value in vars(args).items() if name not in ("benchmark", "questions", "limit")})
+    options.out = str(out / "answers")
+    count = run_prompts(options, [_with_options(item.prompt, args, size) for item in items])
     if launched_rank() == 0:
-        scored = args.out / "scored"
-        scored.mkdir(parents=True, exist_ok=True)
-        benchmark.write(items, _answers(items, args.out / "answers", options.num_samples), args.out / "answers", scored)
-        print(f"{count} answers to {len(items)} questions of {args.benchmark}: {scored}")
+        (out / "scored").mkdir(parents=True, exist_ok=True)
+        answers = _answers(items, out / "answers", args.num_samples)
+        BENCHMARKS[args.benchmark].write(items, answers, out / "answers", out / "scored")
+        print(f"{count} answers to {len(items)} questions of {args.benchmark}: {out / 'scored'}")
     return count
 
 
@@ -74,10 +77,10 @@ def _answers(items: Sequence[BenchmarkItem], folder: Path, samples: int) -> dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; mistakes of the user end with one sentence and status 2."""
-    args, generation = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     platform.install()
     try:
-        run(args, generation)
+        run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -108,10 +108,10 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments; underscores in flag names read as dashes."""
+def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Arguments of ``parser`` (default: generation's own); underscores in flag names read as dashes."""
     dashed = []
     for word in argv:
         name, equals, value = word.partition("=")
         dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-    return build_parser().parse_args(dashed)
+    return (parser or build_parser()).parse_args(dashed)

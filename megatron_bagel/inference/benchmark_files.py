@@ -46,7 +46,7 @@ class Benchmark:
 
     read: Callable[[Path, Path], Iterator[BenchmarkItem]]
     write: Callable[[list[BenchmarkItem], Answers, Path, Path], None]
-    options: tuple[str, ...]
+    options: dict[str, Any]
 
 
 def read_benchmark(name: str, questions: Path, work: Path) -> list[BenchmarkItem]:
@@ -212,15 +212,15 @@ def _text(answers: Answers, item: BenchmarkItem) -> str:
     return answers[item.prompt.name][0]["text"]
 
 
-_PICTURES = ("--num-timesteps", "50", "--timestep-shift", "3", "--cfg-text-scale", "4")
-_SEEN = ("--vit-transform", "980", "378")
-_EDITS = (*_PICTURES, *_SEEN, "--cfg-img-scale", "1.5", "--cfg-renorm-type", "text_channel")
+_PICTURES = {"num_timesteps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0}
+_SEEN = {"vit_transform": (980, 378)}
+_EDITS = {**_PICTURES, **_SEEN, "cfg_img_scale": 1.5, "cfg_renorm_type": "text_channel"}
 #: Settings that BAGEL's own evaluation scripts use (its scripts/eval).
 BENCHMARKS: dict[str, Benchmark] = {
-    "geneval": Benchmark(_read_geneval, _write_geneval, (*_PICTURES, "--num-samples", "4", "--cfg-interval", "0", "1")),
-    "wise": Benchmark(_read_wise, _write_wise, (*_PICTURES, "--cfg-interval", "0.4", "1")),
-    "gedit": Benchmark(_read_gedit, _write_gedit, (*_EDITS, "--cfg-interval", "0.4", "1")),
-    "vqa": Benchmark(_read_questions, _write_vqa, (*_SEEN, "--max-length", "100")),
-    "mmvet": Benchmark(_read_questions, _write_mmvet, (*_SEEN, "--max-length", "1000")),
-    "mme": Benchmark(_read_mme, _write_mme, (*_SEEN, "--max-length", "20")),
+    "geneval": Benchmark(_read_geneval, _write_geneval, {**_PICTURES, "num_samples": 4, "cfg_interval": (0.0, 1.0)}),
+    "wise": Benchmark(_read_wise, _write_wise, {**_PICTURES, "cfg_interval": (0.4, 1.0)}),
+    "gedit": Benchmark(_read_gedit, _write_gedit, {**_EDITS, "cfg_interval": (0.4, 1.0)}),
+    "vqa": Benchmark(_read_questions, _write_vqa, {**_SEEN, "max_length": 100}),
+    "mmvet": Benchmark(_read_questions, _write_mmvet, {**_SEEN, "max_length": 1000}),
+    "mme": Benchmark(_read_mme, _write_mme, {**_SEEN, "max_length": 20}),
 }
