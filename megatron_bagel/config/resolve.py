@@ -142,6 +142,8 @@ def _optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
         if "use_distributed_optimizer" in given and sharded:
             raise ValueError("--sharding_strategy NO_SHARD and --use_distributed_optimizer contradict each other; give one of them")
         sharded = False
+    if not sharded and megatron.overlap_param_gather:
+        raise ValueError("--overlap_param_gather gathers sharded weights: it needs --use_distributed_optimizer, not NO_SHARD")
     instances = _instances(config, hybrid="HYBRID" in strategy)
     if instances < 1 or data_parallel % instances:
         raise ValueError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import RECOMPUTE_MODULES, check_parallel_sizes
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import resolve, tokenizer_path
+from megatron_bagel.config.resolve import architecture, resolve, tokenizer_path
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
@@ -23,12 +24,16 @@ _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_d
 
 
 def validate(config: Config, world_size: int, has_gpu: bool) -> None:
-    """Raises ValueError for the first setting that cannot work. ``resolve`` and ``validate_architecture`` hold the other checks."""
+    """Raises ValueError for the first setting that cannot work, before this process has met another one.
+
+    ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
+    """
     refuse_unsupported_values(config)
     check_numbers(config)
     check_consistency(config)
     resolve(config, world_size, has_gpu)
     check_paths(config)
+    validate_architecture(config, architecture(config))
 
 
 def refuse_unsupported_values(config: Config) -> None:
@@ -81,6 +86,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     check_recompute(config)
     check_parallel_consistency(megatron)
     if training.keep_every and not training.keep_last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,15 @@ from megatron_bagel.config.validate import validate, validate_architecture
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """A command whose files all exist."""
-    for name in ("llm", "vit", "index", "released"):
+    llm = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    vit = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 980}
+    for name, content in (("llm", llm), ("vit", vit), ("index", {}), ("released", {})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    for name in ("ae.safetensors", "data.yaml", "released/llm_config.json", "released/vit_config.json", "released/ae.safetensors"):
-        (tmp_path / name).write_text(json.dumps({}))
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    for name, content in (("llm", llm), ("vit", vit)):
+        (tmp_path / f"released/{name}_config.json").write_text(json.dumps(content))
+    for name in ("ae.safetensors", "data.yaml", "released/ae.safetensors"):
+        (tmp_path / name).write_text("{}")
     parts = f"--llm_path {tmp_path}/llm --vit_path {tmp_path}/vit --vae_path {tmp_path}/ae.safetensors --model_path {tmp_path}/released"
     return f"{parts} --dataset_config_file {tmp_path}/data.yaml --index_dir {tmp_path}/index"
 
@@ -67,6 +72,10 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
         ("--max_num_tokens 100 --max_num_tokens_per_sample 200", r"--max_num_tokens_per_sample 200 is more than a pack holds"),
         ("--max_num_tokens 100 --expected_num_tokens 200", r"--expected_num_tokens 200 is more"),
         ("--lr_scheduler cosine --lr 1e-8", r"--min_lr 1e-07 is above --lr 1e-08"),
+        ("--overlap_grad_reduce --overlap_param_gather --sharding_strategy NO_SHARD", r"needs --use_distributed_optimizer, not NO_SHARD"),
+        ("--context_parallel_size 2 --cp_comm_type a2a --tensor_model_parallel_size 4", r"= 8 ranks per replica"),
+        ("--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2 --global_batch_size 2", r"2 layers cannot be dealt"),
+        ("--make_vocab_size_divisible_by 0", r"at least 1"),
         ("--overlap_param_gather", r"needs --use_distributed_optimizer and --overlap_grad_reduce"),
         ("--resume_model_only True", r"needs --resume_from"),
         ("--finetune_from_ema True", r"needs --resume_model_only"),
@@ -86,6 +95,19 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
 def test_refused(base, words, message):
     with pytest.raises(ValueError, match=message):
         check(f"{base} {words}", world_size=2)
+
+
+def test_sizes_the_model_cannot_be_cut_into_are_refused_at_once(base):
+    with pytest.raises(ValueError, match="--tensor_model_parallel_size 3: the model's 4 attention heads"):
+        check(f"{base} --tensor_model_parallel_size 3", world_size=3)
+    with pytest.raises(ValueError, match="--cp_comm_type a2a .*sizes that work: 1"):
+        check(f"{base} --tensor_model_parallel_size 4 --context_parallel_size 2 --cp_comm_type a2a", world_size=8)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+def test_transformer_engine_is_missed_at_once(base):
+    with pytest.raises(ValueError, match="needs the package transformer-engine"):
+        check(f"{base} --transformer_impl transformer_engine")
 
 
 @pytest.mark.parametrize("missing", ["llm_config.json", "vit_config.json", "ae.safetensors"])
