@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_bagel import platform
 from megatron_bagel.inference.arguments import parse_arguments, parse_size
 from megatron_bagel.inference.prompt_files import Prompt, make_prompt, read_prompts
-from megatron_bagel.inference.run_prompts import run_prompts
+from megatron_bagel.inference.run_prompts import run_prompts, serve
 from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
 
 
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     platform.install()
     try:
+        if args.serve:
+            serve(args)
+            return 0
         count = run_prompts(args, collect_prompts(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

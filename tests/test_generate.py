@@ -108,6 +108,8 @@ def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path, capsys: pytest.
         (["--task", "edit", "--prompt", "a"], "needs an image to change"),
         (["--task", "edit", "--prompt", "a", "--image", "gone.png"], "image gone.png does not exist"),
         ([], "nothing to do"),
+        (["--serve", "--port", "70000"], "--port 70000: cannot listen"),
+        (["--serve", "--num-timesteps", "1"], "num_timesteps is 1"),
     ],
 )
 def test_mistakes_get_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], said: str) -> None:

@@ -13,6 +13,7 @@ _EPILOG = """examples:
   an edit          --model DIR --task edit --image photo.png --prompt "make it blue" --cfg-interval 0 1 --cfg-renorm-type text_channel
   mixed input      --model DIR --task interleave --prompt "in the style of" --image a.png --prompt "draw" --image b.png
   many prompts     --model DIR --input prompts.jsonl --out answers
+  a page           --model DIR --serve
 
 The settings of BAGEL's demo: pictures --cfg-text-scale 4; edits --cfg-text-scale 4 --cfg-img-scale 2
 --cfg-interval 0 1 --cfg-renorm-type text_channel. Both spellings, --cfg-text-scale and --cfg_text_scale, are accepted.
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prompts(parser.add_argument_group("prompts"))
     _add_text(parser.add_argument_group("text"))
     _add_image(parser.add_argument_group("pictures"))
+    _add_serve(parser.add_argument_group("page"))
     return parser
 
 
@@ -98,6 +100,12 @@ def _add_image(group: Any) -> None:
     group.add_argument("--cfg-renorm-min", type=float, default=0.0, help="least factor of renormalisation; 1 is off (default: %(default)s)")
     group.add_argument("--cfg-couple-batch", action="store_true", help="one norm for all pictures of a batch, as in the original")
     group.add_argument("--enable-taylorseer", action="store_true", help="refused: this approximation of the original is not offered")
+
+
+def _add_serve(group: Any) -> None:
+    group.add_argument("--serve", action="store_true", help="show a page to draw and to talk about pictures, until interrupted")
+    group.add_argument("--host", default="127.0.0.1", help="address of the page; others than the default let others use it")
+    group.add_argument("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from megatron_bagel.inference.noise import KeyedNoise
 from megatron_bagel.inference.prompt_files import Prompt
 from megatron_bagel.inference.requests import Answer, answer
 from megatron_bagel.inference.sampling import TextSampling
+from megatron_bagel.platform.distributed import launched_world_size
 
 
 def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
@@ -37,40 +38,77 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
     Raises ValueError for options or prompts that cannot be, before anything is written.
     """
     # Imports Megatron-Core, which must find the platform installed.
-    from megatron_bagel.inference.loading import LoadOptions, load_engine
     from megatron_bagel.inference.replicas import Replicas
 
-    if args.enable_taylorseer:
-        raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
-    image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch)
-    text = TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p)
+    text, image = sampling_of(args)
     for prompt in prompts:
         prompt.check_files()
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
-    named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
-    options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
-    engine = load_engine(args.model, options)
+    engine = open_engine(args)
     check_prompts(engine, prompts)
     jobs = [_Job.of(prompt, sample, args) for prompt in prompts for sample in range(args.num_samples)]
-    replicas = Replicas.launched()
-    with AnswerWriter(args.out, _deciding(args), args.resume) if replicas.writes else nullcontext() as writer:
-        done = replicas.agreed(lambda: {job.name for job in jobs if writer.has(job.name, job.prompt, job.seed)})
-        left = [job for job in jobs if job.name not in done]
-        each = args.batch_size * replicas.count
+    replicas, writer = Replicas.launched(), None
+
+    def begin() -> set[str]:
+        nonlocal writer
+        writer = AnswerWriter(args.out, _deciding(args), args.resume)
+        return {job.name for job in jobs if writer.has(job.name, job.prompt, job.seed)}
+
+    done = replicas.agreed(begin)
+    left = [job for job in jobs if job.name not in done]
+    each = args.batch_size * replicas.count
+    with writer or nullcontext():
         for start in range(0, len(left), each):
             began, round_ = time.monotonic(), left[start : start + each]
             mine = round_[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
             noise = [KeyedNoise(job.seed, job.prompt.name) for job in mine]
             answers = replicas.collected(answer(engine, [job.prompt.request() for job in mine], noise, text, image))
-            if replicas.writes:
+            if writer is not None:
                 seconds = (time.monotonic() - began) / len(round_)
                 _write(writer, round_, answers, seconds, (len(done) + start, len(jobs)))
     return len(jobs)
+
+
+def serve(args: Namespace) -> None:
+    """Show the page of ``--serve`` until interrupted. Raises ValueError for options that cannot be."""
+    from megatron_bagel.inference.serve import Desk, make_server
+
+    if launched_world_size() > 1:
+        raise ValueError("--serve runs on one process: start it with python, not with torchrun on several ranks")
+    desk = Desk(open_engine(args), *sampling_of(args))
+    try:
+        server = make_server(desk, args.host, args.port)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {args.host} --port {args.port}: cannot listen there ({error})") from error
+    print(f"the page is at http://{args.host}:{server.server_address[1]}/ until Ctrl-C", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        server.server_close()
+
+
+def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
+    """How texts and pictures are made. Raises ValueError naming an option out of its range."""
+    if args.enable_taylorseer:
+        raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
+    guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
+    image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch)
+    return TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p), image
+
+
+def open_engine(args: Namespace) -> Engine:
+    """The model of ``--model``."""
+    from megatron_bagel.inference.loading import LoadOptions, load_engine
+
+    named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
+    options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
+    return load_engine(args.model, options)
 
 
 @dataclass(frozen=True)
@@ -91,7 +129,7 @@ class _Job:
 def _deciding(args: Namespace) -> dict[str, Any]:
     """The options that decide what an answer is, beside the prompt."""
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
-    free = of_prompts | {"out", "resume", "batch_size", "tensor_model_parallel_size"}
+    free = of_prompts | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from megatron_bagel.training.contact_sheet import SheetRow, contact_sheet
 from megatron_bagel.training.history import MetricsFile, read_history
-from megatron_bagel.training.metrics import StepMetrics, log_line
+from megatron_bagel.training.metrics import StepMetrics, jsonable, log_line
 from megatron_bagel.training.plots import plot_losses
 
 _LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -77,6 +77,7 @@ class WandbSink:
             "mem_allocated": metrics.peak_mem_bytes / _MEBIBYTE,
             "consumed_samples": metrics.consumed_samples,
             "consumed_tokens": metrics.consumed_tokens,
+            **metrics.by_dataset,
         }
         self._run.log(record, step=metrics.step)
 
@@ -170,7 +171,7 @@ class RunLog:
         shown = [f"{name} {numbers[name]:.4f}" for name in ("model/ce", "model/mse", "ema/ce", "ema/mse") if name in numbers]
         seconds = sum(value for name, value in numbers.items() if name.startswith("seconds_"))
         self._logger.info(f"(step={step:07d}) Validation {', '.join(shown)}, {seconds:.1f} s")
-        self._validation.write({"step": step, **numbers})
+        self._validation.write({"step": step, **jsonable(numbers)})
         for sink in self._sinks:
             sink.write_validation(step, numbers)
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_bagel.training.accounting import utilization
 
@@ -49,7 +50,12 @@ class StepMetrics:
         null, and readers show a gap."""
         values = asdict(self)
         values |= values.pop("by_dataset")
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        return jsonable(values)
+
+
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, with None for those JSON cannot say: NaN and infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def log_line(metrics: StepMetrics) -> str:

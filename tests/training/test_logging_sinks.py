@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_bagel.training.contact_sheet import SheetRow
 from megatron_bagel.training.history import read_history
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
 from tests.training.test_metrics import metrics
@@ -49,6 +53,28 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_a_run_without_a_logged_step_closes(tmp_path: Path) -> None:
     RunLog(tmp_path, rank=0, next_step=0, tensorboard=False).close()
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_validation_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = types.SimpleNamespace(log=lambda record, step: calls.append((step, record)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run, Image=lambda image: image.size))
+    log = RunLog(tmp_path, rank=0, next_step=0, wandb=WandbSettings())
+    rows = {"t2i_pretrain": [SheetRow("a red circle", (("made", np.zeros((32, 32, 3), np.uint8)),))]}
+    for step in (2, 4):
+        log.log_validation(step, {"model/ce": 0.5, "ema/ce": math.nan, "seconds_losses": 1.0})
+        log.log_samples(step, rows, [{"prompt": "what color is it?", "answer": "rot ü"}])
+    log.close()
+    # A restart from the checkpoint of step 2 keeps what was said of the first two steps.
+    RunLog(tmp_path, rank=0, next_step=2, tensorboard=False).close(plot=False)
+    (record,) = read_history(tmp_path / "validation.jsonl")
+    assert record == {"step": 2, "model/ce": 0.5, "ema/ce": None, "seconds_losses": 1.0}
+    assert json.loads((tmp_path / "samples/0000004.jsonl").read_text())["answer"] == "rot ü"
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == ["0000002_t2i_pretrain.png", "0000004_t2i_pretrain.png"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("validation/model/ce")] == [2, 4]
+    assert [event.step for event in events.Images("samples/t2i_pretrain")] == [2, 4]
+    assert [step for step, _ in calls] == [2, 2, 4, 4] and "samples/t2i_pretrain" in calls[1][1]
 
 
 def test_wandb_missing_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
