@@ -80,5 +80,6 @@ def _guarded(path: Path, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "global" in line.lower()), lines[0])
         raise ValueError(f"{path} holds an object that torch does not load unseen ({reason}): it is not loaded") from error

@@ -25,10 +25,10 @@ from torch import nn
 
 import megatron_bagel
 from megatron_bagel.checkpoint import foreign_files, publish
+from megatron_bagel.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from megatron_bagel.checkpoint.weight_map import Entry, WeightMap
 from megatron_bagel.checkpoint.weights import assign, entries_of, matches
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
+#: Name of the vision tower among the modules.
+TOWER = "vision"
 # Settings of a model that may change from one run to the next: they decide no stored tensor, nor what the stored ones mean.
 _MAY_DIFFER = (
     "max_latent_size",
@@ -83,8 +85,7 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     _fill_modules(trained.modules, loaded)
     # The distributed optimizer copies into leaf tensors that require gradients.
     with torch.no_grad():
-        if _has_state(trained.optimizer):
-            trained.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(trained.optimizer, loaded)
         if trained.ema is not None:
             trained.ema.load_state_dict(loaded["ema"])
     return int(state["step"]), state["run"]
@@ -169,6 +170,10 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
         state = sharded_state_dict_default(
             module, "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group()
         )
+        if name == TOWER:
+            # Whole on the ranks of every pipeline stage, or on the first alone.
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            state = {key: replace(tensor, replica_id=(stage, *tensor.replica_id[1:])) for key, tensor in state.items()}
         states[name] = state
     return states
 
@@ -199,17 +204,10 @@ def provenance(step: int, arch: BagelArch, world_size: int) -> dict[str, Any]:
 def sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     """Everything a checkpoint stores as tensors, in model space; with `is_loading` empty buffers to be filled."""
     state: dict[str, Any] = {"model": module_state(trained.modules)}
-    if _has_state(trained.optimizer):
-        with megatron_compat.padded_buckets(trained.optimizer):
-            state["optimizer"] = trained.optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=dict(_METADATA))
+    state |= optimizer_state(trained.optimizer, state["model"], is_loading, _METADATA)
     if trained.ema is not None:
         state["ema"] = trained.ema.sharded_state_dict(state["model"], is_loading=is_loading)
     return state
-
-
-def _has_state(optimizer: MegatronOptimizer | None) -> bool:
-    """False also for Megatron's stub, on a pipeline stage that is frozen altogether."""
-    return optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False)
 
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

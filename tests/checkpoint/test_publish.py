@@ -1,22 +1,14 @@
-"""A checkpoint folder is complete or not there, also when the process is killed while saving."""
+"""A checkpoint folder is complete or not there; which folder is loaded, which may go. Kills and damage are in test_faults.py."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_bagel.checkpoint import publish
-from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.saver import save_checkpoint
-from tests.checkpoint.tiny_run import tiny_run, train_step
-from tests.distributed import fork, run_ranks
 
 
 def _fake(directory: Path, step: int) -> Path:
@@ -47,6 +39,15 @@ def test_saving_again_replaces_and_clears_what_was_torn(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000003", publish.LATEST_FILE]
 
 
+def test_old_checkpoints_go_but_those_that_stay(tmp_path: Path) -> None:
+    made = [_fake(tmp_path, step) for step in (2, 3, 4, 6, 7, 8)]
+    assert publish.retain(tmp_path, keep_last=0, keep_every=2) == []
+    removed = publish.retain(tmp_path, keep_last=2, keep_every=4, protected=[made[1]])
+    assert [publish.step_of(folder) for folder in removed] == [2, 6]
+    assert publish.checkpoints(tmp_path) == [made[1], made[2], made[4], made[5]]
+    assert publish.retain(tmp_path, keep_last=1, keep_every=0) == made[1:3] + made[4:5]
+
+
 def test_a_kill_while_replacing_loses_nothing(tmp_path: Path) -> None:
     _fake(tmp_path, 2)
     _fake(tmp_path, 3).rename(tmp_path / ".replaced-0000003")  # between the two renames
@@ -72,42 +73,3 @@ def test_unusable_folders_are_refused_by_name(tmp_path: Path) -> None:
 def test_state_that_is_not_json_is_refused() -> None:
     with pytest.raises(ValueError, match="numbers, strings, lists"):
         publish.state_text({"planner": object()})
-
-
-def _save_until_killed(directory: Path) -> None:
-    def work() -> None:
-        trained = tiny_run()
-        for step in range(1, 10_000):
-            train_step(trained, step)
-            save_checkpoint(directory, step, trained, {"seen": step})
-
-    run_ranks(work, 1, parallel={})
-
-
-def _kill_tree(pid: int) -> None:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    for child in children.read_text().split() if children.is_file() else []:
-        _kill_tree(int(child))
-    os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the children of a process in /proc")
-def test_killed_saves_leave_the_previous_checkpoint(tmp_path: Path) -> None:
-    moments = random.Random(0)
-    newest = 0
-    for _ in range(4):
-        process = fork(_save_until_killed, tmp_path)
-        first = publish.latest_checkpoint(tmp_path)
-        deadline = time.monotonic() + 60
-        while publish.latest_checkpoint(tmp_path) == first and time.monotonic() < deadline and newest < 3:
-            time.sleep(0.05)
-        time.sleep(moments.uniform(0.0, 1.5))
-        _kill_tree(process.pid)
-        process.join()
-        found = publish.latest_checkpoint(tmp_path)
-        assert found is not None
-        checkpoint = CheckpointWeights(found)
-        assert checkpoint.state["run"] == {"seen": checkpoint.step}
-        for key in checkpoint.keys()[::20]:  # noqa: SIM118
-            checkpoint.read(key)
-        newest = max(newest, checkpoint.step)
