@@ -3,6 +3,7 @@
     python examples/small_world/exam.py ask WORLD_JSON OUT          writes OUT/prompts.jsonl, OUT/truth.jsonl and the pictures shown
     python examples/small_world/exam.py marks ASKED ANSWERS         reads ANSWERS/<step>/results.jsonl, prints the last step's table, and
                                                                    writes marks.jsonl, marks.png and grid.png into ANSWERS
+    python examples/small_world/exam.py compare RUN RUN ...         a table of the last marks of several output folders of run.sh
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
 from megatron_bagel.data.sample_world import World
-from megatron_bagel.data.sample_world_exam import CHANCE, Exam, marks, picture_grid, write_exam
+from megatron_bagel.data.sample_world_exam import CHANCE, Exam, marks, picture_grid, read_lines, write_exam
 from megatron_bagel.data.sample_world_text import EDITS
 
 PAIRS = ("seen", "held out")
@@ -88,7 +89,8 @@ def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
         rows.append({"step": int(folder.name), "marks": shares})
     (answers / "marks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_curves(rows, answers / "marks.png")
-    picture_grid(asked, steps_of(answers)[-1]).save(answers / "grid.png")
+    if any("image" in row for row in read_lines(steps_of(answers)[-1] / "results.jsonl")):
+        picture_grid(asked, steps_of(answers)[-1]).save(answers / "grid.png")
     print(f"after {rows[-1]['step']} steps")
     print_table(table)
     if autoencoder is not None:
@@ -97,6 +99,17 @@ def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
 
         print(f"autoencoder alone: {told(judge(load_autoencoder(autoencoder)))}")
     print(f"curves {answers / 'marks.png'}, pictures {answers / 'grid.png'}, numbers {answers / 'marks.jsonl'}")
+
+
+def compare(runs: list[Path]) -> None:
+    """One column per run: its last marks, over seen and held-out pairs together."""
+    last = [read_lines(run / "answers/marks.jsonl")[-1] for run in runs]
+    width = max(14, *(len(run.name) + 2 for run in runs))
+    print(f"{'':24s}" + "".join(run.name.rjust(width) for run in runs))
+    print(f"{'steps':24s}" + "".join(str(row["step"]).rjust(width) for row in last))
+    for name in dict.fromkeys(name for row in last for name in row["marks"]):
+        shares = [row["marks"].get(name, {}).values() for row in last]
+        print(f"{name:24s}" + "".join((f"{np.mean(list(share)):.1%}" if share else "-").rjust(width) for share in shares))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,10 +126,14 @@ def main(argv: list[str] | None = None) -> None:
     marking.add_argument("asked", type=Path, help="the folder that `ask` wrote")
     marking.add_argument("answers", type=Path, help="a folder with a folder of answers for each step")
     marking.add_argument("--autoencoder", type=Path, help="ae.safetensors, to measure what it loses by itself")
+    comparing = commands.add_parser("compare", help="marks of several runs beside each other")
+    comparing.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of run.sh")
     args = parser.parse_args(argv)
     try:
         if args.command == "ask":
             write_exam(read_world(args.world), Exam(args.pictures, args.questions, args.edits, tuple(args.edit_kinds)), args.out)
+        elif args.command == "compare":
+            compare(args.runs)
         else:
             mark(args.asked, args.answers, args.autoencoder)
     except ValueError as error:

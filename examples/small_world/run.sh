@@ -5,7 +5,8 @@
 #   bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 2000 --global_seed 1]
 #
 # A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
-# PROCESSES, T2I, EDIT, VLM and DATA_SEED in the environment change how many processes train and how much data of each kind is made.
+# PROCESSES, T2I, EDIT, VLM and DATA_SEED in the environment change how many processes train and how much data of each kind is made,
+# EXAM holds flags of `exam.py ask`.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then
@@ -47,7 +48,8 @@ stage "training"
   --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
 
 stage "exam of every checkpoint"
-"$PYTHON" $HERE/exam.py ask "$OUT/data/world.json" "$OUT/exam"
+# shellcheck disable=SC2086 # EXAM holds several words
+"$PYTHON" $HERE/exam.py ask "$OUT/data/world.json" "$OUT/exam" ${EXAM:-}
 for CHECKPOINT in "$OUT"/checkpoints/[0-9]*/; do
   STEP=$(basename "$CHECKPOINT")
   if [ -f "$OUT/answers/$STEP/complete" ]; then continue; fi

@@ -49,6 +49,8 @@ def test_from_the_data_to_the_table(exam: ModuleType, tmp_path: Path, capsys: py
     assert last["marks"]["question colour"] == {"seen": 1.0, "held out": 1.0}
     assert (tmp_path / "answers/marks.png").stat().st_size > 5000
     said = capsys.readouterr().out
+    exam.main(["compare", str(tmp_path), str(tmp_path)])
+    assert "question position" in (table := capsys.readouterr().out) and table.count("100.0%") >= 6
     assert "after 200 steps" in said and "question position" in said and "held-out pairs" in said
 
 
