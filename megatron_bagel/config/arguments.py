@@ -73,6 +73,9 @@ class DataArguments:
     split: str | None = flag(
         None, 'Ours. Weights of training and validation rows, such as "99,1": one row of every 100 of each dataset is held out.'
     )
+    latent_cache: str | None = flag(
+        None, "Ours. Folder made by data_tools/cache_latents.py: images of the generation groups are not encoded, and no VAE is loaded."
+    )
 
 
 @dataclass

@@ -35,6 +35,7 @@ OURS: frozenset[str] = frozenset({
     "data_root",
     "index_dir",
     "split",
+    "latent_cache",
     "use_wandb",
     "async_save",
     "keep_last",

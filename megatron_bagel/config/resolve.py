@@ -212,6 +212,8 @@ def architecture(config: Config) -> BagelArch:
         )
     if arch.vit is not None and "vit_patch_size" in config.given and model.vit_patch_size != arch.vit.patch_size:
         raise ValueError(f"--vit_patch_size is {model.vit_patch_size}, but the vision tower's patches have {arch.vit.patch_size} pixels")
+    if config.data.latent_cache is not None and training.visual_gen:
+        arch = replace(arch, autoencoder=AutoencoderArch.beside(Path(config.data.latent_cache) / "latents.json"))
     return arch
 
 

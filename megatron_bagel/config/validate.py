@@ -144,14 +144,18 @@ def check_paths(config: Config) -> None:
     _need_file("dataset_config_file", data.dataset_config_file, "the YAML of dataset groups")
     if data.index_dir is not None:
         _need_folder("index_dir", data.index_dir, "an index written by data_tools/build_index.py")
-    if data.data_root is not None:
+    if data.data_root is not None and "://" not in data.data_root:
         _need_folder("data_root", data.data_root, "the raw data")
+    if data.latent_cache is not None:
+        _need_folder("latent_cache", data.latent_cache, "a cache made by data_tools/cache_latents.py")
+        if training.vae_encode_padded:
+            raise ValueError("--vae_encode_padded encodes images with their neighbours of a pack; it cannot be used with --latent_cache")
     if training.finetune_from_hf:
         _need_folder("model_path", model.model_path, "a folder in BAGEL's released layout")
         _need_file("model_path", Path(model.model_path) / "llm_config.json", "the decoder's configuration")
         if training.visual_und:
             _need_file("model_path", Path(model.model_path) / "vit_config.json", "the vision tower's configuration (or --visual_und False)")
-        if training.visual_gen:
+        if training.visual_gen and data.latent_cache is None:
             _need_file("model_path", Path(model.model_path) / "ae.safetensors", "the autoencoder's weights (or --visual_gen False)")
     else:
         _need_folder("llm_path", model.llm_path, "a Qwen2 folder")
@@ -159,7 +163,7 @@ def check_paths(config: Config) -> None:
         if training.visual_und:
             _need_folder("vit_path", model.vit_path, "a SigLIP folder (or --visual_und False)")
             _need_file("vit_path", Path(model.vit_path) / "config.json", "the vision tower's configuration")
-        if training.visual_gen:
+        if training.visual_gen and data.latent_cache is None:
             _need_file("vae_path", model.vae_path, "the autoencoder's weights (or --visual_gen False)")
     if training.resume_from is not None and not Path(training.resume_from).exists():
         raise ValueError(f"--resume_from {training.resume_from} does not exist; leave the flag out to start without it")

@@ -110,6 +110,15 @@ class DatasetReader:
             raise IndexError(f"{self.name} row {index} has {images} images, no image {image}")
         return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
 
+    def image_place(self, index: int, image: int) -> tuple[str, int]:
+        """(name of the shard, number among its images) of one image of row ``index``."""
+        shard, row = self._locate(index)
+        return self.info.shards[self._number_of(index)].name, int(shard.width.offsets[row]) + image
+
+    def shard_rows(self, number: int) -> range:
+        """Rows of the dataset that lie in shard ``number``."""
+        return range(self._starts[number], self._starts[number + 1])
+
     def source(self, index: int) -> tuple[str, int]:
         """(file, row in it) that row ``index`` came from, for messages."""
         shard, row = self._locate(index)
@@ -160,8 +169,11 @@ class DatasetReader:
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has rows 0 to {len(self) - 1}, no row {index}")
-        number = bisect.bisect_right(self._starts, index) - 1
+        number = self._number_of(index)
         return self._shard(number), int(index) - self._starts[number]
+
+    def _number_of(self, index: int) -> int:
+        return bisect.bisect_right(self._starts, index) - 1
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:

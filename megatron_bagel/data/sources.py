@@ -11,6 +11,7 @@ import torch
 from megatron_bagel.data.counts import Measures
 from megatron_bagel.data.groups import GroupConfig
 from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples, Rows
+from megatron_bagel.data.latent_cache import LatentCache
 from megatron_bagel.data.measure import measure_rows
 from megatron_bagel.data.sample_plan import (
     KeyedDraws,
@@ -44,12 +45,15 @@ class GroupSource:
     """
 
     def __init__(
-        self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings, split: Split = EVERYTHING
-    ) -> None:
-        """``split`` says which rows are read. Raises ValueError when the group's images can be too large for the model, or when it
-        has no sample at all."""
+        self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings, split: Split = EVERYTHING,
+        latents: LatentCache | None = None,
+    ) -> None:  # fmt: skip
+        """``split`` says which rows are read; VAE images come from ``latents`` where given.
+
+        Raises ValueError when the group's images can be too large for the model, or when it has no sample at all.
+        """
         check_image_limits(group, settings.layout, settings.visual_und)
-        self.group, self.settings = group, settings
+        self.group, self.settings, self.latents = group, settings, latents
         self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
         self._passes: list[_Pass] = []
@@ -98,9 +102,20 @@ class GroupSource:
         return Sample(reader.name, row, epoch, items, self.group.name)
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """One image of a sample after its transform, float32 [3, height, width]. Raises ValueError when it cannot be decoded."""
+        """One image of a sample after its transform, float32 [3, height, width]; a VAE image of a source with a latent cache is its
+        posterior, [2 * z, height / downsample, width / downsample].
+
+        Raises ValueError when it cannot be decoded, or is another picture than the index says.
+        """
         reader, row, _ = self._locate(index, 0)
-        decoded = decode_rgb(reader.image_bytes(row, image.image))
+        if self.latents is not None and image.kind == "vae":
+            arch = self.latents.arch
+            return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+        record = reader.record(row)
+        width, height = int(record.widths[image.image]), int(record.heights[image.image])
+        decoded = decode_rgb(reader.image_bytes(row, image.image), width * height)
+        if decoded.size != (width, height):
+            raise ValueError(f"the picture is {decoded.width} x {decoded.height}, the index says {width} x {height}; build it again")
         return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
 
     def describe(self, index: int) -> str:
@@ -124,7 +139,8 @@ class GroupSource:
 
 
 def open_sources(
-    groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, split: Split = EVERYTHING
-) -> list[GroupSource]:
+    groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, split: Split = EVERYTHING,
+    latents: LatentCache | None = None,
+) -> list[GroupSource]:  # fmt: skip
     """One source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
-    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, split) for group in groups]
+    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, split, latents) for group in groups]

@@ -22,6 +22,7 @@ from megatron_bagel.data.loader import PackReader
 from megatron_bagel.data.sources import GroupSource
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.training_data import layout_spec, training_sources
+from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.inference.guidance import Guidance
 from megatron_bagel.inference.image import ImageSampling, decode_latents
 from megatron_bagel.layout.pack import PackImage, item_grid, sample_tokens
@@ -115,7 +116,7 @@ class Evaluation:
         latents = answers.pictures(drawing, self.sampling)
         texts = answers.texts(writing, self.most_tokens)
         results = [ProbeResult(place[each.probe.name], text=self.tokenizer.decode(ids)) for each, ids in zip(writing, texts, strict=True)]
-        if trainable.stage.autoencoder is not None and _decodes():
+        if isinstance(trainable.stage.autoencoder, AutoEncoder) and _decodes():  # a latent cache cannot decode
             for each, tokens in zip(drawing, latents, strict=True):
                 grid = item_grid(each.probe.wanted, self.reader.spec)
                 picture = decode_latents(trainable.stage.autoencoder, tokens, grid, self.arch.latent_patch_size)

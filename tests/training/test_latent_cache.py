@@ -1,0 +1,84 @@
+"""Training from stored posteriors gives the losses of encoding, needs no autoencoder, and refuses a cache of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_tools.cache_latents import main
+from megatron_bagel.data.groups import load_groups
+from megatron_bagel.data.index_format import read_manifest
+from megatron_bagel.data.index_reader import IndexedSamples
+from megatron_bagel.data.latent_cache import LatentCache
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+def command(world: Path, output: Path, *more: str) -> list[str]:
+    config = ["--dataset_config_file", str(world / "data/dataset.yaml"), "--vae", str(world / "ae.safetensors")]
+    return [str(world / "index"), *config, "--output", str(output), *more]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def open_cache(world: Path, cache: Path, change: Callable[[dict], None] = lambda _: None) -> LatentCache:
+    content = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    change(content)
+    (world / "data/changed.yaml").write_text(yaml.safe_dump(content))
+    return LatentCache(cache, read_manifest(world / "index"), load_groups(world / "data/changed.yaml"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, {}), pytest.param(2, {"pipeline_model_parallel_size": 2, "num_workers": 1}, marks=pytest.mark.slow)],
+)
+def test_the_same_losses_without_a_vae(world: Path, tmp_path: Path, ranks: int, layout: dict) -> None:
+    assert main(command(world, tmp_path / "latents")) == 0
+    encoded = runs.run(runs.run_config(world, tmp_path / "encoded", total_steps=3))
+    absent = {"vae_path": str(tmp_path / "none.safetensors"), "latent_cache": str(tmp_path / "latents"), **layout}
+    cached = runs.run(runs.run_config(world, tmp_path / "cached", ranks, total_steps=3, **absent), ranks)
+    for name in ("ce", "mse", "grad_norm"):
+        assert [record[name] for record in cached] == pytest.approx([record[name] for record in encoded], rel=1e-5)
+    assert all(record["mse"] > 0 for record in encoded)
+
+
+def test_jobs_make_the_same_cache_and_a_stopped_one_goes_on(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(world, tmp_path / "whole")) == 0
+    parts = tmp_path / "parts"
+    assert main(command(world, parts, "--num-jobs", "2", "--job-index", "1")) == 0 and "others are not" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no complete cache"):
+        open_cache(world, parts)
+    assert main(command(world, parts, "--num-jobs", "2", "--job-index", "0")) == 0
+    assert tree(parts) == tree(tmp_path / "whole")
+    (parts / "latents.json").unlink()
+    next(parts.rglob("00000.json")).unlink()
+    assert main(command(world, parts)) == 0 and tree(parts) == tree(tmp_path / "whole")
+
+
+def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "latents"
+    assert main(command(world, cache, "--dtype", "bfloat16")) == 0
+    open_cache(world, cache)
+    with pytest.raises(ValueError, match="image_transform_args of group t2i_pretrain"):
+        open_cache(world, cache, lambda content: content["t2i_pretrain"]["image_transform_args"].update(max_image_size=48))
+    (cache / "latents.json").write_text((cache / "latents.json").read_text().replace(read_manifest(world / "index").build_key, "other"))
+    with pytest.raises(ValueError, match="another index"):
+        open_cache(world, cache)
+    assert main(command(world, cache)) == 2 and "remove it, or give another --output" in capsys.readouterr().err
+    assert main(command(world, cache, "--overwrite")) == 0
+    assert main(command(world, world)) == 2 and "something else than a latent cache" in capsys.readouterr().err
+    data = next(cache.rglob("*.bin"))
+    data.write_bytes(data.read_bytes()[:-4])
+    name = f"{data.parent.parent.name}/{data.parent.name}"
+    with pytest.raises(ValueError, match="should have"):
+        open_cache(world, cache).posterior(IndexedSamples.open(world / "index").datasets[name], 0, 0, (2, 2))
