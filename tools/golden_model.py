@@ -129,11 +129,15 @@ class RecordedStage(PrePipelineStage):
         recorded = self._recorded[id(pack)]
         return recorded.get("flow_noise", torch.zeros(0, self.arch.latent_token_dim))
 
-    def posterior_noise(self, pack: Pack) -> list[Tensor]:
+    def posterior_noise(self, pack: Pack, images: Sequence[PackImage] | None = None) -> list[Tensor]:
         """The part of the recorded noise that lies on each image itself."""
-        side = self.arch.latent_patch_size
+        side, everyone = self.arch.latent_patch_size, pack.images_of("vae")
         noise = self._recorded[id(pack)]["vae_posterior_noise"]
-        return [one[:, : rows * side, : columns * side] for one, (rows, columns) in zip(noise, pack.latent_shapes.tolist(), strict=True)]
+        return [
+            one[:, : rows * side, : columns * side]
+            for image, one, (rows, columns) in zip(everyone, noise, pack.latent_shapes.tolist(), strict=True)
+            if images is None or image in images
+        ]
 
 
 def load_batch(goldens: Path, name: str, arch: BagelArch) -> GoldenBatch:

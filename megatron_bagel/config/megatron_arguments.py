@@ -20,6 +20,11 @@ class MegatronArguments:
     num_layers_in_last_pipeline_stage: int | None = flag(None, "Layers of the last stage, which also has the heads. Default: as others.")
     context_parallel_size: int = flag(1, "Ranks that share the tokens of a pack.")
     cp_comm_type: Literal["all_gather", "a2a"] = flag("all_gather", "How context-parallel ranks exchange keys and values.")
+    encoder_placement: Literal["all_ranks", "first_stage"] = flag(
+        "all_ranks",
+        "Ours. Who encodes images: all_ranks deals them to every rank of a replica; first_stage keeps ViT and VAE on the first "
+        "(and last) stage, where each rank encodes all images of its replica.",
+    )
     sequence_parallel: bool = flag(False, "Split norms and residuals over tensor-parallel ranks too: less activation memory.")
     use_distributed_optimizer: bool = flag(True, "Split optimizer state and fp32 weights over data-parallel ranks.")
     num_distributed_optimizer_instances: int | None = flag(None, "Groups of ranks; each holds the sharded optimizer state once.")

@@ -18,6 +18,12 @@ def check_parallel_sizes(megatron: MegatronArguments, llm: LLMArch) -> None:
     check_context_parallel(megatron, llm)
 
 
+def encoders_on_all_ranks(megatron: MegatronArguments) -> bool:
+    """Whether the ranks of a replica share the encoding of its images (one rank has nobody to share with)."""
+    ranks = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
+    return megatron.encoder_placement == "all_ranks" and ranks > 1
+
+
 def check_tensor_parallel(size: int, llm: LLMArch) -> None:
     """Every cut matrix is cut evenly; key/value heads may be fewer than ranks, which then share them."""
     if _tensor_obstacle(size, llm) is None:

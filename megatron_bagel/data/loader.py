@@ -7,16 +7,20 @@ those the workers are busy with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.counts import SampleSource
+from megatron_bagel.data.image_dealing import EncodingShare, planned_images
 from megatron_bagel.data.loader_noise import raw_timesteps
 from megatron_bagel.data.planner import Planner
 from megatron_bagel.data.planner_deal import PackPlan, deal
@@ -33,8 +37,16 @@ class ReadableSource(SampleSource, Protocol):
         ...
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """One transformed image of a sample, float32 [3, height, width]. Raises ValueError when it cannot be decoded."""
+        """One image of a sample, float32 of `stored_shape`. Raises ValueError when it cannot be decoded."""
         ...
+
+
+def stored_shape(image: PackImage, posterior: AutoencoderArch | None) -> tuple[int, int, int]:
+    """Shape of what a source gives for an image: its transformed pixels [3, height, width] or, for a VAE image of a run with a
+    latent cache, the ``posterior`` of its autoencoder, mean and log variance [2 * z, height / downsample, width / downsample]."""
+    if posterior is None or image.kind != "vae":
+        return 3, image.height, image.width
+    return 2 * posterior.z_channels, image.height // posterior.downsample, image.width // posterior.downsample
 
 
 @dataclass
@@ -43,7 +55,9 @@ class LoadedPack:
     from a worker.
 
     ``vit_patches`` [n_vit, patch * patch * 3] in sequence order; ``vae_buffer`` holds the VAE images one after the other;
-    ``raw_timesteps`` float32 [VAE images], -inf for clean ones.
+    ``raw_timesteps`` float32 [VAE images], -inf for clean ones. With a latent cache ``posterior`` is the shape of its autoencoder,
+    and VAE images are posteriors (`stored_shape`). ``held`` bool [images] says which of the pack's images were read (all by default);
+    the pixels of the others are not there.
     """
 
     plan: PackPlan
@@ -51,12 +65,26 @@ class LoadedPack:
     vit_patches: torch.Tensor
     vae_buffer: torch.Tensor
     raw_timesteps: np.ndarray
+    posterior: AutoencoderArch | None = None
+    held: np.ndarray | None = None
+
+    def held_of(self, kind: str) -> list[bool]:
+        """Which of the pack's images of one kind were read."""
+        held = np.ones(len(self.pack.images), dtype=bool) if self.held is None else self.held
+        return [bool(here) for image, here in zip(self.pack.images, held, strict=True) if image.kind == kind]
+
+    def _read(self, kind: str) -> list[PackImage]:
+        return list(compress(self.pack.images_of(kind), self.held_of(kind)))
+
+    def vit_images(self) -> Sequence[torch.Tensor]:
+        """Views [tokens, patch * patch * 3] of the ViT images that were read, in sequence order."""
+        return torch.split(self.vit_patches, [image.tokens for image in self._read("vit")])
 
     def vae_images(self) -> list[torch.Tensor]:
-        """Views [3, height, width] of the VAE images, in sequence order."""
-        images = self.pack.images_of("vae")
-        pieces = torch.split(self.vae_buffer, [3 * image.height * image.width for image in images])
-        return [piece.view(3, image.height, image.width) for piece, image in zip(pieces, images, strict=True)]
+        """Views of the VAE images that were read, each of its `stored_shape`, in sequence order."""
+        shapes = [stored_shape(image, self.posterior) for image in self._read("vae")]
+        pieces = torch.split(self.vae_buffer, [math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -67,29 +95,56 @@ class StepBatch:
     plans: list[PackPlan]
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """Pack ``number`` of the ``packs`` that a replica trains on in one step: who reads an image depends on all of them."""
+
+    packs: tuple[PackPlan, ...]
+    number: int
+
+
 class PackReader(Dataset):
-    """Reads planned packs; ``reader[plan]`` runs in a worker."""
+    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole, of a `StepPlan` only the images of this
+    rank's ``share``."""
 
-    def __init__(self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int) -> None:
-        """``seed`` names the timestep draws."""
-        self.sources, self.spec, self.seed = list(sources), spec, seed
+    def __init__(
+        self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int, posterior: AutoencoderArch | None = None,
+        share: EncodingShare | None = None,
+    ) -> None:  # fmt: skip
+        """``seed`` names the timestep draws. ``posterior`` is given when the sources read VAE images from a latent cache, ``share``
+        when the ranks of the replica share the encoding of its images."""
+        self.sources, self.spec, self.seed, self.posterior, self.share = list(sources), spec, seed, posterior, share
+        self._dealt: tuple[tuple[PackPlan, ...], list[np.ndarray]] = ((), [])
 
-    def __getitem__(self, plan: PackPlan) -> LoadedPack:
+    def __getitem__(self, wanted: PackPlan | StepPlan) -> LoadedPack:
+        plan, held = (wanted, None) if isinstance(wanted, PackPlan) else (wanted.packs[wanted.number], self._held(wanted))
         pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
         if pack.sequence_length != plan.tokens:
             raise ValueError(
                 f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
                 "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
             )
-        patches = [vit_patches(self._pixels(plan, image), self.spec.vit_patch) for image in pack.images_of("vit")]
-        pixels = [self._pixels(plan, image).reshape(-1) for image in pack.images_of("vae")]
+        images = pack.images if held is None else tuple(compress(pack.images, held))
+        patches = [vit_patches(self._pixels(plan, image), self.spec.vit_patch) for image in images if image.kind == "vit"]
+        pixels = [self._pixels(plan, image).reshape(-1) for image in images if image.kind == "vae"]
         return LoadedPack(
             plan=plan,
             pack=pack,
             vit_patches=torch.cat(patches) if patches else torch.zeros(0, 3 * self.spec.vit_patch**2),
             vae_buffer=torch.cat(pixels) if pixels else torch.zeros(0),
             raw_timesteps=raw_timesteps(pack, self.seed),
+            posterior=self.posterior,
+            held=held,
         )
+
+    def _held(self, wanted: StepPlan) -> np.ndarray | None:
+        """Which images of the pack this rank encodes; None for all of them."""
+        if self.share is None:
+            return None
+        if self._dealt[0] != wanted.packs:
+            samples = [[self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples] for plan in wanted.packs]
+            self._dealt = wanted.packs, self.share.owners([planned_images(each, self.spec) for each in samples])
+        return self._dealt[1][wanted.number] == self.share.rank
 
     def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor:
         source, index, _ = plan.samples[image.sample]
@@ -97,10 +152,10 @@ class PackReader(Dataset):
             pixels = self.sources[source].pixels(index, image)
         except (ValueError, OSError) as error:
             raise ValueError(f"image {image.image} of {self.sources[source].describe(index)} cannot be read: {error}") from error
-        if tuple(pixels.shape) != (3, image.height, image.width):
+        if tuple(pixels.shape) != (planned := stored_shape(image, self.posterior)):
             raise ValueError(
                 f"image {image.image} of {self.sources[source].describe(index)} has shape {tuple(pixels.shape)} after its transform, "
-                f"planned were {(3, image.height, image.width)}; the index was built from another file: build it anew"
+                f"planned were {planned}; the index was built from another file: build it anew"
             )
         return pixels
 
@@ -169,6 +224,7 @@ class _Plans:
     def __init__(self, loader: PackLoader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[PackPlan]:
+    def __iter__(self) -> Iterator[StepPlan]:
         while True:
-            yield from self.loader.plan_next()
+            packs = tuple(self.loader.plan_next())
+            yield from (StepPlan(packs, number) for number in range(len(packs)))

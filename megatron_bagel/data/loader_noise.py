@@ -5,6 +5,8 @@ Nothing here draws from a generator that advances, so kill, resume, other sizes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -41,9 +43,14 @@ def flow_noise(pack: Pack, seed: int, channels: int) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, channels)
 
 
-def posterior_noise(pack: Pack, seed: int, z_channels: int, downsample: int) -> list[torch.Tensor]:
-    """Noise to sample the autoencoder's posterior with, one float32 [z_channels, height / downsample, width / downsample] per image."""
+def posterior_noise(
+    pack: Pack, seed: int, z_channels: int, downsample: int, images: Sequence[PackImage] | None = None
+) -> list[torch.Tensor]:
+    """Noise to sample the autoencoder's posterior with, one float32 [z_channels, height / downsample, width / downsample] per image.
+
+    ``images`` are all VAE images of the pack by default.
+    """
     return [
         keyed_normal((z_channels, image.height // downsample, image.width // downsample), seed, *_name(pack, image, "posterior"))
-        for image in pack.images_of("vae")
+        for image in (pack.images_of("vae") if images is None else images)
     ]

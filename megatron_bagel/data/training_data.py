@@ -13,9 +13,11 @@ from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.counts import CostModel
 from megatron_bagel.data.groups import GroupConfig, load_groups
+from megatron_bagel.data.image_dealing import EncodingShare
 from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.data.index_format import MANIFEST
 from megatron_bagel.data.index_reader import IndexedSamples
+from megatron_bagel.data.latent_cache import LatentCache
 from megatron_bagel.data.loader import PackLoader, PackReader
 from megatron_bagel.data.planner import Planner, PlannerConfig
 from megatron_bagel.data.sample_plan import ConditionDropout, active_groups
@@ -95,14 +97,18 @@ def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part
         visual_und=training.visual_und,
         costs=CostModel.of(arch),
     )
-    index = IndexedSamples.open(index_folder(config), tokenizer)
-    return open_sources(training_groups(config), index, settings, split)
+    index, groups = IndexedSamples.open(index_folder(config), tokenizer), training_groups(config)
+    cache = config.data.latent_cache
+    latents = LatentCache(cache, index.manifest, groups) if cache is not None and training.visual_gen else None
+    return open_sources(groups, index, settings, split, latents)
 
 
 def open_loader(
-    config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1
-) -> PackLoader:
-    """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow.
+    config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
+    share: EncodingShare | None = None,
+) -> PackLoader:  # fmt: skip
+    """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow; only the images of
+    this rank's ``share`` of the encoding are read, by default all.
 
     Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
     images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
@@ -118,5 +124,6 @@ def open_loader(
         seed=data.data_seed,
         global_batch_size=sizes.final,
     )
-    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed)
+    posterior = arch.autoencoder if config.data.latent_cache is not None else None
+    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, posterior, share)
     return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor, sizes)

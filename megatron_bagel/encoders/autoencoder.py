@@ -77,15 +77,15 @@ class AutoEncoder(nn.Module):
                     moments[i] = (mean[row], logvar[row])
         return [m for m in moments if m is not None]
 
-    def encode_padded(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def encode_padded(self, images: Sequence[Tensor], size: tuple[int, int] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Like `encode_many`, but as the original does it: every image is padded with zeros (mid-grey) on the right and bottom to
-        the largest height and width among `images`, encoded so, and its own part of the moments cut out.
+        `size` (height, width; the largest among `images` unless given), encoded so, and its own part of the moments cut out.
 
-        An image's moments then depend on which others it is encoded with; only for comparing with the original.
+        An image's moments then depend on which others are in its pack; only for comparing with the original.
         """
         if not images:
             return []
-        height, width = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+        height, width = size or (max(image.shape[-2] for image in images), max(image.shape[-1] for image in images))
         padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
         factor = self.arch.downsample
         cuts = [(..., slice(image.shape[-2] // factor), slice(image.shape[-1] // factor)) for image in images]

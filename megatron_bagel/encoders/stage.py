@@ -15,7 +15,7 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loader import LoadedPack
 from megatron_bagel.data.loader_noise import flow_noise, posterior_noise
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.layout.pack import Pack
+from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.batch import Features
 from megatron_bagel.model.flow import patchify, shift_timesteps
 
@@ -42,8 +42,10 @@ class PrePipelineStage:
 
     def encode(self, packs: Sequence[LoadedPack]) -> list[Features]:
         """Features of each pack, in sequence order of its tokens."""
-        vit = self._vit_features(packs)
-        return [self._features(pack, vit[number] if vit else None) for number, pack in enumerate(packs)]
+        vit, latents = self._vit_features(packs), self._latents(packs)
+        return [
+            self._features(pack, vit[number] if vit else None, latents[number] if latents else None) for number, pack in enumerate(packs)
+        ]
 
     def backward(self) -> None:
         """Send the gradient that the schedule left in the ViT features through the tower; does nothing when there is none."""
@@ -56,10 +58,10 @@ class PrePipelineStage:
         """Noise of every VAE token, [n_vae, channels]. Replaying recorded noise means to override this and ``posterior_noise``."""
         return flow_noise(pack, self.settings.seed, self.arch.latent_token_dim)
 
-    def posterior_noise(self, pack: Pack) -> list[torch.Tensor]:
-        """Noise of every VAE image's latent, [z, H / downsample, W / downsample]."""
+    def posterior_noise(self, pack: Pack, images: Sequence[PackImage] | None = None) -> list[torch.Tensor]:
+        """Noise of the latents of ``images`` (all VAE images of the pack), each [z, H / downsample, W / downsample]."""
         ae = self.arch.autoencoder
-        return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample)
+        return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample, images)
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.tower is None:
@@ -75,9 +77,27 @@ class PrePipelineStage:
             self._leaf = output
         return torch.split(output, [len(pack.pack.vit_positions) for pack in packs])
 
-    def _features(self, loaded: LoadedPack, vit: torch.Tensor | None) -> Features:
-        pack, device = loaded.pack, self.settings.device
+    def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
+        """Latents of each pack, [n_vae, channels]; None where nothing makes them."""
         if self.autoencoder is None:
+            return None
+        return [self._encoded(loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
+
+    def _encoded(self, loaded: LoadedPack, images: Sequence[PackImage], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Latents of some VAE images of a pack, one after the other, [tokens, channels]."""
+        device = self.settings.device
+        if not images:
+            return torch.zeros(0, self.arch.latent_token_dim, device=device)
+        size = None
+        if self.settings.pad_images:
+            everyone = loaded.pack.images_of("vae")
+            size = max(image.height for image in everyone), max(image.width for image in everyone)
+        noises = self.posterior_noise(loaded.pack, images)
+        return encode_latents(self.autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
+
+    def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
+        pack, device = loaded.pack, self.settings.device
+        if latents is None:
             # No latents in the data, or on a stage between first and last, which only counts them.
             nothing = torch.zeros(len(pack.vae_positions), self.arch.latent_token_dim, device=device)
             return Features(vit=vit, latents=nothing, noise=nothing, timesteps=torch.zeros(len(nothing), device=device))
@@ -85,30 +105,26 @@ class PrePipelineStage:
         raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
         return Features(
             vit=vit,
-            latents=self._latents(loaded),
+            latents=latents,
             noise=self.flow_noise(pack).to(device),
             timesteps=shift_timesteps(raw, self.arch.timestep_shift).to(device),
         )
 
-    def _latents(self, loaded: LoadedPack) -> torch.Tensor:
-        channels, device = self.arch.latent_token_dim, self.settings.device
-        if not len(loaded.pack.latent_shapes):
-            return torch.zeros(0, channels, device=device)
-        noises = self.posterior_noise(loaded.pack)
-        images = [image.to(device) for image in loaded.vae_images()]
-        return encode_latents(self.autoencoder, images, noises, self.arch.latent_patch_size, self.settings.pad_images)
-
 
 @torch.no_grad()
 def encode_latents(
-    autoencoder: AutoEncoder, images: Sequence[torch.Tensor], noises: Sequence[torch.Tensor], patch: int, pad: bool = False
+    autoencoder: AutoEncoder,
+    images: Sequence[torch.Tensor],
+    noises: Sequence[torch.Tensor],
+    patch: int,
+    padded_to: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Images [3, H, W] in [-1, 1] -> latent tokens of all of them, [tokens, patch * patch * z].
 
-    ``noises`` [z, H / downsample, W / downsample] sample the posterior. With ``pad`` the images are encoded zero-padded to a common
-    size and cut out of the result, which lets them influence each other (docs/differences.md).
+    ``noises`` [z, H / downsample, W / downsample] sample the posterior. With ``padded_to`` (height, width) the images are encoded
+    zero-padded to that size and cut out of the result, which changes them (docs/differences.md).
     """
-    moments = autoencoder.encode_padded(images) if pad else autoencoder.encode_many(images)
+    moments = autoencoder.encode_padded(images, padded_to) if padded_to else autoencoder.encode_many(images)
     tokens = [
         patchify(autoencoder.sample(mean, logvar, noise.to(mean.device)), patch)
         for (mean, logvar), noise in zip(moments, noises, strict=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 from megatron.core.distributed import DistributedDataParallel
@@ -128,14 +129,15 @@ class ShardedEma:
         for index, (entry, owner) in enumerate(zip(self._entries, self._owners(), strict=True)):
             if index not in shardings:
                 raise ValueError(f"Parameter {entry.name} is trained but is not in the model's sharded state: it would not be saved.")
-            mine = owner == dist.get_rank(entry.owned.group)
+            group_size, mine = dist.get_world_size(entry.owned.group), owner == dist.get_rank(entry.owned.group)
             if is_loading:
                 whole = torch.empty(entry.parameter.shape, dtype=torch.float32, device=entry.average.device) if mine else None
             else:
                 whole = _assemble(entry, entry.average, owner)
             if mine and whole is not None:
                 sharded = make_sharded_optimizer_tensor(shardings[index], whole, prefix)
-                state[entry.name] = replace(sharded, replica_id=_single_replica(sharded.replica_id, entry.owned.instance))
+                replica = (0, 0, 0) if _over_world(group_size) else sharded.replica_id
+                state[entry.name] = replace(sharded, replica_id=_single_replica(replica, entry.owned.instance))
         return state
 
     @torch.no_grad()
@@ -156,6 +158,11 @@ class ShardedEma:
         return deal_by_size(
             [entry.parameter.numel() for entry in self._entries], [dist.get_world_size(entry.owned.group) for entry in self._entries]
         )
+
+
+def _over_world(group_size: int) -> bool:
+    """Whether a group is larger than the decoder's data-parallel ones: its module is whole on all model-parallel ranks too."""
+    return group_size > dist.get_world_size(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def deal_by_size(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:

@@ -16,14 +16,17 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.parallel_sizes import virtual_stages
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import RunLayout, architecture, resolve
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
 from megatron_bagel.data.loader import PackLoader
 from megatron_bagel.data.training_data import ensure_index, open_loader
+from megatron_bagel.encoders.dealt_stage import DealtStage
 from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
+from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.ema import ShardedEma
@@ -48,6 +51,7 @@ from megatron_bagel.training.optimizer import (
     synced_parameters,
     trainable_parameters,
     wrap_ddp,
+    wrap_over_world,
 )
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
@@ -119,9 +123,12 @@ def set_up(config: Config) -> Run:
     # Indexing may take longer than a collective of training ever should.
     dist.barrier(patient)
     dist.destroy_process_group(patient)
-    replica = parallel_state.get_data_parallel_rank()
-    loader = open_loader(config, arch, tokenizer, layout.batch_sizes, replica, layout.data_parallel_size)
-    trainable, trained = _build_trainable(config, layout, arch, source)
+    place = parallel_state.get_data_parallel_rank()
+    replica = make_replica() if encoders_on_all_ranks(config.megatron) else None
+    costs = EncoderCosts.of(arch, training.freeze_vit or training.freeze_und)
+    share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
+    loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
+    trainable, trained = _build_trainable(config, layout, arch, source, replica, share)
     counters = _restore(source, trained, trainable, loader)
     log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
     settings = StepSettings(
@@ -140,7 +147,10 @@ def set_up(config: Config) -> Run:
     return run
 
 
-def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource) -> tuple[Trainable, Trained]:
+def _build_trainable(
+    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource, replica: Replica | None, share: EncodingShare | None
+) -> tuple[Trainable, Trained]:
+    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images."""
     training, megatron = config.training, config.megatron
     tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
     modules = build_modules(config, arch, tcfg)
@@ -155,8 +165,13 @@ def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source:
     )  # fmt: skip
     tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
     parts = [*modules.decoder, *([modules.tower] if tower_trains else [])]
-    wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
-    optimizer = build_optimizer(wrapped, optimizer_settings)
+    if replica is not None and tower_trains:
+        tower = wrap_over_world(tcfg, modules.tower, optimizer_settings)
+        wrapped = [*wrap_ddp(tcfg, modules.decoder, optimizer_settings), tower]
+        optimizer = build_optimizer(wrapped[:-1], optimizer_settings, over_world=tower)
+    else:
+        wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
+        optimizer = build_optimizer(wrapped, optimizer_settings)
     tcfg.grad_scale_func = optimizer.scale_loss
     if megatron.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in wrapped[: len(modules.decoder)]]
@@ -169,11 +184,12 @@ def _build_trainable(config: Config, layout: RunLayout, arch: BagelArch, source:
     )
     tower = wrapped[-1] if tower_trains else modules.tower
     stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device())
+    encoders = arch, tower, modules.autoencoder, stage_settings
     trainable = Trainable(
         config=tcfg,
         decoder=wrapped[: len(modules.decoder)],
         tower=wrapped[-1] if tower_trains else None,
-        stage=PrePipelineStage(arch, tower, modules.autoencoder, stage_settings),
+        stage=PrePipelineStage(*encoders) if replica is None else DealtStage(*encoders, replica, share),
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, schedule),
         ema=ema,

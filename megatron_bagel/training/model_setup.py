@@ -25,6 +25,7 @@ from megatron_bagel.checkpoint.training_state import load_weights_only
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import load_weights
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import architecture, tokenizer_path
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,7 +46,8 @@ logger = logging.getLogger(__name__)
 class Modules:
     """The parts of a model on this rank, not wrapped yet: a pipeline stage has one decoder chunk, or several when interleaved.
 
-    ``tower`` is on the first stage alone, ``autoencoder`` on the first, which reads latents, and the last, which aims at them.
+    ``tower`` and ``autoencoder`` are on every rank or, with ``--encoder-placement first_stage``, ``tower`` on the first stage alone,
+    ``autoencoder`` on the first, which reads latents, and the last, which aims at them.
     """
 
     decoder: list[BagelModel]
@@ -73,12 +75,13 @@ def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> M
     device = platform.device()
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    everywhere = encoders_on_all_ranks(config.megatron)
     # Transformer Engine's layers allocate on the GPU whatever is asked for.
     with without_memory() if config.megatron.transformer_impl == "local" else nullcontext():
         decoder = [_build_chunk(config, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
-        tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and first else None
+        tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and (first or everywhere) else None
     autoencoder = None
-    if arch.autoencoder is not None and (first or last):
+    if arch.autoencoder is not None and (first or last or everywhere):
         autoencoder = _autoencoder(config, arch).to(device)
     for part in (*decoder, *([tower] if tower is not None else [])):
         give_memory(part, device, tcfg.params_dtype)

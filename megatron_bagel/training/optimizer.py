@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
@@ -79,6 +80,25 @@ def wrap_ddp(
     ]
 
 
+def wrap_over_world(config: TransformerConfig, module: torch.nn.Module, settings: OptimizerSettings) -> DistributedDataParallel:
+    """Wrap a module that is whole on every rank: data-parallel over the world, whatever the decoder's layout.
+
+    Its optimizer state is sharded over the world once (``distributed_optimizer_instances`` is for the decoder).
+    """
+    own = _ddp_config(replace(settings, distributed_optimizer_instances=1))
+    return DistributedDataParallel(config, own, module, disable_bucketing=not settings.overlap_grad_reduce, pg_collection=_world_groups())
+
+
+def _world_groups() -> ProcessGroupCollection:
+    """Megatron's groups for a module that only data parallelism touches."""
+    everyone = dist.group.WORLD
+    # Expert parallelism is never used here, so its group is this rank by itself.
+    alone = parallel_state.get_expert_model_parallel_group()
+    groups = {"dp": everyone, "dp_cp": everyone, "intra_dist_opt": everyone}
+    groups |= dict.fromkeys(("tp", "pp", "ep", "mp", "cp", "tp_ep_pp", "expt_dp"), alone)
+    return ProcessGroupCollection(**groups)
+
+
 def _ddp_config(settings: OptimizerSettings) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -96,13 +116,16 @@ def trainable_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def build_optimizer(modules: Sequence[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:
+def build_optimizer(
+    modules: Sequence[DistributedDataParallel], settings: OptimizerSettings, over_world: DistributedDataParallel | None = None
+) -> MegatronOptimizer:
     """AdamW over the trainable parameters of all wrapped modules. Raises ValueError when everything is frozen, on every rank.
 
-    A pipeline stage without any gets an optimizer that only takes part in the global gradient norm. Collective over the world.
+    ``over_world`` (from `wrap_over_world`) gets an optimizer of its own beside the others', with one gradient norm over all. A
+    pipeline stage without any trainable parameter gets one that only takes part in that norm. Collective over the world.
     """
     trainable = [module for module in modules if trainable_parameters(module)]
-    anywhere = torch.tensor([len(trainable)], device=platform.device())
+    anywhere = torch.tensor([len(trainable) + (over_world is not None)], device=platform.device())
     dist.all_reduce(anywhere)
     if not anywhere.item():
         raise ValueError(
@@ -125,7 +148,13 @@ def build_optimizer(modules: Sequence[DistributedDataParallel], settings: Optimi
         overlap_param_gather=settings.overlap_param_gather,
     )
     # No overrides: without weight decay there is no reason to split biases into a group of their own.
-    return get_megatron_optimizer(config, trainable or list(modules), config_overrides={})
+    optimizer = get_megatron_optimizer(config, trainable or list(modules), config_overrides={})
+    if over_world is None:
+        return optimizer
+    apart = get_megatron_optimizer(
+        config, [over_world], config_overrides={}, use_gloo_process_groups=False, pg_collection=_world_groups()
+    )
+    return ChainedOptimizer([*leaf_optimizers(optimizer), *leaf_optimizers(apart)])
 
 
 def finalize_gradients(model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:

@@ -73,7 +73,8 @@ def write_recorded_set(folder: Path) -> Path:
     images = [image[:, :height, :width].float() for image, (height, width) in zip(padded, sizes, strict=True)]
     own = [one[:, : height // 4, : width // 4] for one, (height, width) in zip(posterior, sizes, strict=True)]
     autoencoder = load_autoencoder(folder / "hf" / "ae.safetensors", arch.autoencoder)
-    latents = encode_latents(autoencoder, images, own, arch.latent_patch_size, pad=True)
+    largest = max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+    latents = encode_latents(autoencoder, images, own, arch.latent_patch_size, largest)
     vit = tower(patches.float(), torch.from_numpy(pack.vit_position_ids), [len(patches)])
     features = Features(vit, latents, flow, shift_timesteps(raw, arch.timestep_shift))
     ce, mse = decoder(make_microbatch(pack, expert_order(pack), features, "dense"))
