@@ -41,6 +41,8 @@ _METADATA = {
 }
 #: Name of the vision tower among the modules.
 TOWER = "vision"
+# What Megatron's linear layers add for fp8: empty here, and no weight of a released folder has it.
+_EXTRA = "_extra_state"
 # Settings of a model that may change from one run to the next: they decide no stored tensor, nor what the stored ones mean.
 _MAY_DIFFER = (
     "max_latent_size",
@@ -174,7 +176,7 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
             # Whole on the ranks of every pipeline stage, or on the first alone.
             stage = parallel_state.get_pipeline_model_parallel_rank()
             state = {key: replace(tensor, replica_id=(stage, *tensor.replica_id[1:])) for key, tensor in state.items()}
-        states[name] = state
+        states[name] = {key: tensor for key, tensor in state.items() if not key.endswith(_EXTRA)}
     return states
 
 
@@ -219,7 +221,10 @@ def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], l
     for name, module in modules.items():
         while hasattr(module, "module"):
             module = module.module
-        module.load_state_dict(loaded["model"][name], strict=not lacking)
+        result = module.load_state_dict(loaded["model"][name], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
+        if result.unexpected_keys or (missing and not lacking):
+            raise ValueError(f"module {name} got no value for {_few(missing)}, and has no place for {_few(result.unexpected_keys)}")
 
 
 def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = True) -> set[str]:

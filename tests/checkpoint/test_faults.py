@@ -171,8 +171,8 @@ def _limit_files() -> None:
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 def test_a_write_that_fails_in_the_middle_leaves_the_step_before(tmp_path: Path, background: bool) -> None:
     [message] = run_ranks(_two_saves, 1, tmp_path, background, _limit_files, parallel={})
-    assert "File too large" in message, message
-    assert f"continues from {tmp_path / '0000001'}" in message
+    # Not every release of torch passes the system's reason on.
+    assert "could not be written" in message and f"continues from {tmp_path / '0000001'}" in message
     assert checksums.damaged(publish.latest_checkpoint(tmp_path)) == []
 
 

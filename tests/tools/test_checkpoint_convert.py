@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
-from tools.checkpoint_convert import hf_to_megatron, megatron_to_hf
+from tools.checkpoint_convert import hf_to_megatron, inspect_checkpoint, megatron_to_hf
 
 
 @pytest.mark.parametrize("weights", ["ema", "both"])
@@ -53,3 +54,56 @@ def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "does not exist" in capsys.readouterr().err
     assert hf_to_megatron.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_parts_a_run_was_trained_without_come_from_another_folder(goldens: Path, tmp_path: Path) -> None:
+    source = goldens / "hf"
+    top = json.loads((source / "config.json").read_text())
+    text_only = tmp_path / "text"
+    text_only.mkdir()
+    tensors = load_file(source / "ema.safetensors")
+    parts = ("vit_", "connector", "time_embedder", "vae2llm", "llm2vae", "latent_pos")
+    save_file({name: tensor * 2 for name, tensor in tensors.items() if not name.startswith(parts)}, text_only / "ema.safetensors")
+    (text_only / "config.json").write_text(json.dumps({**top, "visual_und": False, "visual_gen": False}))
+    (text_only / "llm_config.json").write_text((source / "llm_config.json").read_text())
+    assert hf_to_megatron.main(["--model", str(text_only), "--output", str(tmp_path / "ckpt")]) == 0
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--tokenizer", str(source)]
+    assert megatron_to_hf.main([*command, "--untrained-from", str(source), "--shard-size", "300KB"]) == 0
+    index = json.loads((out / "ema.safetensors.index.json").read_text())
+    files = sorted(out.glob("ema-*.safetensors"))
+    assert len(files) == len(set(index["weight_map"].values())) > 2
+    written: dict[str, torch.Tensor] = {}
+    for file in files:
+        assert file.stat().st_size < 400_000
+        written |= load_file(file)
+    assert written.keys() == tensors.keys() == index["weight_map"].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(written[name], tensor if name.startswith(parts) else tensor * 2), name
+    assert (out / "ae.safetensors").is_file() and (out / "vit_config.json").is_file()
+
+
+def test_types_are_kept_on_request(goldens: Path, tmp_path: Path) -> None:
+    assert hf_to_megatron.main(["--model", str(goldens / "hf"), "--output", str(tmp_path / "ckpt")]) == 0
+    for dtype, expected in (("keep", torch.bfloat16), ("fp32", torch.float32)):
+        out = tmp_path / dtype
+        assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--dtype", dtype]) == 0
+        assert load_file(out / "ema.safetensors")["language_model.lm_head.weight"].dtype == expected
+
+
+def test_a_checkpoint_is_described_compared_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(train_and_save, 1, tmp_path / "a", {}, 1, 0, parallel={})
+    run_ranks(train_and_save, 1, tmp_path / "b", {}, 2, 0, parallel={})
+    assert inspect_checkpoint.main(["show", str(tmp_path / "a")]) == 0
+    page = capsys.readouterr().out
+    for part in ("step 1,", "Qwen2MoTDecoderLayer, 2 layers", "weights: model, ema", "optimizer.state.exp_avg", "megatron_core"):
+        assert part in page, page
+    assert inspect_checkpoint.main(["show", "--json", str(tmp_path / "a")]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["tensors"]["output_layer.weight"] == [[40, 32], "float32"]
+    assert inspect_checkpoint.main(["compare", str(tmp_path / "a"), str(tmp_path / "a" / "0000001")]) == 0
+    assert "all tensors are equal" in capsys.readouterr().out
+    assert inspect_checkpoint.main(["compare", "--only", "output_layer", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    report = capsys.readouterr()
+    assert "output_layer.weight: 1280 of 1280 values differ" in report.out and "1 tensors differ" in report.err
+    assert inspect_checkpoint.main(["verify", str(tmp_path / "b")]) == 0
