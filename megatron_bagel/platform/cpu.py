@@ -7,6 +7,7 @@ CUDA tensor types. Installed by ``platform.install`` only where there is no GPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_bagel.platform import lone_rank
 
 _CPU = torch.device("cpu")
+_MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 _installed = False
 _thread = threading.local()
 
@@ -114,6 +116,7 @@ def install() -> None:
         _install_streams()
         _install_random_state()
         _use_huge_pages()
+        _keep_freed_memory()
         _scale_in_place()
         lone_rank.install()
         _installed = True
@@ -138,6 +141,21 @@ def _use_huge_pages() -> None:
     torch reads the variable at its first allocation; a value that the user has set stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next temporary instead of handing it back and faulting it in again.
+
+    A quarter of the autoencoder's time went there. Blocks of 32 MiB and more (glibc's limit) still go back at once. Other C libraries,
+    and settings of the user, are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name in os.environ for name in _MALLOC_SETTINGS):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    if mallopt(mmap_threshold, 32 << 20):
+        # Once one threshold is set by hand glibc stops adapting the other, so this comes second and never alone.
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _scale_in_place() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -98,6 +100,18 @@ def test_large_temporaries_come_in_huge_pages():
     torch.ones(1 << 26)
     # 64 Mi floats are 65,536 small pages, or 128 huge ones.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
+
+
+def test_freed_memory_is_taken_again():
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("not glibc")
+    block = torch.ones(6 << 20)  # 24 MiB at the top of the heap
+    del block
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(6 << 20)
+    # Twenty times 6,144 small pages, or 12 huge ones, if each came anew.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
 def test_clipping_scales_in_place(single_rank):
