@@ -7,7 +7,7 @@ come from the weight map, so that no module is built and any layout of any model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import prod
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
-from megatron_bagel.config.parallel_sizes import padded_vocabulary
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, padded_vocabulary
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import RunLayout
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -41,6 +41,9 @@ class RankMemory:
     average_bytes: int
     autoencoder_bytes: int
 
+    def __add__(self, other: RankMemory) -> RankMemory:
+        return RankMemory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def total_bytes(self) -> int:
         """Everything but activations."""
@@ -55,6 +58,11 @@ class _Tensor:
     numel: int
     layer: int | None
     frozen: bool
+
+    @property
+    def is_tower(self) -> bool:
+        """Of the vision tower, which is never cut."""
+        return self.name.startswith(TOWER_PARTS)
 
 
 def stage_layers(megatron: MegatronArguments, layers: int) -> list[int]:
@@ -97,8 +105,16 @@ class MemoryModel:
 
     def rank(self, stage: int) -> RankMemory:
         """Memory of a rank of pipeline stage ``stage``; all tensor-, context- and data-parallel ranks of a stage are alike."""
-        held = [tensor for tensor in self._tensors if self._holds(stage, tensor)]
-        return self._bytes(held, autoencoder=stage in (0, self.megatron.pipeline_model_parallel_size - 1))
+        layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
+        replicas = layout.data_parallel_size * self.megatron.context_parallel_size
+        shards = replicas // layout.distributed_optimizer_instances
+        decoder = [tensor for tensor in self._tensors if not tensor.is_tower and self._holds(stage, tensor)]
+        tower = [tensor for tensor in self._tensors if tensor.is_tower and (everywhere or stage == 0)]
+        held = self._bytes(decoder, replicas, shards)
+        # A tower on every rank is data-parallel over the world, its state sharded once.
+        held += self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards))
+        encodes = everywhere or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
+        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
 
     def stages(self) -> list[RankMemory]:
         """Memory of a rank of every stage."""
@@ -115,12 +131,11 @@ class MemoryModel:
         tied = self.arch.llm.tie_word_embeddings and tensor.name.startswith("embedding.")
         return stage == 0 or (tied and stage == last)
 
-    def _bytes(self, held: Sequence[_Tensor], autoencoder: bool) -> RankMemory:
+    def _bytes(self, held: Sequence[_Tensor], replicas: int, shards: int) -> RankMemory:
+        """Of tensors that ``replicas`` ranks hold alike, with optimizer state sharded over ``shards`` of them."""
         bf16, sharded = self.layout.bf16, self.layout.use_distributed_optimizer
         trained = [tensor.numel for tensor in held if not tensor.frozen]
         total, training = sum(tensor.numel for tensor in held), sum(trained)
-        replicas = self.layout.data_parallel_size * self.megatron.context_parallel_size
-        shards = replicas // self.layout.distributed_optimizer_instances
         padded = sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained) if sharded else training
         # Two moments, and a main weight where the model's own is not fp32.
         state = (3 if bf16 else 2) * FP32
@@ -131,7 +146,7 @@ class MemoryModel:
             gradient_bytes=padded * FP32,
             optimizer_bytes=padded * state // shards if sharded else training * state,
             average_bytes=training * FP32 // (shards if sharded else replicas),
-            autoencoder_bytes=self._autoencoder_bytes if autoencoder else 0,
+            autoencoder_bytes=0,
         )
 
 

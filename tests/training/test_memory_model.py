@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2-dp2-bf16": (4, {CP: 2, **BF16, **OVERLAP}),
     "tp2-sp-pp2-dp2": (8, {**SP_TP2, PP: 2}),
     "tp2-dp2-freeze-und-bf16": (4, {TP: 2, "freeze_und": True, **BF16}),
+    "tp2-pp2-encoders-first": (4, {TP: 2, PP: 2, "encoder_placement": "first_stage"}),
     "pp2-dp2-tied-bf16": (4, {PP: 2, "tie_word_embeddings": True, **BF16}),
     "freeze-llm-dp2": (2, {"freeze_llm": True}),
     "moe-freeze-vit": (1, {"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}),
