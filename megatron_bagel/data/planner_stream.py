@@ -17,7 +17,7 @@ from megatron_bagel.data.planner_permutation import permuted
 
 SOURCE, INDEX, EPOCH, TOKENS, FULL_TOKENS, COST = range(6)
 COLUMNS = 6
-_CHUNK_BITS = 7  # candidates of a group are measured in runs of up to 2^7: the first pack must not wait for many
+_CHUNK_BITS = 12  # candidates of a group are measured in runs of up to 2^12
 _DRAW_BITS = 12  # groups are drawn in runs of 2^12
 _LISTED = 1000  # skipped samples kept by name; the rest are only counted
 _HOPELESS = 64, 1_000_000  # at least and at most so many skipped in a row, in between once round the source, end the run
@@ -92,9 +92,10 @@ class CandidateStream:
         """Full candidate rows for ``picks`` [n, 3] of (source, index, epoch), as kept in a saved state."""
         rows = np.zeros((len(picks), COLUMNS), dtype=np.int64)
         rows[:, :3] = picks
-        for number, epoch in np.unique(rows[:, [SOURCE, EPOCH]], axis=0):
-            mine = (rows[:, SOURCE] == number) & (rows[:, EPOCH] == epoch)
-            measures = self.sources[number].measure(rows[mine, INDEX], int(epoch))
+        keys = (rows[:, SOURCE] << 40) + rows[:, EPOCH]
+        for key in np.unique(keys).tolist():
+            mine, number, epoch = keys == key, key >> 40, key & ((1 << 40) - 1)
+            measures = self.sources[number].measure(rows[mine, INDEX], epoch)
             rows[mine, TOKENS:] = np.stack([measures.tokens, measures.full_tokens, measures.cost], axis=1)
         return rows
 
