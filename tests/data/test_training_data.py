@@ -44,7 +44,7 @@ def test_batches_from_flags_alone(goldens: Path, tmp_path: Path, words: Tokenize
     stamp = (tmp_path / "results/index/manifest.json").stat().st_mtime_ns
     ensure_index(run, words)
     assert (tmp_path / "results/index/manifest.json").stat().st_mtime_ns == stamp  # kept, not made again
-    step = next(open_loader(run, arch, words, global_batch_size=2))
+    step = next(open_loader(run, arch, words, 2))
     assert len(step.packs) == 2 and all(pack.pack.sequence_length <= 400 for pack in step.packs)
     two = open_loader(run, arch, words, 2, replica=1, replicas=2)
     assert next(two).plans == step.plans
