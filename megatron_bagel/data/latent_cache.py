@@ -69,7 +69,7 @@ class LatentCache:
         """Mean and log variance, float32 [2 * z, height, width], of one image of row ``index`` whose latent is ``grid`` (height,
         width). Raises ValueError when the stored one has another size."""
         shard, number = reader.image_place(index, image)
-        data = self._shard(reader, shard)[number][0]
+        data = self._shard(reader, shard)[number]
         values = torch.from_numpy(np.array(data)).view(self.dtype)
         shape = (2 * self.arch.z_channels, *grid)
         if values.numel() != shape[0] * shape[1] * shape[2]:

@@ -76,7 +76,7 @@ def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[by
         with av.open(io.BytesIO(data)) as container:
             chosen = set(sampler.choose(total, float(rate or 1), *key)) if total else set()
             frames = [_jpeg(frame) for number, frame in enumerate(container.decode(video=0)) if number in chosen]
-    except (av.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"not a readable video ({error})") from error
     if not frames:
         raise ValueError("the video has no frame")

@@ -70,7 +70,7 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsy
     assert main(command(world, cache, "--dtype", "bfloat16")) == 0
     open_cache(world, cache)
     with pytest.raises(ValueError, match="image_transform_args of group t2i_pretrain"):
-        open_cache(world, cache, lambda content: content["t2i_pretrain"]["image_transform_args"].update(max_image_size=48))
+        open_cache(world, cache, lambda content: content["t2i_pretrain"]["image_transform_args"].update(max_image_size=80))
     (cache / "latents.json").write_text((cache / "latents.json").read_text().replace(read_manifest(world / "index").build_key, "other"))
     with pytest.raises(ValueError, match="another index"):
         open_cache(world, cache)
