@@ -125,8 +125,11 @@ class PackReader(Dataset):
                 "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
             )
         images = pack.images if held is None else tuple(compress(pack.images, held))
-        patches = [vit_patches(self._pixels(plan, image), self.spec.vit_patch) for image in images if image.kind == "vit"]
-        pixels = [self._pixels(plan, image).reshape(-1) for image in images if image.kind == "vae"]
+        # Picture by picture: a source keeps the last one it decoded.
+        order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
+        read = {place: self._pixels(plan, images[place]) for place in order}
+        patches = [vit_patches(read[place], self.spec.vit_patch) for place, image in enumerate(images) if image.kind == "vit"]
+        pixels = [read[place].reshape(-1) for place, image in enumerate(images) if image.kind == "vae"]
         return LoadedPack(
             plan=plan,
             pack=pack,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from megatron_bagel.data.counts import Measures
 from megatron_bagel.data.groups import GroupConfig
@@ -56,6 +57,7 @@ class GroupSource:
         self.group, self.settings, self.latents = group, settings, latents
         self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
+        self._last: tuple[str, int, int, Image] | None = None  # dataset, row, number and content of the picture decoded last
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
             passes = reader.used_rows(entry, group, split)
@@ -111,12 +113,20 @@ class GroupSource:
         if self.latents is not None and image.kind == "vae":
             arch = self.latents.arch
             return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+        decoded = self._decoded(reader, row, image.image)
+        return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
+
+    def _decoded(self, reader: DatasetReader, row: int, number: int) -> Image:
+        """One picture of a row. The last one is kept: ViT and autoencoder often take the same."""
+        if self._last is not None and self._last[:3] == (reader.name, row, number):
+            return self._last[3]
         record = reader.record(row)
-        width, height = int(record.widths[image.image]), int(record.heights[image.image])
-        decoded = decode_rgb(reader.image_bytes(row, image.image), width * height)
+        width, height = int(record.widths[number]), int(record.heights[number])
+        decoded = decode_rgb(reader.image_bytes(row, number), width * height)
         if decoded.size != (width, height):
             raise ValueError(f"the picture is {decoded.width} x {decoded.height}, the index says {width} x {height}; build it again")
-        return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
+        self._last = reader.name, row, number, decoded
+        return decoded
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""

@@ -53,7 +53,8 @@ class ShardedEma:
         self._modules = list(modules.values())
         named = {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.module.named_parameters()}
         tracked = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-        slices = owned_slices(optimizer, list(tracked.values()))
+        group_of = {parameter: module.dp_cp_group for module in modules.values() for parameter in module.module.parameters()}
+        slices = owned_slices(optimizer, list(tracked.values()), [group_of[parameter] for parameter in tracked.values()])
         self._entries = [
             _Entry(name, parameter, owned, main_weight_slice(parameter, owned).clone())
             for (name, parameter), owned in zip(tracked.items(), slices, strict=True)

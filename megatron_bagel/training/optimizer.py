@@ -207,16 +207,17 @@ def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def owned_slices(optimizer: MegatronOptimizer, parameters: Sequence[torch.nn.Parameter]) -> list[OwnedSlice]:
+def owned_slices(
+    optimizer: MegatronOptimizer, parameters: Sequence[torch.nn.Parameter], groups: Sequence[dist.ProcessGroup]
+) -> list[OwnedSlice]:
     """Slice of each trainable parameter that belongs to this rank.
 
     With the distributed optimizer it is the slice whose fp32 main weight lives here (empty if none does). Without it every
-    rank holds all main weights, and each parameter is cut evenly over the data-parallel ranks.
+    rank holds all main weights, and each parameter is cut evenly over the ranks of its data-parallel group, one of ``groups`` each.
     """
     sharded = [leaf for leaf in leaf_optimizers(optimizer) if isinstance(leaf, DistributedOptimizer) and not leaf.is_stub_optimizer]
     if not sharded:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return [_even_slice(parameter.numel(), group) for parameter in parameters]
+        return [_even_slice(parameter.numel(), group) for parameter, group in zip(parameters, groups, strict=True)]
     return [_distributed_slice(sharded, parameter) for parameter in parameters]
 
 
