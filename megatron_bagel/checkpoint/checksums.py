@@ -34,11 +34,11 @@ def digests(paths: list[Path]) -> dict[str, dict[str, Any]]:
         return dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
 
 
-def write_part(folder: Path, rank: int) -> None:
-    """Sum the tensor files that `rank` has written into `folder`, for `write_checksums` to collect."""
-    mine = sorted(folder.glob(f"__{rank}_*.distcp"))
+def write_part(folder: Path, rank: int, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Sum the tensor files that `rank` has written into `folder` (unless their sums are `known`), for `write_checksums` to collect."""
+    mine = sorted(folder.glob(f"__{rank}_*.distcp")) if known is None else []
     unfinished = folder / f".unfinished{_PART}{rank}"
-    unfinished.write_text(json.dumps(digests(mine)), encoding="utf-8")
+    unfinished.write_text(json.dumps(known or digests(mine)), encoding="utf-8")
     unfinished.replace(folder / f"{_PART}{rank}")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.weight_map import WeightMap
@@ -113,7 +114,7 @@ def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: Po
     """
     specs = file.specs(weight_map)
     with ShardedWriter(path, specs, shard_bytes) as writer:
-        for name, entry in weight_map.entries.items():
+        for name, entry in tqdm(weight_map.entries.items(), unit="tensor", desc=path.name, mininterval=1.0, disable=None):
             full = file.get(name)
             if entry.vocabulary:
                 full = full[: entry.shape[0]]  # rows that only pad the vocabulary to a multiple of the tensor-parallel size

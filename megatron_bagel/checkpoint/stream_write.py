@@ -5,17 +5,22 @@ The files are those of a torch_dist save of one rank: torch's own writer makes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
 
-from megatron_bagel.checkpoint import publish
+from megatron_bagel.checkpoint import checksums, publish
 from megatron_bagel.checkpoint.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.training_state import provenance
 from megatron_bagel.config.architecture import BagelArch
@@ -39,6 +44,46 @@ class _OnDemand(torch_checkpoint.DefaultSavePlanner):
         return tensor
 
 
+class _SummedFile:
+    """A file being written whose checksum is taken on the way, at the same time: both leave Python's lock to the other."""
+
+    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
+        self._sum, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        summed = self._pool.submit(self._sum.update, data)
+        written = self._file.write(data)
+        summed.result()
+        self._bytes += written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def entry(self) -> dict[str, Any]:
+        """As `checksums.digest` of the file."""
+        return {"bytes": self._bytes, "sha256": self._sum.hexdigest()}
+
+
+class _SummedFiles(FileSystem):
+    """torch's file system, keeping the checksum of every file it writes in `sums` by name."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self.sums: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            summed = _SummedFile(file, self._pool)
+            yield summed
+            self.sums[Path(path).name] = summed.entry()
+
+
 def write_checkpoint(
     directory: str | Path,
     step: int,
@@ -57,7 +102,11 @@ def write_checkpoint(
         saving = publish.begin(directory, step)
         planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
         writer = torch_checkpoint.FileSystemWriter(str(saving), single_file_per_rank=True, sync_files=True, thread_count=1)
-        torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemand(get, specs), no_dist=True)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            writer.fs = _SummedFiles(pool)
+            torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemand(get, specs), no_dist=True)
+        tensors = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
+        checksums.write_part(saving, 0, tensors)
         # What Megatron-Core adds: its format's name, and the part that is not sharded (here nothing).
         save_config(CheckpointingConfig("torch_dist", 1), str(saving))
         torch.save({}, saving / "common.pt")

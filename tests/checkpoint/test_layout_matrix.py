@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel.checkpoint import checksums
 from megatron_bagel.checkpoint.convert import Companions, export_checkpoint, import_folder
 from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, write_folder
 from megatron_bagel.checkpoint.saver import save_checkpoint
@@ -159,6 +160,7 @@ def test_every_kind_of_layer_through_four_layouts(goldens: Path, tmp_path: Path,
 
 def test_the_exported_folder_has_the_recorded_names_shapes_and_types(goldens: Path, tmp_path: Path) -> None:
     checkpoint = import_folder(goldens / "hf", tmp_path / "checkpoints")
+    assert checksums.damaged(checkpoint) == [] and (checkpoint / checksums.CHECKSUM_FILE).is_file()
     hf = goldens / "hf"
     out = export_checkpoint(checkpoint, tmp_path / "out", sincos_2d, companions=Companions(hf, hf / "ae.safetensors"))
     recorded = json.loads((goldens / "names_shapes.json").read_text())["model"]
