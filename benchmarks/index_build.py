@@ -63,8 +63,6 @@ def floor(root: Path, output: Path, tokenizer_path: Path) -> None:
                 for image, captions in zip(batch.column(0), batch.column(1), strict=True):
                     with open(output / f"{number:08d}.jpg", "wb") as file:
                         file.write(image.as_py())
-                        file.flush()
-                        os.fsync(file.fileno())
                     for caption in json.loads(captions.as_py()).values():
                         tokens.write(np.asarray(tokenizer.encode(caption), dtype="<i4").tobytes())
                     number += 1

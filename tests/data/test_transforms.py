@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_bagel.data.transforms import TransformArgs, decode_rgb, image_tensor, open_image, output_size, output_sizes, vit_patches
+from megatron_bagel.data.transforms import (
+    TransformArgs,
+    checked_size,
+    decode_rgb,
+    image_tensor,
+    open_image,
+    output_size,
+    output_sizes,
+    vit_patches,
+)
 
 
 def test_sizes_equal_the_goldens(goldens: Path) -> None:
@@ -84,3 +94,23 @@ def test_impossible_settings_are_refused() -> None:
         TransformArgs(32, 64, 16)
     with pytest.raises(ValueError, match="image_stride"):
         vit_patches(torch.zeros(3, 15, 14), 14)
+
+
+@pytest.mark.parametrize(("mode", "progressive"), [("RGB", False), ("RGB", True), ("L", False), ("CMYK", False)])
+def test_the_short_check_of_a_jpeg_finds_what_decoding_finds(mode: str, progressive: bool) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((150, 100)).convert(mode).save(buffer, "JPEG", progressive=progressive)
+    data = buffer.getvalue()
+    assert checked_size(data) == (150, 100) == decode_rgb(data).size
+
+    def found(check: Callable[[bytes], object], part: bytes) -> bool:
+        try:
+            check(part)
+        except ValueError:
+            return True
+        return False
+
+    cuts = [*range(0, len(data), 61), len(data) - 1]
+    assert [found(checked_size, data[:cut]) for cut in cuts] == [found(decode_rgb, data[:cut]) for cut in cuts]
+    assert found(checked_size, data[: len(data) // 2])

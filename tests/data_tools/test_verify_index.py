@@ -1,0 +1,44 @@
+"""The command finds damage anywhere in an index, names it, and answers with its exit status."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_tools.verify_index import main
+from tests.data.golden_index import build_golden_index
+
+
+@pytest.fixture(scope="module")
+def whole(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "index"
+    build_golden_index(goldens, folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", [[], ["--no-decode"], ["--workers", "2"]])
+def test_a_good_index_has_no_problems(whole: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(whole), *more]) == 0
+    assert "18 samples in 3 shard(s), all as they should be" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx", "arrow"])
+def test_a_changed_byte_anywhere_is_found(whole: Path, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(whole, index)
+    (path,) = index.glob(f"vlm_sft/*/*.{ending}")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert main([str(index)]) == 1
+    told = capsys.readouterr().out
+    assert f"vlm_sft/llava_ov/00000: 00000.{ending} does not have the checksum" in told and "problem(s)" in told
+    path.unlink()
+    assert main([str(index)]) == 1 and "no file" in capsys.readouterr().out
+
+
+def test_what_is_no_index_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
