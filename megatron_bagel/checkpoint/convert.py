@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,12 @@ class _Export:
     weight_map: WeightMap
     rest: TensorSource | None
 
+    @cached_property
+    def _own(self) -> frozenset[str]:
+        return frozenset(WeightMap(self.checkpoint.arch).entries)
+
     def file(self, dtype: str) -> WeightFile:
-        own = WeightMap(self.checkpoint.arch).entries
-        given = [name for name in self.weight_map.entries if name not in own]
+        given = [name for name in self.weight_map.entries if name not in self._own]
         for name in given:
             entry = self.weight_map.entries[name]
             if self.rest is None or any(hf not in self.rest or self.rest.spec(hf)[0] != shape for hf, shape in _parts(entry)):
@@ -116,13 +120,13 @@ class _Export:
         return WeightFile(self._get, dtype, self._stored_type)
 
     def _get(self, name: str) -> torch.Tensor:
-        if name in WeightMap(self.checkpoint.arch).entries:
+        if name in self._own:
             return self.checkpoint.read(self.checkpoint.key(name, self.kind))
         entry = self.weight_map.entries[name]
         return entry.fuse([self.rest.get(hf) for hf in entry.hf])
 
     def _stored_type(self, name: str) -> torch.dtype:
-        if name in WeightMap(self.checkpoint.arch).entries:
+        if name in self._own:
             return self.checkpoint.spec(self.checkpoint.key(name, self.kind))[1]
         return self.rest.spec(self.weight_map.entries[name].hf[0])[1]
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_bagel.checkpoint.read_ahead import TensorGetter, read_ahead
 from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
@@ -37,7 +38,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-TensorGetter = Callable[[str], torch.Tensor]  # our parameter name -> full tensor
 PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*side, channels] fp32
 
 
@@ -113,9 +113,10 @@ def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: Po
     A tensor larger than `shard_bytes` gets a file of its own.
     """
     specs = file.specs(weight_map)
-    with ShardedWriter(path, specs, shard_bytes) as writer:
-        for name, entry in tqdm(weight_map.entries.items(), unit="tensor", desc=path.name, mininterval=1.0, disable=None):
-            full = file.get(name)
+    names = list(weight_map.entries)
+    with read_ahead(file.get, names) as get, ShardedWriter(path, specs, shard_bytes) as writer:
+        for name in tqdm(names, unit="tensor", desc=path.name, mininterval=1.0, disable=None):
+            entry, full = weight_map.entries[name], get(name)
             if entry.vocabulary:
                 full = full[: entry.shape[0]]  # rows that only pad the vocabulary to a multiple of the tensor-parallel size
             for hf_name, part in zip(entry.hf, entry.split(full), strict=True):

@@ -44,8 +44,11 @@ def optimizer_state(
 
 def load_optimizer_state(optimizer: MegatronOptimizer | None, loaded: Mapping[str, Any]) -> None:
     """Take over what ``optimizer_state(is_loading=True)`` asked for. What is no tensor comes from the first entry."""
-    for entry, leaf in optimizers_with_state(optimizer).items():
-        leaf.load_state_dict(_completed(loaded[entry], loaded[FIRST]) if entry != FIRST else loaded[FIRST])
+    leaves = optimizers_with_state(optimizer)
+    # All of them before the first is loaded, which takes its state apart.
+    states = {entry: loaded[FIRST] if entry == FIRST else _completed(loaded[entry], loaded[FIRST]) for entry in leaves}
+    for entry, leaf in leaves.items():
+        leaf.load_state_dict(states[entry])
 
 
 def _completed(own: Any, first: Any) -> Any:

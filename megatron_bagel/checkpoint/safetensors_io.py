@@ -7,6 +7,7 @@ raw tensors (https://github.com/huggingface/safetensors). The library still chec
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
@@ -101,7 +102,8 @@ class SafetensorsReader:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         with self._where[name].open("rb", buffering=0) as file:
             file.seek(place.offset)
-            left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            # Not through numpy, which would tie the memory to an array: who gets the tensor may free it.
+            left = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
             while left.nbytes:
                 got = file.readinto(left)
                 if not got:

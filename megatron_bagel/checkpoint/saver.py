@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,9 +126,12 @@ class Saver:
             failures = getattr(error, "failures", None) or {}
             reasons = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in failures.values()]
             newest = publish.latest_checkpoint(self.directory)
+            # torch does not always pass the system's reason on: a full disk may be only "unexpected pos" there.
+            free = shutil.disk_usage(self.directory).free
             raise ValueError(
-                f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}); free some space or choose "
-                f"another --checkpoint_dir and start again: the run continues from {newest or 'its beginning'}"
+                f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}; "
+                f"{free / 1e6:.1f} MB are free there); free some space or choose another --checkpoint_dir and start again: the run "
+                f"continues from {newest or 'its beginning'}"
             ) from error
 
 

@@ -21,9 +21,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
 
 from megatron_bagel.checkpoint import checksums, publish
+from megatron_bagel.checkpoint.read_ahead import read_ahead
 from megatron_bagel.checkpoint.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.training_state import provenance
 from megatron_bagel.config.architecture import BagelArch
+
+_WORTH_A_THREAD = 1 << 18  # bytes
 
 
 class _OnDemand(torch_checkpoint.DefaultSavePlanner):
@@ -32,15 +35,22 @@ class _OnDemand(torch_checkpoint.DefaultSavePlanner):
     def __init__(self, get: Callable[[str], torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
         super().__init__(flatten_state_dict=False)
         self._get, self._specs = get, specs
+        self._written: torch.Tensor | None = None
         self._progress = tqdm(total=len(specs), unit="tensor", desc="writing", mininterval=1.0, disable=None)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         """The full tensor named by `index`. Raises ValueError when it is not what was planned."""
+        if self._written is not None:
+            # Some releases of torch's writer keep every tensor until the file is closed; its memory must not stay with it.
+            self._written.untyped_storage().resize_(0)
         shape, dtype = self._specs[index.fqn]
         tensor = self._get(index.fqn).to(dtype).contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"tensor {index.fqn} has shape {tuple(tensor.shape)}; announced was {tuple(shape)}")
+        if tensor.untyped_storage().size() != tensor.nbytes:
+            tensor = tensor.clone()
         self._progress.update()
+        self._written = tensor
         return tensor
 
 
@@ -52,9 +62,13 @@ class _SummedFile:
         self._sum, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> int:
-        summed = self._pool.submit(self._sum.update, data)
-        written = self._file.write(data)
-        summed.result()
+        if len(data) < _WORTH_A_THREAD:
+            self._sum.update(data)
+            written = self._file.write(data)
+        else:
+            summed = self._pool.submit(self._sum.update, data)
+            written = self._file.write(data)
+            summed.result()
         self._bytes += written
         return written
 
@@ -94,17 +108,17 @@ def write_checkpoint(
 ) -> Path:
     """Write `get(key)` of every key in `specs` as the checkpoint of `step` under `directory`; returns its folder.
 
-    `head` is added to the JSON state and holds at least "run". Peak memory is about two tensors. Raises ValueError when the folder
-    cannot be written; nothing is left of it then.
+    The tensors are given away: their memory is freed once they are written, so that the peak is a few tensors. `head` is added to the
+    JSON state and holds at least "run". Raises ValueError when the folder cannot be written; it is then no checkpoint.
     """
     text = publish.state_text({**provenance(step, arch, world_size=1), **head})
     try:
         saving = publish.begin(directory, step)
         planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
         writer = torch_checkpoint.FileSystemWriter(str(saving), single_file_per_rank=True, sync_files=True, thread_count=1)
-        with ThreadPoolExecutor(max_workers=1) as pool:
+        with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as ahead:
             writer.fs = _SummedFiles(pool)
-            torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemand(get, specs), no_dist=True)
+            torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemand(ahead, specs), no_dist=True)
         tensors = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
         checksums.write_part(saving, 0, tensors)
         # What Megatron-Core adds: its format's name, and the part that is not sharded (here nothing).
