@@ -70,6 +70,9 @@ class DataArguments:
     index_dir: str | None = flag(
         None, "Ours. Folder written by data_tools/build_index.py. Default: index/ in results_dir, built there at the first start."
     )
+    max_skipped_share: float = flag(
+        0.01, "Ours. Samples that cannot be read are replaced and listed; more than this share of a run (and than ten) end it."
+    )
     split: str | None = flag(
         None, 'Ours. Weights of training and validation rows, such as "99,1": one row of every 100 of each dataset is held out.'
     )

@@ -19,17 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.batch_size import BatchSizes
-from megatron_bagel.data.counts import SampleSource
 from megatron_bagel.data.image_dealing import EncodingShare, planned_images
 from megatron_bagel.data.loader_noise import raw_timesteps
 from megatron_bagel.data.planner import Planner
 from megatron_bagel.data.planner_deal import PackPlan, deal
+from megatron_bagel.data.replacement import SiblingSource, replaced_plan
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
 
 
-class ReadableSource(SampleSource, Protocol):
+class ReadableSource(SiblingSource, Protocol):
     """A source whose samples can be read, not only planned. It must be picklable where workers are spawned."""
 
     def sample(self, index: int, epoch: int) -> Sample:
@@ -57,7 +57,8 @@ class LoadedPack:
     ``vit_patches`` [n_vit, patch * patch * 3] in sequence order; ``vae_buffer`` holds the VAE images one after the other;
     ``raw_timesteps`` float32 [VAE images], -inf for clean ones. With a latent cache ``posterior`` is the shape of its autoencoder,
     and VAE images are posteriors (`stored_shape`). ``held`` bool [images] says which of the pack's images were read (all by default);
-    the pixels of the others are not there.
+    the pixels of the others are not there. ``failures`` are the places in the pack, with the reason, of samples whose
+    pictures could not be read; zeros stand for those pictures.
     """
 
     plan: PackPlan
@@ -67,6 +68,7 @@ class LoadedPack:
     raw_timesteps: np.ndarray
     posterior: AutoencoderArch | None = None
     held: np.ndarray | None = None
+    failures: tuple[tuple[int, str], ...] = ()
 
     def held_of(self, kind: str) -> list[bool]:
         """Which of the pack's images of one kind were read."""
@@ -103,9 +105,13 @@ class StepPlan:
     number: int
 
 
+class UnreadableImageError(ValueError):
+    """An image whose bytes cannot be read or decoded, in a message with its place."""
+
+
 class PackReader(Dataset):
-    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole, of a `StepPlan` only the images of this
-    rank's ``share``."""
+    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole or not at all (UnreadableImageError), of a
+    `StepPlan` only the images of this rank's ``share``, and those that cannot be read become ``failures``."""
 
     def __init__(
         self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int, posterior: AutoencoderArch | None = None,
@@ -127,7 +133,16 @@ class PackReader(Dataset):
         images = pack.images if held is None else tuple(compress(pack.images, held))
         # Picture by picture: a source keeps the last one it decoded.
         order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
-        read = {place: self._pixels(plan, images[place]) for place in order}
+        read: dict[int, torch.Tensor] = {}
+        failures: dict[int, str] = {}
+        for place in order:
+            try:
+                read[place] = self._pixels(plan, images[place])
+            except UnreadableImageError as error:
+                if isinstance(wanted, PackPlan):
+                    raise
+                failures.setdefault(images[place].sample, str(error))
+                read[place] = torch.zeros(stored_shape(images[place], self.posterior))
         patches = [vit_patches(read[place], self.spec.vit_patch) for place, image in enumerate(images) if image.kind == "vit"]
         pixels = [read[place].reshape(-1) for place, image in enumerate(images) if image.kind == "vae"]
         return LoadedPack(
@@ -138,6 +153,7 @@ class PackReader(Dataset):
             raw_timesteps=raw_timesteps(pack, self.seed),
             posterior=self.posterior,
             held=held,
+            failures=tuple(sorted(failures.items())),
         )
 
     def _held(self, wanted: StepPlan) -> np.ndarray | None:
@@ -154,7 +170,8 @@ class PackReader(Dataset):
         try:
             pixels = self.sources[source].pixels(index, image)
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {image.image} of {self.sources[source].describe(index)} cannot be read: {error}") from error
+            where = self.sources[source].describe(index)
+            raise UnreadableImageError(f"image {image.image} of {where} cannot be read: {error}") from error
         if tuple(pixels.shape) != (planned := stored_shape(image, self.posterior)):
             raise ValueError(
                 f"image {image.image} of {self.sources[source].describe(index)} has shape {tuple(pixels.shape)} after its transform, "
@@ -197,6 +214,24 @@ class PackLoader:
         plans = self._batches.pop(0)
         self.consumed_packs += len(plans)
         return StepBatch(packs, plans)
+
+    def replaced(self, batch: StepBatch, failed: Sequence[tuple[int, int]]) -> StepBatch:
+        """``batch`` with other samples in the places ``failed``, (pack of the batch, sample of the pack), read in this process.
+
+        Raises ValueError when a dataset has no sample to put there.
+        """
+        places: dict[int, list[int]] = {}
+        for pack, sample in failed:
+            places.setdefault(pack, []).append(sample)
+        plans = [
+            replaced_plan(pack.plan, places[number], self.reader.sources, self.planner.config) if number in places else pack.plan
+            for number, pack in enumerate(batch.packs)
+        ]
+        # Who reads an image depends on all images of the step, so where ranks share them other packs are read again too.
+        again = range(len(plans)) if self.reader.share is not None else places
+        packs = [self.reader[StepPlan(tuple(plans), number)] if number in again else pack for number, pack in enumerate(batch.packs)]
+        new = {plan.number: plan for plan in plans}
+        return StepBatch(packs, [new.get(plan.number, plan) for plan in batch.plans])
 
     def state_dict(self) -> dict[str, Any]:
         """The planner's state after the packs handed out so far, whatever the workers have read beyond."""

@@ -82,6 +82,11 @@ class GroupSource:
             ranges.setdefault(each.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
         return ranges
 
+    def siblings(self, index: int) -> range:
+        """The group's indexes of the pass over a dataset that ``index`` belongs to."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return range(int(self._starts[number]), int(self._starts[number + 1]))
+
     def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
         """Lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
         measured = np.zeros((3, len(indexes)), dtype=np.int64)

@@ -53,6 +53,7 @@ from megatron_bagel.training.optimizer import (
     wrap_ddp,
     wrap_over_world,
 )
+from megatron_bagel.training.replacement import Replacements
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
@@ -61,11 +62,12 @@ from megatron_bagel.training.step import StepResult, StepSettings, Trainable, tr
 
 @dataclass
 class Counters:
-    """Progress that is not in any tensor: steps done, samples and tokens trained on."""
+    """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable."""
 
     steps: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -216,7 +218,7 @@ def _restore(source: WeightSource, trained: Trained, trainable: Trainable, loade
     steps, state = load_checkpoint(source.checkpoint, trained)
     trainable.learning_rate.load_state_dict(state["schedule"])
     loader.load_state_dict(state["data"])
-    return Counters(steps, state["consumed_samples"], state["consumed_tokens"])
+    return Counters(steps, state["consumed_samples"], state["consumed_tokens"], state["skipped_samples"])
 
 
 def _wandb(config: Config) -> WandbSettings:
@@ -249,6 +251,7 @@ def save(run: Run) -> None:
         "data": run.loader.state_dict(),
         "consumed_samples": counters.samples,
         "consumed_tokens": counters.tokens,
+        "skipped_samples": counters.skipped,
         "config": run.config.to_dict(),
     }
     with synced_parameters(run.trainable.wrapped):
@@ -259,16 +262,19 @@ def train(run: Run) -> None:
     """Step until ``total_steps``; the last checkpoint is always saved."""
     training, counters = run.config.training, run.counters
     window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
+    replacements = Replacements(run.loader, training.results_dir, run.config.data.max_skipped_share, counters.skipped)
     saved = counters.steps
     while counters.steps < training.total_steps:
         step = counters.steps
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
-        result = train_step(run.trainable, next(run.loader), run.settings, table)
+        batch = replacements.settle(next(run.loader), step, counters.samples)
+        result = train_step(run.trainable, batch, run.settings, table)
         _check_finite(result, step)
         counters.steps += 1
         counters.samples += result.samples
         counters.tokens += result.work.tokens
+        counters.skipped = replacements.count
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
@@ -311,6 +317,7 @@ def _metrics(step: int, result: StepResult, counters: Counters, window: RateWind
         step_samples=result.samples,
         work_tflops=rates.work_tflops,
         work_mfu=rates.work_mfu,
+        skipped_samples=counters.skipped,
         by_dataset=by_dataset,
     )
 

@@ -34,6 +34,9 @@ class Pictures:
     def __len__(self) -> int:
         return self.size
 
+    def siblings(self, index: int) -> range:
+        return range(self.size)
+
     def sample(self, index: int, epoch: int) -> Sample:
         length = int(keyed_integers(9, 5, self.name, index, epoch))
         dropped = bool(keyed_integers(2, 6, self.name, index, epoch))
@@ -135,13 +138,40 @@ def test_pixels_lie_in_sequence_order() -> None:
     assert list(np.isfinite(loaded.raw_timesteps)) == noised and not all(noised)
 
 
-def test_broken_image_is_named() -> None:
-    for workers in (0, 1):
-        broken = loader(workers=workers, broken=3)
-        with pytest.raises(ValueError, match=r"image \d of unified_edit/pictures, 0000.parquet row 3 cannot be read"):
-            for _ in range(4):
-                next(broken)
-        broken.close()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_is_named_and_its_sample_replaced_by_the_next(workers: int) -> None:
+    whole, broken = loader(), loader(workers=workers, broken=3)
+    seen = 0
+    for _ in range(4):
+        expected, batch = next(whole), next(broken)
+        failed = [(place, sample) for place, pack in enumerate(batch.packs) for sample, _ in pack.failures]
+        assert batch.plans == expected.plans
+        for place, sample in failed:
+            source, index, _ = batch.packs[place].plan.samples[sample]
+            assert (source, index) == (0, 3)
+            reason = dict(batch.packs[place].failures)[sample]
+            assert "of unified_edit/pictures, 0000.parquet row 3 cannot be read: the image cannot be decoded" in reason
+            with pytest.raises(ValueError, match="row 3 cannot be read"):
+                broken.reader[batch.packs[place].plan]
+        batch = broken.replaced(batch, failed)
+        assert not any(pack.failures for pack in batch.packs)
+        for place, pack in enumerate(batch.packs):
+            assert pack.plan.tokens == pack.pack.sequence_length <= 90
+            assert len(set(pack.plan.samples)) == len(pack.plan.samples)
+            kept = [s for n, s in enumerate(expected.packs[place].plan.samples) if (place, n) not in failed]
+            assert set(kept) <= set(pack.plan.samples) and len(pack.plan.samples) <= len(expected.packs[place].plan.samples)
+            assert not any(index == 3 for _, index, _ in pack.plan.samples)
+        seen += len(failed)
+    assert seen > 0
+    broken.close()
+
+
+def test_nothing_to_replace_a_broken_sample_with() -> None:
+    alone = loader(size=1, broken=0)
+    batch = next(alone)
+    assert batch.packs[0].failures
+    with pytest.raises(ValueError, match="row 0 cannot be read, and its dataset has no other sample.*verify_index"):
+        alone.replaced(batch, [(0, 0)])
 
 
 def test_uneven_replicas_are_refused_at_once() -> None:
