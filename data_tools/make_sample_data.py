@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.data.sample_folders import FolderSpec, write_folders, write_yaml
+from megatron_bagel.data.sample_folders import WEIGHTS, FolderSpec, write_folders, write_yaml
 from megatron_bagel.data.sample_world import SHAPES, SIZES, World, draw_scene, parse_pairs
 from megatron_bagel.data.sample_world_text import EDITS, captions, draw_edit, questions
 from megatron_bagel.data.tokenizer_training import train_tokenizer
@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--edit", type=int, default=1000, metavar="N", help="editing examples (default 1000)")
     parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
     parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0: no such group)")
+    parser.add_argument("--weights", type=float, nargs=4, default=list(WEIGHTS.values()), metavar=("T2I", "EDIT", "VLM", "TEXT"),
+                        help="how often each kind is drawn in training (default: " + " ".join(map(str, WEIGHTS.values())) + ")")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
     world = parser.add_argument_group("the world")
     world.add_argument("--image-size", nargs="+", default=["64"], metavar="SIZE",
@@ -74,7 +76,7 @@ def spec_of(args: argparse.Namespace) -> FolderSpec:
     rng = keyed_generator(args.seed, "check")
     draw_edit(draw_scene(world, rng), world, rng, kinds)  # refuses unknown kinds before anything is written
     return FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
-                      args.questions_per_image, args.edit_steps, kinds)  # fmt: skip
+                      args.questions_per_image, args.edit_steps, kinds, tuple(args.weights))  # fmt: skip
 
 
 def world_texts(spec: FolderSpec) -> Iterator[str]:

@@ -32,7 +32,7 @@ stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
   "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-20000}" --edit "${EDIT:-10000}" --vlm "${VLM:-20000}" \
-    --seed "${DATA_SEED:-0}" --captions-per-image 1 --edit-kinds recolour \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --edit-kinds recolour --weights 1 0.75 1 1 \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 

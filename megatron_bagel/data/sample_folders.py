@@ -47,6 +47,8 @@ class FolderSpec:
     questions_per_image: int = 2
     edit_steps: int = 1
     edit_kinds: tuple[str, ...] | None = None
+    #: How often each kind is drawn, in the order of WEIGHTS.
+    weights: tuple[float, ...] = tuple(WEIGHTS.values())
     rows_per_file: int = 500
     rows_per_group: int = 100
 
@@ -54,6 +56,8 @@ class FolderSpec:
         """Raises ValueError for counts that make no data set, naming the flag."""
         if min(self.t2i, self.edit, self.vlm, self.text) < 0 or self.t2i + self.edit + self.vlm + self.text == 0:
             raise ValueError("--t2i, --edit, --vlm and --text are counts of samples: not negative, and not all zero")
+        if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
+            raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
         at_least_one = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -108,7 +112,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     if spec.t2i:
         counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
         args = {"image_transform_args": dict(size["vae"])}
-        dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], **args, **_weight("t2i_pretrain", [len(counts)])}
+        dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], **args, **_weight(spec, "t2i_pretrain", [len(counts)])}
         where["t2i_pretrain"] = {"t2i": {"data_dir": str(final / "t2i"), "num_files": len(counts), "num_total_samples": spec.t2i}}
     if spec.edit:
         counts = _write_parquet(root / "editing/seedxedit_multi", EDIT_SCHEMA, edit_row, spec, spec.edit, "edit")
@@ -120,7 +124,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
             "dataset_names": ["seedxedit_multi"],
             "image_transform_args": dict(size["vae"]),
             "vit_image_transform_args": dict(size["vit"]),
-            **_weight("unified_edit", [len(counts)]),
+            **_weight(spec, "unified_edit", [len(counts)]),
         }
         where["unified_edit"] = {"seedxedit_multi": {
             "data_dir": str(folder), "num_files": len(counts), "num_total_samples": spec.edit, "parquet_info_path": str(info),
@@ -129,7 +133,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
         _write_conversations(root / "vlm", spec)
         dataset["vlm_sft"] = {
             "dataset_names": ["llava_ov"], "image_transform_args": dict(size["vit"]),
-            "shuffle_lines": True, "shuffle_seed": 0, **_weight("vlm_sft", [spec.vlm]),
+            "shuffle_lines": True, "shuffle_seed": 0, **_weight(spec, "vlm_sft", [spec.vlm]),
         }  # fmt: skip
         where["vlm_sft"] = {"llava_ov": {
             "data_dir": str(final / "vlm/images"), "jsonl_path": str(final / "vlm/llava_ov_si.jsonl"), "num_total_samples": spec.vlm,
@@ -137,7 +141,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     if spec.text:
         (root / "text").mkdir()
         _write_lines(root / "text/text.jsonl", (text_row(spec, i) for i in _progress(spec.text, "text")))
-        dataset["text"] = {"dataset_names": ["text"], **_weight("text", [spec.text])}
+        dataset["text"] = {"dataset_names": ["text"], **_weight(spec, "text", [spec.text])}
         where["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
     return {**dataset, "dataset_info": where}
 
@@ -147,8 +151,8 @@ def write_yaml(content: dict, path: Path, comment: str) -> None:
     path.write_text(f"# {comment}\n" + yaml.safe_dump(content, sort_keys=False))
 
 
-def _weight(group: str, num_used_data: list[int]) -> dict:
-    return {"is_mandatory": True, "num_used_data": num_used_data, "weight": WEIGHTS[group]}
+def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict:
+    return {"is_mandatory": True, "num_used_data": num_used_data, "weight": spec.weights[list(WEIGHTS).index(group)]}
 
 
 def _transform_sizes(world: World) -> dict[str, dict[str, int]]:
