@@ -43,11 +43,22 @@ if [ ! -f "$OUT/index/manifest.json" ]; then
   "$PYTHON" data_tools/build_index.py --dataset_config_file "$OUT/data/dataset.yaml" --tokenizer "$OUT/data/tokenizer" --output "$OUT/index"
 else echo "reusing $OUT/index"; fi
 
+stage "latents: the autoencoder's view of every picture, stored once instead of encoded at every step"
+if [ ! -f "$OUT/latents/latents.json" ]; then
+  encode() {
+    "$PYTHON" data_tools/cache_latents.py "$OUT/index" --dataset_config_file "$OUT/data/dataset.yaml" \
+      --vae $HERE/autoencoder/ae.safetensors --output "$OUT/latents" --num-jobs 2 --job-index "$1"
+  }
+  encode 0 &
+  encode 1
+  wait $!
+else echo "reusing $OUT/latents"; fi
+
 stage "training on 2 processes"
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 -m megatron_bagel.train --config $HERE/config.yaml \
   --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" \
   --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $HERE/autoencoder/ae.safetensors \
-  --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
+  --latent_cache "$OUT/latents" --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
 
 stage "export to a folder in BAGEL's released layout"
 NEWEST=$(cat "$OUT/checkpoints/latest_checkpointed_iteration.txt")
