@@ -28,12 +28,17 @@ def validate(config: Config, world_size: int, has_gpu: bool) -> None:
 
     ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
     """
+    validate_settings(config, world_size, has_gpu)
+    check_paths(config)
+    validate_architecture(config, architecture(config))
+
+
+def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
+    """The checks that read no file."""
     refuse_unsupported_values(config)
     check_numbers(config)
     check_consistency(config)
     resolve(config, world_size, has_gpu)
-    check_paths(config)
-    validate_architecture(config, architecture(config))
 
 
 def refuse_unsupported_values(config: Config) -> None:

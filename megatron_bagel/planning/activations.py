@@ -52,17 +52,21 @@ class Recompute:
         """Layers whose activations exist again at one time in the backward pass, beside what is kept."""
         if self.granularity != "full":
             return 0
-        return min(self.layers if self.method == "uniform" else 1, layers)
+        if self.method == "uniform":
+            return min(self.layers, layers)
+        # The first layers are recomputed last, when what later ones kept is free again.
+        return 0 if self.untouched(layers) else 1
 
 
-#: The modes that a plan compares: name -> recomputation.
-MODES = {
-    "none": Recompute(),
-    "selective": Recompute("selective", modules=("core_attn",)),
-    "selective-mlp": Recompute("selective", modules=("core_attn", "mlp")),
-    "block": Recompute("full", "block"),
-    "full": Recompute("full", "uniform"),
-}
+def modes(layers: int) -> dict[str, Recompute]:
+    """The modes that a plan compares on chunks of ``layers`` layers, by name; "block" recomputes every second one."""
+    return {
+        "none": Recompute(),
+        "selective": Recompute("selective", modules=("core_attn",)),
+        "selective, MLPs too": Recompute("selective", modules=("core_attn", "mlp")),
+        "block, half": Recompute("full", "block", max(1, layers // 2)),
+        "full": Recompute("full", "uniform"),
+    }
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class ActivationModel:
     def microbatch(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
         """Bytes that one microbatch keeps on a stage, all its chunks together."""
         layer, kept = self.layer(tokens), 0
-        for layers in self._chunks(stage):
+        for layers in self.chunks(stage):
             kept += recompute.kept_inputs(layers) * self.hidden_bytes(tokens)
             kept += recompute.untouched(layers) * layer.kept(recompute.modules)
         last = self.megatron.pipeline_model_parallel_size - 1
@@ -207,7 +211,7 @@ class ActivationModel:
 
     def working_set(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
         """Bytes that come back for a while in the backward pass: the unit that is being recomputed, or one core attention or MLP."""
-        layer, layers = self.layer(tokens), max(self._chunks(stage))
+        layer, layers = self.layer(tokens), max(self.chunks(stage))
         again = recompute.at_once(layers) * layer.kept(())
         if "core_attn" in recompute.modules:
             again = max(again, layer.core)
@@ -217,7 +221,7 @@ class ActivationModel:
 
     def in_flight(self, stage: int, microbatches: int) -> float:
         """Microbatches (whole ones, in units of all chunks of the stage) whose activations exist at once in Megatron's schedules."""
-        stages, chunks = self.megatron.pipeline_model_parallel_size, len(self._chunks(stage))
+        stages, chunks = self.megatron.pipeline_model_parallel_size, len(self.chunks(stage))
         if stages == 1:
             return 1
         if chunks == 1:
@@ -225,7 +229,7 @@ class ActivationModel:
         warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
         return min(microbatches * chunks, warm_up) / chunks
 
-    def _chunks(self, stage: int) -> list[int]:
+    def chunks(self, stage: int) -> list[int]:
         """Layers of each chunk of a stage."""
         layers = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)[stage]
         chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1

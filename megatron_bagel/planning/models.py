@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
+from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import architecture
@@ -29,6 +31,11 @@ MODELS: dict[str, BagelArch] = {
     "qwen2.5-32b-mot": _bagel(LLMArch(5120, 27648, 64, 40, 8, 152064, layer_module=_MOT)),
     "qwen2.5-72b-mot": _bagel(LLMArch(8192, 29568, 80, 64, 8, 152064, layer_module=_MOT)),
 }
+
+
+def parameters(arch: BagelArch) -> int:
+    """Numbers in a model's released files without the autoencoder's: parameters, and the two position tables stored beside them."""
+    return sum(prod(shape) for shape in WeightMap(arch).hf_shapes().values())
 
 
 def planned_model(name: str | None, config: Config) -> BagelArch:

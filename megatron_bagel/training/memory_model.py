@@ -107,16 +107,33 @@ class MemoryModel:
 
     def rank(self, stage: int) -> RankMemory:
         """Memory of a rank of pipeline stage ``stage``; all tensor-, context- and data-parallel ranks of a stage are alike."""
+        held = RankMemory(0, 0, 0, 0, 0, 0, 0)
+        for _, buffer in self.buffers(stage):
+            held += buffer
+        encodes = encoders_on_all_ranks(self.megatron) or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
+        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
+
+    def buffers(self, stage: int) -> list[tuple[bool, RankMemory]]:
+        """The same by gradient buffer, and whether it is the vision tower's; weights without gradients are in the buffer of their part."""
         layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
         replicas = layout.data_parallel_size * self.megatron.context_parallel_size
         shards = replicas // layout.distributed_optimizer_instances
         tower = [tensor for tensor in self._tensors if tensor.is_tower and (everywhere or stage == 0)]
         # A tower on every rank is data-parallel over the world, its state sharded once.
-        held = self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards))
-        for buffer in self._buffers(stage):
-            held += self._bytes(buffer, replicas, shards)
-        encodes = everywhere or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
-        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
+        found = [(True, self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards)))]
+        return found + [(False, self._bytes(buffer, replicas, shards)) for buffer in self._buffers(stage)]
+
+    def norm_gradients(self, stage: int) -> int:
+        """Elements of the gradients that tensor-parallel ranks sum besides: norms, each of which saw some of the tokens or heads."""
+        names = ("q_layernorm.", "k_layernorm.")
+        if self.megatron.sequence_parallel:
+            names += ("input_layernorm.", "pre_mlp_layernorm.", "final_layernorm.")
+        held = (tensor for tensor in self._tensors if not tensor.is_tower and not tensor.frozen and self._holds(stage, tensor))
+        return sum(tensor.numel for tensor in held if any(name in tensor.name for name in names))
+
+    def embedding_gradients(self) -> int:
+        """Elements of the token embedding's gradient on a rank, 0 when it is frozen."""
+        return sum(tensor.numel for tensor in self._tensors if tensor.name.startswith("embedding.") and not tensor.frozen)
 
     def stages(self) -> list[RankMemory]:
         """Memory of a rank of every stage."""
