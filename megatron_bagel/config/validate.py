@@ -91,6 +91,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
+        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     check_recompute(config)
