@@ -7,20 +7,19 @@ import json
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from tests.waiting import PATIENCE
 
 PROGRAMS = (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
-PATIENCE = 120.0  # seconds; the machine may be busy
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which WebDriver names an element
 _QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
-Found = TypeVar("Found")
 
 
 def installed() -> bool:
@@ -72,16 +71,6 @@ class Browser:
         if isinstance(answer, dict) and "error" in answer:
             raise RuntimeError(f"{answer['error']}: {answer['message']}")
         return answer
-
-
-def eventually(look: Callable[[], Found]) -> Found:
-    """The first answer of ``look`` that is true; TimeoutError after a long while."""
-    end = time.monotonic() + PATIENCE
-    while not (found := look()):
-        if time.monotonic() > end:
-            raise TimeoutError("the page did not come to what was waited for")
-        time.sleep(0.1)
-    return found
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from megatron_bagel.inference import serve
 from megatron_bagel.inference.engine import Engine
 from megatron_bagel.inference.noise import KeyedNoise
 from megatron_bagel.inference.requests import Request, answer
-from tests.browser import Browser, browser, eventually, installed
+from tests.browser import Browser, browser, installed
 from tests.inference.page import IMAGE, TEXT, picture_of
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not installed(), reason="no Chromium here (Debian: apt-get install chromium chromium-driver)")
 
