@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bagel.data.packing import best_pair
-
 _HEAVY = 0.002  # work beyond the tokens' own, as a share of a pack's tokens, from which a sample counts as heavy
 _TRIES = 8  # packs tried for a heavy sample, before it waits for the closing
 _WASTE = 0.002  # gap, as a share of a pack, that is worth the search for a pair
+_PAIRS = 24  # pairs looked at: one of them mostly fits to the token
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,19 @@ class BlockPacking:
     def _deal_heavy(self, chosen: np.ndarray) -> None:
         chosen = chosen[np.argsort(-self._samples.excess[chosen], kind="stable")]
         weights = (chosen, self._samples.tokens[chosen], self._samples.excess[chosen])
-        heap = [(load, pack) for pack, load in enumerate(self._excess)]
+        tokens, pack_of, capacity, count = self._tokens, self._pack_of, self.capacity, len(self._excess)
+        heap = [load * count + pack for pack, load in enumerate(self._excess)]  # as in `_level`
         heapq.heapify(heap)
         for sample, length, work in zip(*(column.tolist() for column in weights), strict=True):
             full = []
             while heap and len(full) < _TRIES:
-                load, pack = heapq.heappop(heap)
-                if self._tokens[pack] + length <= self.capacity:
-                    self._put(sample, length, pack)
-                    full.append((load + work, pack))
+                pack = heap[0] % count
+                if tokens[pack] + length <= capacity:
+                    heapq.heapreplace(heap, heap[0] + work * count)
+                    pack_of[sample] = pack
+                    tokens[pack] += length
                     break
-                full.append((load, pack))
+                full.append(heapq.heappop(heap))
             for entry in full:
                 heapq.heappush(heap, entry)
 
@@ -103,10 +104,27 @@ class BlockPacking:
         while (place := bisect_right(sizes, room := self.capacity - self._tokens[pack]) - 1) >= 0:
             taken = [place]
             if _WASTE * self.capacity < room - sizes[place] < sizes[0]:  # it would be the last one, and fits badly
-                taken = sorted(best_pair(np.array(sizes[: place + 1]), room).tolist(), reverse=True)
+                taken = closing_pair(sizes, room) or taken
             for place in taken:
                 self._put(samples.pop(place), sizes.pop(place), pack)
 
     def _put(self, sample: int, length: int, pack: int) -> None:
         self._pack_of[sample] = pack
         self._tokens[pack] += length
+
+
+def closing_pair(sizes: list[int], room: int) -> list[int]:
+    """Places, the later first, of two samples that fit into ``room`` together and fill it well; empty when there are none.
+
+    ``sizes`` is ascending. Partners are tried from the longest that has one downwards, up to the first exact fit.
+    """
+    best, gap = [], room + 1
+    longest = bisect_right(sizes, room - sizes[0]) - 1
+    for longer in range(longest, max(longest - _PAIRS, 0), -1):
+        left = room - sizes[longer]
+        shorter = min(bisect_right(sizes, left), longer) - 1
+        if left - sizes[shorter] < gap:
+            best, gap = [longer, shorter], left - sizes[shorter]
+            if not gap:
+                break
+    return best
