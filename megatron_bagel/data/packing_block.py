@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,17 +71,20 @@ class BlockPacking:
         tokens, pack_of, capacity, count = self._tokens, self._pack_of, self.capacity, len(self._excess)
         heap = [load * count + pack for pack, load in enumerate(self._excess)]  # as in `_level`
         heapq.heapify(heap)
+        most = min(_TRIES, count) - 1
         for sample, length, work in zip(*(column.tolist() for column in weights), strict=True):
-            full = []
-            while heap and len(full) < _TRIES:
-                pack = heap[0] % count
-                if tokens[pack] + length <= capacity:
-                    heapq.heapreplace(heap, heap[0] + work * count)
-                    pack_of[sample] = pack
-                    tokens[pack] += length
-                    break
-                full.append(heapq.heappop(heap))
-            for entry in full:
+            passed: Sequence[int] = ()
+            pack = heap[0] % count
+            if tokens[pack] + length > capacity:
+                passed = []
+                while len(passed) < most and tokens[pack] + length > capacity:
+                    passed.append(heapq.heappop(heap))
+                    pack = heap[0] % count
+            if tokens[pack] + length <= capacity:
+                heapq.heapreplace(heap, heap[0] + work * count)
+                pack_of[sample] = pack
+                tokens[pack] += length
+            for entry in passed:
                 heapq.heappush(heap, entry)
 
     def _level(self, chosen: np.ndarray) -> None:
