@@ -17,7 +17,7 @@ import numpy as np
 _HEAVY = 0.002  # work beyond the tokens' own, as a share of a pack's tokens, from which a sample counts as heavy
 _TRIES = 8  # packs tried for a heavy sample, before it waits for the closing
 _WASTE = 0.002  # gap, as a share of a pack, that is worth the search for a pair
-_PAIRS = 24  # pairs looked at: one of them mostly fits to the token
+_PAIRS = 512  # pairs looked at, at most: one of the first mostly fits to the token
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class BlockPacking:
         while (place := bisect_right(sizes, room := self.capacity - self._tokens[pack]) - 1) >= 0:
             taken = [place]
             if _WASTE * self.capacity < room - sizes[place] < sizes[0]:  # it would be the last one, and fits badly
-                taken = closing_pair(sizes, room) or taken
+                taken = closing_pair(sizes, room, room - sizes[place]) or taken
             for place in taken:
                 self._put(samples.pop(place), sizes.pop(place), pack)
 
@@ -117,14 +117,14 @@ class BlockPacking:
         self._tokens[pack] += length
 
 
-def closing_pair(sizes: list[int], room: int) -> list[int]:
-    """Places, the later first, of two samples that fit into ``room`` together and fill it well; empty when there are none.
+def closing_pair(sizes: list[int], room: int, gap: int) -> list[int]:
+    """Places, the later first, of two samples that fill ``room`` tokens up to less than ``gap``; empty when none are found.
 
-    ``sizes`` is ascending. Partners are tried from the longest that has one downwards, up to the first exact fit.
+    ``sizes`` is ascending. Pairs of like size are tried first, up to an exact fit: the shortest samples stay for smaller gaps.
     """
-    best, gap = [], room + 1
-    longest = bisect_right(sizes, room - sizes[0]) - 1
-    for longer in range(longest, max(longest - _PAIRS, 0), -1):
+    best: list[int] = []
+    middle = max(bisect_right(sizes, room // 2) - 1, 1)
+    for longer in range(middle, min(bisect_right(sizes, room - sizes[0]), middle + _PAIRS)):
         left = room - sizes[longer]
         shorter = min(bisect_right(sizes, left), longer) - 1
         if left - sizes[shorter] < gap:
