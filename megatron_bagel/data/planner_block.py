@@ -8,13 +8,14 @@ holds packs of one cost even where a single long document makes a pack dearer th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from megatron_bagel.data.counts import COST_UNIT
 from megatron_bagel.data.packing_block import BlockPacking, Load
 from megatron_bagel.data.planner_permutation import permuted
-from megatron_bagel.data.planner_stream import COLUMNS, COST, EPOCH, INDEX, SOURCE, TOKENS, CandidateStream
+from megatron_bagel.data.planner_stream import COLUMNS, COST, EPOCH, SOURCE, TOKENS, CandidateStream
 
 AGE = COLUMNS  # column of a waiting candidate: blocks it has waited
 _PATIENCE = 4  # blocks a candidate may wait before it is placed ahead of all others
@@ -47,6 +48,12 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    @cached_property
+    def sums(self) -> list[list[int]]:
+        """[tokens, cost] of every pack."""
+        totals = np.cumsum(np.concatenate([np.zeros((1, 2), dtype=np.int64), self.rows[:, [TOKENS, COST]]]), axis=0)
+        return np.diff(totals[self.bounds], axis=0).tolist()
 
 
 def no_candidates() -> np.ndarray:
@@ -201,4 +208,4 @@ def _in_sequence(rows: np.ndarray, packs: np.ndarray, count: int, number: int, s
 
 def picks(rows: np.ndarray) -> np.ndarray:
     """(source, index, epoch) of candidates [n, 3]: what a saved state keeps of them."""
-    return rows[:, [SOURCE, INDEX, EPOCH]]
+    return rows[:, SOURCE : EPOCH + 1]

@@ -28,6 +28,8 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
 
+_MEASURED = 1 << 13  # rows measured at once: the arrays stay in the cache, and one conversation of many turns widens few of them
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -149,8 +151,11 @@ class GroupSource:
 
     def _measure_pass(self, each: _Pass, rows: np.ndarray, epoch: int) -> np.ndarray:
         measured = np.zeros((3, len(rows)), dtype=np.int64)
-        for shard, local, mine in each.reader.locate_rows(rows):
-            measured[:, mine] = measure_rows(shard, local, each.reader.name, rows[mine], epoch, self.group, self.settings)
+        columns, order = each.reader.columns(rows)
+        for first in range(0, len(rows), _MEASURED):
+            mine = order[first : first + _MEASURED]
+            places = np.arange(first, first + len(mine))
+            measured[:, mine] = measure_rows(columns, places, each.reader.name, rows[mine], epoch, self.group, self.settings)
         return measured
 
     def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:
