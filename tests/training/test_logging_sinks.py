@@ -96,3 +96,17 @@ def test_wandb_gets_the_guides_settings_and_the_originals_names(tmp_path: Path, 
     assert calls[0]["mode"] == "offline" and calls[0]["resume"] == "must" and calls[0]["id"] == "name-run7"
     step, record = calls[1]
     assert step == 5 and record["total_norm"] == 1.25 and record["mem_allocated"] == 2048.0 and calls[2] == "finish"
+
+
+def test_wandb_itself_takes_the_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package, where it is installed: a whole run in offline mode, whose file on disk holds what was sent."""
+    pytest.importorskip("wandb", reason="wandb is optional (the extra logging)")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = RunLog(tmp_path, rank=0, next_step=0, tensorboard=False, wandb=WandbSettings("project", "name", "7", offline=True))
+    for step in range(2):
+        log.log(metrics(step, observed={"time/encode": 0.5}))
+    log.log_validation(2, {"model/ce": 1.5})
+    log.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*-name-run7/*.wandb")
+    content = file.read_bytes()
+    assert all(name in content for name in (b"total_norm", b"time/encode", b"validation/model/ce", b"project"))
