@@ -221,7 +221,8 @@ def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], l
     for name, module in modules.items():
         while hasattr(module, "module"):
             module = module.module
-        result = module.load_state_dict(loaded["model"][name], strict=False)
+        # Of a part that lacks every weight nothing comes back, not even its name.
+        result = module.load_state_dict(loaded["model"].get(name, {}), strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         if result.unexpected_keys or (missing and not lacking):
             raise ValueError(f"module {name} got no value for {_few(missing)}, and has no place for {_few(result.unexpected_keys)}")

@@ -21,9 +21,13 @@ from transformers.hf_argparser import string_to_bool
 
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.original_flags import ALIASES
 
-SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments}
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
+    "observing": ObservingArguments,
+}  # fmt: skip
 Beside = TypeVar("Beside")
 SECTION_OF: dict[str, str] = {f.name: section for section, arguments in SECTIONS.items() for f in fields(arguments)}
 
@@ -36,6 +40,7 @@ class Config:
     data: DataArguments = field(default_factory=DataArguments)
     training: TrainingArguments = field(default_factory=TrainingArguments)
     megatron: MegatronArguments = field(default_factory=MegatronArguments)
+    observing: ObservingArguments = field(default_factory=ObservingArguments)
     given: frozenset[str] = frozenset()
 
     @classmethod

@@ -38,6 +38,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     refuse_unsupported_values(config)
     check_numbers(config)
     check_consistency(config)
+    check_observing(config, world_size)
     resolve(config, world_size, has_gpu)
 
 
@@ -143,6 +144,24 @@ def check_parallel_consistency(megatron: MegatronArguments) -> None:
             "--num_layers_per_virtual_pipeline_stage needs equal stages; with --num_layers_in_first_pipeline_stage or "
             "--num_layers_in_last_pipeline_stage say --virtual_pipeline_model_parallel_size instead"
         )
+
+
+def check_observing(config: Config, world_size: int) -> None:
+    """The profiler's window and ranks, and the name of Prometheus' file."""
+    observing = config.observing
+    given = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
+    if given and not observing.profile:
+        raise ValueError(f"--{given[0]} needs --profile: nothing is profiled without it")
+    if observing.profile and not 0 <= observing.profile_step_start < observing.profile_step_end:
+        raise ValueError(
+            f"--profile_step_start {observing.profile_step_start} and --profile_step_end {observing.profile_step_end} leave no step to "
+            "profile: the first must be 0 or more, and below the second"
+        )
+    unknown = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
+    if observing.profile and (unknown or not observing.profile_ranks):
+        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown))}: give ranks of this run, 0 to {world_size - 1}")
+    if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
+        raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")
 
 
 def check_paths(config: Config) -> None:

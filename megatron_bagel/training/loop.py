@@ -22,7 +22,7 @@ from megatron_bagel.config.resolve import RunLayout, architecture, resolve
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
 from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
-from megatron_bagel.data.loader import PackLoader
+from megatron_bagel.data.loader import PackLoader, StepBatch
 from megatron_bagel.data.training_data import ensure_index, open_loader
 from megatron_bagel.encoders.dealt_stage import DealtStage
 from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
@@ -46,6 +46,7 @@ from megatron_bagel.training.model_setup import (
     load_folder,
     run_model,
 )
+from megatron_bagel.training.observing import compared_over_ranks, composition
 from megatron_bagel.training.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -54,11 +55,13 @@ from megatron_bagel.training.optimizer import (
     wrap_ddp,
     wrap_over_world,
 )
+from megatron_bagel.training.profiling import ProfilerWindow
 from megatron_bagel.training.replacement import Replacements
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
+from megatron_bagel.training.timers import Timers
 
 
 @dataclass
@@ -84,6 +87,8 @@ class Run:
     settings: StepSettings
     log: RunLog
     saving: Saving
+    timers: Timers
+    profiler: ProfilerWindow
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
 
@@ -96,6 +101,7 @@ def execute(config: Config) -> None:
         try:
             train(run)
         finally:
+            run.profiler.close()
             run.loader.close()
             run.log.close()
 
@@ -134,8 +140,13 @@ def set_up(config: Config) -> Run:
     loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
     trainable, trained = build_trainable(config, layout, arch, source, replica, share)
     counters = _restore(source, trained, trainable, loader)
-    log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
-    run = Run(config, layout, arch, trainable, trained, loader, step_settings(config, layout), log, Saving(training), counters)
+    log = RunLog(
+        training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
+        prometheus=config.observing.prometheus_file,
+    )  # fmt: skip
+    timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
+    saving, settings = Saving(training), step_settings(config, layout)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, timers, profiler, counters)
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
     _announce(run, source)
@@ -277,8 +288,10 @@ def train(run: Run) -> None:
         step = counters.steps
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
-        batch = replacements.settle(next(run.loader), step, counters.samples)
-        result = train_step(run.trainable, batch, run.settings, table)
+        run.profiler.before(step)
+        with run.timers("data"):
+            batch = replacements.settle(next(run.loader), step, counters.samples)
+        result = train_step(run.trainable, batch, run.settings, table, run.timers)
         _check_finite(result, step)
         counters.steps += 1
         counters.samples += result.samples
@@ -287,15 +300,17 @@ def train(run: Run) -> None:
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
-            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table)))
+            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table), _observed(run, batch, result, window.steps)))
         if run.evaluation is not None and (counters.steps % training.eval_every == 0 or counters.steps == training.total_steps):
             began = time.perf_counter()
-            run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
+            with run.timers("eval"):
+                run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
             window.exclude(time.perf_counter() - began)
         run.saving.poll()
         if run.saving.due(counters.steps):
             began = time.perf_counter()
-            save(run)
+            with run.timers("save"):
+                save(run)
             saved = counters.steps
             window.exclude(time.perf_counter() - began)
     if saved != counters.steps:
@@ -304,7 +319,15 @@ def train(run: Run) -> None:
     _report_skipped(run)
 
 
-def _metrics(step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float]) -> StepMetrics:
+def _observed(run: Run, batch: StepBatch, result: StepResult, steps: int) -> dict[str, float]:
+    """How the ``steps`` steps since the last log line went. Collective over the world."""
+    found = composition(result.work, result.tasks, len(batch.plans), run.config.data.max_num_tokens)
+    return found | compared_over_ranks(run.timers.read(steps), batch, result.work.tokens, run.layout.data_parallel_size)
+
+
+def _metrics(
+    step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float], observed: Mapping[str, float]
+) -> StepMetrics:
     rates = window.close()
     return StepMetrics(
         step=step,
@@ -328,6 +351,7 @@ def _metrics(step: int, result: StepResult, counters: Counters, window: RateWind
         work_mfu=rates.work_mfu,
         skipped_samples=counters.skipped,
         by_dataset=by_dataset,
+        observed=observed,
     )
 
 

@@ -95,8 +95,12 @@ def _autoencoder(config: Config, arch: BagelArch) -> AutoEncoder | CachedPosteri
     """The autoencoder with its weights or, where a latent cache holds what it would make, its place holder."""
     if config.data.latent_cache is not None:
         return CachedPosterior(arch.autoencoder)
-    path = Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
-    return load_autoencoder(path, arch.autoencoder)
+    return load_autoencoder(autoencoder_path(config), arch.autoencoder)
+
+
+def autoencoder_path(config: Config) -> Path:
+    """The file of the autoencoder's weights; a run with a latent cache does without it."""
+    return Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
 
 
 def _build_chunk(config: Config, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:
