@@ -17,8 +17,6 @@ from tests.runs import run_config
 from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
 from tests.training.test_memory_model import held
 
-FAKE = {"dry_run": True, "bf16": True}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -100,12 +98,14 @@ def command(world: Path, folder: Path, rank: int, ranks: int, **flags: Any) -> s
     values = vars_of(run_config(world, folder, 1)) | {"global_batch_size": None, **flags}
     words = [f"--{name}={value}" for name, value in values.items() if value is not None]
     words += ["--dry_run", "--fake_world_size", str(ranks), "--fake_rank", str(rank)]
-    return subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words], capture_output=True, text=True, timeout=300)
+    line = [sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600)
 
 
 def vars_of(config: Config) -> dict[str, Any]:
     """The settings that were given, by name."""
-    return {name: value for part in config.to_dict().values() if isinstance(part, dict) for name, value in part.items() if name in config.given}
+    sections = [part for part in config.to_dict().values() if isinstance(part, dict)]
+    return {name: value for part in sections for name, value in part.items() if name in config.given}
 
 
 def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: Path) -> None:

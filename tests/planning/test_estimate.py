@@ -10,9 +10,9 @@ import pytest
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.plan import main
+from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.command import problem_of
 from megatron_bagel.planning.estimate import recomputed_flops
-from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.layout_plan import plan_layout
 from megatron_bagel.planning.models import MODELS, parameters
 from megatron_bagel.planning.search import search
@@ -102,7 +102,7 @@ def test_search_lists_what_fits_quickest_first() -> None:
 def test_nothing_fits_a_tiny_gpu() -> None:
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
     problem = problem_of(config, PlanArguments(model="qwen2.5-72b-mot", gpus=2, gpu="a100-40gb"))
-    with pytest.raises(ValueError, match=r"no layout of this model fits 2 x A100 .*the nearest is TP2.*Raise --gpus"):
+    with pytest.raises(ValueError, match=r"no layout of this model fits 2 x A100, .*the nearest is TP2.*Raise --gpus"):
         search(config, problem)
 
 
