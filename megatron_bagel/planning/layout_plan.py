@@ -74,6 +74,8 @@ class LayoutPlan:
         recompute = megatron.recompute_granularity or "none"
         if recompute == "full":
             recompute = f"{megatron.recompute_method} {megatron.recompute_num_layers}"
+        elif recompute == "selective":
+            recompute = " and ".join(megatron.recompute_modules or ["core_attn"])
         return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.layout.data_parallel_size}, recompute {recompute}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from megatron_bagel.config.parser import Config
+from megatron_bagel.config.validate import validate_settings
+from megatron_bagel.train import main
 from tests.distributed import fork, run_ranks
 from tests.runs import run_config
 from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
@@ -94,12 +96,11 @@ def test_a_rehearsal_is_the_run(world: Path, tmp_path: Path, ranks: int, flags: 
         assert {name: found[3][name] for name in found[3]} == {name: memory[name] for name in found[3]}
 
 
-def command(world: Path, folder: Path, rank: int, ranks: int, **flags: Any) -> subprocess.CompletedProcess:
+def words_of(world: Path, folder: Path, rank: int, ranks: int, **flags: Any) -> list[str]:
+    """Flags of a dry run."""
     values = vars_of(run_config(world, folder, 1)) | {"global_batch_size": None, **flags}
     words = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    words += ["--dry_run", "--fake_world_size", str(ranks), "--fake_rank", str(rank)]
-    line = [sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=600)
+    return [*words, "--dry_run", "--fake_world_size", str(ranks), "--fake_rank", str(rank)]
 
 
 def vars_of(config: Config) -> dict[str, Any]:
@@ -109,7 +110,9 @@ def vars_of(config: Config) -> dict[str, Any]:
 
 
 def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: Path) -> None:
-    done = command(world, tmp_path / "none", 1234, 4096, **{TP: 4, PP: 2, "sequence_parallel": True})
+    words = words_of(world, tmp_path / "none", 1234, 4096, **{TP: 4, PP: 2, "sequence_parallel": True})
+    line = [sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "rank 1234 of 4096: tensor 2, context 0, data 308, pipeline 0" in done.stdout
     assert "largest resident memory" in done.stdout
@@ -121,8 +124,22 @@ def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: 
     [
         (64, 64, {}, "--fake_rank 64 is not a rank of --fake_world_size 64"),
         (0, 64, {TP: 3}, "do not divide the 64 ranks"),
+        (0, 64, {"index_dir": "nowhere"}, "there is no folder nowhere"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(world: Path, tmp_path: Path, rank: int, ranks: int, flags: dict, complaint: str) -> None:
-    done = command(world, tmp_path, rank, ranks, **flags)
-    assert done.returncode == 2 and complaint in done.stderr
+def test_what_cannot_be_rehearsed_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, rank: int, ranks: int, flags: dict, complaint: str
+) -> None:
+    assert main(words_of(world, tmp_path, rank, ranks, **flags)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_rehearsal_builds_no_index(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(words_of(world, tmp_path / "none", 0, 64, index_dir=None)) == 2
+    assert "build one with data_tools/build_index.py" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_rank_without_a_rehearsal_is_refused() -> None:
+    with pytest.raises(ValueError, match="add --dry_run, or drop them"):
+        validate_settings(Config.from_values({"fake_rank": 3}), 8, has_gpu=False)
