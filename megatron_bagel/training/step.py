@@ -27,8 +27,10 @@ from megatron_bagel.training.accounting import StepWork
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.loss_table import LossTable
 from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
+from megatron_bagel.training.observing import TaskCounts
 from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, optimizer_step
 from megatron_bagel.training.schedule import LearningRate
+from megatron_bagel.training.timers import Phases, untimed
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Trainable:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step over the whole global batch; ``lr`` is the rate that was used."""
+    """A step over the whole global batch; ``lr`` is the rate that was used, ``tasks`` is counted with a table of losses."""
 
     losses: StepLosses
     outcome: StepOutcome
@@ -59,6 +61,7 @@ class StepResult:
     work: StepWork
     samples: int
     lr: float
+    tasks: TaskCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class StepSettings:
         return padded_length(wanted, parallel_state.get_context_parallel_world_size(), self.slot_multiple)
 
 
-def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) -> tuple[LossTotals, StepWork, int]:
-    """Loss totals, work and samples of the global batch, from each replica's own packs.
+def global_counts(
+    packs: Sequence[LoadedPack], group: dist.ProcessGroup | None, tasks: Sequence[str] = ()
+) -> tuple[LossTotals, StepWork, int, TaskCounts | None]:
+    """Loss totals, work and samples of the global batch, from each replica's own packs; with ``tasks`` also their shares of it.
 
     One float64 vector is summed over the replicas, exact for counts below 2 ** 53. (The design would have every rank lay out every
     pack of the global batch; at thousands of replicas that costs more than this exchange of about 120 bytes.)
@@ -94,13 +99,16 @@ def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) 
     work = sum((StepWork.of(pack.pack) for pack in packs), StepWork())
     samples = sum(len(pack.pack.samples) for pack in packs)
     counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
+    fixed = len(counts)
+    counts += TaskCounts.of(packs, tasks).to_list() if tasks else []
     summed = torch.tensor(counts, dtype=torch.float64, device=platform.device())
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(summed, group=group)
     values = summed.tolist()
     split = len(fields(totals))
     totals = LossTotals(int(values[0]), values[1], int(values[2]))
-    return totals, StepWork(*(int(value) for value in values[split:-1])), int(values[-1])
+    work = StepWork(*(int(value) for value in values[split : fixed - 1]))
+    return totals, work, int(values[fixed - 1]), TaskCounts.from_list(values[fixed:], tasks) if tasks else None
 
 
 def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings: StepSettings) -> list[MicroBatch]:
@@ -131,34 +139,43 @@ def forward_step(
     return model(batch), loss
 
 
-def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings, table: LossTable | None = None) -> StepResult:
+def train_step(
+    trainable: Trainable, batch: StepBatch, settings: StepSettings, table: LossTable | None = None, timed: Phases = untimed
+) -> StepResult:
     """Train on one global batch, of which this replica holds ``batch.packs``. ``table`` takes this rank's losses by dataset."""
-    totals, work, samples = global_counts(batch.packs, parallel_state.get_data_parallel_group())
+    tasks = table.groups if table is not None else ()
+    totals, work, samples, by_task = global_counts(batch.packs, parallel_state.get_data_parallel_group(), tasks)
     for module in trainable.wrapped:
         module.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    shards = microbatches(batch.packs, trainable.stage, settings)
+    with timed("encode"):
+        shards = microbatches(batch.packs, trainable.stage, settings)
     chunks = trainable.decoder
-    outputs = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
-        # Every chunk of an interleaved stage sees every microbatch.
-        data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(shards),
-        # Megatron divides by the context-parallel size itself.
-        seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    trainable.stage.backward()
-    # Not left to the schedule, which would finish before the tower's backward pass.
-    finalize_gradients(chunks)
-    if trainable.tower is not None:
-        trainable.tower.finish_grad_sync()
+    with timed("forward_backward"):
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
+            # Every chunk of an interleaved stage sees every microbatch.
+            data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(shards),
+            # Megatron divides by the context-parallel size itself.
+            seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    with timed("encode_backward"):
+        trainable.stage.backward()
+    with timed("grad_sync"):
+        # Not left to the schedule, which would finish before the tower's backward pass.
+        finalize_gradients(chunks)
+        if trainable.tower is not None:
+            trainable.tower.finish_grad_sync()
     lr = trainable.learning_rate.lr
-    outcome = optimizer_step(trainable.optimizer)
-    if outcome.updated:
-        trainable.ema.update()
+    with timed("optimizer"):
+        outcome = optimizer_step(trainable.optimizer)
+    with timed("ema"):
+        if outcome.updated:
+            trainable.ema.update()
     trainable.learning_rate.step()
     losses = global_losses(
         [output["shares"] for output in outputs],
@@ -166,4 +183,4 @@ def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings, t
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_pipeline_model_parallel_group(),
     )
-    return StepResult(losses, outcome, totals, work, samples, lr)
+    return StepResult(losses, outcome, totals, work, samples, lr, by_task)
