@@ -40,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in PAGES if any(command.page == page for command in RUN)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, shared: Path, tmp_path: Path) -> None:
     folder = page_folder(shared, tmp_path / "reader")
