@@ -28,13 +28,18 @@ def validate(config: Config, world_size: int, has_gpu: bool) -> None:
 
     ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
     """
+    validate_settings(config, world_size, has_gpu)
+    check_paths(config)
+    validate_architecture(config, architecture(config))
+
+
+def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
+    """The checks that read no file."""
     refuse_unsupported_values(config)
     check_numbers(config)
     check_consistency(config)
     check_observing(config, world_size)
     resolve(config, world_size, has_gpu)
-    check_paths(config)
-    validate_architecture(config, architecture(config))
 
 
 def refuse_unsupported_values(config: Config) -> None:
@@ -87,6 +92,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
+        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     check_recompute(config)

@@ -28,6 +28,7 @@ from megatron_bagel.encoders.dealt_stage import DealtStage
 from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
+from megatron_bagel.platform.fake_world import is_fake
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.evaluation import Evaluation
@@ -114,6 +115,7 @@ def initialize_parallel(config: Config) -> None:
         virtual_stages(megatron, architecture(config).llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
+        create_gloo_process_groups=not is_fake(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
 
@@ -136,37 +138,44 @@ def set_up(config: Config) -> Run:
     costs = EncoderCosts.of(arch, training.freeze_vit or training.freeze_und)
     share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
     loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
-    trainable, trained = _build_trainable(config, layout, arch, source, replica, share)
+    trainable, trained = build_trainable(config, layout, arch, source, replica, share)
     counters = _restore(source, trained, trainable, loader)
     log = RunLog(
         training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
         prometheus=config.observing.prometheus_file,
     )  # fmt: skip
-    settings = StepSettings(
-        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
-        layout.attention_backend,
-        config.data.max_num_tokens,
-        platform.device(),
-        slot_multiple=config.megatron.tensor_model_parallel_size if config.megatron.sequence_parallel else 1,
-        fixed_slots=config.megatron.pipeline_model_parallel_size > 1,
-        cp_comm_type=config.megatron.cp_comm_type,
-    )
     timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, Saving(training), timers, profiler, counters)
+    saving, settings = Saving(training), step_settings(config, layout)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, timers, profiler, counters)
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
     _announce(run, source)
     return run
 
 
-def _build_trainable(
-    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource, replica: Replica | None, share: EncodingShare | None
+def step_settings(config: Config, layout: RunLayout) -> StepSettings:
+    """What every step of a run is told."""
+    training, megatron = config.training, config.megatron
+    return StepSettings(
+        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
+        layout.attention_backend,
+        config.data.max_num_tokens,
+        platform.device(),
+        slot_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+        fixed_slots=megatron.pipeline_model_parallel_size > 1,
+        cp_comm_type=megatron.cp_comm_type,
+    )
+
+
+def build_trainable(
+    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
 ) -> tuple[Trainable, Trained]:
-    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images."""
+    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
+    of weights everything has its shape and no memory (inside ``without_memory``)."""
     training, megatron = config.training, config.megatron
     tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
-    modules = build_modules(config, arch, tcfg)
-    if source.checkpoint is None:
+    modules = build_modules(config, arch, tcfg, shapes_only=source is None)
+    if source is not None and source.checkpoint is None:
         load_first_weights(config, source, modules, arch)
     freeze_modules(config, modules)
     optimizer_settings = OptimizerSettings(
@@ -190,7 +199,8 @@ def _build_trainable(
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in parts]
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
-    _load_average_apart(config, source, modules, arch, optimizer, ema)
+    if source is not None:
+        _load_average_apart(config, source, modules, arch, optimizer, ema)
     schedule = ScheduleSettings(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
     )
