@@ -282,7 +282,8 @@ def train(run: Run) -> None:
     """Step until ``total_steps``; the last checkpoint is always saved."""
     training, counters = run.config.training, run.counters
     window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
-    replacements = Replacements(run.loader, training.results_dir, run.config.data.max_skipped_share, counters.skipped)
+    skipped = run.config.data.max_skipped_share, counters.skipped
+    replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps)
     saved = counters.steps
     while counters.steps < training.total_steps:
         step = counters.steps

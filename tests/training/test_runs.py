@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -106,6 +107,25 @@ def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: in
     process.join()
     assert latest_checkpoint(config.training.checkpoint_dir) is not None
     assert numbers(run(config, ranks)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_lose_and_double_nothing(world: Path, tmp_path: Path) -> None:
+    """SIGKILL from the first moments of a start to the middle of steps and saves; every step is in the record once, and the same."""
+    expected = numbers(run(run_config(world, tmp_path / "whole", total_steps=40)))
+    config, moments = run_config(world, tmp_path / "killed", total_steps=40), random.Random(0)
+    for _ in range(20):
+        before = latest_checkpoint(config.training.checkpoint_dir)
+        process = start(config, 1)
+        process.join(moments.uniform(0.1, 6.0))
+        with contextlib.suppress(ProcessLookupError):  # not yet the leader of its group, or done
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+        after = latest_checkpoint(config.training.checkpoint_dir)
+        assert before is None or after.name >= before.name
+    assert numbers(run(config)) == expected
 
 
 KINDS: dict[str, tuple[dict, str | None]] = {
