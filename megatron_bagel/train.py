@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_bagel import platform
 from megatron_bagel.config.parser import parse_config
 from megatron_bagel.config.validate import validate
-from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
+from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed, side_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,13 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     platform.install()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop
+    from megatron_bagel.training.error_report import ErrorReport
 
-    init_distributed(config.megatron.distributed_timeout_minutes)
+    init_distributed(max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes))
     try:
-        loop.execute(config)
-    except ValueError as error:
-        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
-        return 2
+        with ErrorReport(side_store("errors"), config.training.results_dir):
+            loop.execute(config)
     finally:
         shutdown_distributed()
     return 0

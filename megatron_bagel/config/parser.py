@@ -22,8 +22,12 @@ from transformers.hf_argparser import string_to_bool
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.original_flags import ALIASES
+from megatron_bagel.config.resilience_arguments import ResilienceArguments
 
-SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments}
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
+    "resilience": ResilienceArguments,
+}  # fmt: skip
 SECTION_OF: dict[str, str] = {f.name: section for section, arguments in SECTIONS.items() for f in fields(arguments)}
 
 
@@ -35,6 +39,7 @@ class Config:
     data: DataArguments = field(default_factory=DataArguments)
     training: TrainingArguments = field(default_factory=TrainingArguments)
     megatron: MegatronArguments = field(default_factory=MegatronArguments)
+    resilience: ResilienceArguments = field(default_factory=ResilienceArguments)
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -114,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         same = actions[name]
         spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=alias, type=same.type, choices=same.choices, help=f"Megatron's name of --{name}.")
-    parser.add_argument("--config", help="YAML file with any of these settings, flat or under model:, data:, training:, megatron:.")
+    parser.add_argument("--config", help=f"YAML file with any of these settings, flat or under {':, '.join(SECTIONS)}:.")
     for action in parser._actions:
         if action.dest in defaults and action.help and action.dest == action.option_strings[0].lstrip("-"):
             action.help = f"{action.help.replace('%', '%%')} (default: {_default_text(defaults[action.dest])})"

@@ -34,6 +34,10 @@ class LossTable:
         self._buckets = max(len(self.edges) - 1, 1)
         self._sums = torch.zeros(len(self.datasets), 2 + 2 * self._buckets, dtype=torch.float64, device=platform.device())
 
+    def clear(self) -> None:
+        """Forget everything, for a step that is computed again."""
+        self._sums.zero_()
+
     @torch.no_grad()
     def add(self, batch: MicroBatch, ce: Tensor, mse: Tensor) -> None:
         """Count a microbatch: ``ce`` [n_ce] and ``mse`` [n_mse, channels], unreduced, as the model returns them."""

@@ -1,7 +1,7 @@
 """Pictures that cannot be read while training: replaced on all ranks alike, counted, written down, and too many of them end the run.
 
-Only the rank that encodes a picture reads it, so only that rank notices. One number is summed over the world before every step; the
-rest happens where it is not zero.
+Only the rank that encodes a picture reads it, so only that rank notices. Their number is summed over the world before every step
+(agreement.py); the rest happens where it is not zero.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from megatron_bagel import platform
 from megatron_bagel.data.loader import PackLoader, StepBatch
+from megatron_bagel.training.agreement import StepAgreement
 
 SKIPPED = "skipped.jsonl"
 _FEW = 10  # so many never end a run, whatever share of a young run they are
@@ -34,9 +33,13 @@ class Failure:
 class Replacements:
     """Settles every step's batch before it is trained on. ``count`` is the number of samples replaced since the run began."""
 
-    def __init__(self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0) -> None:
+    def __init__(
+        self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0,
+        agreement: StepAgreement | None = None,
+    ) -> None:  # fmt: skip
         self.loader, self.max_share, self.count = loader, max_share, count
         self._file = Path(results_dir) / SKIPPED
+        self._agreement = agreement or StepAgreement()
 
     def settle(self, batch: StepBatch, step: int, samples_before: int) -> StepBatch:
         """``batch`` as it can be trained on, of whole samples only. Collective over the world.
@@ -65,9 +68,7 @@ class Replacements:
             for place, pack in enumerate(batch.packs)
             for sample, reason in pack.failures
         ]
-        total = torch.tensor(len(own), device=platform.device())
-        dist.all_reduce(total)
-        if not int(total):
+        if not self._agreement.exchange(len(own)):
             return []
         everyone: list[Sequence[Failure]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)
