@@ -54,6 +54,7 @@ from megatron_bagel.training.optimizer import (
     wrap_over_world,
 )
 from megatron_bagel.training.replacement import Replacements
+from megatron_bagel.training.restarts import resume_after_restart
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
@@ -122,6 +123,7 @@ def set_up(config: Config, survival: Survival | None = None) -> Run:
     layout = resolve(config, dist.get_world_size(), platform.has_gpu())
     arch, tokenizer = run_model(config)
     validate_architecture(config, arch)
+    resume_after_restart(config)
     source = starting_point(config)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     if rank == 0:
