@@ -28,6 +28,7 @@ from megatron_bagel.training.agreement import rank_list
 
 EXIT_CODE = 18  # Megatron-Core's rerun state machine ends runs with 16 and 17
 _PACKAGE = os.sep + "megatron_bagel" + os.sep
+_WRAPPERS = os.sep + "platform" + os.sep
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._count, self._step, self._phase = 0, 0, "set-up and first step"
         self._seen, self._idle = (0, ""), 0.0
+        self._escape: threading.Timer | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -94,7 +96,7 @@ class Watchdog:
         self._phase = f"after {phase}"
 
     def _watch(self) -> None:
-        before, asked = time.monotonic(), 0.0
+        before = time.monotonic()
         while not self._closed.wait(self._limits.interval):
             now = time.monotonic()
             # A process that was stopped as a whole, or starved, has not seen its main thread idle for all that time.
@@ -104,12 +106,10 @@ class Watchdog:
             try:
                 self._post()
                 if self._idle > (self._limits.slow if self._slow_phase else self._limits.step):
-                    asked += tick
-                    self._hang(asked)
-            except RuntimeError as error:  # torch's DistError: the store is gone, and with it the host that had it
+                    self._hang()
+            except RuntimeError:  # torch's DistError: the store is gone, and with it the host that had it
                 if self._idle > self._limits.step:
-                    self._say(f"{self._position()}, and the store of the rendezvous does not answer: its host is gone ({error})")
-                    self._end(EXIT_CODE)
+                    self._give_up()
 
     @property
     def _slow_phase(self) -> bool:
@@ -127,20 +127,27 @@ class Watchdog:
         beat = self._beat()
         return f"rank {self._rank} has done no step for {beat.age:.0f} s: it is in {beat.call}, {beat.place}"
 
-    def _hang(self, waited: float) -> None:
-        """The first rank to come here reports; the others go when it has, or after a while."""
-        # Reading from a store that hangs would hang this thread too.
-        patience = 6 * self._limits.interval + 10
-        if self._store.add("reporters", 1) == 1:
-            escape = threading.Timer(patience, self._end, [EXIT_CODE])
-            escape.daemon = True
-            escape.start()
-            text = self._compose()
-            self._say(text)
-            self._write(text)
-            self._store.set("reported", "1")
-        elif not self._store.check(["reported"]) and waited < patience:
-            return
+    def _hang(self) -> None:
+        """The first rank to come here reports, and the others go when it has. Called again and again until this process has ended."""
+        if self._escape is None:
+            # A store that was cut off would hold this thread up for good.
+            self._escape = threading.Timer(6 * self._limits.interval + 10, self._give_up)
+            self._escape.daemon = True
+            self._escape.start()
+            if self._store.add("reporters", 1) == 1:
+                text = self._compose()
+                self._say(text)
+                self._write(text)
+                self._store.set("reported", "1")
+        if self._store.check(["reported"]):
+            self._escape.cancel()
+            self._end(EXIT_CODE)
+
+    def _give_up(self) -> None:
+        self._say(
+            f"{self._position()}. Nobody reports: the store of the rendezvous does not answer, so this host is cut off, or the one "
+            "that had the store is gone"
+        )
         self._end(EXIT_CODE)
 
     def _compose(self) -> str:
@@ -174,9 +181,9 @@ def stack_position(thread: int) -> tuple[str, str]:
     """(innermost line of this package, innermost function of all) on the stack of a thread."""
     frame = sys._current_frames().get(thread)
     frames = traceback.extract_stack(frame, limit=None) if frame is not None else []
-    # Deprecated aliases and loggers wrap torch's collectives: the function itself is inside.
-    call = next((entry.name for entry in reversed(frames) if entry.name not in ("wrapper", "<lambda>")), "nothing")
-    ours = next((entry for entry in reversed(frames) if _PACKAGE in entry.filename), None)
+    # Loggers of torch, and the stand-ins for CUDA, wrap collectives: whom they wrap is what one wants to know.
+    call = next((entry.name for entry in reversed(frames) if entry.name not in ("wrapper", "<lambda>", "__torch_function__")), "nothing")
+    ours = next((entry for entry in reversed(frames) if _PACKAGE in entry.filename and _WRAPPERS not in entry.filename), None)
     if ours is None:
         return "no line of this package", call
     return f"megatron_bagel/{ours.filename.rsplit(_PACKAGE, 1)[1]}:{ours.lineno} {ours.name}", call

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Ranks:
 
     processes: list[Any]
     out: Path
-    pids: list[int] = field(default_factory=list)
 
     def wait(self, seconds: float = 240) -> list[int | None]:
         """Exit codes in rank order; a process that does not end in time is killed and counts as None."""
@@ -62,9 +61,13 @@ class Ranks:
 
 
 def start_ranks(
-    config: Config, size: int, fault: Fault = no_fault, environment: Mapping[str, str] | None = None, others: Mapping[int, Config] | None = None
+    config: Config,
+    size: int,
+    fault: Fault = no_fault,
+    environment: Mapping[str, str] | None = None,
+    others: Mapping[int, Config] | None = None,
 ) -> Ranks:
-    """Start ``python -m megatron_bagel.train`` on ``size`` forked ranks. ``others`` are configurations of ranks that have one of their own."""
+    """Start ``python -m megatron_bagel.train`` on ``size`` forked ranks. ``others`` are configurations of single ranks."""
     out = Path(config.training.results_dir) / "printed"
     out.mkdir(parents=True, exist_ok=True)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size), **(environment or {})}
