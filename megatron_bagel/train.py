@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_bagel import platform
 from megatron_bagel.config.parser import parse_config
 from megatron_bagel.config.validate import validate
-from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed, side_store
+from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     init_distributed(max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes))
     try:
-        with ErrorReport(side_store("errors"), config.training.results_dir):
+        with ErrorReport(config.training.results_dir):
             loop.execute(config)
     finally:
         shutdown_distributed()

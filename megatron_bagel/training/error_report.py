@@ -20,6 +20,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_bagel.platform.distributed import side_store
+from megatron_bagel.training import watchdog
 from megatron_bagel.training.agreement import rank_list
 
 #: Seconds between the last error that arrived and the report, and the most that is waited.
@@ -45,13 +47,14 @@ class RankError:
 
 
 class ErrorReport:
-    """``with ErrorReport(store, results_dir):`` around a run. An error inside becomes SystemExit: 2 for a ValueError, else 1.
+    """``with ErrorReport(results_dir):`` around a run. An error inside becomes SystemExit: 2 for a ValueError, else 1.
 
-    Without a store that answers, each rank prints its own error.
+    Without a store that answers, each rank prints its own error. Nothing is said of errors that follow from a hang which the watchdog has
+    reported already: ranks that end break the connections of others.
     """
 
-    def __init__(self, store: dist.Store, results_dir: str | Path) -> None:
-        self._store, self._folder = store, Path(results_dir) / "errors"
+    def __init__(self, results_dir: str | Path) -> None:
+        self._store, self._hang, self._folder = side_store("errors"), side_store(watchdog.STORE), Path(results_dir) / "errors"
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def __enter__(self) -> ErrorReport:
@@ -62,6 +65,8 @@ class ErrorReport:
             return
         own = RankError.of(self._rank, error)
         try:
+            if self._hang.check([watchdog.REPORTED]):
+                raise SystemExit(watchdog.EXIT_CODE) from None
             self._gather(own)
         except RuntimeError:  # torch's DistError: the host of the store is gone
             where = f"on rank {own.rank} ({own.host}), and the store of the rendezvous does not answer"

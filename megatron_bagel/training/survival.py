@@ -17,7 +17,7 @@ from megatron_bagel.training.agreement import StepAgreement
 from megatron_bagel.training.anomalies import BadSteps
 from megatron_bagel.training.events import EventFile
 from megatron_bagel.training.stragglers import Stragglers
-from megatron_bagel.training.watchdog import Limits, Watchdog, watching
+from megatron_bagel.training.watchdog import STORE, Limits, Watchdog, watching
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Survival:
         resilience = config.resilience
         events = EventFile(config.training.results_dir)
         results_dir = Path(config.training.results_dir)
-        idle = Watchdog(side_store("watchdog"), dist.get_rank(), dist.get_world_size(), limits_of(config), results_dir)
+        idle = Watchdog(side_store(STORE), dist.get_rank(), dist.get_world_size(), limits_of(config), results_dir)
         return cls(
             config, events, watchdog or idle, StepAgreement(request), BadSteps(resilience, events), Stragglers(resilience, events),
             LauncherHeartbeats(resilience.ft_heartbeats),
@@ -63,7 +63,7 @@ class Survival:
 @contextmanager
 def surviving(config: Config) -> Iterator[Survival]:
     """Signals are noted, and ranks watched, while the block runs."""
-    with stop_on_signals() as request, watching(side_store("watchdog"), limits_of(config), config.training.results_dir) as watchdog:
+    with stop_on_signals() as request, watching(side_store(STORE), limits_of(config), config.training.results_dir) as watchdog:
         survival = Survival.of(config, request, watchdog)
         survival.heartbeats.start()
         yield survival

@@ -26,6 +26,8 @@ import torch.distributed as dist
 
 from megatron_bagel.training.agreement import rank_list
 
+#: Name of the watchdogs' store, and the key that is there once one of them has reported.
+STORE, REPORTED = "watchdog", "reported"
 EXIT_CODE = 18  # Megatron-Core's rerun state machine ends runs with 16 and 17
 _PACKAGE = os.sep + "megatron_bagel" + os.sep
 _WRAPPERS = os.sep + "platform" + os.sep
@@ -138,8 +140,8 @@ class Watchdog:
                 text = self._compose()
                 self._say(text)
                 self._write(text)
-                self._store.set("reported", "1")
-        if self._store.check(["reported"]):
+                self._store.set(REPORTED, "1")
+        if self._store.check([REPORTED]):
             self._escape.cancel()
             self._end(EXIT_CODE)
 

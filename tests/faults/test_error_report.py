@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bagel.platform.distributed import side_store
 from megatron_bagel.training import error_report
 from megatron_bagel.training.error_report import ErrorReport, RankError, describe
 from tests.distributed import run_ranks
@@ -22,7 +21,7 @@ def _fail(folder: Path, wrong: dict[int, tuple[float, str, str]]) -> int | None:
     error_report.QUIET = 1.0
     delay, kind, text = wrong.get(dist.get_rank(), (0, "", ""))
     try:
-        with ErrorReport(side_store("errors"), folder):
+        with ErrorReport(folder):
             time.sleep(delay)
             if kind:
                 raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind](text)
