@@ -1,10 +1,11 @@
-"""Packing, as JSON: fill of packs and balance between replicas of the planner, beside the original's greedy packing.
+"""The data path, as JSON, beside a plain reader that follows the original's algorithm (`plain_reader.py`, `data_mixes.py`).
 
-    python -m benchmarks.data --mix lognormal --packs 640 --replicas 64
-
-The baseline packs as the original's data loader does (behaviour known from its runs): every rank for itself, samples in stream
-order, an overflow buffer that is tried first below ``prefer_buffer_before``, a pack given out at ``expected_num_tokens`` or when
-the buffer is full. Lengths are synthetic; no pixels, no disk.
+    python -m benchmarks.data --mix lognormal          # fill and balance of packs of 36864 tokens, 64 replicas; also --mix images
+    python -m benchmarks.data --part sample            # fill on sample data, packs of 1024 tokens
+    python -m benchmarks.data --part loader            # samples per second of one worker, and that pixels are the same
+    python -m benchmarks.data --part start             # seconds to the first pack of 2000 rows, and of a quarter of them
+    python -m benchmarks.data --part plan              # planning an epoch of 10 M samples of a synthetic sidecar: seconds, memory
+    python -m benchmarks.data --part open              # opening a synthetic sidecar of 100 M samples: seconds, memory
 """
 
 from __future__ import annotations
@@ -13,78 +14,18 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a file too, without installing the benchmarks
 
-from megatron_bagel.data.counts import COST_UNIT, CostModel, Measures  # noqa: E402
-from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform  # noqa: E402
+from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs  # noqa: E402
+from benchmarks.data_reading import measure_fill, measure_loader, measure_start  # noqa: E402
+from benchmarks.data_scale import measure_opening, measure_planning  # noqa: E402
 from megatron_bagel.data.planner import Planner, PlannerConfig  # noqa: E402
 from megatron_bagel.data.planner_deal import deal  # noqa: E402
-
-CAPACITY, EXPECTED, PREFER_BUFFER, BUFFER = 36864, 32768, 16384, 50
-
-
-@dataclass
-class Lengths:
-    """A source of lengths alone: ``lognormal`` (median 665 tokens) or ``images`` (1024 to 4096 latent tokens and a caption)."""
-
-    mix: str
-    size: int = 10_000_000
-    name: str = "lengths"
-    weight: float = 1.0
-    is_mandatory: bool = False
-    keep_position: bool = True
-
-    def __len__(self) -> int:
-        return self.size
-
-    def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
-        """Lengths keyed by index and epoch; cost by the default cost model, one document of full attention each."""
-        u, v = (keyed_uniform(0, what, indexes, epoch) for what in ("u", "v"))
-        if self.mix == "lognormal":
-            normal = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
-            tokens = np.exp(6.5 + normal).clip(20, 16384).astype(np.int64)
-        else:
-            rows, columns = (32 + keyed_integers(33, 0, side, indexes, epoch) for side in ("rows", "columns"))
-            tokens = rows * columns + 4 + (10 + 90 * u).astype(np.int64)
-        cost = (tokens + CostModel().pair * tokens.astype(np.float64) ** 2) * COST_UNIT
-        return Measures(tokens, tokens, cost.astype(np.int64))
-
-    def describe(self, index: int) -> str:
-        """Not from a file."""
-        return f"length {index}"
-
-
-def greedy_packs(source: Lengths, rank: int, ranks: int, count: int) -> list[tuple[int, float]]:
-    """(tokens, cost) of ``count`` packs of one rank by the original's algorithm."""
-    packs: list[tuple[int, float]] = []
-    buffer: deque[tuple[int, float]] = deque()
-    drawn, tokens, cost = 0, 0, 0.0
-    while len(packs) < count:
-        from_buffer = tokens < PREFER_BUFFER and bool(buffer)
-        if from_buffer:
-            length, work = buffer.popleft()
-        else:
-            measures = source.measure(np.array([rank + drawn * ranks]), 0)
-            length, work, drawn = int(measures.tokens[0]), float(measures.cost[0]) / COST_UNIT, drawn + 1
-        if tokens + length > CAPACITY:
-            if len(buffer) < BUFFER and not from_buffer:
-                buffer.append((length, work))
-                continue
-            packs.append((tokens, cost))
-            tokens, cost = 0, 0.0
-            continue
-        tokens, cost = tokens + length, cost + work
-        if tokens >= EXPECTED:
-            packs.append((tokens, cost))
-            tokens, cost = 0, 0.0
-    return packs
 
 
 def imbalance(steps: Sequence[Sequence[float]]) -> float:
@@ -124,17 +65,40 @@ def measure(mix: str, packs: int, replicas: int, window: int) -> dict[str, objec
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """Every size has a default that is the full-size measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("packing", "sample", "loader", "start", "plan", "open"), default="packing")
+    packing = parser.add_argument_group("packing")
+    packing.add_argument("--mix", choices=("lognormal", "images"), default="lognormal")
+    packing.add_argument("--packs", type=int, default=640, help="of sample and loader too")
+    packing.add_argument("--replicas", type=int, default=64)
+    packing.add_argument("--window", type=int, default=50, help="as --max_buffer_size")
+    reading = parser.add_argument_group("sample, loader and start")
+    reading.add_argument("--rows", type=int, default=2000)
+    reading.add_argument("--side", type=int, default=64, help="pixels of the pictures")
+    reading.add_argument("--capacity", type=int, default=1024, help="tokens of a pack")
+    reading.add_argument("--repeats", type=int, default=5)
+    scale = parser.add_argument_group("plan and open")
+    scale.add_argument("--samples", type=int, help="default: 10 million to plan, 100 million to open")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mix", choices=("lognormal", "images"), default="lognormal")
-    parser.add_argument("--packs", type=int, default=640)
-    parser.add_argument("--replicas", type=int, default=64)
-    parser.add_argument("--window", type=int, default=50, help="as --max_buffer_size")
-    arguments = parser.parse_args(argv)
-    if not 1 <= arguments.replicas <= arguments.packs:
-        parser.error(f"--packs {arguments.packs} must be at least --replicas {arguments.replicas}")
-    print(json.dumps(measure(arguments.mix, arguments.packs, arguments.replicas, arguments.window), indent=1))
+    parse = parser()
+    args = parse.parse_args(argv)
+    if not 1 <= args.replicas <= args.packs:
+        parse.error(f"--packs {args.packs} must be at least --replicas {args.replicas}")
+    parts: dict[str, Callable[[], dict[str, object]]] = {
+        "packing": lambda: measure(args.mix, args.packs, args.replicas, args.window),
+        "sample": lambda: measure_fill(args.rows, args.side, args.capacity, args.packs),
+        "loader": lambda: measure_loader(args.rows, args.side, args.capacity, args.packs, args.repeats),
+        "start": lambda: measure_start(args.rows, args.side, args.capacity, args.repeats),
+        "plan": lambda: measure_planning(args.samples or 10_000_000),
+        "open": lambda: measure_opening(args.samples or 100_000_000),
+    }
+    print(json.dumps(parts[args.part](), indent=1))
 
 
 if __name__ == "__main__":

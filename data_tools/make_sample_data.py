@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
     parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0: no such group)")
     parser.add_argument("--weights", type=float, nargs=4, default=list(WEIGHTS.values()), metavar=("T2I", "EDIT", "VLM", "TEXT"),
-                        help="how often each kind is drawn in training (default: " + " ".join(map(str, WEIGHTS.values())) + ")")  # fmt: skip
+                        help=f"how often each kind is drawn in training (default: {' '.join(map(str, WEIGHTS.values()))})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
     world = parser.add_argument_group("the world")
     world.add_argument("--image-size", nargs="+", default=["64"], metavar="SIZE",

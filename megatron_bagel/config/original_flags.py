@@ -27,24 +27,13 @@ ALIASES: dict[str, str] = {
     "wandb_exp_name": "wandb_name",
 }
 
-#: Flags that the original does not have.
-OURS: frozenset[str] = frozenset({
-    "tokenizer_path",
-    "init_random",
-    "allow_missing",
-    "data_root",
-    "index_dir",
-    "split",
-    "latent_cache",
-    "use_wandb",
-    "async_save",
-    "keep_last",
-    "keep_every",
-    "verify_checkpoint",
-    "export_hf_every",
-    "zero_lr_first_step",
-    "vae_encode_padded",
-})
+#: Flags that the original does not have: their help begins with the word.
+OURS: frozenset[str] = frozenset(
+    f.name
+    for arguments in (ModelArguments, DataArguments, TrainingArguments)
+    for f in fields(arguments)
+    if f.metadata["help"].startswith("Ours")
+)
 
 #: FSDP sharding strategies -> what they are under Megatron.
 SHARDING_STRATEGIES: dict[str, str] = {

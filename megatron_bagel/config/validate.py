@@ -30,13 +30,19 @@ def validate(config: Config, world_size: int, has_gpu: bool) -> None:
 
     ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
     """
+    validate_settings(config, world_size, has_gpu)
+    check_paths(config)
+    validate_architecture(config, architecture(config))
+
+
+def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
+    """The checks that read no file."""
     refuse_unsupported_values(config)
     check_numbers(config)
     check_resilience(config)
     check_consistency(config)
+    check_observing(config, world_size)
     resolve(config, world_size, has_gpu)
-    check_paths(config)
-    validate_architecture(config, architecture(config))
 
 
 def refuse_unsupported_values(config: Config) -> None:
@@ -89,6 +95,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
+        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     check_recompute(config)
@@ -161,6 +169,24 @@ def check_parallel_consistency(megatron: MegatronArguments) -> None:
             "--num_layers_per_virtual_pipeline_stage needs equal stages; with --num_layers_in_first_pipeline_stage or "
             "--num_layers_in_last_pipeline_stage say --virtual_pipeline_model_parallel_size instead"
         )
+
+
+def check_observing(config: Config, world_size: int) -> None:
+    """The profiler's window and ranks, and the name of Prometheus' file."""
+    observing = config.observing
+    given = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
+    if given and not observing.profile:
+        raise ValueError(f"--{given[0]} needs --profile: nothing is profiled without it")
+    if observing.profile and not 0 <= observing.profile_step_start < observing.profile_step_end:
+        raise ValueError(
+            f"--profile_step_start {observing.profile_step_start} and --profile_step_end {observing.profile_step_end} leave no step to "
+            "profile: the first must be 0 or more, and below the second"
+        )
+    unknown = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
+    if observing.profile and (unknown or not observing.profile_ranks):
+        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown))}: give ranks of this run, 0 to {world_size - 1}")
+    if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
+        raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")
 
 
 def check_paths(config: Config) -> None:

@@ -6,9 +6,9 @@ A reader can be pickled and forked freely; every process maps the files for itse
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_bagel.data.columns import PlanningColumns, Ragged, gathered
 from megatron_bagel.data.groups import EDIT, T2I, DatasetEntry, GroupConfig
 from megatron_bagel.data.index_format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
 from megatron_bagel.data.keyed_random import keyed_uniform
@@ -24,46 +25,38 @@ from megatron_bagel.data.split import EVERYTHING, Split, SplitRows
 from megatron_bagel.data.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """A column of lists without copies: row i is ``values[offsets[i]:offsets[i + 1]]``."""
+@lru_cache(maxsize=64)
+def open_indexed(stem: str, changed: int, multimodal: bool) -> IndexedDataset:
+    """The sequences of a shard. An open one holds three file descriptors, and a large index has more shards than a process may have
+    files open; so a process keeps the ones used last. Views of their bytes must not outlive the next call.
 
-    offsets: np.ndarray
-    values: np.ndarray
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
+    ``changed``, the time of the ``.bin``, tells a shard from another one that lay there before.
+    """
+    return IndexedDataset(stem, multimodal=multimodal, mmap=True)
 
 
-class Shard:
-    """One shard, mapped into memory. The columns are read-only views of the file, one entry per sample."""
+class Shard(PlanningColumns):
+    """One shard, mapped into memory. The columns are read-only views of the file, one entry per sample; they hold no open file."""
 
     def __init__(self, folder: Path, info: ShardInfo) -> None:
         """Raises ValueError when a file is missing or has another size than the manifest says (a copy that broke off)."""
         stem = folder / info.name
         for ending, (size, _) in info.files.items():
             path = Path(f"{stem}.{ending}")
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise ValueError(f"{path} should have {size} bytes but has {found or 'no file'}; copy or build the index again")
-        self._map = pa.memory_map(f"{stem}.arrow")
-        batch = pa.ipc.open_file(self._map).get_batch(0)
-        self.text_tokens = _ragged(batch.column("text_tokens"))
-        self.structure = _ragged(batch.column("structure"))
-        self.width = _ragged(batch.column("width"))
-        self.height = _ragged(batch.column("height"))
+            found = path.stat() if path.is_file() else None
+            if found is None or found.st_size != size:
+                has = "no file" if found is None else found.st_size
+                raise ValueError(f"{path} should have {size} bytes but has {has}; copy or build the index again")
+        self._bytes = str(stem), Path(f"{stem}.bin").stat().st_mtime_ns, True
+        with pa.memory_map(f"{stem}.arrow") as mapped:  # the columns keep the mapping when the file is closed
+            batch = pa.ipc.open_file(mapped).get_batch(0)
+        super().__init__(*(_ragged(batch.column(name)) for name in ("text_tokens", "structure", "width", "height")))
         self.source_file = batch.column("source_file").to_numpy()
         self.source_row = batch.column("source_row").to_numpy()
-        self._bytes = IndexedDataset(str(stem), multimodal=True, mmap=True)
-
-    @cached_property
-    def structure_sums(self) -> np.ndarray:
-        """[values + 1]: sums of the structure column's first values."""
-        return np.concatenate([[0], np.cumsum(self.structure.values, dtype=np.int64)])
 
     def sequence(self, number: int) -> np.ndarray:
         """Bytes of one text or image of the shard, as a uint8 view."""
-        return self._bytes[number][0]
+        return open_indexed(*self._bytes)[number][0]
 
 
 def _ragged(column: pa.ListArray) -> Ragged:
@@ -124,12 +117,17 @@ class DatasetReader:
         shard, row = self._locate(index)
         return self.info.sources[int(shard.source_file[row])].path, int(shard.source_row[row])
 
-    def locate_rows(self, rows: np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """For every shard that holds some of ``rows`` [n]: the shard, their row numbers in it, and which of the n they are (mask)."""
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(numbers):
-            mine = numbers == number
-            yield self._shard(int(number)), rows[mine] - self._starts[number], mine
+    def columns(self, rows: np.ndarray) -> tuple[PlanningColumns, np.ndarray]:
+        """Planning data of ``rows`` [n], gathered shard by shard, and the order in which they come: ``rows[order]``."""
+        order = np.argsort(rows, kind="stable")
+        numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
+        bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist() if len(rows) else []
+        parts = (
+            (self._shard(number), rows[order[begin:end]] - self._starts[number])
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for number in [int(numbers[begin])]
+        )
+        return gathered(parts), order
 
     def shards(self) -> list[Shard]:
         """All shards in row order, for work on whole columns."""

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.data.groups import GroupConfig
 from megatron_bagel.data.index_format import Manifest, dataset_folder
-from megatron_bagel.data.index_reader import DatasetReader
+from megatron_bagel.data.index_reader import DatasetReader, open_indexed
 
 CACHE_VERSION = 1
 CACHE_MANIFEST = "latents.json"
@@ -60,28 +59,26 @@ class LatentCache:
         self.dtype = DTYPES[stored["dtype"]]
         self.arch = AutoencoderArch.beside(self.folder / CACHE_MANIFEST)
         self._files: Mapping[str, Mapping[str, int]] = stored["files"]
-        self._shards: dict[Path, IndexedDataset] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}
+        self._stems: dict[Path, int] = {}  # shards that were looked at, and when their .bin was changed
 
     def posterior(self, reader: DatasetReader, index: int, image: int, grid: tuple[int, int]) -> torch.Tensor:
         """Mean and log variance, float32 [2 * z, height, width], of one image of row ``index`` whose latent is ``grid`` (height,
         width). Raises ValueError when the stored one has another size."""
         shard, number = reader.image_place(index, image)
-        data = self._shard(reader, shard)[number]
+        data = open_indexed(*self._stem(reader, shard), False)[number]
         values = torch.from_numpy(np.array(data)).view(self.dtype)
         shape = (2 * self.arch.z_channels, *grid)
         if values.numel() != shape[0] * shape[1] * shape[2]:
             raise ValueError(f"the stored posterior has {values.numel()} values, not {shape}; make the cache {self.folder} again")
         return values.view(shape).to(torch.float32)
 
-    def _shard(self, reader: DatasetReader, name: str) -> IndexedDataset:
+    def _stem(self, reader: DatasetReader, name: str) -> tuple[str, int]:
         stem = dataset_folder(self.folder, reader.info.group, reader.info.name) / name
-        if stem not in self._shards:
-            size = self._files[f"{reader.name}/{name}"]["bin"]
-            found = Path(f"{stem}.bin").stat().st_size if Path(f"{stem}.bin").is_file() else None
-            if found != size:
-                raise ValueError(f"{stem}.bin should have {size} bytes but has {found or 'no file'}; copy or make the cache again")
-            self._shards[stem] = IndexedDataset(str(stem), multimodal=False, mmap=True)
-        return self._shards[stem]
+        if stem not in self._stems:
+            size, path = self._files[f"{reader.name}/{name}"]["bin"], Path(f"{stem}.bin")
+            found = path.stat() if path.is_file() else None
+            if found is None or found.st_size != size:
+                has = "no file" if found is None else found.st_size
+                raise ValueError(f"{path} should have {size} bytes but has {has}; copy or make the cache again")
+            self._stems[stem] = found.st_mtime_ns
+        return str(stem), self._stems[stem]

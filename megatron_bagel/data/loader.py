@@ -125,12 +125,7 @@ class PackReader(Dataset):
 
     def __getitem__(self, wanted: PackPlan | StepPlan) -> LoadedPack:
         plan, held = (wanted, None) if isinstance(wanted, PackPlan) else (wanted.packs[wanted.number], self._held(wanted))
-        pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
-        if pack.sequence_length != plan.tokens:
-            raise ValueError(
-                f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
-                "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
-            )
+        pack = self.layout(plan)
         images = pack.images if held is None else tuple(compress(pack.images, held))
         # Picture by picture: a source keeps the last one it decoded.
         order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
@@ -156,6 +151,16 @@ class PackReader(Dataset):
             held=held,
             failures=tuple(sorted(failures.items())),
         )
+
+    def layout(self, plan: PackPlan) -> Pack:
+        """Every integer of a planned pack, without a pixel."""
+        pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
+        if pack.sequence_length != plan.tokens:
+            raise ValueError(
+                f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
+                "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
+            )
+        return pack
 
     def _held(self, wanted: StepPlan) -> np.ndarray | None:
         """Which images of the pack this rank encodes; None for all of them."""

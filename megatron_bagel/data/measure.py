@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bagel.data.columns import PlanningColumns, Ragged
 from megatron_bagel.data.counts import COST_UNIT
 from megatron_bagel.data.groups import EDIT, T2I, VLM, GroupConfig
-from megatron_bagel.data.index_reader import Ragged, Shard
 from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
 from megatron_bagel.data.records import CONTINUED, ENDED, IMAGE_ITEM, PLAIN
 from megatron_bagel.data.sample_plan import JOIN_PROBABILITY, MAX_CHAIN, PlanSettings, transform_of
@@ -23,9 +23,9 @@ _ABSENT, _TEXT, _VIT, _CLEAN, _NOISED = range(5)  # kinds of slots
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows being measured: places in their shard, and the key of their draws."""
+    """The rows being measured: places in their shard (or in gathered columns), and the key of their draws."""
 
-    shard: Shard
+    shard: PlanningColumns
     rows: np.ndarray
     dataset: str
     indexes: np.ndarray
@@ -68,9 +68,9 @@ class _Slots:
 
 
 def measure_rows(
-    shard: Shard, rows: np.ndarray, dataset: str, indexes: np.ndarray, epoch: int, group: GroupConfig, settings: PlanSettings
+    shard: PlanningColumns, rows: np.ndarray, dataset: str, indexes: np.ndarray, epoch: int, group: GroupConfig, settings: PlanSettings
 ) -> np.ndarray:
-    """(tokens, full_tokens, cost) [3, n] of ``rows`` of a shard, as in `counts.Measures`; ``indexes`` are their rows in ``dataset``."""
+    """(tokens, full_tokens, cost) [3, n] of ``rows`` of the columns, as in `counts.Measures`; ``indexes`` are their rows in ``dataset``."""
     batch = _Rows(shard, rows, dataset, indexes, epoch, group, settings)
     slots = {T2I: _t2i, EDIT: _edit}.get(group.name, _turns)(batch)
     if not settings.visual_und:

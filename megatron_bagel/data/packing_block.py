@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bagel.data.packing import best_pair
-
 _HEAVY = 0.002  # work beyond the tokens' own, as a share of a pack's tokens, from which a sample counts as heavy
 _TRIES = 8  # packs tried for a heavy sample, before it waits for the closing
 _WASTE = 0.002  # gap, as a share of a pack, that is worth the search for a pair
+_PAIRS = 512  # pairs looked at, at most: one of the first mostly fits to the token
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,23 @@ class BlockPacking:
     def _deal_heavy(self, chosen: np.ndarray) -> None:
         chosen = chosen[np.argsort(-self._samples.excess[chosen], kind="stable")]
         weights = (chosen, self._samples.tokens[chosen], self._samples.excess[chosen])
-        heap = [(load, pack) for pack, load in enumerate(self._excess)]
+        tokens, pack_of, capacity, count = self._tokens, self._pack_of, self.capacity, len(self._excess)
+        heap = [load * count + pack for pack, load in enumerate(self._excess)]  # as in `_level`
         heapq.heapify(heap)
+        most = min(_TRIES, count) - 1
         for sample, length, work in zip(*(column.tolist() for column in weights), strict=True):
-            full = []
-            while heap and len(full) < _TRIES:
-                load, pack = heapq.heappop(heap)
-                if self._tokens[pack] + length <= self.capacity:
-                    self._put(sample, length, pack)
-                    full.append((load + work, pack))
-                    break
-                full.append((load, pack))
-            for entry in full:
+            passed: Sequence[int] = ()
+            pack = heap[0] % count
+            if tokens[pack] + length > capacity:
+                passed = []
+                while len(passed) < most and tokens[pack] + length > capacity:
+                    passed.append(heapq.heappop(heap))
+                    pack = heap[0] % count
+            if tokens[pack] + length <= capacity:
+                heapq.heapreplace(heap, heap[0] + work * count)
+                pack_of[sample] = pack
+                tokens[pack] += length
+            for entry in passed:
                 heapq.heappush(heap, entry)
 
     def _level(self, chosen: np.ndarray) -> None:
@@ -103,10 +108,27 @@ class BlockPacking:
         while (place := bisect_right(sizes, room := self.capacity - self._tokens[pack]) - 1) >= 0:
             taken = [place]
             if _WASTE * self.capacity < room - sizes[place] < sizes[0]:  # it would be the last one, and fits badly
-                taken = sorted(best_pair(np.array(sizes[: place + 1]), room).tolist(), reverse=True)
+                taken = closing_pair(sizes, room, room - sizes[place]) or taken
             for place in taken:
                 self._put(samples.pop(place), sizes.pop(place), pack)
 
     def _put(self, sample: int, length: int, pack: int) -> None:
         self._pack_of[sample] = pack
         self._tokens[pack] += length
+
+
+def closing_pair(sizes: list[int], room: int, gap: int) -> list[int]:
+    """Places, the later first, of two samples that fill ``room`` tokens up to less than ``gap``; empty when none are found.
+
+    ``sizes`` is ascending. Pairs of like size are tried first, up to an exact fit: the shortest samples stay for smaller gaps.
+    """
+    best: list[int] = []
+    middle = max(bisect_right(sizes, room // 2) - 1, 1)
+    for longer in range(middle, min(bisect_right(sizes, room - sizes[0]), middle + _PAIRS)):
+        left = room - sizes[longer]
+        shorter = min(bisect_right(sizes, left), longer) - 1
+        if left - sizes[shorter] < gap:
+            best, gap = [longer, shorter], left - sizes[shorter]
+            if not gap:
+                break
+    return best

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_bagel.data.counts import COST_UNIT, SampleSource
 from megatron_bagel.data.planner_block import AGE, Block, BlockSettings, no_candidates, picks, plan_block
 from megatron_bagel.data.planner_deal import PackPlan
-from megatron_bagel.data.planner_stream import COST, TOKENS, CandidateStream, Skips
+from megatron_bagel.data.planner_stream import TOKENS, CandidateStream, Skips
 
 log = logging.getLogger(__name__)
 
@@ -201,10 +201,10 @@ class Planner:
     def _pack(self, number: int) -> PackPlan:
         """Pack ``number`` of the sequence."""
         planned = self._reach(number, number + 1)
-        i, j = planned.block.bounds[number - planned.first : number - planned.first + 2]
-        rows = planned.block.rows[i:j]
-        samples = tuple(map(tuple, picks(rows).tolist()))
-        return PackPlan(number, samples, int(rows[:, TOKENS].sum()), int(rows[:, COST].sum()) / COST_UNIT)
+        block, place = planned.block, number - planned.first
+        samples = tuple(map(tuple, picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).tolist()))
+        tokens, cost = block.sums[place]
+        return PackPlan(number, samples, tokens, cost / COST_UNIT)
 
     def _reach(self, begin: int, packs: int) -> _Planned:
         """The first block from ``begin`` on at whose end ``packs`` packs or more are made; plans as far as needed."""

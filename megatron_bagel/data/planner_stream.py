@@ -17,7 +17,7 @@ from megatron_bagel.data.planner_permutation import permuted
 
 SOURCE, INDEX, EPOCH, TOKENS, FULL_TOKENS, COST = range(6)
 COLUMNS = 6
-_CHUNK_BITS = 12  # candidates of a group are measured in runs of up to 2^12
+_CHUNK_BITS = 16  # candidates of a group are measured in runs of up to 2^16: in a large index each run touches every shard
 _DRAW_BITS = 12  # groups are drawn in runs of 2^12
 _LISTED = 1000  # skipped samples kept by name; the rest are only counted
 _HOPELESS = 64, 1_000_000  # at least and at most so many skipped in a row, in between once round the source, end the run

@@ -28,6 +28,8 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
 
+_MEASURED = 1 << 13  # rows measured at once: the arrays stay in the cache, and one conversation of many turns widens few of them
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -114,10 +116,18 @@ class GroupSource:
 
         Raises ValueError when it cannot be decoded, or is another picture than the index says.
         """
+        if self.latents is None or image.kind != "vae":
+            return self.picture(index, image)
         reader, row, _ = self._locate(index, 0)
-        if self.latents is not None and image.kind == "vae":
-            arch = self.latents.arch
-            return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+        arch = self.latents.arch
+        return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+
+    def picture(self, index: int, image: PackImage) -> torch.Tensor:
+        """One image of a sample after its transform, float32 [3, height, width], whether a latent cache holds it or not.
+
+        Raises ValueError as `pixels` does.
+        """
+        reader, row, _ = self._locate(index, 0)
         decoded = self._decoded(reader, row, image.image)
         return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
 
@@ -141,8 +151,11 @@ class GroupSource:
 
     def _measure_pass(self, each: _Pass, rows: np.ndarray, epoch: int) -> np.ndarray:
         measured = np.zeros((3, len(rows)), dtype=np.int64)
-        for shard, local, mine in each.reader.locate_rows(rows):
-            measured[:, mine] = measure_rows(shard, local, each.reader.name, rows[mine], epoch, self.group, self.settings)
+        columns, order = each.reader.columns(rows)
+        for first in range(0, len(rows), _MEASURED):
+            mine = order[first : first + _MEASURED]
+            places = np.arange(first, first + len(mine))
+            measured[:, mine] = measure_rows(columns, places, each.reader.name, rows[mine], epoch, self.group, self.settings)
         return measured
 
     def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:

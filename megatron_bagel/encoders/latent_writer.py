@@ -5,9 +5,10 @@ Shards of the index are written one by one, each complete or not there, so jobs 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 _BATCH = 64  # images in memory at a time
+_KEPT_BYTES = 1 << 28  # of posteriors that are kept in case their picture comes again
 
 
 @dataclass(frozen=True)
@@ -110,24 +112,40 @@ def _write_shard(
     done = _done(output, shard)
     done.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(str(done.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
-    pixels: list[torch.Tensor] = []
+    # By digest of the file, so that a picture that comes again is not encoded again; by shard, so that the numbers do not depend on
+    # which shards the same job wrote before.
+    stored: dict[bytes, torch.Tensor] = {}
+    digests: list[bytes] = []
+    fresh: dict[bytes, torch.Tensor] = {}
 
     def encode() -> None:
-        for mean, logvar in autoencoder.encode_many([image.to(options.device) for image in pixels]):
-            stored = torch.cat([mean, logvar]).to("cpu", DTYPES[options.dtype]).contiguous()
-            values = stored.view(torch.uint8).reshape(-1)
-            builder.add_document(values, [len(values)])
-        progress(len(pixels))
-        pixels.clear()
+        stored.update(_posteriors(fresh, autoencoder, options))
+        for digest in digests:
+            builder.add_document(stored[digest], [len(stored[digest])])
+        progress(len(digests))
+        digests.clear()
+        fresh.clear()
+        if sum(len(values) for values in stored.values()) > _KEPT_BYTES:
+            stored.clear()
 
     for row in shard.reader.shard_rows(shard.number):
         for image in range(len(shard.reader.record(row).widths)):
-            pixels.append(_pixels(shard, row, image))
-            if len(pixels) == _BATCH:
+            digest = hashlib.blake2b(shard.reader.image_bytes(row, image)).digest()
+            digests.append(digest)
+            if digest not in stored and digest not in fresh:
+                fresh[digest] = _pixels(shard, row, image)
+            if len(digests) == _BATCH:
                 encode()
     encode()
     builder.finalize(str(done.with_suffix(".idx")))
     write_durably(done, json.dumps({ending: done.with_suffix(f".{ending}").stat().st_size for ending in ("bin", "idx")}))
+
+
+def _posteriors(pixels: Mapping[bytes, torch.Tensor], autoencoder: AutoEncoder, options: CacheOptions) -> dict[bytes, torch.Tensor]:
+    """The bytes to store of each picture."""
+    encoded = autoencoder.encode_many([image.to(options.device) for image in pixels.values()])
+    values = [torch.cat(posterior).to("cpu", DTYPES[options.dtype]).contiguous() for posterior in encoded]
+    return {digest: each.view(torch.uint8).reshape(-1) for digest, each in zip(pixels, values, strict=True)}
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:

@@ -21,12 +21,13 @@ from megatron_bagel.config.resolve import RunLayout, architecture, resolve
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
 from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
-from megatron_bagel.data.loader import PackLoader
+from megatron_bagel.data.loader import PackLoader, StepBatch
 from megatron_bagel.data.training_data import ensure_index, open_loader
 from megatron_bagel.encoders.dealt_stage import DealtStage
 from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
+from megatron_bagel.platform.fake_world import is_fake
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.agreement import check_same_everywhere
 from megatron_bagel.training.ema import ShardedEma
@@ -45,6 +46,7 @@ from megatron_bagel.training.model_setup import (
     load_folder,
     run_model,
 )
+from megatron_bagel.training.observing import compared_over_ranks, composition
 from megatron_bagel.training.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -53,6 +55,7 @@ from megatron_bagel.training.optimizer import (
     wrap_ddp,
     wrap_over_world,
 )
+from megatron_bagel.training.profiling import ProfilerWindow
 from megatron_bagel.training.replacement import Replacements
 from megatron_bagel.training.restarts import resume_after_restart
 from megatron_bagel.training.saving import Saving
@@ -60,16 +63,19 @@ from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
 from megatron_bagel.training.step import StepResult, StepSettings, StepWatch, Trainable, train_step
 from megatron_bagel.training.survival import Survival, surviving
+from megatron_bagel.training.timers import Timers
 
 
 @dataclass
 class Counters:
-    """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable."""
+    """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable,
+    updates left out."""
 
     steps: int = 0
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    bad_steps: int = 0
 
 
 @dataclass
@@ -86,6 +92,8 @@ class Run:
     log: RunLog
     saving: Saving
     survival: Survival
+    timers: Timers
+    profiler: ProfilerWindow
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
 
@@ -99,6 +107,7 @@ def execute(config: Config) -> None:
         try:
             train(run)
         finally:
+            run.profiler.close()
             run.loader.close()
             run.log.close()
 
@@ -112,6 +121,7 @@ def initialize_parallel(config: Config) -> None:
         virtual_stages(megatron, architecture(config).llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
+        create_gloo_process_groups=not is_fake(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
 
@@ -136,33 +146,44 @@ def set_up(config: Config, survival: Survival | None = None) -> Run:
     costs = EncoderCosts.of(arch, training.freeze_vit or training.freeze_und)
     share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
     loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
-    trainable, trained = _build_trainable(config, layout, arch, source, replica, share)
+    trainable, trained = build_trainable(config, layout, arch, source, replica, share)
     counters = _restore(source, trained, trainable, loader, survival)
-    log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
-    settings = StepSettings(
-        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
-        layout.attention_backend,
-        config.data.max_num_tokens,
-        platform.device(),
-        slot_multiple=config.megatron.tensor_model_parallel_size if config.megatron.sequence_parallel else 1,
-        fixed_slots=config.megatron.pipeline_model_parallel_size > 1,
-        cp_comm_type=config.megatron.cp_comm_type,
-    )
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, Saving(training), survival, counters)
+    log = RunLog(
+        training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
+        prometheus=config.observing.prometheus_file,
+    )  # fmt: skip
+    timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
+    saving, settings = Saving(training), step_settings(config, layout)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters)
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
     _announce(run, source)
     return run
 
 
-def _build_trainable(
-    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource, replica: Replica | None, share: EncodingShare | None
+def step_settings(config: Config, layout: RunLayout) -> StepSettings:
+    """What every step of a run is told."""
+    training, megatron = config.training, config.megatron
+    return StepSettings(
+        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
+        layout.attention_backend,
+        config.data.max_num_tokens,
+        platform.device(),
+        slot_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+        fixed_slots=megatron.pipeline_model_parallel_size > 1,
+        cp_comm_type=megatron.cp_comm_type,
+    )
+
+
+def build_trainable(
+    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
 ) -> tuple[Trainable, Trained]:
-    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images."""
+    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
+    of weights everything has its shape and no memory (inside ``without_memory``)."""
     training, megatron = config.training, config.megatron
     tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
-    modules = build_modules(config, arch, tcfg)
-    if source.checkpoint is None:
+    modules = build_modules(config, arch, tcfg, shapes_only=source is None)
+    if source is not None and source.checkpoint is None:
         load_first_weights(config, source, modules, arch)
     freeze_modules(config, modules)
     optimizer_settings = OptimizerSettings(
@@ -186,7 +207,8 @@ def _build_trainable(
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in parts]
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
-    _load_average_apart(config, source, modules, arch, optimizer, ema)
+    if source is not None:
+        _load_average_apart(config, source, modules, arch, optimizer, ema)
     schedule = ScheduleSettings(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
     )
@@ -277,31 +299,34 @@ def train(run: Run) -> None:
         step = counters.steps
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
+        run.profiler.before(step)
         survival.stragglers.step_begins(step)
-        loaded = next(run.loader)
-        survival.stragglers.data_came()
-        batch = replacements.settle(loaded, step, counters.samples)
+        with run.timers("data"):
+            loaded = next(run.loader)
+            survival.stragglers.data_came()
+            batch = replacements.settle(loaded, step, counters.samples)
         survival.stragglers.compute_begins()
         watch = StepWatch(step, survival.bad_steps, survival.stragglers.gradients_ready)
-        result = train_step(run.trainable, batch, run.settings, table, watch)
+        result = train_step(run.trainable, batch, run.settings, table, run.timers, watch)
         counters.steps += 1
         counters.samples += result.samples
         counters.tokens += result.work.tokens
-        counters.skipped = replacements.count
+        counters.skipped, counters.bad_steps = replacements.count, survival.bad_steps.count
         survival.step_done(counters.steps)
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
-            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table), survival.bad_steps.count))
+            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table), _observed(run, batch, result, window.steps)))
         if run.evaluation is not None and (counters.steps % training.eval_every == 0 or counters.steps == training.total_steps):
             began = time.perf_counter()
-            with survival.watchdog.slow("an evaluation"):
+            with run.timers("eval"), survival.watchdog.slow("an evaluation"):
                 run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
             window.exclude(time.perf_counter() - began)
         run.saving.poll()
         if run.saving.due(counters.steps):
             began = time.perf_counter()
-            save(run)
+            with run.timers("save"):
+                save(run)
             saved = counters.steps
             window.exclude(time.perf_counter() - began)
     survival.note_stop(counters.steps)
@@ -312,8 +337,14 @@ def train(run: Run) -> None:
     _report_skipped(run)
 
 
+def _observed(run: Run, batch: StepBatch, result: StepResult, steps: int) -> dict[str, float]:
+    """How the ``steps`` steps since the last log line went. Collective over the world."""
+    found = composition(result.work, result.tasks, len(batch.plans), run.config.data.max_num_tokens)
+    return found | compared_over_ranks(run.timers.read(steps), batch, result.work.tokens, run.layout.data_parallel_size)
+
+
 def _metrics(
-    step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float], bad_steps: int
+    step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float], observed: Mapping[str, float]
 ) -> StepMetrics:
     rates = window.close()
     return StepMetrics(
@@ -337,8 +368,9 @@ def _metrics(
         work_tflops=rates.work_tflops,
         work_mfu=rates.work_mfu,
         skipped_samples=counters.skipped,
-        bad_steps=bad_steps,
+        bad_steps=counters.bad_steps,
         by_dataset=by_dataset,
+        observed=observed,
     )
 
 

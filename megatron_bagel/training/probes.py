@@ -34,11 +34,11 @@ class Probe:
 
     @classmethod
     def of(cls, sample: Sample, source: int, index: int) -> Probe | None:
-        """Up to the first item with a loss; None for a sample without any."""
+        """Up to the first item with a loss; None for a sample without any, and for one that begins with it: plain text."""
         first = next((place for place, item in enumerate(sample.items) if item.loss), None)
-        if first is None:
-            return None
         given = tuple(item for item in sample.items[:first] if not item.dropped)
+        if first is None or not given:
+            return None
         name = f"{sample.dataset} {sample.index}"
         return cls(name, sample.group or sample.dataset, source, index, sample, given, sample.items[first])
 

@@ -171,7 +171,7 @@ def test_nothing_to_replace_a_broken_sample_with() -> None:
     batch = next(alone)
     assert batch.packs[0].failures
     with pytest.raises(ValueError, match="row 0 cannot be read, and its dataset has no other sample.*verify_index"):
-        alone.replaced(batch, [(0, 0)])
+        alone.replaced(batch, [(0, place) for place, _ in batch.packs[0].failures])
 
 
 def test_uneven_replicas_are_refused_at_once() -> None:

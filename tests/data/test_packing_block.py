@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bagel.data.packing_block import BlockPacking, Load
+from megatron_bagel.data.packing import best_pair
+from megatron_bagel.data.packing_block import BlockPacking, Load, closing_pair
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=40)
 
@@ -40,3 +41,13 @@ def test_many_packs_are_even_in_tokens_and_work() -> None:
     used, cost = (np.bincount(packing.pack_of[taken], weight[taken], 64) for weight in (tokens, tokens + excess))
     assert used.mean() / 36864 > 0.998 and used.max() / used.mean() < 1.005
     assert cost.max() / cost.mean() < 1.015
+
+
+@given(st.lists(st.integers(5, 60), min_size=1, max_size=40).map(sorted), st.integers(0, 130))
+def test_the_closing_pair_is_as_good_as_the_best(sizes: list[int], room: int) -> None:
+    fitting = [size for size in sizes if size <= room]
+    if not fitting:
+        return
+    pair = closing_pair(sizes, room, room - fitting[-1]) or [len(fitting) - 1]
+    assert sorted(set(pair), reverse=True) == pair  # taken out in this order, no place moves
+    assert sum(sizes[place] for place in pair) == sum(fitting[place] for place in best_pair(np.array(fitting), room))

@@ -45,7 +45,11 @@ def test_the_next_that_fits_takes_the_place(size: int, seed: int, failed: set[in
 
 
 def test_a_dataset_without_another_sample() -> None:
+    """The pack goes without, as long as something is left of it."""
     source = Halves("pictures", 2)
     plan = Planner([source], LIMITS).packs(0, 1)[0]
+    assert len(plan.samples) > 1
+    left = replaced_plan(plan, [0], [source], LIMITS)
+    assert left.samples == plan.samples[1:] and left.tokens < plan.tokens
     with pytest.raises(ValueError, match="parquet row .* no other sample"):
-        replaced_plan(plan, [0], [source], LIMITS)
+        replaced_plan(plan, range(len(plan.samples)), [source], LIMITS)

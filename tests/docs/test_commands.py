@@ -14,7 +14,8 @@ PROGRAMS = (
     "megatron_bagel.train", "megatron_bagel.generate", "tools/verify_golden.py", "tools/checkpoint_convert/hf_to_megatron.py",
     "tools/checkpoint_convert/megatron_to_hf.py", "tools/checkpoint_convert/init_from_pretrained.py",
     "tools/checkpoint_convert/inspect_checkpoint.py", "data_tools/build_index.py", "data_tools/inspect_index.py",
-    "data_tools/make_sample_data.py", "data_tools/train_tokenizer.py",
+    "data_tools/make_sample_data.py", "data_tools/train_tokenizer.py", "data_tools/merge_index.py", "data_tools/verify_index.py",
+    "data_tools/cache_latents.py", "megatron_bagel.evaluate",
 )  # fmt: skip
 #: Flags that the pages mention and no program lists: another program's, and an abbreviation.
 FOREIGN_FLAGS = {"__logdir", "__num_worker"}
@@ -103,5 +104,5 @@ def test_the_index_lists_every_page() -> None:
 def test_what_the_readme_calls_tested_has_a_test(flag: str) -> None:
     """The row of a parallel axis says that it is tested exactly if some test of whole runs sets its flag."""
     (row,) = [line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("|") and f"`{flag}`" in line]
-    runs = [path for path in (ROOT / "tests" / "training").glob("test_*.py") if flag.removeprefix("--") in text_of(path)]
+    runs = [path for path in (ROOT / "tests" / "training").glob("*.py") if flag.removeprefix("--") in text_of(path)]
     assert ("tested on CPU" in row) == bool(runs), f"{[path.name for path in runs]} set {flag}, and the README says: {row}"

@@ -18,6 +18,13 @@ from tests.training.equal_runs import OVERLAP, cases
 pytestmark = pytest.mark.distributed
 
 
+#: What a line of metrics.jsonl holds at least.
+LOGGED = (
+    "step", "loss", "ce", "mse", "grad_norm", "lr", "consumed_samples", "consumed_tokens", "ce_tokens", "mse_tokens", "step_time_s",
+    "tokens_per_s", "tflops", "mfu", "peak_mem_bytes",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
@@ -38,6 +45,8 @@ def close(left: list[tuple], right: list[tuple]) -> None:
 def test_a_run_leaves_its_numbers_and_a_curve(world: Path, tmp_path: Path) -> None:
     history = run(run_config(world, tmp_path, total_steps=3))
     assert [record["step"] for record in history] == [0, 1, 2]
+    assert all(record[name] > 0 for record in history for name in LOGGED if name not in ("step", "mfu"))
+    assert all(record["mfu"] >= 0 for record in history)  # 0 where the device's peak rate is not known, as a CPU's
     assert history[0]["lr"] == pytest.approx(5e-4) and history[2]["lr"] == pytest.approx(1e-3)
     assert history[-1]["loss"] < history[0]["loss"]
     for name in ("loss.png", "log.txt", "config.yaml"):
