@@ -27,6 +27,7 @@ from megatron_bagel.data.replacement import SiblingSource, replaced_plan
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
+from megatron_bagel.platform.signals import leave_signals_to_the_ranks
 
 
 class ReadableSource(SiblingSource, Protocol):
@@ -231,7 +232,7 @@ class PackLoader:
 
     def __next__(self) -> StepBatch:
         if self._loaded is None:
-            ahead = {"prefetch_factor": self.prefetch_factor} if self.num_workers else {}
+            ahead = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks} if self.num_workers else {}
             plans = _Plans(self)
             self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **ahead))
         each = self.sizes.at(self.consumed_packs) // self.replicas
