@@ -24,13 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     platform.install()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop
+    from megatron_bagel.training.error_report import ErrorReport
 
-    init_distributed(config.megatron.distributed_timeout_minutes)
+    init_distributed(max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes))
     try:
-        loop.execute(config)
-    except ValueError as error:
-        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
-        return 2
+        with ErrorReport(config.training.results_dir):
+            loop.execute(config)
     finally:
         shutdown_distributed()
     return 0

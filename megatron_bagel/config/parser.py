@@ -23,10 +23,11 @@ from megatron_bagel.config.arguments import DataArguments, ModelArguments, Train
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.original_flags import ALIASES
+from megatron_bagel.config.resilience_arguments import ResilienceArguments
 
 SECTIONS: dict[str, type] = {
     "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
-    "observing": ObservingArguments,
+    "observing": ObservingArguments, "resilience": ResilienceArguments,
 }  # fmt: skip
 Beside = TypeVar("Beside")
 SECTION_OF: dict[str, str] = {f.name: section for section, arguments in SECTIONS.items() for f in fields(arguments)}
@@ -41,6 +42,7 @@ class Config:
     training: TrainingArguments = field(default_factory=TrainingArguments)
     megatron: MegatronArguments = field(default_factory=MegatronArguments)
     observing: ObservingArguments = field(default_factory=ObservingArguments)
+    resilience: ResilienceArguments = field(default_factory=ResilienceArguments)
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -121,7 +123,7 @@ def build_parser(beside: type | None = None, prog: str = "python -m megatron_bag
         same = actions[name]
         spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=alias, type=same.type, choices=same.choices, help=f"Megatron's name of --{name}.")
-    parser.add_argument("--config", help="YAML file with any of these settings, flat or under model:, data:, training:, megatron:.")
+    parser.add_argument("--config", help=f"YAML file with any of these settings, flat or under {':, '.join(SECTIONS)}:.")
     for action in parser._actions:
         if action.dest in defaults and action.help and action.dest == action.option_strings[0].lstrip("-"):
             action.help = f"{action.help.replace('%', '%%')} (default: {_default_text(defaults[action.dest])})"

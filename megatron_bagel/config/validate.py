@@ -8,17 +8,19 @@ from pathlib import Path
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import RECOMPUTE_MODULES, check_parallel_sizes
-from megatron_bagel.config.parser import Config
+from megatron_bagel.config.parser import SECTIONS, Config
 from megatron_bagel.config.resolve import architecture, resolve, tokenizer_path
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
     "recompute_num_layers", "make_vocab_size_divisible_by",
     "eval_samples", "eval_answer_tokens", "eval_cfg_text_scale", "eval_cfg_img_scale",
+    "max_bad_steps", "straggler_factor",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
+    "loss_spike_factor", "hang_timeout_minutes", "straggler_every",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -37,6 +39,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     """The checks that read no file."""
     refuse_unsupported_values(config)
     check_numbers(config)
+    check_resilience(config)
     check_consistency(config)
     check_observing(config, world_size)
     resolve(config, world_size, has_gpu)
@@ -60,7 +63,7 @@ def refuse_unsupported_values(config: Config) -> None:
 
 def check_numbers(config: Config) -> None:
     """Ranges of single settings."""
-    values = {name: value for part in (config.model, config.data, config.training, config.megatron) for name, value in vars(part).items()}
+    values = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
     for names, fits, text in (
         (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
@@ -111,6 +114,28 @@ def check_consistency(config: Config) -> None:
             "--finetune_from_hf True only gives architecture, tokenizer and autoencoder; weights come from --resume_from "
             f"(usually the same folder: --resume_from {config.model.model_path} --resume_model_only True). "
             "To train from random weights on purpose, add --init_random True"
+        )
+
+
+def check_resilience(config: Config) -> None:
+    """Limits of the watchdog against those of the collectives, and the optional package."""
+    resilience, collective = config.resilience, config.megatron.distributed_timeout_minutes
+    if resilience.hang_timeout_minutes >= collective and "hang_timeout_minutes" in config.given:
+        raise ValueError(
+            f"--hang_timeout_minutes {resilience.hang_timeout_minutes} must be below --distributed_timeout_minutes {collective}: later "
+            "the collectives give up first, and nobody names the rank they waited for"
+        )
+    if resilience.first_step_timeout_minutes < resilience.hang_timeout_minutes:
+        raise ValueError(
+            f"--first_step_timeout_minutes {resilience.first_step_timeout_minutes} is below --hang_timeout_minutes "
+            f"{resilience.hang_timeout_minutes}; the first step takes longer than the others"
+        )
+    if 0 < resilience.loss_spike_factor <= 1:
+        raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
+    if resilience.ft_heartbeats and find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed: pip install nvidia-resiliency-ext, and "
+            "start with its ft_launcher in place of torchrun; or leave the flag out (the run has a watchdog of its own)"
         )
 
 

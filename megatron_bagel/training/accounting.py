@@ -16,8 +16,8 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
 
-# Dense bf16 peak in TFLOP/s by device name, as the original lists them, and B200 (NVIDIA's data sheet) besides; the first name found in
-# the device's own name wins, so longer names come before their prefixes.
+# Dense bf16 peak in TFLOP/s by device name, as the original lists them, and B200 (NVIDIA's data sheet) besides; the first name found
+# in the device's own name wins, so longer names come before their prefixes.
 PEAK_TFLOPS = {
     "MI300X": 1336.0,
     "H100": 989.0,

@@ -34,6 +34,10 @@ class LossTable:
         self._buckets = max(len(self.edges) - 1, 1)
         self._sums = torch.zeros(len(self.datasets), 2 + 2 * self._buckets, dtype=torch.float64, device=platform.device())
 
+    def clear(self) -> None:
+        """Forget everything, for a step that is computed again."""
+        self._sums.zero_()
+
     @property
     def groups(self) -> tuple[str, ...]:
         """The datasets' groups, each once, in the order of the datasets."""

@@ -21,9 +21,9 @@ class StepMetrics:
 
     ``tflops`` and ``mfu`` follow the original's formula, ``work_tflops`` and ``work_mfu`` count the work really done
     (accounting.py); both are over all devices. ``step_time_s`` is the mean over the steps since the last logged one.
-    ``skipped_samples`` could not be read and were replaced, since the run began. ``by_dataset`` holds ``ce/<group>``,
-    ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of. ``observed`` holds how the step
-    went (observing.py).
+    ``skipped_samples`` could not be read and were replaced, and ``bad_steps`` updates were left out, since the run began.
+    ``by_dataset`` holds ``ce/<group>``, ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of.
+    ``observed`` holds how the step went (observing.py).
     """
 
     step: int
@@ -46,6 +46,7 @@ class StepMetrics:
     work_tflops: float = 0.0
     work_mfu: float = 0.0
     skipped_samples: int = 0
+    bad_steps: int = 0
     by_dataset: Mapping[str, float] = field(default_factory=dict)
     observed: Mapping[str, float] = field(default_factory=dict)
 
