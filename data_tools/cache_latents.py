@@ -41,6 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    platform.install()  # on a CPU memory of the encoder's temporaries is kept: giving it back took as long as the encoding
     try:
         options = CacheOptions(args.dtype, platform.device(), args.num_jobs, args.job_index)
         groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]

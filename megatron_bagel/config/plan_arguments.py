@@ -27,7 +27,6 @@ class PlanArguments:
     vit_image_size: int = flag(490, "Side of the pictures that questions are about, in pixels.")
     answer_tokens: int = flag(192, "Tokens of a question and its answer together; half of them have a loss.")
     gpu_memory_gib: float = flag(0.0, "Memory of a GPU; 0: the table's.")
-    peak_tflops: float = flag(0.0, "Dense bf16 peak of a GPU in TFLOP/s; 0: the table's.")
     link_gbs: float = flag(0.0, "GB/s per GPU and direction inside a node; 0: the table's.")
     network_gbs: float = flag(0.0, "GB/s per GPU and direction between nodes; 0: the table's.")
     gpus_per_node: int = flag(0, "GPUs that share fast links; 0: the table's.")

@@ -69,8 +69,8 @@ Rows = SplitRows | np.ndarray  # row numbers; either is indexed by an array of p
 class DatasetReader:
     """One dataset of an index. Row i is a sample; its texts and images are numbered from 0."""
 
-    def __init__(self, folder: Path, info: DatasetInfo) -> None:
-        self.info = info
+    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int) -> None:
+        self.info, self.vocabulary_size = info, vocabulary_size
         self.group = info.group
         self.name = info.key
         self._folder = dataset_folder(folder, info.group, info.name)
@@ -89,11 +89,14 @@ class DatasetReader:
         return Record(self.group, shard.text_tokens[row], shard.structure[row], shard.width[row], shard.height[row])
 
     def text_ids(self, index: int, text: int) -> np.ndarray:
-        """Token ids (int64) of one text of row ``index``."""
+        """Token ids (int64) of one text of row ``index``. Raises ValueError when its bytes are none."""
         shard, row = self._locate(index)
         if not 0 <= text < len(shard.text_tokens[row]):
             raise IndexError(f"{self.name} row {index} has {len(shard.text_tokens[row])} texts, no text {text}")
-        return shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
+        ids = shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary_size:
+            raise ValueError(f"text {text} has token ids from {ids.min()} to {ids.max()}, the vocabulary {self.vocabulary_size}")
+        return ids
 
     def image_bytes(self, index: int, image: int) -> bytes:
         """The encoded image as it was in the source."""
@@ -200,7 +203,7 @@ class IndexedSamples:
                 f"the index {folder} was built with the tokenizer {manifest.tokenizer_path}, which differs from {tokenizer.path}; "
                 "build the index again with this one, or train with that one"
             )
-        return cls(manifest, {info.key: DatasetReader(folder, info) for info in manifest.datasets})
+        return cls(manifest, {info.key: DatasetReader(folder, info, manifest.vocabulary_size) for info in manifest.datasets})
 
     def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:
         """The reader of one dataset of the config. Raises ValueError when the index lacks it."""

@@ -58,8 +58,8 @@ class LoadedPack:
     ``vit_patches`` [n_vit, patch * patch * 3] in sequence order; ``vae_buffer`` holds the VAE images one after the other;
     ``raw_timesteps`` float32 [VAE images], -inf for clean ones. With a latent cache ``posterior`` is the shape of its autoencoder,
     and VAE images are posteriors (`stored_shape`). ``held`` bool [images] says which of the pack's images were read (all by default);
-    the pixels of the others are not there. ``failures`` are the places in the pack, with the reason, of samples whose
-    pictures could not be read; zeros stand for those pictures.
+    the pixels of the others are not there. ``failures`` are the places in the pack, with the reason, of samples that could not be
+    read; such a pack is not fit for training, `PackLoader.replaced` mends it.
     """
 
     plan: PackPlan
@@ -106,13 +106,13 @@ class StepPlan:
     number: int
 
 
-class UnreadableImageError(ValueError):
-    """An image whose bytes cannot be read or decoded, in a message with its place."""
+class UnreadableError(ValueError):
+    """A text or an image whose bytes cannot be read or decoded, in a message with its place."""
 
 
 class PackReader(Dataset):
-    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole or not at all (UnreadableImageError), of a
-    `StepPlan` only the images of this rank's ``share``, and those that cannot be read become ``failures``."""
+    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole or not at all (UnreadableError), of a
+    `StepPlan` only the images of this rank's ``share``, and samples that cannot be read become ``failures``."""
 
     def __init__(
         self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int, posterior: AutoencoderArch | None = None,
@@ -125,16 +125,22 @@ class PackReader(Dataset):
 
     def __getitem__(self, wanted: PackPlan | StepPlan) -> LoadedPack:
         plan, held = (wanted, None) if isinstance(wanted, PackPlan) else (wanted.packs[wanted.number], self._held(wanted))
-        pack = self.layout(plan)
+        samples, failures = self._samples(plan)
+        if failures and isinstance(wanted, PackPlan):
+            raise UnreadableError(next(iter(failures.values())))
+        pack = build_pack(samples, self.spec)
+        if failures:  # pictures wait for the pack that takes its place
+            nothing = torch.zeros(0), torch.zeros(0), np.zeros(0, dtype=np.float32)
+            return LoadedPack(plan, pack, *nothing, held=np.zeros(len(pack.images), dtype=bool), failures=tuple(failures.items()))
+        _check_length(plan, pack)
         images = pack.images if held is None else tuple(compress(pack.images, held))
         # Picture by picture: a source keeps the last one it decoded.
         order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
         read: dict[int, torch.Tensor] = {}
-        failures: dict[int, str] = {}
         for place in order:
             try:
                 read[place] = self._pixels(plan, images[place])
-            except UnreadableImageError as error:
+            except UnreadableError as error:
                 if isinstance(wanted, PackPlan):
                     raise
                 failures.setdefault(images[place].sample, str(error))
@@ -155,20 +161,26 @@ class PackReader(Dataset):
     def layout(self, plan: PackPlan) -> Pack:
         """Every integer of a planned pack, without a pixel."""
         pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
-        if pack.sequence_length != plan.tokens:
-            raise ValueError(
-                f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
-                "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
-            )
+        _check_length(plan, pack)
         return pack
+
+    def _samples(self, plan: PackPlan) -> tuple[list[Sample], dict[int, str]]:
+        """The samples of a pack whose texts can be read, and the places of the others with the reason."""
+        samples, failures = [], {}
+        for place, (source, index, epoch) in enumerate(plan.samples):
+            try:
+                samples.append(self.sources[source].sample(index, epoch))
+            except (ValueError, OSError) as error:
+                failures[place] = f"{self.sources[source].describe(index)} cannot be read: {error}"
+        return samples, failures
 
     def _held(self, wanted: StepPlan) -> np.ndarray | None:
         """Which images of the pack this rank encodes; None for all of them."""
         if self.share is None:
             return None
         if self._dealt[0] != wanted.packs:
-            samples = [[self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples] for plan in wanted.packs]
-            self._dealt = wanted.packs, self.share.owners([planned_images(each, self.spec) for each in samples])
+            images = [planned_images(self._samples(plan)[0], self.spec) for plan in wanted.packs]
+            self._dealt = wanted.packs, self.share.owners(images)
         return self._dealt[1][wanted.number] == self.share.rank
 
     def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor:
@@ -177,13 +189,21 @@ class PackReader(Dataset):
             pixels = self.sources[source].pixels(index, image)
         except (ValueError, OSError) as error:
             where = self.sources[source].describe(index)
-            raise UnreadableImageError(f"image {image.image} of {where} cannot be read: {error}") from error
+            raise UnreadableError(f"image {image.image} of {where} cannot be read: {error}") from error
         if tuple(pixels.shape) != (planned := stored_shape(image, self.posterior)):
             raise ValueError(
                 f"image {image.image} of {self.sources[source].describe(index)} has shape {tuple(pixels.shape)} after its transform, "
                 f"planned were {planned}; the index was built from another file: build it anew"
             )
         return pixels
+
+
+def _check_length(plan: PackPlan, pack: Pack) -> None:
+    if pack.sequence_length != plan.tokens:
+        raise ValueError(
+            f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
+            "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
+        )
 
 
 class PackLoader:

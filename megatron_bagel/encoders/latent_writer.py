@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 _BATCH = 64  # images in memory at a time
-_KEPT_BYTES = 1 << 28  # of posteriors that are kept in case their picture comes again
+_WRITTEN = 1024  # images at most between two writes, where most are known already
+_REMEMBERED = 256 << 20  # bytes of posteriors kept: equal pictures of a shard (the same one with many captions) are encoded once
 
 
 @dataclass(frozen=True)
@@ -105,47 +108,57 @@ def _done(output: Path, shard: _ShardWork) -> Path:
     return dataset_folder(output, info.group, info.name) / f"{info.shards[shard.number].name}.json"
 
 
-@torch.no_grad()
+class _Writer:
+    """Encodes and writes images in order. Equal pictures (one with many captions, say) are decoded and encoded once, as far as
+    the posteriors of the last ones are remembered."""
+
+    def __init__(self, builder: IndexedDatasetBuilder, autoencoder: AutoEncoder, options: CacheOptions) -> None:
+        self._builder, self._autoencoder, self._options = builder, autoencoder, options
+        self._order: list[bytes] = []  # hashes of the pictures to be written
+        self._pixels: dict[bytes, torch.Tensor] = {}  # those of them to be encoded
+        self._stored: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # bytes as written, the ones used last at the end
+        self._size = 0
+
+    def add(self, data: bytes, pixels: Callable[[], torch.Tensor]) -> int:
+        """The next image, by its encoded bytes; how many were written."""
+        name = hashlib.sha256(data).digest()
+        self._order.append(name)
+        if name not in self._stored and name not in self._pixels:
+            self._pixels[name] = pixels()
+        return self.flush() if len(self._pixels) == _BATCH or len(self._order) == _WRITTEN else 0
+
+    @torch.no_grad()
+    def flush(self) -> int:
+        """Write all that was added; how many."""
+        moments = self._autoencoder.encode_many([image.to(self._options.device) for image in self._pixels.values()])
+        for name, (mean, logvar) in zip(self._pixels, moments, strict=True):
+            stored = torch.cat([mean, logvar]).to("cpu", DTYPES[self._options.dtype]).contiguous().view(torch.uint8).reshape(-1)
+            self._stored[name] = stored
+            self._size += len(stored)
+        for name in self._order:
+            self._builder.add_document(self._stored[name], [len(self._stored[name])])
+            self._stored.move_to_end(name)
+        written = len(self._order)
+        self._order.clear()
+        self._pixels.clear()
+        while self._size > _REMEMBERED:
+            self._size -= len(self._stored.popitem(last=False)[1])
+        return written
+
+
 def _write_shard(
     output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], None]
 ) -> None:
     done = _done(output, shard)
     done.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(str(done.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
-    # By digest of the file, so that a picture that comes again is not encoded again; by shard, so that the numbers do not depend on
-    # which shards the same job wrote before.
-    stored: dict[bytes, torch.Tensor] = {}
-    digests: list[bytes] = []
-    fresh: dict[bytes, torch.Tensor] = {}
-
-    def encode() -> None:
-        stored.update(_posteriors(fresh, autoencoder, options))
-        for digest in digests:
-            builder.add_document(stored[digest], [len(stored[digest])])
-        progress(len(digests))
-        digests.clear()
-        fresh.clear()
-        if sum(len(values) for values in stored.values()) > _KEPT_BYTES:
-            stored.clear()
-
+    writer = _Writer(builder, autoencoder, options)
     for row in shard.reader.shard_rows(shard.number):
         for image in range(len(shard.reader.record(row).widths)):
-            digest = hashlib.blake2b(shard.reader.image_bytes(row, image)).digest()
-            digests.append(digest)
-            if digest not in stored and digest not in fresh:
-                fresh[digest] = _pixels(shard, row, image)
-            if len(digests) == _BATCH:
-                encode()
-    encode()
+            progress(writer.add(shard.reader.image_bytes(row, image), partial(_pixels, shard, row, image)))
+    progress(writer.flush())
     builder.finalize(str(done.with_suffix(".idx")))
     write_durably(done, json.dumps({ending: done.with_suffix(f".{ending}").stat().st_size for ending in ("bin", "idx")}))
-
-
-def _posteriors(pixels: Mapping[bytes, torch.Tensor], autoencoder: AutoEncoder, options: CacheOptions) -> dict[bytes, torch.Tensor]:
-    """The bytes to store of each picture."""
-    encoded = autoencoder.encode_many([image.to(options.device) for image in pixels.values()])
-    values = [torch.cat(posterior).to("cpu", DTYPES[options.dtype]).contiguous() for posterior in encoded]
-    return {digest: each.view(torch.uint8).reshape(-1) for digest, each in zip(pixels, values, strict=True)}
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:

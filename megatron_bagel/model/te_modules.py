@@ -55,8 +55,9 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             if bias:
                 set_tensor_model_parallel_attributes(self.bias, True, 0, stride)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x)
+        def forward(self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+            """The product with the weight, or another ``product``, when this module's hooks have run."""
+            return super().forward(x) if product is None else product(x)
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
             """Same keys and cuts as the local linears, so checkpoints do not depend on the implementation."""
@@ -108,6 +109,11 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
                     if getattr(self.grouped, f"{name}{number}") is not parameter:
                         setattr(self.grouped, f"{name}{number}", parameter)
             rows = [len(und), len(gen)]
-            return self.grouped(torch.cat([und, gen]), rows).split(rows)
+
+            def with_gen(und: torch.Tensor) -> torch.Tensor:
+                return self.gen(gen, lambda gen: self.grouped(torch.cat([und, gen]), rows))
+
+            # Through both modules, because Megatron's overlap waits for gathered weights in the hooks of the modules that own them.
+            return self.und(und, with_gen).split(rows)
 
     return TEColumn, TERow, TENorm, TELinearPair

@@ -24,7 +24,7 @@ def problem_of(config: Config, wanted: PlanArguments) -> Problem:
         raise ValueError(f"--best is {wanted.best}; it must be at least 1")
     arch = planned_model(wanted.model, config)
     pack = typical_pack(arch, Mix.of(wanted), config.data.max_num_tokens)
-    return Problem(arch, gpu_of(wanted), wanted.gpus, assumptions_of(wanted), pack)
+    return Problem(arch, gpu_of(wanted, config.training.peak_device_tflops), wanted.gpus, assumptions_of(wanted), pack)
 
 
 def answer(config: Config, wanted: PlanArguments) -> str:

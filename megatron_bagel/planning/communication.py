@@ -18,6 +18,9 @@ from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import RankTokens
 from megatron_bagel.training.memory_model import MemoryModel, stage_layers
 
+#: Elements of a bucket of overlapped gradient reduction (Megatron-Core's DistributedDataParallel).
+SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -132,21 +135,29 @@ class CommunicationModel:
         for tower, held in self.memory.buffers(stage):
             over = layout.world_size if tower and everywhere else shards
             reach = layout.world_size if tower and everywhere else span
-            trained = held.gradient_bytes // FP32
+            buckets = self._buckets(held.gradient_bytes // FP32, over)
+            trained = held.gradient_bytes // FP32 // buckets
             if not layout.use_distributed_optimizer:
-                yield Collective("data", "gradients", "all_reduce", over, trained * FP32, 1, reach)
+                yield Collective("data", "gradients", "all_reduce", over, trained * FP32, buckets, reach)
                 continue
-            yield Collective("data", "gradients", "reduce_scatter", over, trained * FP32, 1, reach)
-            yield Collective("data", "weights", "all_gather", over, trained * self.width, 1, reach)
+            yield Collective("data", "gradients", "reduce_scatter", over, trained * FP32, buckets, reach)
+            yield Collective("data", "weights", "all_gather", over, trained * self.width, buckets, reach)
             if layout.distributed_optimizer_instances > 1 and not (tower and everywhere):
                 between = layout.distributed_optimizer_instances
-                yield Collective("data", "gradients between instances", "all_reduce", between, trained * FP32 // shards, 1, span)
+                yield Collective("data", "gradients between instances", "all_reduce", between, trained * FP32 // shards, buckets, span)
         yield Collective(
             "tensor", "gradients of norms", "all_reduce", self.tp, self.memory.norm_gradients(stage) * FP32, 1, self.tp
         )  # fmt: skip
         if self.arch.llm.tie_word_embeddings and self.pp > 1 and stage in (0, self.pp - 1):
             size = self.memory.embedding_gradients() * FP32
             yield Collective("pipeline", "gradient of the tied embedding", "all_reduce", 2, size, 1, self.layout.world_size)
+
+    def _buckets(self, elements: int, ranks: int) -> int:
+        """Pieces that a gradient buffer is reduced in: Megatron's rule for overlapped reduction, to one or two, for a bucket ends with a
+        whole parameter."""
+        if not self.megatron.overlap_grad_reduce:
+            return 1
+        return max(1, round(elements / max(SMALLEST_BUCKET, BUCKET_PER_RANK * ranks)))
 
     def _encoders(self, stage: int, packs: Sequence[RankTokens]) -> Iterator[Collective]:
         """What an average rank of the replica sends; nothing where each rank of the ends encodes everything itself."""

@@ -28,12 +28,12 @@ from megatron_bagel.data.training_data import index_folder, open_loader
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.parallel.place import Place, check_rank_order, place_of
 from megatron_bagel.parallel.replica import make_replica
-from megatron_bagel.platform.device import peak_memory_bytes
-from megatron_bagel.platform.fake_world import MetaCountsAsCuda, fake_world
 from megatron_bagel.planning.communication import Collective, CommunicationModel
 from megatron_bagel.planning.memory import PeakMemory, StageMemory
 from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
+from megatron_bagel.platform.device import peak_memory_bytes
+from megatron_bagel.platform.fake_world import MetaCountsAsCuda, fake_world
 from megatron_bagel.training import loop
 from megatron_bagel.training.lazy_build import without_memory
 from megatron_bagel.training.model_setup import run_model
@@ -73,7 +73,8 @@ class Rehearsal:
         packs = [["pack", "samples", "tokens", "text", "ViT", "VAE", "on this rank"]]
         for plan, pack, tokens in zip(self.plans, self.packs, self.tokens, strict=True):
             kinds = (pack.text_positions, pack.vit_positions, pack.vae_positions)
-            packs.append([str(plan.number), str(len(plan.samples)), str(plan.tokens), *(str(len(kind)) for kind in kinds), str(tokens.real)])
+            numbers = (plan.number, len(plan.samples), plan.tokens, *map(len, kinds), tokens.real)
+            packs.append([str(number) for number in numbers])
         calls = [["axis", "what", "kind", "ranks", "bytes", "calls per step"]]
         calls += [[call.axis, call.what, call.kind, str(call.ranks), f"{call.size:,}", str(call.count)] for call in self.calls]
         stored = [["checkpoint, this rank's share", "tensors", "GiB"]]

@@ -39,7 +39,7 @@ GPUS: dict[str, Gpu] = {
     "a100": Gpu("A100", 80, 300, 25, 8, "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s both ways); DGX A100: one 200 Gb/s port per GPU"),
     "a100-40gb": Gpu("A100", 40, 300, 25, 8, "NVIDIA A100 40GB SXM data sheet; DGX A100: one 200 Gb/s port per GPU"),
     "a800": Gpu("A800", 80, 200, 25, 8, "NVIDIA A800 SXM: an A100 with NVLink of 400 GB/s both ways"),
-    "b200": Gpu("B200", 180, 900, 50, 8, "NVIDIA DGX B200 data sheet (1,440 GB and 72 PFLOP/s sparse FP8 for 8); one 400 Gb/s port per GPU", 2250),
+    "b200": Gpu("B200", 180, 900, 50, 8, "NVIDIA DGX B200 data sheet (1,440 GB, 72 PFLOP/s of sparse FP8 for 8 GPUs)"),
     "mi300x": Gpu("MI300X", 192, 448, 50, 8, "AMD Instinct MI300X data sheet (7 Infinity Fabric links of 64 GB/s); 400 Gb/s port per GPU"),
 }  # fmt: skip
 
@@ -57,14 +57,14 @@ class Assumptions:
     reserved_gib: float = 5.0
 
 
-def gpu_of(arguments: PlanArguments) -> Gpu:
-    """The GPU that the flags describe. Raises ValueError for a kind that is not in the table."""
+def gpu_of(arguments: PlanArguments, peak: float = 0.0) -> Gpu:
+    """The GPU that the flags describe, with another ``peak`` (TFLOP/s) where that is not 0. Raises ValueError for an unknown kind."""
     known = GPUS.get(arguments.gpu.lower())
     if known is None:
         raise ValueError(f"--gpu {arguments.gpu} is not in the table; choose from {', '.join(GPUS)}, and override its figures by flags")
     given = {
         "memory_gib": arguments.gpu_memory_gib,
-        "peak": arguments.peak_tflops,
+        "peak": peak,
         "link_gbs": arguments.link_gbs,
         "network_gbs": arguments.network_gbs,
         "gpus_per_node": arguments.gpus_per_node,

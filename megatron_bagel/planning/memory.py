@@ -55,7 +55,8 @@ class PeakMemory:
     def stage(self, stage: int, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> StageMemory:
         """Of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
         held, tokens, chosen = self.held.rank(stage), largest(packs), recompute or Recompute.of(self.config)
-        by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in modes(max(self.activations.chunks(stage))).items()}
+        compared = modes(max(self.activations.chunks(stage)))
+        by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared.items()}
         return StageMemory(
             stage=stage,
             held=held,
@@ -124,6 +125,6 @@ class PeakMemory:
         return round(tokens * share * (patches + self.arch.n_vit_layers * layer + connector))
 
     def _encoding(self, packs: Sequence[RankTokens]) -> int:
-        """Workspace of the autoencoder: a residual block of the largest image at full resolution, its input, two temporaries and the norm."""
+        """Workspace of the autoencoder: a residual block of the largest image at full resolution, four tensors of its size."""
         pixels = max((image.height * image.width for pack in packs for image in pack.images if image.kind == "vae"), default=0)
         return 4 * pixels * self.arch.autoencoder.ch * FP32

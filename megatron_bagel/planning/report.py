@@ -28,7 +28,8 @@ _MEMORY = {
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns, the first left and the others right aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(w) if not n else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    lines = ("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -49,8 +50,8 @@ def plan_text(plan: LayoutPlan, problem: Problem) -> str:
         f"attention {layout.attention_backend}"
     )
     verdict = (
-        f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB, {problem.assumed.reserved_gib:g} GiB of which are reserved: "
-        + ("fits" if plan.fits else "DOES NOT FIT")
+        f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumed.reserved_gib:g} GiB are reserved): "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}"
     )
     parts = [head, memory_table(plan, problem), verdict, mode_table(plan), flops_table(plan), traffic_table(plan), time_text(plan, problem)]
     return "\n\n".join([*parts, f"tokens per step: {work.tokens:,}"])
@@ -101,14 +102,15 @@ def time_text(plan: LayoutPlan, problem: Problem) -> str:
     """Predicted times, and what the prediction rests on."""
     estimate, gpu = plan.estimate, problem.gpu
     rows = [["seconds per step (predicted)", ""]]
-    rows += [[name.removesuffix("_s"), f"{value:.3f}"] for name, value in estimate.to_dict().items() if name.endswith("_s") and "tokens" not in name]
+    seconds = {name: value for name, value in estimate.to_dict().items() if name.endswith("_s") and name != "tokens_per_s"}
+    rows += [[name.removesuffix("_s").replace("_", " "), f"{value:.3f}"] for name, value in seconds.items()]
     assumed = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(problem.assumed).items())
     return "\n".join([
         table(rows),
         f"pipeline bubble {estimate.bubble:.1%}, {estimate.tokens_per_s:,.0f} tokens/s, MFU {estimate.mfu:.1%} by the original's formula, "
         f"{estimate.work_mfu:.1%} by work done",
-        f"assumed: {gpu.tflops:g} TFLOP/s, {gpu.link_gbs:g} GB/s inside a node of {gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between nodes "
-        f"({gpu.source}); {assumed}. Not measured on any GPU.",
+        f"assumed: {gpu.tflops:g} TFLOP/s, {gpu.link_gbs:g} GB/s inside a node of {gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between "
+        f"nodes ({gpu.source}); {assumed}. Not measured on any GPU.",
     ])  # fmt: skip
 
 
@@ -118,7 +120,8 @@ def search_text(plans: Sequence[LayoutPlan], total: int, problem: Problem) -> st
     rows += [
         [
             plan.name, str(plan.layout.num_microbatches), f"{plan.peak_bytes / GIB:.1f}", f"{plan.estimate.bubble:.1%}",
-            f"{plan.estimate.step_time_s:.2f}", f"{plan.estimate.tokens_per_s:,.0f}", f"{plan.estimate.mfu:.1%}", f"{plan.estimate.work_mfu:.1%}",
+            f"{plan.estimate.step_time_s:.2f}", f"{plan.estimate.tokens_per_s:,.0f}",
+            f"{plan.estimate.mfu:.1%}", f"{plan.estimate.work_mfu:.1%}",
         ]
         for plan in plans
     ]  # fmt: skip
@@ -131,9 +134,8 @@ def tables_of_names() -> str:
     models = [["model", "parameters and tables, billions", "layers", "hidden"]]
     models += [[name, f"{parameters(a) / 1e9:.3f}", str(a.llm.num_hidden_layers), str(a.llm.hidden_size)] for name, a in MODELS.items()]
     gpus = [["gpu", "GiB", "TFLOP/s bf16", "GB/s link", "GB/s network", "source"]]
-    gpus += [
-        [name, f"{gpu.memory_gib:g}", f"{gpu.tflops:g}", f"{gpu.link_gbs:g}", f"{gpu.network_gbs:g}", gpu.source] for name, gpu in GPUS.items()
-    ]
+    for name, gpu in GPUS.items():
+        gpus.append([name, *(f"{value:g}" for value in (gpu.memory_gib, gpu.tflops, gpu.link_gbs, gpu.network_gbs)), gpu.source])
     return f"{table(models)}\n\n{table(gpus)}"
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_bagel.config.parser import Config
+from megatron_bagel.config.validate import check_consistency, check_numbers, refuse_unsupported_values
 from megatron_bagel.planning.layout_plan import LayoutPlan, Problem, plan_layout
 
 #: Tried in turn: settings of recomputation, from what costs least time to what costs least memory.
@@ -27,6 +28,10 @@ _SEARCHED = frozenset({
 def search(config: Config, problem: Problem) -> list[LayoutPlan]:
     """Layouts that fit, by predicted step time; of equal axes the least recomputation that fits. ``config`` gives all that is not
     searched; its global batch stays, or is one pack per GPU. Raises ValueError when nothing fits, with the nearest miss."""
+    # What no layout can mend is told before the search, which takes every refusal for a size that does not fit.
+    refuse_unsupported_values(config)
+    check_numbers(config)
+    check_consistency(config)
     tokens_of, found, nearest = problem.tokens_of(), [], None
     for sizes in _sizes(config, problem):
         for recompute in RECOMPUTE:
@@ -40,9 +45,9 @@ def search(config: Config, problem: Problem) -> list[LayoutPlan]:
             nearest = plan if nearest is None or plan.peak_bytes < nearest.peak_bytes else nearest
     if not found:
         miss = f"; the nearest is {nearest.name} with {nearest.peak_bytes / 2**30:.1f} GiB" if nearest else ""
+        machine = f"{problem.gpus} x {problem.gpu.name}, {problem.memory_bytes / 2**30:.1f} GiB of each for a run"
         raise ValueError(
-            f"no layout of this model fits {problem.gpus} x {problem.gpu.name} with {problem.memory_bytes / 2**30:.1f} GiB for a run{miss}. "
-            "Raise --gpus, lower --max_num_tokens, or give --recompute_vit True"
+            f"no layout of this model fits {machine}{miss}. Raise --gpus, lower --max_num_tokens, or give --recompute_vit True"
         )
     return sorted(found, key=lambda plan: (plan.estimate.step_time_s, plan.peak_bytes))
 

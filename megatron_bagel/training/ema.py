@@ -7,6 +7,7 @@ together are taken on the bit patterns as integers, where all but one rank hold 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,11 +176,12 @@ def _over_world(group_size: int) -> bool:
 
 def deal_by_size(sizes: Sequence[int], ranks: int) -> list[int]:
     """Owner of each item, an integer below ``ranks``: largest first, each to the least loaded rank."""
-    load = [0] * ranks
+    # A heap: with thousands of ranks a search of all for every item takes seconds.
+    loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        owners[index] = min(range(ranks), key=lambda rank: (load[rank], rank))
-        load[owners[index]] += sizes[index]
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
     return owners
 
 

@@ -296,7 +296,8 @@ def train(run: Run) -> None:
     """Step until ``total_steps``, or until a signal asks to stop; the last state is always saved."""
     training, counters, survival = run.config.training, run.counters, run.survival
     window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
-    replacements = Replacements(run.loader, training.results_dir, run.config.data.max_skipped_share, counters.skipped, survival.agreement)
+    skipped = run.config.data.max_skipped_share, counters.skipped
+    replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
     saved = counters.steps
     while counters.steps < training.total_steps and not survival.agreement.stop:
         step = counters.steps

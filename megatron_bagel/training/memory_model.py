@@ -145,8 +145,9 @@ class MemoryModel:
         chunks, layers = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1, sorted({t.layer for t in held} - {None})
         chunk_of = {layer: number * chunks // len(layers) for number, layer in enumerate(layers)}
         buffers: list[list[_Tensor]] = [[] for _ in range(chunks + 1)]
+        shared = self.arch.llm.tie_word_embeddings and self.megatron.pipeline_model_parallel_size > 1
         for tensor in held:
-            if tensor.name.startswith("embedding.") and self.arch.llm.tie_word_embeddings and self.megatron.pipeline_model_parallel_size > 1:
+            if shared and tensor.name.startswith("embedding."):
                 buffers[-1].append(tensor)
             elif tensor.layer is not None:
                 buffers[chunk_of[tensor.layer]].append(tensor)

@@ -202,9 +202,12 @@ def synced_parameters(modules: Sequence[DistributedDataParallel]) -> Iterator[No
     """Within the block every rank's model weights are complete, for evaluation, export and checkpoints.
 
     With ``overlap_param_gather`` the weights of an update arrive on other ranks only as the next forward pass asks for them;
-    the hooks that do so are taken off inside the block.
+    the hooks that do so are taken off inside the block. Blocks may be nested: an inner one finds no hooks.
     """
-    overlapped = [module for module in modules if module.ddp_config.overlap_param_gather and module.use_forward_hook]
+    overlapped = [
+        module for module in modules
+        if module.ddp_config.overlap_param_gather and module.use_forward_hook and module.remove_forward_pre_hook_handles
+    ]  # fmt: skip
     for module in overlapped:
         module.disable_forward_pre_hook(param_sync=True)
     try:

@@ -1,12 +1,11 @@
-"""Pictures that cannot be read while training: replaced on all ranks alike, counted, written down, and too many of them end the run.
+"""Samples that cannot be read while training: replaced on all ranks alike, counted, written down; too many of them end the run.
 
-Only the rank that encodes a picture reads it, so only that rank notices. Their number is summed over the world before every step
-(agreement.py); the rest happens where it is not zero.
+Only the rank that encodes a picture reads it, so only that rank notices; texts are read by all ranks of a replica. Their number is
+summed over the world before every step (agreement.py); the rest happens where it is not zero.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_bagel.data.loader import PackLoader, StepBatch
 from megatron_bagel.training.agreement import StepAgreement
+from megatron_bagel.training.history import MetricsFile
 
 SKIPPED = "skipped.jsonl"
 _FEW = 10  # so many never end a run, whatever share of a young run they are
@@ -31,14 +31,18 @@ class Failure:
 
 
 class Replacements:
-    """Settles every step's batch before it is trained on. ``count`` is the number of samples replaced since the run began."""
+    """Settles every step's batch before it is trained on. ``count`` is the number of samples replaced since the run began.
+
+    ``next_step`` is the first step this process trains: what a run that was killed wrote down of it and later ones is removed.
+    """
 
     def __init__(
-        self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0,
+        self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0, next_step: int = 0,
         agreement: StepAgreement | None = None,
     ) -> None:  # fmt: skip
         self.loader, self.max_share, self.count = loader, max_share, count
-        self._file = Path(results_dir) / SKIPPED
+        self._path, self._next_step = Path(results_dir) / SKIPPED, next_step
+        self._file = MetricsFile(self._path, next_step) if dist.get_rank() == 0 and self._path.exists() else None
         self._agreement = agreement or StepAgreement()
 
     def settle(self, batch: StepBatch, step: int, samples_before: int) -> StepBatch:
@@ -53,7 +57,7 @@ class Replacements:
             if self.count > max(self.max_share * planned, _FEW):
                 raise ValueError(
                     f"step {step}: {self.count} of {planned} samples could not be read, more than --max_skipped_share {self.max_share} "
-                    f"allows; the last one: {failures[-1].reason}. All are listed in {self._file}; mend the data "
+                    f"allows; the last one: {failures[-1].reason}. All are listed in {self._path}; mend the data "
                     "(data_tools/verify_index.py finds what is broken) or raise the flag"
                 )
             mine = [failure for failure in failures if failure.replica == self.loader.replica]
@@ -80,7 +84,7 @@ class Replacements:
     def _write(self, step: int, failures: Sequence[Failure]) -> None:
         if dist.get_rank():
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            for failure in failures:
-                file.write(json.dumps({"step": step, "replica": failure.replica, "reason": failure.reason}) + "\n")
+        if self._file is None:
+            self._file = MetricsFile(self._path, self._next_step)
+        for failure in failures:
+            self._file.write({"step": step, "replica": failure.replica, "reason": failure.reason})

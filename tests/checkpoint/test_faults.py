@@ -284,6 +284,28 @@ def test_a_checkpoint_of_a_newer_version_is_refused(copy: Path, tmp_path: Path, 
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("vocab_size", 500, "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"),
+        ("num_hidden_layers", 3, "tensors that this model has no place for: language_model.model.layers.3."),
+        ("num_hidden_layers", 5, "lacks 28 tensors this model needs: language_model.model.layers.4."),
+        ("layer_module", "Qwen2DecoderLayer", "no place for"),
+        ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128), this model needs (128, 128)"),
+    ],
+)
+def test_weights_of_another_model_than_the_folder_says_are_refused(
+    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, value: int | str, message: str
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(goldens / "hf", folder, ignore=shutil.ignore_patterns("config.json"))
+    llm = json.loads((folder / "llm_config.json").read_text())
+    (folder / "llm_config.json").write_text(json.dumps({**llm, setting: value}))
+    assert hf_to_megatron.main(["--model", str(folder), "--output", str(tmp_path / "out"), "--max-latent-size", "16"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_of_another_kind_are_refused_in_a_sentence(
     copy: Path, goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

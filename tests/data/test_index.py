@@ -229,3 +229,13 @@ def test_num_used_data(goldens: Path, tmp_path: Path) -> None:
     assert shuffled == used(1, 10, shuffle_lines=True)[0] != used(1, 10, shuffle_lines=True, shuffle_seed=1)[0]
     assert shuffled == sorted(shuffled) and 2 <= len(shuffled) <= 10
     assert used(1, 99) == [list(range(20))]
+
+
+def test_more_shards_than_a_process_may_open_files(goldens: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "text/plain.jsonl", [{"text": f"number {row}"} for row in range(150)])
+    build_index(groups_of(tmp_path, "text"), goldens / "hf", tmp_path / "index", BuildOptions(rows_per_shard=1, progress=False))
+    reader = IndexedSamples.open(tmp_path / "index").datasets["text/plain"]
+    assert len(reader.shards()) == 150
+    texts = [reader.text_ids(row, 0).tolist() for row in range(150)]
+    assert len(list(Path("/proc/self/fd").iterdir())) < 3 * 64 + 100
+    assert [reader.text_ids(row, 0).tolist() for row in range(150)] == texts and len(set(map(tuple, texts))) == 150

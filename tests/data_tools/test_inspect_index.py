@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from megatron_bagel.data.index_view import Histogram
 from megatron_bagel.layout.pack import build_pack
 from tests import strategies
 from tests.data.golden_index import CONFIG, build_golden_index
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +96,11 @@ def test_a_packs_picture_has_a_value_for_every_token(samples: list) -> None:
     pack = build_pack(samples, strategies.SPEC)
     for title, values, _, colours in token_strips(pack):
         assert len(values) == pack.sequence_length and set(values.tolist()) <= set(range(len(colours))), title
+
+
+def test_the_short_name_hides_no_module_of_python(index: Path) -> None:
+    told = subprocess.run([sys.executable, "-m", "data_tools.inspect", str(index)], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "t2i_pretrain/t2i: 8 samples" in told.stdout
+    beside = "import sys; sys.path.insert(0, 'data_tools'); import inspect; inspect.signature(print)"
+    assert subprocess.run([sys.executable, "-c", beside], cwd=ROOT).returncode == 0

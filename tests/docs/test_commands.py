@@ -11,7 +11,8 @@ from tests.docs.commands import PAGES, ROOT, Command, check, commands, flags_of
 
 COMMANDS = commands()
 PROGRAMS = (
-    "megatron_bagel.train", "megatron_bagel.generate", "tools/verify_golden.py", "tools/checkpoint_convert/hf_to_megatron.py",
+    "megatron_bagel.train", "megatron_bagel.plan", "megatron_bagel.generate", "tools/verify_golden.py",
+    "tools/checkpoint_convert/hf_to_megatron.py",
     "tools/checkpoint_convert/megatron_to_hf.py", "tools/checkpoint_convert/init_from_pretrained.py",
     "tools/checkpoint_convert/inspect_checkpoint.py", "data_tools/build_index.py", "data_tools/inspect_index.py",
     "data_tools/make_sample_data.py", "data_tools/train_tokenizer.py", "data_tools/merge_index.py", "data_tools/verify_index.py",

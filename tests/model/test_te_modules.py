@@ -105,6 +105,20 @@ def test_a_frozen_expert_is_not_grouped_with_one_that_trains() -> None:
     assert theirs[1] and all(".gen." in name for name in theirs[1]) and not _GroupedLinear.calls
 
 
+@pytest.mark.usefixtures("single_rank", "stand_in")
+def test_hooks_of_both_owners_run_before_their_weights_are_used() -> None:
+    """Megatron's overlap of gathering with the forward pass waits in such hooks."""
+    arch, (_, layer) = _layers("Qwen2MoTDecoderLayer")
+    waited: list[tuple[str, int]] = []
+    for name, module in layer.named_modules():
+        if isinstance(module, _Linear):
+            module.register_forward_pre_hook(lambda _module, _rows, name=name: waited.append((name, len(_GroupedLinear.calls))))
+    hidden, context = random_context(arch)
+    layer(hidden, packed_seq_params=context)
+    linears = ("self_attention.{}.linear_qkv", "self_attention.{}.linear_proj", "mlp.{}.linear_fc1", "mlp.{}.linear_fc2")
+    assert waited == [(linear.format(expert), number) for number, linear in enumerate(linears) for expert in ("und", "gen")]
+
+
 def test_absent_engine_is_named() -> None:
     if "transformer_engine" in sys.modules:
         pytest.skip("Transformer Engine is installed")

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from data_tools.cache_latents import main
 from megatron_bagel.data.groups import load_groups
+from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.data.index_format import read_manifest
 from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.latent_cache import LatentCache
+from megatron_bagel.data.transforms import decode_rgb, image_tensor
+from megatron_bagel.encoders import latent_writer
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.latent_writer import CacheOptions, write_latent_cache
 from megatron_bagel.training.history import read_history
 from tests import runs
+from tests.data.index_files import groups_of, noise_png, write_t2i
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,31 @@ def test_jobs_make_the_same_cache_and_a_stopped_one_goes_on(world: Path, tmp_pat
     (parts / "latents.json").unlink()
     next(parts.rglob("00000.json")).unlink()
     assert main(command(world, parts)) == 0 and tree(parts) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("remembered", [0, 1 << 20])
+def test_equal_pictures_are_encoded_once_and_stored_for_every_row(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered: int
+) -> None:
+    """Pictures come back within a batch and after it; each row's posterior is that of its picture."""
+    monkeypatch.setattr(latent_writer, "_BATCH", 3)
+    monkeypatch.setattr(latent_writer, "_REMEMBERED", remembered)
+    encoded = []
+    autoencoder = load_autoencoder(world / "ae.safetensors")
+    encode_many = autoencoder.encode_many
+    autoencoder.encode_many = lambda images: encoded.extend(images) or encode_many(images)
+    folder, pictures = tmp_path / "t2i", [noise_png(number) for number in (0, 1, 0, 2, 3, 0, 3, 1)]
+    write_t2i(folder, [(picture, '{"a": "red"}') for picture in pictures])
+    groups = groups_of(tmp_path, "t2i_pretrain")
+    build_index(groups, world / "data/tokenizer", tmp_path / "index", BuildOptions(progress=False))
+    index = IndexedSamples.open(tmp_path / "index")
+    assert write_latent_cache(index, groups, world / "ae.safetensors", autoencoder, tmp_path / "latents", CacheOptions())
+    assert len(encoded) == (4 if remembered else 6)
+    cache, reader = LatentCache(tmp_path / "latents", index.manifest, groups), index.datasets["t2i_pretrain/t2i"]
+    for row, picture in enumerate(pictures):
+        pixels = image_tensor(decode_rgb(picture), groups[0].image_transform, 32, 32)
+        mean, logvar = encode_many([pixels])[0]
+        torch.testing.assert_close(cache.posterior(reader, row, 0, (4, 4)), torch.cat([mean, logvar]).detach())
 
 
 def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_bagel.checkpoint.publish import latest_checkpoint
+from megatron_bagel.config.resolve import architecture, tokenizer_path
+from megatron_bagel.data.tokenizer import load_tokenizer
+from megatron_bagel.data.training_data import open_loader
 from tests.runs import make_world, numbers, run, run_config, start
 from tests.training.equal_runs import OVERLAP, cases
 
@@ -104,6 +109,25 @@ def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: in
     assert numbers(run(config, ranks)) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_lose_and_double_nothing(world: Path, tmp_path: Path) -> None:
+    """SIGKILL from the first moments of a start to the middle of steps and saves; every step is in the record once, and the same."""
+    expected = numbers(run(run_config(world, tmp_path / "whole", total_steps=40)))
+    config, moments = run_config(world, tmp_path / "killed", total_steps=40), random.Random(0)
+    for _ in range(20):
+        before = latest_checkpoint(config.training.checkpoint_dir)
+        process = start(config, 1)
+        process.join(moments.uniform(0.1, 6.0))
+        with contextlib.suppress(ProcessLookupError):  # not yet the leader of its group, or done
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+        after = latest_checkpoint(config.training.checkpoint_dir)
+        assert before is None or after.name >= before.name
+    assert numbers(run(config)) == expected
+
+
 KINDS: dict[str, tuple[dict, str | None]] = {
     "no-vit": ({"visual_und": False}, None),
     "no-images-out": ({"visual_gen": False}, "mse"),
@@ -129,8 +153,6 @@ def test_every_kind_of_training_runs(world: Path, tmp_path: Path, flags: dict, a
 
 
 def test_text_alone_trains_on_two_ranks(world: Path, tmp_path: Path) -> None:
-    import yaml
-
     groups = yaml.safe_load((world / "data/dataset.yaml").read_text())
     only = {name: content for name, content in groups.items() if name in ("text", "dataset_info")}
     only["text"]["weight"] = 1
@@ -139,6 +161,20 @@ def test_text_alone_trains_on_two_ranks(world: Path, tmp_path: Path) -> None:
     config = run_config(world, tmp_path, dataset_config_file=str(path), visual_gen=False, visual_und=False, total_steps=2)
     history = run(config, ranks=2)
     assert history[-1]["ce"] > 0 and history[-1]["mse"] == 0
+
+
+def test_ranks_whose_packs_lack_a_modality(world: Path, tmp_path: Path) -> None:
+    """Packs of one task: a step in which one rank has pictures to draw alone and the other questions alone is that of one rank."""
+    content = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    groups = {name: {**content[name], "is_mandatory": False, "weight": weight} for name, weight in (("t2i_pretrain", 1), ("vlm_sft", 5))}
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({**groups, "dataset_info": content["dataset_info"]}))
+    short = {"dataset_config_file": str(tmp_path / "any.yaml"), "data_seed": 2, "total_steps": 3}
+    short |= {"expected_num_tokens": 1, "max_num_tokens": 64, "max_num_tokens_per_sample": 64}
+    config = run_config(world, tmp_path / "alone", **short)
+    loader = open_loader(config, architecture(config), load_tokenizer(tokenizer_path(config)), 2)
+    first = [{image.kind for image in loaded.pack.images} for loaded in next(loader).packs]
+    assert first == [{"vae"}, {"vit"}]
+    close(numbers(run(run_config(world, tmp_path / "two", **short), ranks=2)), numbers(run(config)))
 
 
 def test_frozen_parts_do_not_move(world: Path, tmp_path: Path) -> None:
