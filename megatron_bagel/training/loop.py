@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,6 +123,8 @@ def initialize_parallel(config: Config) -> None:
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
+        # Until the first step is done; then they are cut to what the flag says (survival.py).
+        distributed_timeout_minutes=math.ceil(max(megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
 
