@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.docs.commands import ROOT, Command
 
-LINKED = ("megatron_bagel", "tools", "data_tools", "examples", "benchmarks", "tests", "data", "setup.py", "pyproject.toml", "README.md")
+LINKED = ("megatron_bagel", "tools", "data_tools", "examples", "benchmarks", "tests", "setup.py", "pyproject.toml", "README.md")
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,15 @@ FITTINGS: dict[str, Fitting] = {
     "benchmarks.parallel_step": Fitting("--steps 1 --warmup 0"),
     "benchmarks.observing": Fitting("--config bench-tiny --rounds 5 --steps 1"),
     "--job-index 3": Fitting(
-        "--workers 1",
-        f"{_NEW_INDEX} && for job in 0 1 2 {' '.join(map(str, range(4, 16)))}; do python data_tools/build_index.py --dataset_config_file "
-        "data.yaml --tokenizer hf/BAGEL-7B-MoT --output index --num-jobs 16 --job-index $job; done",
+        "--workers 1 --num-jobs 2 --job-index 1",
+        f"{_NEW_INDEX} && python data_tools/build_index.py --dataset_config_file data.yaml --data-root bagel_example "
+        "--tokenizer hf/BAGEL-7B-MoT --output index --num-jobs 2 --job-index 0",
     ),
     "build_index.py": Fitting("--workers 1", _NEW_INDEX),
     "hf_to_megatron.py --model hf": Fitting(first=_NEW_CHECKPOINTS),
     "init_from_pretrained.py": Fitting("--vit-max-num-patch-per-side 10", _NEW_CHECKPOINTS),
     "--untrained-from": Fitting(first="rm -rf my_model"),
+    "inspect_checkpoint.py compare": Fitting(first="rm -rf other && mkdir other && cp -r results/checkpoints other/"),
     "verify_index.py": Fitting("--workers 1"),
 }
 #: Commands that no test starts as they are written: part of the command -> what tests them.
@@ -118,6 +119,8 @@ def page_folder(shared: Path, folder: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     world = shared / "quickstart_output"
     shutil.copytree(world, folder / "quickstart_output")
+    (folder / "data/configs").mkdir(parents=True)
+    (folder / "data/configs/example.yaml").symlink_to(world / "data/dataset.yaml")
     for name in ("hf", "flux", "photo.png", "prompts.jsonl", "evaluation_metadata.jsonl", "MME_FOLDER"):
         (folder / name).symlink_to(shared / name)
     (folder / "hf").unlink()
