@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from data_tools import make_sample_data
 from data_tools.cache_latents import main
 from megatron_bagel.data.groups import load_groups
+from megatron_bagel.data.index_build import BuildOptions, build_index
 from megatron_bagel.data.index_format import read_manifest
 from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.latent_cache import LatentCache
+from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.training.history import read_history
 from tests import runs
 
@@ -85,6 +89,26 @@ def test_jobs_make_the_same_cache_and_a_stopped_one_goes_on(world: Path, tmp_pat
     (parts / "latents.json").unlink()
     next(parts.rglob("00000.json")).unlink()
     assert main(command(world, parts)) == 0 and tree(parts) == tree(tmp_path / "whole")
+
+
+def test_a_picture_that_comes_again_is_encoded_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sample_data.main([str(tmp_path / "data"), "--t2i", "90", "--edit", "0", "--vlm", "0", "--shapes", "circle", *runs.SIZES])
+    groups = load_groups(tmp_path / "data/dataset.yaml")
+    build_index(groups, tmp_path / "data/tokenizer", tmp_path / "index", BuildOptions(workers=1))
+    (tmp_path / "ae.safetensors").write_bytes((world / "ae.safetensors").read_bytes())
+    (tmp_path / "ae_config.json").write_bytes((world / "ae_config.json").read_bytes())
+    encoded: list[int] = []
+    encode_many = AutoEncoder.encode_many
+    monkeypatch.setattr(AutoEncoder, "encode_many", lambda self, images: encoded.append(len(images)) or encode_many(self, images))
+    assert main(command(tmp_path, tmp_path / "latents")) == 0
+    index = IndexedSamples.open(tmp_path / "index")
+    cache, reader = LatentCache(tmp_path / "latents", index.manifest, groups), index.datasets["t2i_pretrain/t2i"]
+    found: dict[bytes, list[torch.Tensor]] = {}
+    for row in range(90):
+        found.setdefault(reader.image_bytes(row, 0), []).append(cache.posterior(reader, row, 0, (8, 8)))
+    assert sum(encoded) == len(found) < 90
+    assert all(torch.equal(other, same[0]) for same in found.values() for other in same)
+    assert len({tuple(same[0].flatten().tolist()) for same in found.values()}) == len(found)
 
 
 def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
