@@ -23,6 +23,7 @@ def run(out: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.distributed
 def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
     said = run(tmp_path / "out")
