@@ -32,7 +32,7 @@ stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
   "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-3000}" --edit "${EDIT:-3000}" --vlm "${VLM:-3000}" \
-    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1 0.75 0.75 1 \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1.5 1 1.5 1 --vit-image-size 42 \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 
@@ -59,8 +59,8 @@ for CHECKPOINT in "$OUT"/checkpoints/[0-9]*/; do
   STEP=$(basename "$CHECKPOINT")
   if [ -f "$OUT/answers/$STEP/complete" ]; then continue; fi
   "$PYTHON" -m megatron_bagel.generate --model "$CHECKPOINT" --input "$OUT/exam/prompts.jsonl" --out "$OUT/answers/$STEP" --resume \
-    --image-size 64x64 --num-timesteps 25 --timestep-shift 1 --cfg-text-scale 3 --cfg-img-scale 1 --cfg-interval 0 1 \
-    --max-length 12 --vae-transform 64 64 --vit-transform 70 70 --batch-size 24 > "$OUT/answers.log"
+    --image-size 64x64 --num-timesteps 13 --timestep-shift 3 --cfg-text-scale 1.5 --cfg-img-scale 1 --cfg-interval 0 1 \
+    --max-length 12 --vae-transform 64 64 --vit-transform 42 42 --batch-size 24 > "$OUT/answers.log"
   touch "$OUT/answers/$STEP/complete"
 done
 

@@ -1,0 +1,38 @@
+"""The small world's one command, from nothing to the table, with hardly any data and two steps; a second run reuses every stage."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bagel.data.sample_world_exam import read_lines
+
+REPOSITORY = Path(__file__).parents[2]
+FEW = {"T2I": "30", "EDIT": "30", "VLM": "60", "PROCESSES": "1", "EXAM": "--pictures 2 --questions 2 --edits 2", "PYTHON": sys.executable}
+SHORT = ["--total_steps", "2", "--warmup_steps", "0", "--save_every", "2", "--eval_every", "2", "--eval_samples", "4", "--num_workers", "0",
+         "--global_batch_size", "2", "--split", "50,50"]  # fmt: skip
+
+
+def run(out: Path) -> str:
+    command = ["bash", "examples/small_world/run.sh", str(out), *SHORT]
+    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **FEW}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.distributed
+def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
+    said = run(tmp_path / "out")
+    assert "after 2 steps" in said and "edit recolour success" in said and "autoencoder alone" in said
+    (row,) = read_lines(tmp_path / "out/answers/marks.jsonl")
+    assert set(row["marks"]["t2i colour"]) == {"seen", "held out"}
+    assert list((tmp_path / "out/results/samples").glob("*_unified_edit.png")), "a run with stored latents draws its sheets"
+    answered = tmp_path / "out/answers/0000002/results.jsonl"
+    before = answered.stat().st_mtime_ns
+    again = run(tmp_path / "out")
+    assert again.count("reusing") == 3 and "after 2 steps" in again
+    assert answered.stat().st_mtime_ns == before
