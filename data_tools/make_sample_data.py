@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--layers", type=int, default=6, help="of the decoder (default 6)")
     model.add_argument("--vit-hidden-size", type=int, default=96, help="of the vision transformer (default 96)")
     model.add_argument("--vit-layers", type=int, default=4, help="of the vision transformer, the unused last one included (default 4)")
+    model.add_argument("--vit-image-size", type=int, default=None, metavar="N",
+                       help="longest side in pixels at which the ViT sees pictures; fewer patches are learnt faster (default: their own)")
     model.add_argument("--vit-patches-per-side", type=int, default=10, help="largest image the ViT can address (default 10)")
     return parser
 
@@ -76,7 +78,7 @@ def spec_of(args: argparse.Namespace) -> FolderSpec:
     rng = keyed_generator(args.seed, "check")
     draw_edit(draw_scene(world, rng), world, rng, kinds)  # refuses unknown kinds before anything is written
     return FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
-                      args.questions_per_image, args.edit_steps, kinds, tuple(args.weights))  # fmt: skip
+                      args.questions_per_image, args.edit_steps, kinds, tuple(args.weights), vit_side=args.vit_image_size)  # fmt: skip
 
 
 def world_texts(spec: FolderSpec) -> Iterator[str]:

@@ -41,5 +41,5 @@ if [ -f "$venv/.setup_stamp" ] && [ "$(cat "$venv/.setup_stamp")" = "$stamp" ]; 
 echo "setting up $venv with Python $version and $torch" >&2
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --quiet "$torch"
-"$venv/bin/python" -m pip install --quiet --quiet -e "$root[test]"
+"$venv/bin/python" -m pip install --quiet --quiet -e "${root}[test]"
 echo "$stamp" > "$venv/.setup_stamp"

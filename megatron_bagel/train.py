@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_bagel import platform
-from megatron_bagel.config.parser import parse_config
+from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
 
@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
     try:
         config = parse_config(sys.argv[1:] if arguments is None else arguments)
+        if config.megatron.dry_run:
+            return rehearse(config)
         validate(config, launched_world_size(), platform.has_gpu())
     except ValueError as error:
         print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
@@ -22,15 +24,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     platform.install()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop
+    from megatron_bagel.training.error_report import ErrorReport
 
-    init_distributed(config.megatron.distributed_timeout_minutes)
+    init_distributed(max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes))
     try:
-        loop.execute(config)
-    except ValueError as error:
-        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
-        return 2
+        with ErrorReport(config.training.results_dir):
+            loop.execute(config)
     finally:
         shutdown_distributed()
+    return 0
+
+
+def rehearse(config: Config) -> int:
+    """``--dry-run``: one rank's share, without memory. Raises ValueError like a run. Its answers are those for GPUs."""
+    world_size = config.megatron.fake_world_size or launched_world_size()
+    validate(config, world_size, has_gpu=True)
+    platform.install()
+    from megatron_bagel.planning.dry_run import dry_run
+
+    print(dry_run(config, config.megatron.fake_rank, world_size).text())
     return 0
 
 

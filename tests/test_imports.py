@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
 #: Lower layers first. Parts of one layer do not import each other.
 LAYERS = (
     ("config", "platform"), ("layout", "parallel"), ("model", "data", "checkpoint"), ("encoders",), ("inference",), ("training",),
-    ("train", "generate", "evaluate"),
+    ("planning",), ("train", "generate", "evaluate", "plan"),
 )  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

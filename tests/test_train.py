@@ -91,3 +91,30 @@ def test_what_cannot_work_is_refused_at_the_start(
     ]  # fmt: skip
     assert command([*base, *change]) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tensor_model_parallel_size", "3"], "= 3 ranks per replica do not divide the 8 ranks of this run"),
+        (["--tensor_model_parallel_size", "8"], "attention heads cannot be divided by 8; sizes that work: 1, 2"),
+        (["--pipeline_model_parallel_size", "8"], "2 layers cannot be dealt evenly to 8 stages"),
+        (["--context_parallel_size", "8", "--cp_comm_type", "a2a"], "cannot be divided by 8; sizes that work: 1"),
+        (["--sequence_parallel"], "it needs --tensor_model_parallel_size above 1"),
+        (["--global_batch_size", "12"], "is not a multiple of the 8 data-parallel replicas"),
+        (["--num_distributed_optimizer_instances", "3"], "do not divide the 8 data-parallel ranks"),
+        (["--overlap_param_gather"], "needs --use_distributed_optimizer and --overlap_grad_reduce"),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_before_ranks_meet(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, change: list[str], message: str
+) -> None:
+    """One of eight ranks, the others of which never come: whoever waited for them would not be refused in time."""
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    base = [
+        "--dataset_config_file", str(world / "data/dataset.yaml"), "--index_dir", str(world / "index"), "--llm_path", str(world / "qwen"),
+        "--vae_path", str(world / "ae.safetensors"), "--vit_path", str(world / "siglip"), *GUIDE_DATA, *TINY,
+    ]  # fmt: skip
+    assert command([*base, *change]) == 2
+    assert message in capfd.readouterr().err

@@ -31,8 +31,8 @@ stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
-  "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-20000}" --edit "${EDIT:-10000}" --vlm "${VLM:-20000}" \
-    --seed "${DATA_SEED:-0}" --captions-per-image 1 --edit-kinds recolour --weights 1 0.75 1 1 \
+  "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-3000}" --edit "${EDIT:-3000}" --vlm "${VLM:-3000}" \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1 0.75 0.75 1 \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 
@@ -41,11 +41,16 @@ if [ ! -f "$OUT/index/manifest.json" ]; then
   "$PYTHON" data_tools/build_index.py --dataset_config_file "$OUT/data/dataset.yaml" --tokenizer "$OUT/data/tokenizer" --output "$OUT/index"
 else echo "reusing $OUT/index"; fi
 
+stage "latents: the autoencoder's view of every picture, stored once instead of encoded at every step"
+if [ ! -f "$OUT/latents/latents.json" ]; then
+  "$PYTHON" data_tools/cache_latents.py "$OUT/index" --dataset_config_file "$OUT/data/dataset.yaml" --vae $AUTOENCODER --output "$OUT/latents"
+else echo "reusing $OUT/latents"; fi
+
 stage "training"
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" -m megatron_bagel.train --config $HERE/config.yaml \
   --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" \
   --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $AUTOENCODER \
-  --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
+  --latent_cache "$OUT/latents" --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
 
 stage "exam of every checkpoint"
 # shellcheck disable=SC2086 # EXAM holds several words

@@ -82,17 +82,18 @@ def export_checkpoint(
 
 def _with_parts_of(folder: HFFolder, arch: BagelArch, companions: Companions) -> tuple[BagelArch, TensorSource, Companions]:
     """`arch` with the vision tower and image generation it lacks taken from `folder`, the folder's weights, and its autoencoder."""
+    kinds = folder.available_weights()
+    if not kinds:
+        raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
     there = folder.arch
     if arch.vit is None and there.vit is not None:
         settings = ("vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "vit_rope")
         arch = replace(arch, vit=there.vit, **{name: getattr(there, name) for name in settings})
     if arch.autoencoder is None and there.autoencoder is not None:
-        settings = ("latent_patch_size", "max_latent_size", "timestep_shift")
-        arch = replace(arch, autoencoder=there.autoencoder, **{name: getattr(there, name) for name in settings})
+        size = folder.stored_latent_size(kinds[0]) or there.max_latent_size
+        settings = {name: getattr(there, name) for name in ("latent_patch_size", "timestep_shift")}
+        arch = replace(arch, autoencoder=there.autoencoder, max_latent_size=size, **settings)
         companions = replace(companions, autoencoder=folder.path / "ae.safetensors")
-    kinds = folder.available_weights()
-    if not kinds:
-        raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
     return arch, folder.weights(kinds[0]), companions
 
 
@@ -140,13 +141,14 @@ def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[s
 
     Model weights come from "model" if given, else from "ema"; tensors keep their types. With "ema" alone the weights are stored once and
     serve as average, too. There is no optimizer state: train from the result with `--resume_model_only True`. `overrides` are settings of
-    `BagelArch` that win over the folder's. Raises ValueError when tensors are missing, left over or of another shape.
+    `BagelArch` that win over the folder's. Raises ValueError when tensors are missing, left over or of another shape, and for a
+    `max_latent_size` that is not the one of the weights.
     """
-    source = HFFolder(folder, **overrides)
+    if not weights:
+        raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
+    source = _sized_as_trained(folder, weights[0], overrides)
     weight_map = WeightMap(source.arch)
     readers = {kind: source.weights(kind) for kind in weights}
-    if not readers:
-        raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
     for reader in readers.values():
         check_against(reader, weight_map)
     plan: dict[str, tuple[TensorSource, Entry]] = {}
@@ -164,6 +166,20 @@ def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[s
         "ema_is_model": tuple(weights) == ("ema",),
     }
     return write_checkpoint(directory, 0, source.arch, specs, get, head)
+
+
+def _sized_as_trained(folder: str | Path, kind: str, overrides: Mapping[str, Any]) -> HFFolder:
+    """The folder, with the `max_latent_size` of its stored position table, whatever its config.json says or leaves out."""
+    source, asked = HFFolder(folder, **overrides), overrides.get("max_latent_size")
+    stored = source.stored_latent_size(kind)
+    if stored is None or stored == source.arch.max_latent_size:
+        return source
+    if asked is not None:
+        raise ValueError(
+            f"{folder} was trained with max_latent_size {stored}, as its position table has {stored} x {stored} rows; --max-latent-size "
+            f"says {asked}. Leave the flag out; a run that starts from the checkpoint may choose another --max_latent_size"
+        )
+    return HFFolder(folder, **{**overrides, "max_latent_size": stored})
 
 
 def write_first_weights(first: FirstWeights, directory: str | Path, companions: Companions) -> Path:

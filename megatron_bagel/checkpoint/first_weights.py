@@ -83,7 +83,7 @@ class FirstWeights:
         What those folders cannot have is seeded: generation expert, adapters, and QK-norm where the LLM has none. Raises ValueError for
         folders that are not there or have no weights.
         """
-        view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None))
+        view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None) or "no folder")
         kept = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
         if llm_path is None:
             kept.append("language_model.*")
@@ -109,7 +109,9 @@ class FirstWeights:
                 copied += 1
                 for gen, und in zip(entry.hf, twin.hf, strict=True):
                     self.found.alias(gen, und)
-        logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
+        # Without a folder there is nothing to copy: twins are seeded alike.
+        if copied:
+            logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
 
     def seeded(self, entry: Entry) -> torch.Tensor:
         """The full start value of a parameter that is in no folder."""

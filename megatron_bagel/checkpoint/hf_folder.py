@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+_LATENT_TABLE = "latent_pos_embed.pos_embed"
 PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*side, channels] fp32
 
 
@@ -72,6 +74,11 @@ class HFFolder:
             there = ", ".join(self.available_weights()) or "none"
             raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {there}")
         return SafetensorsReader(self._weight_file(kind))
+
+    def stored_latent_size(self, kind: str) -> int | None:
+        """The `max_latent_size` the weights `kind` were trained with, by their stored position table; None where there is no table."""
+        source = self.weights(kind)
+        return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
 
     def _weight_file(self, kind: str) -> Path:
         index = self.path / f"{kind}.safetensors.index.json"

@@ -10,7 +10,7 @@ import torch
 
 
 def take_shard(full: torch.Tensor, dim: int, rank: int, size: int, blocks: int = 1) -> torch.Tensor:
-    """The part of `full` that tensor-parallel `rank` of `size` holds.
+    """The part of `full` that tensor-parallel `rank` of `size` holds, a view of it where it is one piece.
 
     `dim` is the partitioned dimension (-1: replicated, `full` is returned), `blocks` the number of fused projections along it.
     Raises ValueError if the dimension cannot be cut evenly.
@@ -23,4 +23,5 @@ def take_shard(full: torch.Tensor, dim: int, rank: int, size: int, blocks: int =
             f"a tensor of shape {tuple(full.shape)} cannot be cut into {size} tensor-parallel shards of {blocks} block(s) along "
             f"dimension {dim}; choose a --tensor-model-parallel-size that divides {length // blocks}"
         )
-    return torch.cat([block.chunk(size, dim)[rank] for block in full.chunk(blocks, dim)], dim)
+    pieces = [block.chunk(size, dim)[rank] for block in full.chunk(blocks, dim)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

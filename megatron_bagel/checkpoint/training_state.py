@@ -221,7 +221,8 @@ def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], l
     for name, module in modules.items():
         while hasattr(module, "module"):
             module = module.module
-        result = module.load_state_dict(loaded["model"][name], strict=False)
+        # Of a part that lacks every weight nothing comes back, not even its name.
+        result = module.load_state_dict(loaded["model"].get(name, {}), strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         if result.unexpected_keys or (missing and not lacking):
             raise ValueError(f"module {name} got no value for {_few(missing)}, and has no place for {_few(result.unexpected_keys)}")
@@ -234,7 +235,7 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
     """
     present = _stored_shapes(folder)
     # Where the vocabulary is padded for a layout, the number of rows may differ.
-    mine = {tensor.key: (tuple(tensor.global_shape), int(tensor.allow_shape_mismatch)) for tensor in _sharded_tensors(wanted)}
+    mine = {tensor.key: (tuple(tensor.global_shape), int(tensor.allow_shape_mismatch)) for tensor in sharded_tensors(wanted)}
     everyone: list[dict[str, tuple[tuple[int, ...], int]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     asked = {key: held for part in everyone if part for key, held in part.items()}
@@ -252,15 +253,16 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
     return set(asked)
 
 
-def _sharded_tensors(state: Any) -> Sequence[ShardedTensor]:
+def sharded_tensors(state: Any) -> Sequence[ShardedTensor]:
+    """Every sharded tensor in a state, those that factories make included."""
     if isinstance(state, ShardedTensorFactory):
-        return _sharded_tensors(state.build())
+        return sharded_tensors(state.build())
     if isinstance(state, ShardedTensor):
         return [state]
     if isinstance(state, ShardedBase):
         return []
     values = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return [tensor for value in values for tensor in _sharded_tensors(value)]
+    return [tensor for value in values for tensor in sharded_tensors(value)]
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -296,9 +296,12 @@ class BagelArch:
         vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
         has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()
         released = {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True}
+        vit = ViTArch.from_hf(read_json(vit_file, "model folder")) if has_vit else None
+        if vit is not None and not (vit.rope or values.get("vit_rope")):
+            values.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
         return cls(
             llm=LLMArch.from_hf({**released, **read_json(folder / "llm_config.json", "model folder")}, **(llm or {})),
-            vit=ViTArch.from_hf(read_json(vit_file, "model folder")) if has_vit else None,
+            vit=vit,
             autoencoder=AutoencoderArch.beside(ae_file) if has_ae else None,
             **values,
         )

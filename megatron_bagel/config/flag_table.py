@@ -18,8 +18,8 @@ _HEAD = """\
 <!-- Written by `python -m megatron_bagel.config.flag_table`; a test compares. Edit the dataclasses in megatron_bagel/config instead. -->
 
 Every flag of `python -m megatron_bagel.train`. Each is accepted as `--x_y` and `--x-y`, by any unambiguous beginning, and as a key of the
-YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `megatron:`). Flags override the file. Unknown names are
-refused. Booleans take `True` / `False`, or stand bare for `True`.
+YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `megatron:`, `observing:`,
+`resilience:`). Flags override the file. Unknown names are refused. Booleans take `True` / `False`, or stand bare for `True`.
 
 The column *original* says what a flag of the original BAGEL is here: **as is** (same name, meaning and default), **becomes** (another
 setting does its work), **refused** (values that cannot be honoured end the run at start-up, with the reason); empty for flags that the
@@ -28,6 +28,8 @@ original does not have.
 
 _TITLES = {
     "model": "Model", "data": "Data", "training": "Training", "megatron": "Megatron-Core (parallel layout, precision, memory)",
+    "observing": "Observing",
+    "resilience": "When something goes wrong",
 }  # fmt: skip
 
 

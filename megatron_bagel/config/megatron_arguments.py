@@ -48,4 +48,9 @@ class MegatronArguments:
         "auto", "auto: flex on CUDA (unless use_flex False is given), sdpa on CPU. dense is the slow reference, for tests."
     )
     transformer_impl: Literal["local", "transformer_engine"] = flag("local", "Decoder modules: plain torch, or Transformer Engine's.")
+    dry_run: bool = flag(
+        False, "Ours. Build one rank's share of a run without memory or other ranks, report its memory, packs and collectives, and leave."
+    )
+    fake_world_size: int | None = flag(None, "Ours. Ranks of a dry run. Default: what the launcher says.")
+    fake_rank: int = flag(0, "Ours. The rank that a dry run rehearses.")
     distributed_timeout_minutes: float = flag(10.0, "A collective that waits longer ends the run.")

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,9 +21,15 @@ from transformers.hf_argparser import string_to_bool
 
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.original_flags import ALIASES
+from megatron_bagel.config.resilience_arguments import ResilienceArguments
 
-SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments}
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
+    "observing": ObservingArguments, "resilience": ResilienceArguments,
+}  # fmt: skip
+Beside = TypeVar("Beside")
 SECTION_OF: dict[str, str] = {f.name: section for section, arguments in SECTIONS.items() for f in fields(arguments)}
 
 
@@ -35,6 +41,8 @@ class Config:
     data: DataArguments = field(default_factory=DataArguments)
     training: TrainingArguments = field(default_factory=TrainingArguments)
     megatron: MegatronArguments = field(default_factory=MegatronArguments)
+    observing: ObservingArguments = field(default_factory=ObservingArguments)
+    resilience: ResilienceArguments = field(default_factory=ResilienceArguments)
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -101,20 +109,21 @@ def _resolve_aliases(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 @functools.cache
-def build_parser() -> argparse.ArgumentParser:
-    """All flags, their aliases and ``--config``. Nothing has a default here: what is absent was not given."""
+def build_parser(beside: type | None = None, prog: str = "python -m megatron_bagel.train") -> argparse.ArgumentParser:
+    """All flags, their aliases and ``--config``, and those of the dataclass ``beside``. Nothing has a default here: what is absent was
+    not given."""
     parser = _Parser(
-        list(SECTIONS.values()),
-        prog="python -m megatron_bagel.train",
+        [*SECTIONS.values(), *([beside] if beside is not None else [])],
+        prog=prog,
         description="Train a BAGEL model. Every flag is also a key of the YAML file given by --config; flags override the file.",
     )
     actions = {action.dest: action for action in parser._actions if not action.option_strings[0].startswith("--no_")}
-    defaults = {f.name: f for arguments in SECTIONS.values() for f in fields(arguments)}
+    defaults = {f.name: f for arguments in (*SECTIONS.values(), *([beside] if beside is not None else [])) for f in fields(arguments)}
     for alias, name in ALIASES.items():
         same = actions[name]
         spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
         parser.add_argument(*spellings, dest=alias, type=same.type, choices=same.choices, help=f"Megatron's name of --{name}.")
-    parser.add_argument("--config", help="YAML file with any of these settings, flat or under model:, data:, training:, megatron:.")
+    parser.add_argument("--config", help=f"YAML file with any of these settings, flat or under {':, '.join(SECTIONS)}:.")
     for action in parser._actions:
         if action.dest in defaults and action.help and action.dest == action.option_strings[0].lstrip("-"):
             action.help = f"{action.help.replace('%', '%%')} (default: {_default_text(defaults[action.dest])})"
@@ -136,8 +145,17 @@ def parse_config(arguments: Sequence[str]) -> Config:
     Raises ValueError for an unknown flag or key (with near matches), a value of the wrong type, a file that cannot be read,
     and two spellings of one setting with different values. Prints help and exits on ``--help``.
     """
-    parser = build_parser()
-    values = parser.given_values(arguments, "command line")
+    return _config_from(build_parser().given_values(arguments, "command line"))
+
+
+def parse_with(beside: type[Beside], arguments: Sequence[str], prog: str) -> tuple[Config, Beside]:
+    """The same for a program with flags of its own, a dataclass: (the run's settings, the program's)."""
+    values = build_parser(beside, prog).given_values(arguments, "command line")
+    own = {f.name: values.pop(f.name) for f in fields(beside) if f.name in values}
+    return _config_from(values), beside(**own)
+
+
+def _config_from(values: dict[str, Any]) -> Config:
     path = values.pop("config", None)
     from_file = _file_values(Path(path)) if path is not None else {}
     return Config.from_values({**from_file, **values})

@@ -8,17 +8,19 @@ from pathlib import Path
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import RECOMPUTE_MODULES, check_parallel_sizes
-from megatron_bagel.config.parser import Config
+from megatron_bagel.config.parser import SECTIONS, Config
 from megatron_bagel.config.resolve import architecture, resolve, tokenizer_path
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
     "recompute_num_layers", "make_vocab_size_divisible_by",
     "eval_samples", "eval_answer_tokens", "eval_cfg_text_scale", "eval_cfg_img_scale",
+    "max_bad_steps", "straggler_factor",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
+    "loss_spike_factor", "hang_timeout_minutes", "straggler_every",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -28,12 +30,19 @@ def validate(config: Config, world_size: int, has_gpu: bool) -> None:
 
     ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
     """
-    refuse_unsupported_values(config)
-    check_numbers(config)
-    check_consistency(config)
-    resolve(config, world_size, has_gpu)
+    validate_settings(config, world_size, has_gpu)
     check_paths(config)
     validate_architecture(config, architecture(config))
+
+
+def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
+    """The checks that read no file."""
+    refuse_unsupported_values(config)
+    check_numbers(config)
+    check_resilience(config)
+    check_consistency(config)
+    check_observing(config, world_size)
+    resolve(config, world_size, has_gpu)
 
 
 def refuse_unsupported_values(config: Config) -> None:
@@ -54,7 +63,7 @@ def refuse_unsupported_values(config: Config) -> None:
 
 def check_numbers(config: Config) -> None:
     """Ranges of single settings."""
-    values = {name: value for part in (config.model, config.data, config.training, config.megatron) for name, value in vars(part).items()}
+    values = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
     for names, fits, text in (
         (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
@@ -86,6 +95,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
+        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     check_recompute(config)
@@ -103,6 +114,28 @@ def check_consistency(config: Config) -> None:
             "--finetune_from_hf True only gives architecture, tokenizer and autoencoder; weights come from --resume_from "
             f"(usually the same folder: --resume_from {config.model.model_path} --resume_model_only True). "
             "To train from random weights on purpose, add --init_random True"
+        )
+
+
+def check_resilience(config: Config) -> None:
+    """Limits of the watchdog against those of the collectives, and the optional package."""
+    resilience, collective = config.resilience, config.megatron.distributed_timeout_minutes
+    if resilience.hang_timeout_minutes >= collective and "hang_timeout_minutes" in config.given:
+        raise ValueError(
+            f"--hang_timeout_minutes {resilience.hang_timeout_minutes} must be below --distributed_timeout_minutes {collective}: later "
+            "the collectives give up first, and nobody names the rank they waited for"
+        )
+    if resilience.first_step_timeout_minutes < resilience.hang_timeout_minutes:
+        raise ValueError(
+            f"--first_step_timeout_minutes {resilience.first_step_timeout_minutes} is below --hang_timeout_minutes "
+            f"{resilience.hang_timeout_minutes}; the first step takes longer than the others"
+        )
+    if 0 < resilience.loss_spike_factor <= 1:
+        raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
+    if resilience.ft_heartbeats and find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed: pip install nvidia-resiliency-ext, and "
+            "start with its ft_launcher in place of torchrun; or leave the flag out (the run has a watchdog of its own)"
         )
 
 
@@ -136,6 +169,24 @@ def check_parallel_consistency(megatron: MegatronArguments) -> None:
             "--num_layers_per_virtual_pipeline_stage needs equal stages; with --num_layers_in_first_pipeline_stage or "
             "--num_layers_in_last_pipeline_stage say --virtual_pipeline_model_parallel_size instead"
         )
+
+
+def check_observing(config: Config, world_size: int) -> None:
+    """The profiler's window and ranks, and the name of Prometheus' file."""
+    observing = config.observing
+    given = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
+    if given and not observing.profile:
+        raise ValueError(f"--{given[0]} needs --profile: nothing is profiled without it")
+    if observing.profile and not 0 <= observing.profile_step_start < observing.profile_step_end:
+        raise ValueError(
+            f"--profile_step_start {observing.profile_step_start} and --profile_step_end {observing.profile_step_end} leave no step to "
+            "profile: the first must be 0 or more, and below the second"
+        )
+    unknown = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
+    if observing.profile and (unknown or not observing.profile_ranks):
+        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown))}: give ranks of this run, 0 to {world_size - 1}")
+    if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
+        raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")
 
 
 def check_paths(config: Config) -> None:

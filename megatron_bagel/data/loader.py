@@ -27,6 +27,7 @@ from megatron_bagel.data.replacement import SiblingSource, replaced_plan
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
+from megatron_bagel.platform.signals import leave_signals_to_the_ranks
 
 
 class ReadableSource(SiblingSource, Protocol):
@@ -131,11 +132,7 @@ class PackReader(Dataset):
         if failures:  # pictures wait for the pack that takes its place
             nothing = torch.zeros(0), torch.zeros(0), np.zeros(0, dtype=np.float32)
             return LoadedPack(plan, pack, *nothing, held=np.zeros(len(pack.images), dtype=bool), failures=tuple(failures.items()))
-        if pack.sequence_length != plan.tokens:
-            raise ValueError(
-                f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
-                "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
-            )
+        _check_length(plan, pack)
         images = pack.images if held is None else tuple(compress(pack.images, held))
         # Picture by picture: a source keeps the last one it decoded.
         order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
@@ -160,6 +157,12 @@ class PackReader(Dataset):
             held=held,
             failures=tuple(sorted(failures.items())),
         )
+
+    def layout(self, plan: PackPlan) -> Pack:
+        """Every integer of a planned pack, without a pixel."""
+        pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
+        _check_length(plan, pack)
+        return pack
 
     def _samples(self, plan: PackPlan) -> tuple[list[Sample], dict[int, str]]:
         """The samples of a pack whose texts can be read, and the places of the others with the reason."""
@@ -195,6 +198,14 @@ class PackReader(Dataset):
         return pixels
 
 
+def _check_length(plan: PackPlan, pack: Pack) -> None:
+    if pack.sequence_length != plan.tokens:
+        raise ValueError(
+            f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
+            "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
+        )
+
+
 class PackLoader:
     """Endless iterator of `StepBatch` for one data-parallel replica, starting where the planner's loaded state stands."""
 
@@ -221,7 +232,7 @@ class PackLoader:
 
     def __next__(self) -> StepBatch:
         if self._loaded is None:
-            ahead = {"prefetch_factor": self.prefetch_factor} if self.num_workers else {}
+            ahead = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks} if self.num_workers else {}
             plans = _Plans(self)
             self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **ahead))
         each = self.sizes.at(self.consumed_packs) // self.replicas

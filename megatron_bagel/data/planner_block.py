@@ -19,6 +19,7 @@ from megatron_bagel.data.planner_stream import COLUMNS, COST, EPOCH, SOURCE, TOK
 
 AGE = COLUMNS  # column of a waiting candidate: blocks it has waited
 _PATIENCE = 4  # blocks a candidate may wait before it is placed ahead of all others
+_CHANCES = 32  # packs a candidate may be refused by once it goes first
 _MAX_PACKS = 1024
 _MAX_CANDIDATES = 1 << 15
 _EPOCH_SHARE = 8  # a block takes at most this part (one eighth) of a group's epoch, where the window lets it
@@ -75,7 +76,7 @@ def plan_block(stream: CandidateStream, waiting: np.ndarray, number: int, settin
     waiting = np.concatenate([waiting, put_back])
     packing = _pack(stream, waiting, begun, count, settings)
     pack_of = packing.pack_of
-    pack_of, waiting = _leave_out_stuck(stream, waiting, pack_of)
+    pack_of, waiting = _leave_out_stuck(stream, waiting, pack_of, settings.capacity - begun[:, :, TOKENS].sum(axis=1))
     rows = np.concatenate([begun.reshape(-1, COLUMNS), waiting[pack_of >= 0, :COLUMNS]])
     packs = np.concatenate([np.repeat(np.arange(count), len(mandatory)), pack_of[pack_of >= 0]])
     left = waiting[pack_of < 0]
@@ -159,7 +160,9 @@ def _pack(stream: CandidateStream, waiting: np.ndarray, begun: np.ndarray, count
     # A pack that is nearly full leaves no choice of a last sample: room for one and a half of them stays free.
     target = min(settings.expected, settings.capacity - 3 * int(tokens.mean()) // 2)
     packing = BlockPacking(_load(waiting), _load(begun.sum(axis=1)), settings.capacity)
-    packing.place_first(np.flatnonzero(waiting[:, AGE] >= _PATIENCE))
+    ages = waiting[:, AGE]
+    for age in np.unique(ages[ages >= _PATIENCE])[::-1]:  # the oldest first, or a short one might give way for ever
+        packing.place_first(np.flatnonzero(ages == age))
     begun_tokens = int(begun[:, :, TOKENS].sum())
     # Samples too long to close a pack with are due ahead of their turn; the short ones behind them close the packs instead.
     ahead = (np.cumsum(tokens) <= count * settings.capacity - begun_tokens) & (tokens > settings.capacity - target)
@@ -173,9 +176,15 @@ def _load(rows: np.ndarray) -> Load:
     return Load(rows[:, TOKENS], rows[:, COST] // COST_UNIT - rows[:, TOKENS])
 
 
-def _leave_out_stuck(stream: CandidateStream, waiting: np.ndarray, pack_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates that went first into empty packs and still found no room would wait for ever: they are skipped and listed."""
-    hopeless = (pack_of < 0) & (waiting[:, AGE] >= _PATIENCE)
+def _leave_out_stuck(
+    stream: CandidateStream, waiting: np.ndarray, pack_of: np.ndarray, rooms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates that many packs, asked first, had no room for would wait for ever: they are skipped and listed.
+
+    ``rooms`` [packs] is what the block's mandatory samples leave of each pack.
+    """
+    patience = _PATIENCE - 1 + max(1, _CHANCES // len(rooms))
+    hopeless = (pack_of < 0) & (waiting[:, AGE] >= patience) & (waiting[:, TOKENS] > rooms.max())
     for row in waiting[hopeless]:
         stream.skips.add(stream.sources[int(row[SOURCE])].name, row[None], "leaves no room for the mandatory groups")
     return pack_of[~hopeless], waiting[~hopeless]

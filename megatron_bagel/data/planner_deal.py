@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,11 @@ def deal(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
         )
     each = len(packs) // replicas
     hands: list[list[PackPlan]] = [[] for _ in range(replicas)]
-    work = [0.0] * replicas
+    # Replicas with room, least work first.
+    lightest = [(0.0, replica) for replica in range(replicas)]
     for pack in sorted(packs, key=lambda pack: (-pack.cost, pack.number)):
-        lightest = min((r for r in range(replicas) if len(hands[r]) < each), key=lambda r: (work[r], r))
-        hands[lightest].append(pack)
-        work[lightest] += pack.cost
+        work, replica = heapq.heappop(lightest)
+        hands[replica].append(pack)
+        if len(hands[replica]) < each:
+            heapq.heappush(lightest, (work + pack.cost, replica))
     return [sorted(hand, key=lambda pack: pack.number) for hand in hands]

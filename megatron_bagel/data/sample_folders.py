@@ -9,6 +9,7 @@
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ EDIT_SCHEMA = pa.schema([
     ("image_list", pa.list_(pa.field("element", pa.binary()))),
     ("instruction_list", pa.list_(pa.field("element", pa.list_(pa.field("element", pa.string()))))),
 ])  # fmt: skip
+
+VAE_STRIDE, VIT_STRIDE = 16, 14  # pixels of a token's side
 
 # Drawing from words needs the most examples; an editing example has three images and costs as much as two others.
 WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.25, "vlm_sft": 0.5, "text": 0.25}
@@ -49,6 +52,8 @@ class FolderSpec:
     edit_kinds: tuple[str, ...] | None = None
     #: How often each kind is drawn, in the order of WEIGHTS.
     weights: tuple[float, ...] = tuple(WEIGHTS.values())
+    #: Longest side at which the vision tower sees pictures; None for their own.
+    vit_side: int | None = None
     rows_per_file: int = 500
     rows_per_group: int = 100
 
@@ -58,6 +63,8 @@ class FolderSpec:
             raise ValueError("--t2i, --edit, --vlm and --text are counts of samples: not negative, and not all zero")
         if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
             raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
+        if self.vit_side is not None and self.vit_side < VIT_STRIDE:
+            raise ValueError(f"--vit-image-size must be {VIT_STRIDE} or more, one patch of the vision tower, not {self.vit_side}")
         at_least_one = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -108,7 +115,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     """Writes the data under `root` for a life at `final` (paths inside the files name the latter); returns the dataset YAML."""
     dataset: dict = {}
     where: dict = {}
-    size = _transform_sizes(spec.world)
+    size = _transform_sizes(spec.world, spec.vit_side)
     if spec.t2i:
         counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
         args = {"image_transform_args": dict(size["vae"])}
@@ -155,15 +162,16 @@ def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict:
     return {"is_mandatory": True, "num_used_data": num_used_data, "weight": spec.weights[list(WEIGHTS).index(group)]}
 
 
-def _transform_sizes(world: World) -> dict[str, dict[str, int]]:
-    """Transform settings that leave the pictures' sizes as near as the strides (16 for the VAE, 14 for the ViT) allow."""
+def _transform_sizes(world: World, vit_side: int | None) -> dict[str, dict[str, int]]:
+    """Transform settings that leave the pictures' sizes as near as the strides allow, or shrink the longest to `vit_side` for the ViT."""
     sides = [side for size in world.picture_sizes for side in size]
 
-    def args(stride: int) -> dict[str, int]:
-        longest, shortest = (max(stride, -(-side // stride) * stride) for side in (max(sides), min(sides)))
+    def args(stride: int, longest_side: int) -> dict[str, int]:
+        wanted = (longest_side, min(sides) * longest_side / max(sides))
+        longest, shortest = (max(stride, math.ceil(side / stride) * stride) for side in wanted)
         return {"image_stride": stride, "max_image_size": longest, "min_image_size": shortest}
 
-    return {"vae": args(16), "vit": args(14)}
+    return {"vae": args(VAE_STRIDE, max(sides)), "vit": args(VIT_STRIDE, vit_side or max(sides))}
 
 
 def _progress(count: int, what: str) -> Iterable[int]:

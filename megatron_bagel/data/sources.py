@@ -116,10 +116,18 @@ class GroupSource:
 
         Raises ValueError when it cannot be decoded, or is another picture than the index says.
         """
+        if self.latents is None or image.kind != "vae":
+            return self.picture(index, image)
         reader, row, _ = self._locate(index, 0)
-        if self.latents is not None and image.kind == "vae":
-            arch = self.latents.arch
-            return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+        arch = self.latents.arch
+        return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
+
+    def picture(self, index: int, image: PackImage) -> torch.Tensor:
+        """One image of a sample after its transform, float32 [3, height, width], whether a latent cache holds it or not.
+
+        Raises ValueError as `pixels` does.
+        """
+        reader, row, _ = self._locate(index, 0)
         decoded = self._decoded(reader, row, image.image)
         return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.counts import CostModel
@@ -103,6 +103,11 @@ def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part
     return open_sources(groups, index, settings, split, latents)
 
 
+def stored_posterior(config: Config, arch: BagelArch) -> AutoencoderArch | None:
+    """The autoencoder whose posteriors the sources hand out in place of pixels: that of ``--latent_cache``, or None."""
+    return arch.autoencoder if config.data.latent_cache is not None else None
+
+
 def open_loader(
     config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
     share: EncodingShare | None = None,
@@ -124,6 +129,5 @@ def open_loader(
         seed=data.data_seed,
         global_batch_size=sizes.final,
     )
-    posterior = arch.autoencoder if config.data.latent_cache is not None else None
-    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, posterior, share)
+    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, stored_posterior(config, arch), share)
     return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor, sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,10 +149,10 @@ def _from_hf(path: Path, options: LoadOptions) -> Engine:
     if not kinds:
         raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
     source = folder.weights(options.weights or kinds[0])
-    table = "latent_pos_embed.pos_embed"
-    if options.max_latent_size is None and table in source:
+    stored = folder.stored_latent_size(options.weights or kinds[0])
+    if options.max_latent_size is None and stored is not None:
         # The stored table says for which side the weights were trained; a config.json may be silent or stale.
-        folder = HFFolder(path, **{**flags, "max_latent_size": math.isqrt(source.spec(table)[0][0])})
+        folder = HFFolder(path, **{**flags, "max_latent_size": stored})
     arch = folder.arch
     if options.autoencoder:
         arch = replace(arch, autoencoder=AutoencoderArch.beside(ae_file))

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.model.context import PackContext
-from megatron_bagel.model.experts import ExpertExchange, ExpertPair
+from megatron_bagel.model.experts import ExpertExchange, ExpertPair, LinearPair
 from megatron_bagel.model.fused import norm_and_rotate, rotate
 from megatron_bagel.model.recompute import recomputed, recomputes
 from megatron_bagel.parallel.kv_sharing import gather_columns, kv_sharing_group
@@ -18,12 +18,13 @@ from megatron_bagel.parallel.kv_sharing import gather_columns, kv_sharing_group
 
 @dataclass
 class AttentionSubmodules:
-    """Parts of one expert's attention, and the core they share."""
+    """Parts of one expert's attention, the core they share, and how the linears of both experts are applied."""
 
     linear_qkv: ModuleSpec | type
     linear_proj: ModuleSpec | type
     core_attention: ModuleSpec | type
     qk_layernorm: ModuleSpec | type | None = None
+    linear_pair: type[LinearPair] = LinearPair
 
 
 class AttentionExpert(MegatronModule):
@@ -52,12 +53,11 @@ class AttentionExpert(MegatronModule):
             self.q_layernorm = build_module(submodules.qk_layernorm, **norm)
             self.k_layernorm = build_module(submodules.qk_layernorm, **norm)
 
-    def qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, h] -> per KV group its queries, key and value, [s, groups, heads_per_group + 2, head_dim]."""
-        mixed = self.linear_qkv(x)
+    def heads(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What ``linear_qkv`` gave -> per KV group its queries, key and value, [s, groups, heads_per_group + 2, head_dim]."""
         if self.sharing > 1:
             mixed = self._own_queries(mixed)
-        return mixed.view(x.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
+        return mixed.view(mixed.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
 
     def head_weights(self) -> torch.Tensor:
         """QK-norm weights per head of a group: its query heads, then its key, [heads_per_group + 1, head_dim]."""
@@ -98,6 +98,9 @@ class SelfAttention(MegatronModule):
         self.und = pair.und
         if pair.two:
             self.gen = pair.gen
+        self.qkv, self.proj = (
+            submodules.linear_pair(*(getattr(expert, name) for expert in pair.modules_of_both)) for name in ("linear_qkv", "linear_proj")
+        )
         self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number)
         # Kept out of the module tree: a second path to the same weights would appear twice in the state.
         self.__dict__["exchange"] = ExpertExchange(config)
@@ -106,13 +109,12 @@ class SelfAttention(MegatronModule):
         """Normed rows of both experts held here -> [local rows, h]."""
         und, gen = self.exchange.enter(parts, local_rows, context)
         experts = (self.und, self.gen if hasattr(self, "gen") else self.und)
-        und_rows, gen_rows = experts[0].qkv(und), experts[1].qkv(gen)
+        und_rows, gen_rows = (expert.heads(rows) for expert, rows in zip(experts, self.qkv(und, gen), strict=True))
         mixed = torch.cat([und_rows.detach() if self.freeze_und else und_rows, gen_rows])
         query_key, value = mixed.split([mixed.shape[2] - 1, 1], dim=2)
         query, key = self._turn(query_key, experts, context).split([mixed.shape[2] - 2, 1], dim=2)
         attended = self.core_attention(query.flatten(1, 2), key.squeeze(2), value.squeeze(2), context)
-        und, gen = attended.split([context.n_und, context.n_gen])
-        und_out, gen_out = experts[0].linear_proj(und), experts[1].linear_proj(gen)
+        und_out, gen_out = self.proj(*attended.split([context.n_und, context.n_gen]))
         return self.exchange.leave([und_out.detach() if self.freeze_und else und_out, gen_out], context)
 
     def _turn(self, query_key: torch.Tensor, experts: tuple[AttentionExpert, AttentionExpert], context: PackContext) -> torch.Tensor:

@@ -43,9 +43,28 @@ class ExpertPair(MegatronModule):
         """Whether the experts have weights of their own."""
         return hasattr(self, "gen")
 
+    @property
+    def modules_of_both(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The understanding expert's module and the generation expert's, which may be the same."""
+        return self.und, self.gen if self.two else self.und
+
     def parts(self, und: torch.Tensor, gen: torch.Tensor) -> list[tuple[torch.nn.Module, torch.Tensor]]:
         """(module, its rows) for both experts' rows."""
-        return [(self.und, und), (self.gen if self.two else self.und, gen)]
+        return list(zip(self.modules_of_both, (und, gen), strict=True))
+
+
+class LinearPair:
+    """The same linear of both experts (or one that serves both), each on its own rows; a spec may bring a way of its own.
+
+    No module: the linears stay where they are in the tree.
+    """
+
+    def __init__(self, und: torch.nn.Module, gen: torch.nn.Module) -> None:
+        self.und, self.gen = und, gen
+
+    def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[n_und, in], [n_gen, in] -> [n_und, out], [n_gen, out]."""
+        return self.und(und), self.gen(gen)
 
 
 def per_expert(pair: ExpertPair, und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
@@ -93,17 +112,15 @@ def join(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
 
 @dataclass
 class MLPSubmodules:
-    """Linears of one expert's MLP."""
+    """Linears of one expert's MLP, and how those of both experts are applied."""
 
     linear_fc1: ModuleSpec | type
     linear_fc2: ModuleSpec | type
+    linear_pair: type[LinearPair] = LinearPair
 
 
 class SwiGLU(MegatronModule):
-    """One expert's MLP: fc2(silu(gate) * up), [s, h] -> [s, h], a partial sum under tensor parallelism.
-
-    Megatron-Core's MLP reduces its own output; here both experts are reduced together.
-    """
+    """Weights of one expert's MLP; `MLPExperts` applies both."""
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
         super().__init__(config=config)
@@ -116,12 +133,26 @@ class SwiGLU(MegatronModule):
             init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=False,
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(x)))
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
         """Gate and up are cut separately, as in Megatron-Core's MLP."""
         state = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
         key = f"{prefix}linear_fc1.weight"
         state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return {**state, **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata)}
+
+
+class MLPExperts(ExpertPair):
+    """Both experts' MLPs: fc2(silu(gate) * up), [s, h] -> [s, h] each, partial sums under tensor parallelism.
+
+    Megatron-Core's MLP reduces its own output; here both experts are reduced together.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, two: bool) -> None:
+        super().__init__(config, lambda: SwiGLU(config, submodules), two)
+        und, gen = self.modules_of_both
+        self.fc1 = submodules.linear_pair(und.linear_fc1, gen.linear_fc1)
+        self.fc2 = submodules.linear_pair(und.linear_fc2, gen.linear_fc2)
+
+    def forward(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows of each expert, whole on every tensor-parallel rank."""
+        return tuple(self.fc2(*map(swiglu, self.fc1(und, gen))))

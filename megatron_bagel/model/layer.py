@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 
 from megatron_bagel.model.attention_experts import AttentionSubmodules, SelfAttention
 from megatron_bagel.model.context import PackContext
-from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPSubmodules, SwiGLU, per_expert
+from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPExperts, MLPSubmodules, per_expert
 from megatron_bagel.model.recompute import recomputed, recomputes
 
 
@@ -59,12 +59,9 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
             config, submodules.attention, self.layer_number, submodules.two_attentions, submodules.freeze_und
         )
         self.pre_mlp_layernorm = ExpertPair(config, norm, submodules.two_attentions)
-        self.mlp = ExpertPair(config, lambda: SwiGLU(config, submodules.mlp), submodules.two_mlps)
+        self.mlp = MLPExperts(config, submodules.mlp, submodules.two_mlps)
         self.__dict__["exchange"] = ExpertExchange(config)
         self.recompute_mlp = recomputes(config, "mlp")
-
-    def _experts(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(per_expert(self.mlp, und, gen))
 
     def forward(
         self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any
@@ -81,6 +78,6 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         hidden = hidden + self.self_attention(normed, rows, context)
         normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first))
         whole = self.exchange.enter(normed, rows, context)
-        und, gen = recomputed(self._experts, *whole) if self.recompute_mlp else self._experts(*whole)
+        und, gen = recomputed(self.mlp, *whole) if self.recompute_mlp else self.mlp(*whole)
         hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)
         return hidden.unsqueeze(1), None

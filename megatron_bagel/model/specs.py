@@ -1,7 +1,7 @@
 """Which modules a decoder layer is made of: one builder, two sets of linears and norms.
 
 ``local`` is plain torch under Megatron-Core's tensor-parallel weights and runs everywhere; ``transformer_engine`` swaps the
-linears and norms for Transformer Engine's.
+linears and norms for Transformer Engine's, and applies the linears of both experts as one grouped linear.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.model.attention_experts import AttentionSubmodules, CoreAttention
-from megatron_bagel.model.experts import MLPSubmodules
+from megatron_bagel.model.experts import LinearPair, MLPSubmodules
 from megatron_bagel.model.layer import MoTLayer, MoTLayerSubmodules
 from megatron_bagel.model.linear import SilentColumnLinear, SilentRowLinear
 from megatron_bagel.model.norm import NormWeight, RMSNorm
@@ -25,6 +25,7 @@ class SpecModules:
     column_linear: type
     row_linear: type
     norm: type
+    linear_pair: type[LinearPair] = LinearPair
 
 
 LOCAL = SpecModules(SilentColumnLinear, SilentRowLinear, RMSNorm)
@@ -48,11 +49,12 @@ def layer_spec(arch: LLMArch, modules: SpecModules = LOCAL, freeze_und: bool = F
         linear_proj=modules.row_linear,
         core_attention=CoreAttention,
         qk_layernorm=NormWeight if arch.qk_norm else None,
+        linear_pair=modules.linear_pair,
     )
     submodules = MoTLayerSubmodules(
         norm=modules.norm,
         attention=attention,
-        mlp=MLPSubmodules(modules.column_linear, modules.row_linear),
+        mlp=MLPSubmodules(modules.column_linear, modules.row_linear, modules.linear_pair),
         two_attentions=arch.has_gen_attention,
         two_mlps=arch.has_gen_mlp,
         freeze_und=freeze_und,

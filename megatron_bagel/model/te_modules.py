@@ -1,12 +1,13 @@
 """Transformer Engine's linears and norm in the shape our specs expect. GPU only; imported when asked for, and nowhere else.
 
 The linears run with ``parallel_mode=None``: like the local ones they leave communication to the layer, which gathers and reduces
-once for both experts.
+once for both experts. Where both experts have the linear, the two are one grouped product, with the experts as its groups. Weights stay in
+the experts' own linears, so names and checkpoints are those of the local spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_bagel.model.experts import LinearPair
 
-def te_modules() -> tuple[type, type, type]:
-    """(column linear, row linear, norm) classes; ValueError when Transformer Engine is not installed."""
+
+def te_modules() -> tuple[type, type, type, type[LinearPair]]:
+    """(column linear, row linear, norm, pair of linears) classes; ValueError when Transformer Engine is not installed."""
     try:
         import transformer_engine.pytorch as te
     except ImportError as error:
@@ -52,8 +55,9 @@ def te_modules() -> tuple[type, type, type]:
             if bias:
                 set_tensor_model_parallel_attributes(self.bias, True, 0, stride)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x)
+        def forward(self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+            """The product with the weight, or another ``product``, when this module's hooks have run."""
+            return super().forward(x) if product is None else product(x)
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
             """Same keys and cuts as the local linears, so checkpoints do not depend on the implementation."""
@@ -82,4 +86,34 @@ def te_modules() -> tuple[type, type, type]:
             super().__init__(hidden_size, eps=eps, params_dtype=config.params_dtype)
             self.weight.sequence_parallel = config.sequence_parallel if sequence_parallel is None else sequence_parallel
 
-    return TEColumn, TERow, TENorm
+    class TELinearPair(LinearPair):
+        """Two experts' linears as the groups of one grouped linear, which borrows their weights."""
+
+        def __init__(self, und: torch.nn.Module, gen: torch.nn.Module) -> None:
+            super().__init__(und, gen)
+            self.grouped = None
+            if und is not gen:
+                outputs, inputs = und.weight.shape
+                # On "meta": it would hold weights of its own until the first call otherwise.
+                self.grouped = te.GroupedLinear(
+                    2, inputs, outputs, bias=isinstance(und.bias, torch.nn.Parameter), params_dtype=und.weight.dtype,
+                    parallel_mode=None, device="meta",
+                )  # fmt: skip
+
+        def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
+            # A grouped linear makes gradients for all of its weights or for none, as the first one has it: not when one expert is frozen.
+            if self.grouped is None or self.und.weight.requires_grad != self.gen.weight.requires_grad:
+                return super().__call__(und, gen)
+            for number, linear in enumerate((self.und, self.gen)):
+                for name, parameter in linear.named_parameters(recurse=False):
+                    if getattr(self.grouped, f"{name}{number}") is not parameter:
+                        setattr(self.grouped, f"{name}{number}", parameter)
+            rows = [len(und), len(gen)]
+
+            def with_gen(und: torch.Tensor) -> torch.Tensor:
+                return self.gen(gen, lambda gen: self.grouped(torch.cat([und, gen]), rows))
+
+            # Through both modules, because Megatron's overlap waits for gathered weights in the hooks of the modules that own them.
+            return self.und(und, with_gen).split(rows)
+
+    return TEColumn, TERow, TENorm, TELinearPair

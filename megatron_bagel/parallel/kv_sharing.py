@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 
+from megatron_bagel.parallel.place import check_rank_order
+
 _group: dist.ProcessGroup | None = None
 
 
@@ -29,14 +31,12 @@ def initialize_kv_sharing(query_groups: int) -> None:
             f"--tensor_model_parallel_size {ranks} is neither a divisor nor a multiple of the {query_groups} key/value heads"
         )
     share = ranks // query_groups
-    mine = parallel_state.get_tensor_model_parallel_group()
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, dist.get_process_group_ranks(mine))
-    for members in sorted({tuple(members) for members in everyone}):
-        for first in range(0, ranks, share):
-            group = dist.new_group(members[first : first + share])
-            if dist.get_rank() in members[first : first + share]:
-                _group = group
+    # Megatron numbers tensor-parallel ranks one after the other (parallel/place.py).
+    check_rank_order()
+    for first in range(0, dist.get_world_size(), share):
+        group = dist.new_group(list(range(first, first + share)))
+        if first <= dist.get_rank() < first + share:
+            _group = group
 
 
 def kv_sharing_group() -> dist.ProcessGroup:

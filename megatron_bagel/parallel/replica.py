@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_bagel.parallel.place import check_rank_order, place_of
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -37,28 +39,21 @@ class Replica:
 def make_replica() -> Replica:
     """The replica of this rank. Collective over the world; Megatron-Core's groups must exist."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    place = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    places: list[tuple[int, int, int]] = [place] * dist.get_world_size()
-    dist.all_gather_object(places, place)
-    mine: tuple[dist.ProcessGroup, list[int]] | None = None
-    for number in sorted({replica for replica, _, _ in places}):
-        members = [rank for rank, (replica, _, _) in enumerate(places) if replica == number]
-        group = dist.new_group(members)
-        if number == place[0]:
-            mine = group, members
-    group, members = mine
-    inside = [places[rank] for rank in members]
+    check_rank_order()
+    own = place_of(dist.get_rank())
+    members_of: list[list[int]] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
+    for rank in range(dist.get_world_size()):
+        members_of[place_of(rank).data].append(rank)
+    groups = [dist.new_group(members) for members in members_of]
+    group, members = groups[own.data], members_of[own.data]
+    inside = [place_of(rank) for rank in members]
     return Replica(
         group=group,
         rank=members.index(dist.get_rank()),
         size=len(members),
-        first=tuple(rank for rank, (_, stage, _) in enumerate(inside) if stage == 0),
-        last=tuple(rank for rank, (_, stage, _) in enumerate(inside) if stage == stages - 1),
-        first_leads=tuple(rank for rank, (_, stage, tensor) in enumerate(inside) if stage == tensor == 0),
+        first=tuple(rank for rank, place in enumerate(inside) if place.pipeline == 0),
+        last=tuple(rank for rank, place in enumerate(inside) if place.pipeline == stages - 1),
+        first_leads=tuple(rank for rank, place in enumerate(inside) if place.pipeline == place.tensor == 0),
     )
 
 

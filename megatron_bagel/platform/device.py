@@ -7,6 +7,7 @@ import resource
 import sys
 
 import torch
+from torch.profiler import ProfilerActivity
 
 
 def has_gpu() -> bool:
@@ -51,3 +52,17 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def resident_memory_bytes() -> int:
+    """Host memory of this process now (Linux; elsewhere the largest so far). Workers that load data are processes of their own."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return peak_memory_bytes()
+
+
+def profiled_activities() -> list[ProfilerActivity]:
+    """What torch's profiler records here: the program, and the GPU where there is one."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu() else [])]

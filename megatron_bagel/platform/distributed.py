@@ -42,6 +42,27 @@ def init_distributed(
     return dist.get_rank(), dist.get_world_size()
 
 
+def side_store(name: str) -> dist.Store:
+    """The store of the rendezvous under a prefix of its own and, where this torch can, over a connection of its own: a thread that
+    uses it is not held up by one that waits on the first."""
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"megatron_bagel/{name}", store.clone() if hasattr(store, "clone") else store)
+
+
+def set_collective_timeout(minutes: float) -> None:
+    """What waits longer from now on ends the run: collectives of the world and of Megatron-Core's groups. Call it between collectives."""
+    from megatron.core import parallel_state
+
+    groups = [dist.group.WORLD, *(parallel_state._global_process_group_list or ())]
+    for group in dict.fromkeys(group for group in groups if isinstance(group, dist.ProcessGroup)):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def launched_restarts() -> int:
+    """How often torchrun has started these processes again; 0 without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def launched_world_size() -> int:
     """World size the launcher announced, before the process group exists; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,13 +16,14 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
 
-# Dense bf16 peak in TFLOP/s by device name, as the original lists them; the first name found in the device's own name wins, so
-# longer names come before their prefixes.
+# Dense bf16 peak in TFLOP/s by device name, as the original lists them, and B200 (NVIDIA's data sheet) besides; the first name found
+# in the device's own name wins, so longer names come before their prefixes.
 PEAK_TFLOPS = {
     "MI300X": 1336.0,
     "H100": 989.0,
     "H800": 989.0,
     "H200": 989.0,
+    "B200": 2250.0,
     "A100": 312.0,
     "A800": 312.0,
     "L40": 181.05,

@@ -7,6 +7,7 @@ together are taken on the bit patterns as integers, where all but one rank hold 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -155,10 +156,17 @@ class ShardedEma:
             entry.average.copy_(whole.reshape(-1)[entry.owned.start : entry.owned.stop])
 
     def _owners(self) -> list[int]:
-        """Group rank that holds each whole tensor in a checkpoint: largest first to the least loaded, the same on all ranks."""
-        return deal_by_size(
-            [entry.parameter.numel() for entry in self._entries], [dist.get_world_size(entry.owned.group) for entry in self._entries]
-        )
+        """Group rank that holds each whole tensor in a checkpoint: largest first to the least loaded, the same on all its ranks.
+
+        Every group deals by itself: ranks of the tower's group, the world, hold different parts of the decoder.
+        """
+        owners = [0] * len(self._entries)
+        for group in {entry.owned.group for entry in self._entries}:
+            mine = [index for index, entry in enumerate(self._entries) if entry.owned.group == group]
+            dealt = deal_by_size([self._entries[index].parameter.numel() for index in mine], dist.get_world_size(group))
+            for index, owner in zip(mine, dealt, strict=True):
+                owners[index] = owner
+        return owners
 
 
 def _over_world(group_size: int) -> bool:
@@ -166,13 +174,14 @@ def _over_world(group_size: int) -> bool:
     return group_size > dist.get_world_size(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
-def deal_by_size(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """Owner of each item, an integer below its entry of ``ranks``: largest first, each to the least loaded rank."""
-    load = [0] * max(ranks, default=0)
+def deal_by_size(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Owner of each item, an integer below ``ranks``: largest first, each to the least loaded rank."""
+    # A heap: with thousands of ranks a search of all for every item takes seconds.
+    loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        owners[index] = min(range(ranks[index]), key=lambda rank: (load[rank], rank))
-        load[owners[index]] += sizes[index]
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
     return owners
 
 

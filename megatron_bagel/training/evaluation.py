@@ -15,20 +15,23 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.held_out import held_out_samples
 from megatron_bagel.data.loader import PackReader
 from megatron_bagel.data.sources import GroupSource
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.training_data import layout_spec, training_sources
+from megatron_bagel.data.training_data import layout_spec, stored_posterior, training_sources
 from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.inference.guidance import Guidance
 from megatron_bagel.inference.image import ImageSampling, decode_latents
 from megatron_bagel.layout.pack import PackImage, item_grid, sample_tokens
 from megatron_bagel.training.contact_sheet import SheetRow, as_pixels
 from megatron_bagel.training.forward import evaluating
 from megatron_bagel.training.logging_sinks import RunLog
+from megatron_bagel.training.model_setup import autoencoder_path
 from megatron_bagel.training.probe_answers import ProbeAnswers
 from megatron_bagel.training.probes import Probe, encoded, read_probes
 from megatron_bagel.training.step import StepSettings, Trainable
@@ -50,9 +53,9 @@ class Evaluation:
     def __init__(self, config: Config, arch: BagelArch, tokenizer: Tokenizer, at_once: int) -> None:
         """``at_once`` packs are held in memory together. Raises ValueError without held-out rows."""
         data, training = config.data, config.training
-        self.tokenizer, self.arch, self.at_once = tokenizer, arch, at_once
+        self.config, self.tokenizer, self.arch, self.at_once = config, tokenizer, arch, at_once
         self.sources: list[GroupSource] = training_sources(config, arch, tokenizer, "validation")
-        self.reader = PackReader(self.sources, layout_spec(arch, tokenizer), training.global_seed)
+        self.reader = PackReader(self.sources, layout_spec(arch, tokenizer), training.global_seed, stored_posterior(config, arch))
         limits = data.max_num_tokens, data.max_num_tokens_per_sample
         self.losses = HeldOutLosses(self.sources, self.reader, training.eval_samples, *limits)
         guidance = Guidance(training.eval_cfg_text_scale, training.eval_cfg_img_scale, (0.0, 1.0))
@@ -116,12 +119,20 @@ class Evaluation:
         latents = answers.pictures(drawing, self.sampling)
         texts = answers.texts(writing, self.most_tokens)
         results = [ProbeResult(place[each.probe.name], text=self.tokenizer.decode(ids)) for each, ids in zip(writing, texts, strict=True)]
-        if isinstance(trainable.stage.autoencoder, AutoEncoder) and _decodes():  # a latent cache cannot decode
+        autoencoder = self._autoencoder(trainable) if drawing and _decodes() else None
+        if autoencoder is not None:
             for each, tokens in zip(drawing, latents, strict=True):
                 grid = item_grid(each.probe.wanted, self.reader.spec)
-                picture = decode_latents(trainable.stage.autoencoder, tokens, grid, self.arch.latent_patch_size)
+                picture = decode_latents(autoencoder, tokens, grid, self.arch.latent_patch_size)
                 results.append(ProbeResult(place[each.probe.name], picture=picture))
         return results
+
+    def _autoencoder(self, trainable: Trainable) -> AutoEncoder | None:
+        """The run's own. A run with a latent cache holds none: it is read for these pictures, or None where its weights are not there."""
+        if isinstance(trainable.stage.autoencoder, AutoEncoder):
+            return trainable.stage.autoencoder
+        path = autoencoder_path(self.config)
+        return load_autoencoder(path, self.arch.autoencoder).to(platform.device()) if path.is_file() else None
 
     # ------------------------------------------------------------------ showing
     def _show(self, log: RunLog, step: int, results: Sequence[ProbeResult]) -> None:
@@ -147,7 +158,7 @@ class Evaluation:
 
     def _pixels(self, probe: Probe, image: int, height: int, width: int) -> np.ndarray:
         wanted = PackImage("vae", 0, image, height, width, False, 0, 0)
-        return as_pixels(self.sources[probe.source].pixels(probe.index, wanted))
+        return as_pixels(self.sources[probe.source].picture(probe.index, wanted))
 
 
 def _decodes() -> bool:

@@ -1,4 +1,5 @@
-"""Where a run's numbers and pictures go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, W&B on request. Rank 0 only.
+"""Where a run's numbers and pictures go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, W&B and Prometheus on request.
+Rank 0 only.
 
 Other ranks hold a ``RunLog`` too and call the same methods, which do nothing there, so the loop has no rank test of its own.
 """
@@ -21,6 +22,7 @@ from megatron_bagel.training.contact_sheet import SheetRow, contact_sheet
 from megatron_bagel.training.history import MetricsFile, read_history
 from megatron_bagel.training.metrics import StepMetrics, jsonable, log_line
 from megatron_bagel.training.plots import plot_losses
+from megatron_bagel.training.prometheus import PrometheusSink
 
 _LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 _MEBIBYTE = 1024 * 1024
@@ -78,6 +80,7 @@ class WandbSink:
             "consumed_samples": metrics.consumed_samples,
             "consumed_tokens": metrics.consumed_tokens,
             **metrics.by_dataset,
+            **metrics.observed,
         }
         self._run.log(record, step=metrics.step)
 
@@ -135,10 +138,11 @@ class RunLog:
         run_config: Mapping[str, Any] | None = None,
         tensorboard: bool = True,
         wandb: WandbSettings | None = None,
+        prometheus: str | None = None,
     ) -> None:
         self.results_dir = Path(results_dir)
         self._active = rank == 0
-        self._sinks: list[TensorBoardSink | WandbSink] = []
+        self._sinks: list[TensorBoardSink | WandbSink | PrometheusSink] = []
         if not self._active:
             return
         self.results_dir.mkdir(parents=True, exist_ok=True)
@@ -150,6 +154,8 @@ class RunLog:
             self._sinks.append(TensorBoardSink(self.results_dir, next_step))
         if wandb is not None:
             self._sinks.append(WandbSink(wandb, self.results_dir, run_config or {}))
+        if prometheus is not None:
+            self._sinks.append(PrometheusSink(prometheus, self.results_dir))
 
     def info(self, text: str) -> None:
         """One line on the console and in ``log.txt``, with the time."""

@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -22,13 +21,15 @@ from megatron_bagel.config.resolve import RunLayout, architecture, resolve
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
 from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
-from megatron_bagel.data.loader import PackLoader
+from megatron_bagel.data.loader import PackLoader, StepBatch
 from megatron_bagel.data.training_data import ensure_index, open_loader
 from megatron_bagel.encoders.dealt_stage import DealtStage
 from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
+from megatron_bagel.platform.fake_world import is_fake
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
+from megatron_bagel.training.agreement import check_same_everywhere
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.evaluation import Evaluation
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings, package_log
@@ -45,6 +46,7 @@ from megatron_bagel.training.model_setup import (
     load_folder,
     run_model,
 )
+from megatron_bagel.training.observing import compared_over_ranks, composition
 from megatron_bagel.training.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -53,21 +55,27 @@ from megatron_bagel.training.optimizer import (
     wrap_ddp,
     wrap_over_world,
 )
+from megatron_bagel.training.profiling import ProfilerWindow
 from megatron_bagel.training.replacement import Replacements
+from megatron_bagel.training.restarts import resume_after_restart
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
-from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
+from megatron_bagel.training.step import StepResult, StepSettings, StepWatch, Trainable, train_step
+from megatron_bagel.training.survival import Survival, surviving
+from megatron_bagel.training.timers import Timers
 
 
 @dataclass
 class Counters:
-    """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable."""
+    """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable,
+    updates left out."""
 
     steps: int = 0
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    bad_steps: int = 0
 
 
 @dataclass
@@ -83,18 +91,23 @@ class Run:
     settings: StepSettings
     log: RunLog
     saving: Saving
+    survival: Survival
+    timers: Timers
+    profiler: ProfilerWindow
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
 
 
 def execute(config: Config) -> None:
     """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
-    initialize_parallel(config)
-    with package_log(config.training.results_dir, dist.get_rank()):
-        run = set_up(config)
+    check_same_everywhere(config)
+    with surviving(config) as survival, package_log(config.training.results_dir, dist.get_rank()):
+        initialize_parallel(config)
+        run = set_up(config, survival)
         try:
             train(run)
         finally:
+            run.profiler.close()
             run.loader.close()
             run.log.close()
 
@@ -108,16 +121,19 @@ def initialize_parallel(config: Config) -> None:
         virtual_stages(megatron, architecture(config).llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
+        create_gloo_process_groups=not is_fake(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, survival: Survival | None = None) -> Run:
     """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
     training, rank = config.training, dist.get_rank()
+    survival = survival or Survival.of(config)
     layout = resolve(config, dist.get_world_size(), platform.has_gpu())
     arch, tokenizer = run_model(config)
     validate_architecture(config, arch)
+    resume_after_restart(config)
     source = starting_point(config)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     if rank == 0:
@@ -130,33 +146,44 @@ def set_up(config: Config) -> Run:
     costs = EncoderCosts.of(arch, training.freeze_vit or training.freeze_und)
     share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
     loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
-    trainable, trained = _build_trainable(config, layout, arch, source, replica, share)
-    counters = _restore(source, trained, trainable, loader)
-    log = RunLog(training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None)
-    settings = StepSettings(
-        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
-        layout.attention_backend,
-        config.data.max_num_tokens,
-        platform.device(),
-        slot_multiple=config.megatron.tensor_model_parallel_size if config.megatron.sequence_parallel else 1,
-        fixed_slots=config.megatron.pipeline_model_parallel_size > 1,
-        cp_comm_type=config.megatron.cp_comm_type,
-    )
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, Saving(training), counters)
+    trainable, trained = build_trainable(config, layout, arch, source, replica, share)
+    counters = _restore(source, trained, trainable, loader, survival)
+    log = RunLog(
+        training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
+        prometheus=config.observing.prometheus_file,
+    )  # fmt: skip
+    timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
+    saving, settings = Saving(training), step_settings(config, layout)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters)
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
     _announce(run, source)
     return run
 
 
-def _build_trainable(
-    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource, replica: Replica | None, share: EncodingShare | None
+def step_settings(config: Config, layout: RunLayout) -> StepSettings:
+    """What every step of a run is told."""
+    training, megatron = config.training, config.megatron
+    return StepSettings(
+        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
+        layout.attention_backend,
+        config.data.max_num_tokens,
+        platform.device(),
+        slot_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+        fixed_slots=megatron.pipeline_model_parallel_size > 1,
+        cp_comm_type=megatron.cp_comm_type,
+    )
+
+
+def build_trainable(
+    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
 ) -> tuple[Trainable, Trained]:
-    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images."""
+    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
+    of weights everything has its shape and no memory (inside ``without_memory``)."""
     training, megatron = config.training, config.megatron
     tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
-    modules = build_modules(config, arch, tcfg)
-    if source.checkpoint is None:
+    modules = build_modules(config, arch, tcfg, shapes_only=source is None)
+    if source is not None and source.checkpoint is None:
         load_first_weights(config, source, modules, arch)
     freeze_modules(config, modules)
     optimizer_settings = OptimizerSettings(
@@ -180,7 +207,8 @@ def _build_trainable(
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in parts]
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
-    _load_average_apart(config, source, modules, arch, optimizer, ema)
+    if source is not None:
+        _load_average_apart(config, source, modules, arch, optimizer, ema)
     schedule = ScheduleSettings(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
     )
@@ -212,12 +240,14 @@ def _load_average_apart(
     optimizer.reload_model_params()
 
 
-def _restore(source: WeightSource, trained: Trained, trainable: Trainable, loader: PackLoader) -> Counters:
+def _restore(source: WeightSource, trained: Trained, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
     if source.checkpoint is None:
         return Counters()
     steps, state = load_checkpoint(source.checkpoint, trained)
     trainable.learning_rate.load_state_dict(state["schedule"])
     loader.load_state_dict(state["data"])
+    if "bad_steps" in state:  # earlier versions had none
+        survival.bad_steps.load_state_dict(state["bad_steps"])
     return Counters(steps, state["consumed_samples"], state["consumed_tokens"], state["skipped_samples"])
 
 
@@ -252,51 +282,71 @@ def save(run: Run) -> None:
         "consumed_samples": counters.samples,
         "consumed_tokens": counters.tokens,
         "skipped_samples": counters.skipped,
+        "bad_steps": run.survival.bad_steps.state_dict(),
         "config": run.config.to_dict(),
     }
-    with synced_parameters(run.trainable.wrapped):
+    with run.survival.watchdog.slow("a save"), synced_parameters(run.trainable.wrapped):
         run.saving.saver.save(counters.steps, run.trained, state)
 
 
 def train(run: Run) -> None:
-    """Step until ``total_steps``; the last checkpoint is always saved."""
-    training, counters = run.config.training, run.counters
+    """Step until ``total_steps``, or until a signal asks to stop; the last state is always saved."""
+    training, counters, survival = run.config.training, run.counters, run.survival
     window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
     skipped = run.config.data.max_skipped_share, counters.skipped
-    replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps)
+    replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
     saved = counters.steps
-    while counters.steps < training.total_steps:
+    while counters.steps < training.total_steps and not survival.agreement.stop:
         step = counters.steps
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
-        batch = replacements.settle(next(run.loader), step, counters.samples)
-        result = train_step(run.trainable, batch, run.settings, table)
-        _check_finite(result, step)
+        run.profiler.before(step)
+        survival.stragglers.step_begins(step)
+        with run.timers("data"):
+            loaded = next(run.loader)
+            survival.stragglers.data_came()
+            batch = replacements.settle(loaded, step, counters.samples)
+        survival.stragglers.compute_begins()
+        watch = StepWatch(step, survival.bad_steps, survival.stragglers.gradients_ready)
+        result = train_step(run.trainable, batch, run.settings, table, run.timers, watch)
         counters.steps += 1
         counters.samples += result.samples
         counters.tokens += result.work.tokens
-        counters.skipped = replacements.count
+        counters.skipped, counters.bad_steps = replacements.count, survival.bad_steps.count
+        survival.step_done(counters.steps)
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
-            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table)))
+            run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table), _observed(run, batch, result, window.steps)))
         if run.evaluation is not None and (counters.steps % training.eval_every == 0 or counters.steps == training.total_steps):
             began = time.perf_counter()
-            run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
+            with run.timers("eval"), survival.watchdog.slow("an evaluation"):
+                run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
             window.exclude(time.perf_counter() - began)
         run.saving.poll()
         if run.saving.due(counters.steps):
             began = time.perf_counter()
-            save(run)
+            with run.timers("save"):
+                save(run)
             saved = counters.steps
             window.exclude(time.perf_counter() - began)
+    survival.note_stop(counters.steps)
     if saved != counters.steps:
         save(run)
-    run.saving.finish()
+    with survival.watchdog.slow("the last save"):
+        run.saving.finish(exports=not survival.agreement.stop)
     _report_skipped(run)
 
 
-def _metrics(step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float]) -> StepMetrics:
+def _observed(run: Run, batch: StepBatch, result: StepResult, steps: int) -> dict[str, float]:
+    """How the ``steps`` steps since the last log line went. Collective over the world."""
+    found = composition(result.work, result.tasks, len(batch.plans), run.config.data.max_num_tokens)
+    return found | compared_over_ranks(run.timers.read(steps), batch, result.work.tokens, run.layout.data_parallel_size)
+
+
+def _metrics(
+    step: int, result: StepResult, counters: Counters, window: RateWindow, by_dataset: Mapping[str, float], observed: Mapping[str, float]
+) -> StepMetrics:
     rates = window.close()
     return StepMetrics(
         step=step,
@@ -319,17 +369,10 @@ def _metrics(step: int, result: StepResult, counters: Counters, window: RateWind
         work_tflops=rates.work_tflops,
         work_mfu=rates.work_mfu,
         skipped_samples=counters.skipped,
+        bad_steps=counters.bad_steps,
         by_dataset=by_dataset,
+        observed=observed,
     )
-
-
-def _check_finite(result: StepResult, step: int) -> None:
-    norm = torch.tensor([result.losses.loss, result.outcome.grad_norm])
-    if not torch.isfinite(norm).all():
-        raise FloatingPointError(
-            f"step {step}: loss {result.losses.loss}, gradient norm {result.outcome.grad_norm}. Resume from the last checkpoint with a "
-            "lower --lr or --max_grad_norm; the packs of this step are the next ones the loader hands out then"
-        )
 
 
 def _report_skipped(run: Run) -> None:

@@ -34,6 +34,15 @@ class LossTable:
         self._buckets = max(len(self.edges) - 1, 1)
         self._sums = torch.zeros(len(self.datasets), 2 + 2 * self._buckets, dtype=torch.float64, device=platform.device())
 
+    def clear(self) -> None:
+        """Forget everything, for a step that is computed again."""
+        self._sums.zero_()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The datasets' groups, each once, in the order of the datasets."""
+        return tuple(dict.fromkeys(name.split("/", 1)[0] for name in self.datasets))
+
     @torch.no_grad()
     def add(self, batch: MicroBatch, ce: Tensor, mse: Tensor) -> None:
         """Count a microbatch: ``ce`` [n_ce] and ``mse`` [n_mse, channels], unreduced, as the model returns them."""

@@ -89,25 +89,26 @@ def microbatch_loss(ce: Tensor, mse: Tensor, ce_weights: Tensor, totals: LossTot
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses of a step averaged over its global batch, as logged."""
+    """Losses of a step averaged over its global batch, as logged; ``faults`` is the number of ranks that found something not finite."""
 
     loss: float
     ce: float
     mse: float
+    faults: int = 0
 
 
-def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup) -> StepLosses:
-    """Sum the [2] shares of this rank's microbatches over ``groups``, one after the other (data and context parallel ranks, then
-    pipeline stages, of which only the last has shares; none: one process).
+def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup, fault: bool = False) -> StepLosses:
+    """Sum the [2] shares of this rank's microbatches, and its ``fault``, over ``groups``, one after the other (none: one process).
 
     The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.
     Every rank of the groups must call this, also one that had no microbatch shares (an empty list counts as zeros).
     """
-    total = torch.zeros(2, dtype=torch.float64, device=platform.device())
+    total = torch.zeros(3, dtype=torch.float64, device=platform.device())
     for share in shares:
-        total += share.double()
+        total[:2] += share.double()
+    total[2] = float(fault)
     for group in groups:
         if dist.get_world_size(group) > 1:
             dist.all_reduce(total, group=group)
-    ce, mse = total.tolist()
-    return StepLosses(loss=ce * weights.ce_weight + mse * weights.mse_weight, ce=ce, mse=mse)
+    ce, mse, faults = total.tolist()
+    return StepLosses(loss=ce * weights.ce_weight + mse * weights.mse_weight, ce=ce, mse=mse, faults=int(faults))

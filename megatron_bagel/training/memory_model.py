@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from math import prod
+from math import lcm, prod
 
 import torch
 
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
-from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, padded_vocabulary
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, padded_vocabulary, virtual_stages
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import RunLayout
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -24,6 +24,8 @@ from megatron_bagel.training.freezing import TOWER_PARTS, is_frozen
 FP32 = 4
 #: Megatron-Core begins every tensor of a sharded gradient buffer at a multiple of so many elements.
 ALIGNMENT = 64
+#: A sharded buffer (or bucket) ends at a multiple of this and of the ranks that share it.
+BUFFER_ALIGNMENT = 128
 _CUT_BY_TENSOR_PARALLEL = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
 _FIRST_STAGE = ("embedding.", "vae2llm.", "time_embedder.")
 _LAST_STAGE = ("final_layernorm.", "output_layer.", "llm2vae.")
@@ -105,20 +107,53 @@ class MemoryModel:
 
     def rank(self, stage: int) -> RankMemory:
         """Memory of a rank of pipeline stage ``stage``; all tensor-, context- and data-parallel ranks of a stage are alike."""
+        held = RankMemory(0, 0, 0, 0, 0, 0, 0)
+        for _, buffer in self.buffers(stage):
+            held += buffer
+        encodes = encoders_on_all_ranks(self.megatron) or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
+        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
+
+    def buffers(self, stage: int) -> list[tuple[bool, RankMemory]]:
+        """The same by gradient buffer, and whether it is the vision tower's; weights without gradients are in the buffer of their part."""
         layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
         replicas = layout.data_parallel_size * self.megatron.context_parallel_size
         shards = replicas // layout.distributed_optimizer_instances
-        decoder = [tensor for tensor in self._tensors if not tensor.is_tower and self._holds(stage, tensor)]
         tower = [tensor for tensor in self._tensors if tensor.is_tower and (everywhere or stage == 0)]
-        held = self._bytes(decoder, replicas, shards)
         # A tower on every rank is data-parallel over the world, its state sharded once.
-        held += self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards))
-        encodes = everywhere or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
-        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
+        found = [(True, self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards)))]
+        return found + [(False, self._bytes(buffer, replicas, shards)) for buffer in self._buffers(stage)]
+
+    def norm_gradients(self, stage: int) -> int:
+        """Elements of the gradients that tensor-parallel ranks sum besides: norms, each of which saw some of the tokens or heads."""
+        names = ("q_layernorm.", "k_layernorm.")
+        if self.megatron.sequence_parallel:
+            names += ("input_layernorm.", "pre_mlp_layernorm.", "final_layernorm.")
+        held = (tensor for tensor in self._tensors if not tensor.is_tower and not tensor.frozen and self._holds(stage, tensor))
+        return sum(tensor.numel for tensor in held if any(name in tensor.name for name in names))
+
+    def embedding_gradients(self) -> int:
+        """Elements of the token embedding's gradient on a rank, 0 when it is frozen."""
+        return sum(tensor.numel for tensor in self._tensors if tensor.name.startswith("embedding.") and not tensor.frozen)
 
     def stages(self) -> list[RankMemory]:
         """Memory of a rank of every stage."""
         return [self.rank(stage) for stage in range(self.megatron.pipeline_model_parallel_size)]
+
+    def _buffers(self, stage: int) -> list[list[_Tensor]]:
+        """Tensors of the decoder on a stage by gradient buffer: one per chunk, and a tied embedding apart."""
+        held = [tensor for tensor in self._tensors if not tensor.is_tower and self._holds(stage, tensor)]
+        chunks, layers = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1, sorted({t.layer for t in held} - {None})
+        chunk_of = {layer: number * chunks // len(layers) for number, layer in enumerate(layers)}
+        buffers: list[list[_Tensor]] = [[] for _ in range(chunks + 1)]
+        shared = self.arch.llm.tie_word_embeddings and self.megatron.pipeline_model_parallel_size > 1
+        for tensor in held:
+            if shared and tensor.name.startswith("embedding."):
+                buffers[-1].append(tensor)
+            elif tensor.layer is not None:
+                buffers[chunk_of[tensor.layer]].append(tensor)
+            else:
+                buffers[0 if tensor.name.startswith(_FIRST_STAGE) else chunks - 1].append(tensor)
+        return buffers
 
     def _holds(self, stage: int, tensor: _Tensor) -> bool:
         last = self.megatron.pipeline_model_parallel_size - 1
@@ -136,7 +171,10 @@ class MemoryModel:
         bf16, sharded = self.layout.bf16, self.layout.use_distributed_optimizer
         trained = [tensor.numel for tensor in held if not tensor.frozen]
         total, training = sum(tensor.numel for tensor in held), sum(trained)
-        padded = sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained) if sharded else training
+        padded = training
+        if sharded:
+            end = lcm(shards, BUFFER_ALIGNMENT)
+            padded = -(-sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained) // end) * end
         # Two moments, and a main weight where the model's own is not fp32.
         state = (3 if bf16 else 2) * FP32
         return RankMemory(
@@ -144,7 +182,8 @@ class MemoryModel:
             trained=training,
             weight_bytes=(total - training + padded) * (2 if bf16 else FP32),
             gradient_bytes=padded * FP32,
-            optimizer_bytes=padded * state // shards if sharded else training * state,
+            # A rank's share of what is real; padding has no state.
+            optimizer_bytes=training * state // shards if sharded else training * state,
             average_bytes=training * FP32 // (shards if sharded else replicas),
             autoencoder_bytes=0,
         )

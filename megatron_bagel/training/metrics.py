@@ -21,8 +21,9 @@ class StepMetrics:
 
     ``tflops`` and ``mfu`` follow the original's formula, ``work_tflops`` and ``work_mfu`` count the work really done
     (accounting.py); both are over all devices. ``step_time_s`` is the mean over the steps since the last logged one.
-    ``skipped_samples`` could not be read and were replaced, since the run began. ``by_dataset`` holds ``ce/<group>``,
-    ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of.
+    ``skipped_samples`` could not be read and were replaced, and ``bad_steps`` updates were left out, since the run began.
+    ``by_dataset`` holds ``ce/<group>``, ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of.
+    ``observed`` holds how the step went (observing.py).
     """
 
     step: int
@@ -45,13 +46,15 @@ class StepMetrics:
     work_tflops: float = 0.0
     work_mfu: float = 0.0
     skipped_samples: int = 0
+    bad_steps: int = 0
     by_dataset: Mapping[str, float] = field(default_factory=dict)
+    observed: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, int | float | None]:
-        """Plain values at full precision, those of ``by_dataset`` beside the others. JSON has no NaN or infinity: they become
-        null, and readers show a gap."""
+        """Plain values at full precision, those of ``by_dataset`` and ``observed`` beside the others. JSON has no NaN or infinity:
+        they become null, and readers show a gap."""
         values = asdict(self)
-        values |= values.pop("by_dataset")
+        values |= {**values.pop("by_dataset"), **values.pop("observed")}
         return jsonable(values)
 
 
@@ -95,6 +98,11 @@ class RateWindow:
         self._since = time.perf_counter()
         self._steps = self._tokens = 0
         self._mfu_flops = self._work_flops = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps counted since the last log line."""
+        return self._steps
 
     def add(self, tokens: int, mfu_flops: float, work_flops: float) -> None:
         """Count one optimizer step."""

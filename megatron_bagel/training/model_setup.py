@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -70,9 +71,10 @@ def run_model(config: Config) -> tuple[BagelArch, Tokenizer]:
     return grown_vocabulary(architecture(config), len(tokenizer)), tokenizer
 
 
-def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> Modules:
-    """Modules of this rank on its device, without meaningful weights; the autoencoder with its own."""
-    device = platform.device()
+def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig, shapes_only: bool = False) -> Modules:
+    """Modules of this rank on its device, without meaningful weights; the autoencoder with its own. With ``shapes_only`` no tensor has
+    memory and no file of weights is read."""
+    device = torch.device("meta") if shapes_only else platform.device()
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     everywhere = encoders_on_all_ranks(config.megatron)
@@ -82,7 +84,8 @@ def build_modules(config: Config, arch: BagelArch, tcfg: TransformerConfig) -> M
         tower = VisionTower(arch, recompute=config.megatron.recompute_vit) if arch.vit is not None and (first or everywhere) else None
     autoencoder = None
     if arch.autoencoder is not None and (first or last or everywhere):
-        autoencoder = _autoencoder(config, arch).to(device)
+        with without_memory() if shapes_only else nullcontext():
+            autoencoder = AutoEncoder(arch.autoencoder) if shapes_only else _autoencoder(config, arch).to(device)
     for part in (*decoder, *([tower] if tower is not None else [])):
         give_memory(part, device, tcfg.params_dtype)
     return Modules(decoder, tower, autoencoder)
@@ -92,8 +95,12 @@ def _autoencoder(config: Config, arch: BagelArch) -> AutoEncoder | CachedPosteri
     """The autoencoder with its weights or, where a latent cache holds what it would make, its place holder."""
     if config.data.latent_cache is not None:
         return CachedPosterior(arch.autoencoder)
-    path = Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
-    return load_autoencoder(path, arch.autoencoder)
+    return load_autoencoder(autoencoder_path(config), arch.autoencoder)
+
+
+def autoencoder_path(config: Config) -> Path:
+    """The file of the autoencoder's weights; a run with a latent cache does without it."""
+    return Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
 
 
 def _build_chunk(config: Config, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:

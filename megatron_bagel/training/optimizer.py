@@ -17,11 +17,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
+from megatron_bagel.platform.fake_world import is_fake
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def build_optimizer(
     trainable = [module for module in modules if trainable_parameters(module)]
     anywhere = torch.tensor([len(trainable) + (over_world is not None)], device=platform.device())
     dist.all_reduce(anywhere)
-    if not anywhere.item():
+    # A rehearsal knows of its own rank alone.
+    if not anywhere.item() and not is_fake():
         raise ValueError(
             "No parameter is left to train: the freeze flags (freeze_llm, freeze_vit, freeze_und) together with visual_gen / "
             "visual_und off freeze the whole model. Drop one of them."
@@ -148,7 +151,9 @@ def build_optimizer(
         overlap_param_gather=settings.overlap_param_gather,
     )
     # No overrides: without weight decay there is no reason to split biases into a group of their own.
-    optimizer = get_megatron_optimizer(config, trainable or list(modules), config_overrides={})
+    optimizer = get_megatron_optimizer(
+        config, trainable or list(modules), config_overrides={}, use_gloo_process_groups=not is_fake()
+    )
     if over_world is None:
         return optimizer
     apart = get_megatron_optimizer(
@@ -167,9 +172,29 @@ def finalize_gradients(model: Sequence[DistributedDataParallel], num_tokens: tor
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:
-    """Clip by coef = min(1, max_norm / (norm + 1e-6)) and update. ``updated`` is False if Megatron skipped on overflow."""
-    updated, grad_norm, _ = optimizer.step()
-    return StepOutcome(updated=bool(updated), grad_norm=float("nan") if grad_norm is None else float(grad_norm))
+    """Clip by coef = min(1, max_norm / (norm + 1e-6)) and update."""
+    norm = gradient_norm(optimizer)
+    update_weights(optimizer, norm)
+    return StepOutcome(updated=True, grad_norm=norm)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The global L2 norm of the finished gradients. Collective. No weight is touched; may be called again for other gradients.
+
+    With ``update_weights`` it is Megatron's ``optimizer.step()``, cut where an update can still be left out: without a loss scale (fp16 is
+    not offered) Megatron itself does not look for numbers that are not finite.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradients that ``gradient_norm`` was just called for, and update."""
+    for leaf in leaf_optimizers(optimizer):
+        parameters = [] if getattr(leaf, "is_stub_optimizer", False) else leaf.get_parameters()
+        if parameters and leaf.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=leaf.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
 
 
 @contextmanager
@@ -177,9 +202,12 @@ def synced_parameters(modules: Sequence[DistributedDataParallel]) -> Iterator[No
     """Within the block every rank's model weights are complete, for evaluation, export and checkpoints.
 
     With ``overlap_param_gather`` the weights of an update arrive on other ranks only as the next forward pass asks for them;
-    the hooks that do so are taken off inside the block.
+    the hooks that do so are taken off inside the block. Blocks may be nested: an inner one finds no hooks.
     """
-    overlapped = [module for module in modules if module.ddp_config.overlap_param_gather and module.use_forward_hook]
+    overlapped = [
+        module for module in modules
+        if module.ddp_config.overlap_param_gather and module.use_forward_hook and module.remove_forward_pre_hook_handles
+    ]  # fmt: skip
     for module in overlapped:
         module.disable_forward_pre_hook(param_sync=True)
     try:

@@ -1,7 +1,7 @@
 """Samples that cannot be read while training: replaced on all ranks alike, counted, written down; too many of them end the run.
 
-Only the rank that encodes a picture reads it, so only that rank notices; texts are read by all ranks of a replica. One number is
-summed over the world before every step; the rest happens where it is not zero.
+Only the rank that encodes a picture reads it, so only that rank notices; texts are read by all ranks of a replica. Their number is
+summed over the world before every step (agreement.py); the rest happens where it is not zero.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from megatron_bagel import platform
 from megatron_bagel.data.loader import PackLoader, StepBatch
+from megatron_bagel.training.agreement import StepAgreement
 from megatron_bagel.training.history import MetricsFile
 
 SKIPPED = "skipped.jsonl"
@@ -37,10 +36,14 @@ class Replacements:
     ``next_step`` is the first step this process trains: what a run that was killed wrote down of it and later ones is removed.
     """
 
-    def __init__(self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0, next_step: int = 0) -> None:
+    def __init__(
+        self, loader: PackLoader, results_dir: str | Path, max_share: float, count: int = 0, next_step: int = 0,
+        agreement: StepAgreement | None = None,
+    ) -> None:  # fmt: skip
         self.loader, self.max_share, self.count = loader, max_share, count
         self._path, self._next_step = Path(results_dir) / SKIPPED, next_step
         self._file = MetricsFile(self._path, next_step) if dist.get_rank() == 0 and self._path.exists() else None
+        self._agreement = agreement or StepAgreement()
 
     def settle(self, batch: StepBatch, step: int, samples_before: int) -> StepBatch:
         """``batch`` as it can be trained on, of whole samples only. Collective over the world.
@@ -69,9 +72,7 @@ class Replacements:
             for place, pack in enumerate(batch.packs)
             for sample, reason in pack.failures
         ]
-        total = torch.tensor(len(own), device=platform.device())
-        dist.all_reduce(total)
-        if not int(total):
+        if not self._agreement.exchange(len(own)):
             return []
         everyone: list[Sequence[Failure]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)

@@ -106,9 +106,10 @@ class Saving:
         if dist.get_rank() == 0:
             self._exporter.poll()
 
-    def finish(self) -> None:
-        """At the end, on all ranks: wait for the save under way; rank 0 for the exports."""
+    def finish(self, exports: bool = True) -> None:
+        """At the end, on all ranks: wait for the save under way, and on rank 0 for the ``exports`` if there is time for them."""
         self.saver.finish()
         if dist.get_rank() == 0:
-            self._exporter.finish()
+            if exports:
+                self._exporter.finish()
             self.saver.clean()

@@ -5,6 +5,7 @@ Every sum over ranks that a step needs besides gradients is one small vector, ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,11 +25,14 @@ from megatron_bagel.layout.dealing import context_orders, padded_length
 from megatron_bagel.model.attention.context_parallel import ContextPlace
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
 from megatron_bagel.training.accounting import StepWork
+from megatron_bagel.training.anomalies import Attempt, BadSteps
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.loss_table import LossTable
 from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
-from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, optimizer_step
+from megatron_bagel.training.observing import TaskCounts
+from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, gradient_norm, update_weights
 from megatron_bagel.training.schedule import LearningRate
+from megatron_bagel.training.timers import Phases, untimed
 
 
 @dataclass
@@ -51,7 +55,8 @@ class Trainable:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step over the whole global batch; ``lr`` is the rate that was used."""
+    """A step over the whole global batch; ``lr`` is its rate, also where no update was made (``outcome.updated``), ``tasks`` is counted
+    with a table of losses."""
 
     losses: StepLosses
     outcome: StepOutcome
@@ -59,6 +64,7 @@ class StepResult:
     work: StepWork
     samples: int
     lr: float
+    tasks: TaskCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,10 @@ class StepSettings:
         return padded_length(wanted, parallel_state.get_context_parallel_world_size(), self.slot_multiple)
 
 
-def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) -> tuple[LossTotals, StepWork, int]:
-    """Loss totals, work and samples of the global batch, from each replica's own packs.
+def global_counts(
+    packs: Sequence[LoadedPack], group: dist.ProcessGroup | None, tasks: Sequence[str] = ()
+) -> tuple[LossTotals, StepWork, int, TaskCounts | None]:
+    """Loss totals, work and samples of the global batch, from each replica's own packs; with ``tasks`` also their shares of it.
 
     One float64 vector is summed over the replicas, exact for counts below 2 ** 53. (The design would have every rank lay out every
     pack of the global batch; at thousands of replicas that costs more than this exchange of about 120 bytes.)
@@ -94,13 +102,16 @@ def global_counts(packs: Sequence[LoadedPack], group: dist.ProcessGroup | None) 
     work = sum((StepWork.of(pack.pack) for pack in packs), StepWork())
     samples = sum(len(pack.pack.samples) for pack in packs)
     counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
+    fixed = len(counts)
+    counts += TaskCounts.of(packs, tasks).to_list() if tasks else []
     summed = torch.tensor(counts, dtype=torch.float64, device=platform.device())
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(summed, group=group)
     values = summed.tolist()
     split = len(fields(totals))
     totals = LossTotals(int(values[0]), values[1], int(values[2]))
-    return totals, StepWork(*(int(value) for value in values[split:-1])), int(values[-1])
+    work = StepWork(*(int(value) for value in values[split : fixed - 1]))
+    return totals, work, int(values[fixed - 1]), TaskCounts.from_list(values[fixed:], tasks) if tasks else None
 
 
 def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings: StepSettings) -> list[MicroBatch]:
@@ -131,39 +142,95 @@ def forward_step(
     return model(batch), loss
 
 
-def train_step(trainable: Trainable, batch: StepBatch, settings: StepSettings, table: LossTable | None = None) -> StepResult:
-    """Train on one global batch, of which this replica holds ``batch.packs``. ``table`` takes this rank's losses by dataset."""
-    totals, work, samples = global_counts(batch.packs, parallel_state.get_data_parallel_group())
+@dataclass(frozen=True)
+class StepWatch:
+    """Who looks at a step on its way: ``bad_steps`` judges its numbers before the update, ``gradients_ready`` is called when this rank's
+    gradients are there and not yet exchanged."""
+
+    step: int
+    bad_steps: BadSteps
+    gradients_ready: Callable[[], None] = lambda: None
+
+
+def train_step(
+    trainable: Trainable,
+    batch: StepBatch,
+    settings: StepSettings,
+    table: LossTable | None = None,
+    timed: Phases = untimed,
+    watch: StepWatch | None = None,
+) -> StepResult:
+    """Train on one global batch, of which this replica holds ``batch.packs``. ``table`` takes this rank's losses by dataset.
+
+    Without a ``watch`` every update is made, whatever its numbers are. A step whose update is left out moves no weight and no average; its
+    place in the schedule and in the data is used up.
+    """
+    tasks = table.groups if table is not None else ()
+    totals, work, samples, by_task = global_counts(batch.packs, parallel_state.get_data_parallel_group(), tasks)
+    compute = partial(_gradients, trainable, batch, settings, totals, table, timed, watch)
+    attempt, good = (compute(), True) if watch is None else watch.bad_steps.attempt(watch.step, compute)
+    lr = trainable.learning_rate.lr
+    if good:
+        with timed("optimizer"):
+            update_weights(trainable.optimizer, attempt.grad_norm)
+        with timed("ema"):
+            trainable.ema.update()
+    trainable.learning_rate.step()
+    return StepResult(attempt.losses, StepOutcome(good, attempt.grad_norm), totals, work, samples, lr, by_task)
+
+
+def _gradients(
+    trainable: Trainable,
+    batch: StepBatch,
+    settings: StepSettings,
+    totals: LossTotals,
+    table: LossTable | None,
+    timed: Phases,
+    watch: StepWatch | None,
+) -> Attempt:
+    """Losses and finished gradients of the step; weights stay as they are."""
     for module in trainable.wrapped:
         module.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    shards = microbatches(batch.packs, trainable.stage, settings)
+    if table is not None:
+        table.clear()
+    with timed("encode"):
+        shards = microbatches(batch.packs, trainable.stage, settings)
     chunks = trainable.decoder
-    outputs = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
-        # Every chunk of an interleaved stage sees every microbatch.
-        data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(shards),
-        # Megatron divides by the context-parallel size itself.
-        seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    trainable.stage.backward()
-    # Not left to the schedule, which would finish before the tower's backward pass.
-    finalize_gradients(chunks)
-    if trainable.tower is not None:
-        trainable.tower.finish_grad_sync()
-    lr = trainable.learning_rate.lr
-    outcome = optimizer_step(trainable.optimizer)
-    if outcome.updated:
-        trainable.ema.update()
-    trainable.learning_rate.step()
-    losses = global_losses(
-        [output["shares"] for output in outputs],
-        settings.weights,
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    return StepResult(losses, outcome, totals, work, samples, lr)
+    with timed("forward_backward"):
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
+            # Every chunk of an interleaved stage sees every microbatch.
+            data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(shards),
+            # Megatron divides by the context-parallel size itself.
+            seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    with timed("encode_backward"):
+        trainable.stage.backward()
+    shares = [output["shares"] for output in outputs]
+    own = _own_numbers(trainable, shares) if watch is not None and watch.bad_steps.compares else torch.zeros(0)
+    if watch is not None:
+        watch.gradients_ready()
+    with timed("grad_sync"):
+        # Not left to the schedule, which would finish before the tower's backward pass.
+        finalize_gradients(chunks)
+        if trainable.tower is not None:
+            trainable.tower.finish_grad_sync()
+    with timed("optimizer"):
+        norm = gradient_norm(trainable.optimizer)
+    # Tensor-parallel ranks have equal shares: one of them speaks. Over the world, so that all ranks judge the step by the same bits.
+    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+    losses = global_losses(shares if speaks else [], settings.weights, dist.group.WORLD, fault=not math.isfinite(norm))
+    return Attempt(losses, norm, own)
+
+
+def _own_numbers(trainable: Trainable, shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[2 + buffers] float64: this rank's losses, and the sum of each gradient buffer before it is exchanged (or, with
+    ``overlap_grad_reduce``, while it is)."""
+    losses = sum((share.double() for share in shares), torch.zeros(2, dtype=torch.float64, device=platform.device()))
+    sums = [buffer.grad_data.sum(dtype=torch.float64) for module in trainable.wrapped for buffer in module.buffers]
+    return torch.cat([losses, *(total.reshape(1) for total in sums)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -191,10 +192,19 @@ def _refused_target(directory: Path) -> str:
     return ""
 
 
-def test_a_read_only_target_is_named(small_disk: Path) -> None:
+def test_a_read_only_target_is_named(
+    small_disk: Path, saved: Path, goldens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a run, and by the commands of both directions."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     [message] = run_ranks(_refused_target, 1, small_disk / "run", parallel={})
     assert "Read-only file system" in message and str(small_disk) in message
+    for command in (
+        lambda out: megatron_to_hf.main(["--checkpoint", str(saved), "--output", out]),
+        lambda out: hf_to_megatron.main(["--model", str(goldens / "hf"), "--output", out]),
+    ):
+        assert command(str(small_disk / "converted")) == 1
+        assert f"{small_disk / 'converted'}: [Errno 30] Read-only file system" in capsys.readouterr().err
 
 
 class _Attack:
@@ -247,6 +257,53 @@ def test_nothing_in_a_stored_object_runs(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not load unseen"):
         refuse_code(copy)
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_of_a_model_folder_are_never_opened(
+    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither where safetensors are missing, nor under their name."""
+    folder, attack = tmp_path / "hf", _Attack(tmp_path / "ran")
+    shutil.copytree(goldens / "hf", folder)
+    command = ["--model", str(folder), "--output", str(tmp_path / "checkpoint")]
+    for name, message in (("pytorch_model.bin", "has no ema.safetensors"), ("ema.safetensors", "ema.safetensors is not a complete")):
+        (folder / "ema.safetensors").unlink(missing_ok=True)
+        torch.save({"language_model.lm_head.weight": attack}, folder / name)
+        assert hf_to_megatron.main(command) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "checkpoint").exists()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = json.loads((copy / publish.STATE_FILE).read_text())
+    (copy / publish.STATE_FILE).write_text(json.dumps({**state, "format_version": publish.FORMAT_VERSION + 1}))
+    expected = f"has checkpoint format {publish.FORMAT_VERSION + 1}, this version of megatron_bagel reads up to {publish.FORMAT_VERSION}"
+    [message] = run_ranks(_load, 1, copy, parallel={})
+    assert expected in message and "update megatron_bagel" in message
+    assert megatron_to_hf.main(["--checkpoint", str(copy), "--output", str(tmp_path / "out")]) == 1
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("vocab_size", 500, "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"),
+        ("num_hidden_layers", 3, "tensors that this model has no place for: language_model.model.layers.3."),
+        ("num_hidden_layers", 5, "lacks 28 tensors this model needs: language_model.model.layers.4."),
+        ("layer_module", "Qwen2DecoderLayer", "no place for"),
+        ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128), this model needs (128, 128)"),
+    ],
+)
+def test_weights_of_another_model_than_the_folder_says_are_refused(
+    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, value: int | str, message: str
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(goldens / "hf", folder, ignore=shutil.ignore_patterns("config.json"))
+    llm = json.loads((folder / "llm_config.json").read_text())
+    (folder / "llm_config.json").write_text(json.dumps({**llm, setting: value}))
+    assert hf_to_megatron.main(["--model", str(folder), "--output", str(tmp_path / "out"), "--max-latent-size", "16"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_another_kind_are_refused_in_a_sentence(

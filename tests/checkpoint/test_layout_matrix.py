@@ -40,6 +40,7 @@ class Layout:
     pipeline: int = 1
     virtual: int | None = None
     context: int = 1
+    first: int | None = None  # layers of the first stage, where stages are uneven
 
     @property
     def groups(self) -> dict[str, int | None]:
@@ -58,11 +59,18 @@ LAYOUTS = {
     "tp4-pp2": Layout(8, tensor=4, pipeline=2),
     "pp4": Layout(4, pipeline=4),
     "cp2-dp2": Layout(4, context=2),
+    "dp2": Layout(2),
+    "tp2": Layout(2, tensor=2),
+    "tp4": Layout(4, tensor=4),
+    "uneven-pp2": Layout(2, pipeline=2, first=1),
+    "tp2-pp2-vpp2": Layout(4, tensor=2, pipeline=2, virtual=2),
+    "tp2-pp2-cp2": Layout(8, tensor=2, pipeline=2, context=2),
 }
+FOUR = ("one", "tp2-dp2", "pp2-vpp2", "tp4-pp2")
 
 
 def _modules(arch: BagelArch, layout: Layout) -> dict[str, torch.nn.Module]:
-    config = transformer_config(arch.llm, MegatronArguments(**layout.groups))
+    config = transformer_config(arch.llm, MegatronArguments(**layout.groups, num_layers_in_first_pipeline_stage=layout.first))
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     chunks = []
     for stage in range(layout.virtual or 1):
@@ -73,7 +81,7 @@ def _modules(arch: BagelArch, layout: Layout) -> dict[str, torch.nn.Module]:
     return {**modules, "vision": VisionTower(arch)} if parallel_state.is_pipeline_first_stage() else modules
 
 
-def _through(layout: Layout, arch: BagelArch, journeys: list[tuple[Path, Path, str]]) -> None:
+def load_and_save(layout: Layout, arch: BagelArch, journeys: list[tuple[Path, Path, str]]) -> None:
     """Load each checkpoint's weights on this layout and save them again."""
     for there, here, kind in journeys:
         modules = _modules(arch, layout)
@@ -90,11 +98,11 @@ def _travel(source: Path, arch: BagelArch, kind: str, names: list[str], root: Pa
     imported = import_folder(source, root / "imported", ("ema", "model"), max_latent_size=arch.max_latent_size)
     for name in names:
         layout = LAYOUTS[name]
-        run_ranks(_through, layout.ranks, layout, arch, [(imported, root / name, kind)], parallel=layout.groups, timeout=240)
+        run_ranks(load_and_save, layout.ranks, layout, arch, [(imported, root / name, kind)], parallel=layout.groups, timeout=600)
     for name in names:
         layout, others = LAYOUTS[name], [other for other in names if other != name]
         journeys = [(root / other / "0000001", root / f"{other}+{name}", "model") for other in others]
-        run_ranks(_through, layout.ranks, layout, arch, journeys, parallel=layout.groups, timeout=240)
+        run_ranks(load_and_save, layout.ranks, layout, arch, journeys, parallel=layout.groups, timeout=600)
     written = []
     for pair in itertools.permutations(names, 2):
         out = root / "out" / "+".join(pair)
@@ -124,11 +132,11 @@ def _with_another_model(source: Path, folder: Path) -> Path:
     ("names", "kind"),
     [
         pytest.param(["one", "tp2-dp2", "pp2-vpp2"], "ema", id="three"),
-        pytest.param(list(LAYOUTS), "ema", id="all-ema", marks=pytest.mark.slow),
-        pytest.param(list(LAYOUTS), "model", id="all-model", marks=pytest.mark.slow),
+        pytest.param(list(LAYOUTS), "ema", id="twelve-ema", marks=pytest.mark.slow),
+        pytest.param(list(LAYOUTS), "model", id="twelve-model", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_released_folder_through_every_pair_of_layouts(goldens: Path, tmp_path: Path, names: list[str], kind: str) -> None:
     source = _with_another_model(goldens / "hf", tmp_path / "hf")
     arch = HFFolder(source).arch
@@ -138,24 +146,27 @@ def test_released_folder_through_every_pair_of_layouts(goldens: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["ema", "model"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layers", ["Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLayer"])
-def test_every_kind_of_layer_through_four_layouts(goldens: Path, tmp_path: Path, layers: str, tied: bool) -> None:
+def test_every_kind_of_layer_through_every_pair_of_layouts(goldens: Path, tmp_path: Path, layers: str, tied: bool, kind: str) -> None:
+    """All twelve for the averages; the model's own weights are stored in the same way and go through four."""
     arch = HFFolder(goldens / "hf").arch
     arch = replace(arch, llm=replace(arch.llm, layer_module=layers, tie_word_embeddings=tied, qk_norm=not tied))
     entries = WeightMap(arch).entries
     random = {
-        kind: {name: torch.randn(entry.shape, generator=torch.Generator().manual_seed(seed)) for name, entry in entries.items()}
-        for seed, kind in enumerate(("ema", "model"))
+        weights: {name: torch.randn(entry.shape, generator=torch.Generator().manual_seed(seed)) for name, entry in entries.items()}
+        for seed, weights in enumerate(("ema", "model"))
     }
     source = write_folder(
-        tmp_path / "hf", arch, {kind: WeightFile(values.__getitem__, "fp32") for kind, values in random.items()}, sincos_2d,
+        tmp_path / "hf", arch, {weights: WeightFile(values.__getitem__, "fp32") for weights, values in random.items()}, sincos_2d,
         tokenizer=goldens / "hf", autoencoder=goldens / "hf" / "ae.safetensors",
     )  # fmt: skip
-    files = _travel(source, HFFolder(source).arch, "ema", ["one", "tp2-dp2", "pp2-vpp2", "tp4-pp2"], tmp_path)
-    assert len(files) == 12
-    _assert_same(files, load_file(source / "ema.safetensors"))
+    names = list(LAYOUTS) if kind == "ema" else list(FOUR)
+    files = _travel(source, HFFolder(source).arch, kind, names, tmp_path)
+    assert len(files) == len(names) * (len(names) - 1)
+    _assert_same(files, load_file(source / f"{kind}.safetensors"))
 
 
 def test_the_exported_folder_has_the_recorded_names_shapes_and_types(goldens: Path, tmp_path: Path) -> None:

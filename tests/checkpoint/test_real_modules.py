@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, write_fold
 from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import entries_of, load_weights, named_weights
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+from megatron_bagel.config.transformer_config import transformer_config as transformer_config_of_a_run
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.model.positions import sincos_2d
+from megatron_bagel.training.lazy_build import without_memory
 from tests.checkpoint.test_weight_map import KINDS, tiny_arch
 from tests.checkpoint.tiny_run import transformer_config
 from tests.distributed import run_ranks
@@ -40,6 +43,25 @@ def test_released_layout_through_the_real_model(goldens: Path, tmp_path: Path) -
     assert recorded.keys() == written.keys()
     for name, tensor in recorded.items():
         assert tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]), name
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_the_released_size_has_the_recorded_names_and_shapes(goldens: Path) -> None:
+    """The decoder and the tower themselves, built on the meta device: 14.6 billion parameters without memory."""
+    recorded = json.loads((goldens / "names_shapes_7b.json").read_text())
+    llm, vit = LLMArch.from_hf(recorded["assumed_llm"]), ViTArch.from_hf(recorded["assumed_vit"])
+    arch = BagelArch(llm, vit, AutoencoderArch(), max_latent_size=64)
+    weight_map = WeightMap(arch)
+    with without_memory():
+        modules = [build_decoder(arch, transformer_config_of_a_run(llm)), VisionTower(arch)]
+    shapes: dict[str, tuple[int, ...]] = {name: table.shape for name, table in weight_map.tables.items()}
+    for entry, parameter in entries_of(modules, weight_map):
+        assert parameter.is_meta and tuple(parameter.shape) == entry.shape, entry.ours
+        shapes |= {name: tuple(part.shape) for name, part in zip(entry.hf, entry.split(parameter), strict=True)}
+    # The file lists layer 0 of each stack; the others repeat it.
+    listed = {name: list(shape) for name, shape in shapes.items() if ".layers." not in name or ".layers.0." in name}
+    assert listed == recorded["model"]
+    assert len(shapes) == 1223 and sum(torch.Size(shape).numel() for shape in shapes.values()) == recorded["total_params"]
 
 
 def _random_file_round_trip(arch: BagelArch, path: Path) -> bool:

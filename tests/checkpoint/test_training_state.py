@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
 from megatron_bagel.checkpoint.training_state import load_checkpoint, load_weights_only
 from tests.checkpoint.test_weight_map import tiny_arch
 from tests.checkpoint.tiny_run import load_and_train, same, tiny_run, train_and_save, weights
@@ -72,6 +74,32 @@ def test_weights_alone_trained_or_averaged(tmp_path: Path) -> None:
         for name, tensor in got.items():
             expected = saved.get(f"ema.{name}", saved[name]) if kind == "ema" else saved[name]
             assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_part_that_was_not_trained_may_be_missing_by_permission_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run without a vision tower gives its weights to one that has one; what was loaded, left over and missing is said."""
+    whole = tiny_arch()
+    train_and_save(tmp_path, {"arch": replace(whole, vit=None)}, 1, 0)
+    folder, trained = tmp_path / "0000001", tiny_run(arch=whole, seed=99)
+    before = weights(trained)
+    with pytest.raises(ValueError, match="holds another model; these settings differ: vit"):
+        load_weights_only(folder, trained.modules, whole, "ema")
+    with pytest.raises(ValueError, match=r"missing .*vit_model"):
+        load_weights_only(folder, trained.modules, whole, "ema", allow_missing=["connector.*"])
+    with caplog.at_level(logging.INFO):
+        load_weights_only(folder, trained.modules, whole, "ema", allow_missing=["connector.*", "vit_model.*"])
+    stored = CheckpointWeights(folder)
+    for name, tensor in weights(trained).items():
+        part, name_there = name.split(".", 1)
+        assert torch.equal(tensor, before[name] if part == "vision" else stored.ema(name_there)), name
+    tower = [name.removeprefix("vision.") for name in before if name.startswith("vision.")]
+    assert f"{len(before) - len(tower)} tensors loaded (ema weights); not used by this model: nothing" in caplog.text
+    assert all(f"{name} is absent and allowed to be: it starts from its seeded value" in caplog.text for name in tower)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        load_weights_only(folder, {"decoder": trained.modules["decoder"]}, replace(whole, vit=None))
+    assert "(model weights); not used by this model: nothing" in caplog.text
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

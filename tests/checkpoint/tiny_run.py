@@ -52,7 +52,9 @@ def tiny_run(
 ) -> Trained:
     arch = arch or tiny_arch()
     config = transformer_config(arch, bf16)
-    modules = {"decoder": build_decoder(arch, config), "vision": VisionTower(arch)}
+    modules: dict[str, nn.Module] = {"decoder": build_decoder(arch, config)}
+    if arch.vit is not None:
+        modules["vision"] = VisionTower(arch)
     if bf16:
         modules = {name: module.bfloat16() for name, module in modules.items()}
     initialise(list(modules.values()), WeightMap(arch), seed)

@@ -47,7 +47,8 @@ def test_both_spellings_of_every_flag(name, tmp_path):
     choices = {"layer_module": "Qwen2DecoderLayer", "lr_scheduler": "cosine", "wandb_resume": "must", "cp_comm_type": "a2a"}
     choices |= {"recompute_granularity": "full", "recompute_method": "block", "attention_backend": "dense"}
     choices |= {"transformer_impl": "transformer_engine", "encoder_placement": "first_stage"}
-    word = choices.get(name) or ("True" if default is False or default is None and "wandb" in name else "7")
+    choices |= {"on_bad_step": "skip"}
+    word = choices.get(name) or ("True" if default is False or name in ("use_wandb", "ft_heartbeats") else "7")
     if default is True or name == "bf16":
         word = "False"
     results = [value_of(parse_config([flag, word]), name) for flag in (f"--{name}", f"--{name.replace('_', '-')}")]

@@ -39,6 +39,7 @@ def check(words: str, world_size: int = 1) -> None:
         "", "--visual_und False --vit_path /nowhere", "--visual_gen False --vae_path /nowhere", "--num_workers 0", "--max_grad_norm 0",
         "--overlap_grad_reduce", "--overlap_grad_reduce --overlap_param_gather", "--recompute_granularity full --recompute_num_layers 2",
         "--finetune_from_hf True --init_random True --llm_path /nowhere", "--max_num_tokens 1000",
+        "--profile --profile_step_start 0 --profile_step_end 1 --prometheus_file bagel.prom",
     ],
 )  # fmt: skip
 def test_accepted(base, words):
@@ -60,6 +61,10 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
         ("--sequence_parallel", r"--sequence_parallel .*needs --tensor_model_parallel_size above 1"),
         ("--virtual_pipeline_model_parallel_size 2", r"needs --pipeline_model_parallel_size above 1"),
         ("--num_layers_in_first_pipeline_stage 2", r"needs --pipeline_model_parallel_size above 1"),
+        ("--profile_ranks 0", r"--profile_ranks needs --profile"),
+        ("--profile --profile_step_start 5 --profile_step_end 5", r"leave no step to profile"),
+        ("--profile --profile_ranks 0 64", r"--profile_ranks 64: give ranks of this run, 0 to"),
+        ("--prometheus_file metrics.txt", r"names end in .prom"),
         ("--recompute_modules mlp", r"needs --recompute_granularity selective"),
         ("--recompute_granularity selective --recompute_modules moe", r"choose from core_attn, mlp"),
         ("--recompute_num_layers 2", r"need --recompute_granularity full"),

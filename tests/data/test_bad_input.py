@@ -173,6 +173,14 @@ def test_an_index_of_a_newer_version_says_to_update(goldens: Path, tmp_path: Pat
         IndexedSamples.open(tmp_path / "index")
 
 
+def test_a_dataset_without_one_usable_row_is_refused_with_its_reasons(goldens: Path, tmp_path: Path) -> None:
+    """The other way to have no sample at all, groups that are empty after planning, is in test_planner.py."""
+    write_lines(tmp_path / "text/plain.jsonl", [{"text": " "}, "{broken", {"text": ""}])
+    with pytest.raises(ValueError, match=r"dataset text/plain: not one usable sample \(.*2 x empty text.*explained in .*skipped.jsonl"):
+        build(groups_of(tmp_path, "text"), goldens, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
 @pytest.mark.parametrize("flag", [["--max-image-pixels", "0"], ["--num-jobs", "0"], ["--job-index", "1"], ["--workers", "-1"]])
 def test_impossible_flags_are_named(flag: list[str], goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "text/plain.jsonl", [{"text": "one"}])

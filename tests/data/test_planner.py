@@ -69,6 +69,9 @@ def test_every_sample_once_per_epoch(rows: list[tuple], seed: int, window: int) 
     skipped = Counter((int(name[5:]), index, epoch) for name, index, epoch in planner.skips.listed)
     everything = seen + waiting + planned + skipped
     assert max(everything.values()) == 1
+    room = 200 - sum(group.longest for group in groups if group.is_mandatory)
+    lengths = [int(groups[s].measure(np.array([i]), e).tokens[0]) for s, i, e in skipped if groups[s].longest <= 60]
+    assert all(length > room for length in lengths), "a sample that fits beside any mandatory ones was left out"
     for number, place in enumerate(state["places"]):
         size = len(groups[number])
         mine = {(index, epoch) for source, index, epoch in everything if source == number}
@@ -135,6 +138,15 @@ def test_no_sample_waits_for_ever() -> None:
     assert planner.skips.counts[0] > 0
     assert any("mandatory" in reason for reason in planner.skips.listed.values())
     assert len(planner.state_dict()["waiting"]) < 300
+
+
+def test_a_small_mandatory_group_leaves_nothing_out() -> None:
+    """Blocks of one pack, and a window of many packs: samples wait for long, but each comes in its turn."""
+    groups = [Rows("first", 24, 20, 30, is_mandatory=True), Rows("second", 8, 10, 40, is_mandatory=True), Rows("third", 16, 3, 40)]
+    planner = Planner(groups, config(window=50))
+    planner.packs(0, 200)
+    assert planner.skips.counts == [0, 0, 0]
+    assert max(planner.state_dict()["ages"]) < 40
 
 
 def test_too_long_samples_are_counted_and_listed() -> None:

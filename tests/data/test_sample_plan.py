@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_bagel.data.groups import EDIT, T2I, VLM, parse_groups
-from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.records import Record
 from megatron_bagel.data.sample_plan import (
     ConditionDropout,
@@ -24,7 +24,7 @@ from megatron_bagel.data.sample_plan import (
 from megatron_bagel.data.sources import GroupSource, PlanSettings, open_sources
 from megatron_bagel.layout.items import Item
 from megatron_bagel.layout.pack import LayoutSpec, PackImage, build_pack
-from tests.data.golden_index import build_golden_index, golden_groups
+from tests.data.golden_index import build_golden_index, find_row, golden_groups, golden_row
 
 SPEC = LayoutSpec(bos=411, eos=412, start_of_image=419, end_of_image=420, vit_max_side=16, max_latent_size=16)
 NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
@@ -46,21 +46,6 @@ class MersenneDraws:
 @pytest.fixture(scope="module")
 def index(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexedSamples:
     return build_golden_index(goldens, tmp_path_factory.mktemp("index") / "index")
-
-
-def find_row(reader: DatasetReader, file: str, row: int) -> int:
-    return next(i for i in range(len(reader)) if reader.source(i)[0].endswith(file) and reader.source(i)[1] == row)
-
-
-def golden_row(group: str, data_indexes: list[int] | int, units: list) -> tuple[str, int]:
-    """(file, row in the file) of a golden sample; every parquet file of the goldens has row groups of 2 rows (T2I) or 2 and 1."""
-    if group == T2I:
-        file, row_group, row = data_indexes
-        return units[file], 2 * row_group + row
-    if group == EDIT:
-        unit, row = data_indexes
-        return units[unit][0], 2 * units[unit][1] + row
-    return "llava_ov_si.jsonl", json.loads(units[data_indexes][0])["id"]  # ids are line numbers there
 
 
 def num_tokens(items: tuple[Item, ...]) -> int:

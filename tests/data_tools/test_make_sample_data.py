@@ -79,6 +79,21 @@ def test_dataset_yaml_and_model_configs_fit_the_data(made: Path) -> None:
     assert llm.vocab_size % 64 == 0 and llm.vocab_size >= len(tokens["model"]["vocab"]) + len(tokens["added_tokens"])
 
 
+@pytest.mark.parametrize(("flags", "longest", "shortest"), [
+    ([], 70, 70),
+    (["--vit-image-size", "42"], 42, 42),
+    (["--image-size", "96x48"], 98, 56),
+    (["--image-size", "96x48", "--vit-image-size", "42"], 42, 28),
+])  # fmt: skip
+def test_size_at_which_the_tower_sees_pictures(tmp_path: Path, flags: list[str], longest: int, shortest: int) -> None:
+    make_sample_data([str(tmp_path / "data"), "--t2i", "1", "--edit", "1", "--vlm", "1", *flags])
+    dataset = yaml.safe_load((tmp_path / "data/dataset.yaml").read_text())
+    for args in (dataset["unified_edit"]["vit_image_transform_args"], dataset["vlm_sft"]["image_transform_args"]):
+        assert (args["max_image_size"], args["min_image_size"]) == (longest, shortest)
+    latents = dataset["t2i_pretrain"]["image_transform_args"]
+    assert latents["image_stride"] == 16 and latents["max_image_size"] == (96 if "--image-size" in flags else 64)
+
+
 def test_rows_depend_on_seed_and_number_only(made: Path, tmp_path: Path) -> None:
     make_sample_data([str(tmp_path / "more"), "--t2i", "9", "--edit", "2", "--vlm", "0"])
     make_sample_data([str(tmp_path / "other"), "--t2i", "7", "--edit", "0", "--vlm", "0", "--seed", "1"])

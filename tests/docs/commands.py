@@ -19,17 +19,19 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-STARTS = re.compile(r"^([A-Z_]+=\S+ )*(python|bash|torchrun) ")
+STARTS = re.compile(r"^([A-Za-z_]+=\S+ )*(python|bash|torchrun|sbatch|kubectl|docker) ")
 OWN_PACKAGES = ("megatron_bagel", "benchmarks")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of a page, continuation lines joined; ``line`` is where it starts."""
+    """A command line of a page, continuation lines joined; ``line`` is where it starts, ``gpu`` whether its block is marked ```bash gpu:
+    it needs GPUs, or a cluster, and nothing here runs it."""
 
     page: Path
     line: int
     text: str
+    gpu: bool = False
 
     @property
     def name(self) -> str:
@@ -37,11 +39,16 @@ class Command:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     @property
+    def abridged(self) -> bool:
+        """Whether it leaves something out for the reader to fill in, and so cannot run as it stands."""
+        return "..." in self.text or "…" in self.text
+
+    @property
     def words(self) -> list[str]:
         """Words as a shell would pass them: comments and ``...`` gone, every variable replaced by a number that any flag takes."""
         text = re.sub(r"\$\{?\w+\}?", "1", self.text)
         words = [word for word in shlex.split(text, comments=True) if word not in ("...", "…")]
-        return list(itertools.dropwhile(lambda word: re.match(r"^[A-Z_]+=", word), words))
+        return list(itertools.dropwhile(lambda word: re.match(r"^[A-Za-z_]+=", word), words))
 
 
 class Parsed(Exception):
@@ -52,15 +59,15 @@ class Parsed(Exception):
         self.parser, self.unknown = parser, list(unknown)
 
 
-def code_lines(page: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) inside ```bash blocks and indented blocks of a page."""
+def code_lines(page: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line number, text, marked as needing a GPU) inside ```bash blocks and indented blocks of a page."""
     fence: str | None = None
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-        mark = re.match(r"^\s*```(\w*)", line)
+        mark = re.match(r"^\s*```(.*)", line)
         if mark:
-            fence = None if fence is not None else mark.group(1)
-        elif fence == "bash" or (fence is None and line.startswith("    ")):
-            yield number, line.strip()
+            fence = None if fence is not None else mark.group(1).strip()
+        elif fence in ("bash", "bash gpu") or (fence is None and line.startswith("    ")):
+            yield number, line.strip(), fence == "bash gpu"
 
 
 def commands() -> list[Command]:
@@ -68,26 +75,27 @@ def commands() -> list[Command]:
     found: list[Command] = []
     for page in PAGES:
         unfinished: tuple[int, str] | None = None
-        for number, line in code_lines(page):
+        for number, line, gpu in code_lines(page):
             start, text = (unfinished[0], f"{unfinished[1]} {line}") if unfinished else (number, line)
             if text.endswith("\\"):
                 unfinished = start, text[:-1].rstrip()
                 continue
             unfinished = None
             if STARTS.match(text):
-                found.append(Command(page, start, text))
+                found.append(Command(page, start, text, gpu))
     return found
 
 
 def check(command: Command) -> None:
-    """Let the command's program read its words. Of bash scripts and other projects' modules only their existence is checked.
+    """Let the command's program read its words. Of scripts, manifests and other projects' modules only their existence is checked.
 
     Raises SystemExit, with the parser's own message on stderr, for words that the program refuses; ValueError for words that no flag
     takes, and for a program that does not exist.
     """
     launcher, *words = command.words
-    if launcher == "bash":
-        _need_file(words[0])
+    if launcher in ("bash", "sbatch", "kubectl", "docker"):
+        for word in words[:1] if launcher == "bash" else [word for word in words if word.startswith("examples/")]:
+            _need_file(word)
     elif launcher == "torchrun":
         from torch.distributed.run import get_args_parser
 

@@ -11,14 +11,15 @@ from tests.docs.commands import PAGES, ROOT, Command, check, commands, flags_of
 
 COMMANDS = commands()
 PROGRAMS = (
-    "megatron_bagel.train", "megatron_bagel.generate", "tools/verify_golden.py", "tools/checkpoint_convert/hf_to_megatron.py",
+    "megatron_bagel.train", "megatron_bagel.plan", "megatron_bagel.generate", "tools/verify_golden.py",
+    "tools/checkpoint_convert/hf_to_megatron.py",
     "tools/checkpoint_convert/megatron_to_hf.py", "tools/checkpoint_convert/init_from_pretrained.py",
     "tools/checkpoint_convert/inspect_checkpoint.py", "data_tools/build_index.py", "data_tools/inspect_index.py",
     "data_tools/make_sample_data.py", "data_tools/train_tokenizer.py", "data_tools/merge_index.py", "data_tools/verify_index.py",
     "data_tools/cache_latents.py", "megatron_bagel.evaluate",
 )  # fmt: skip
-#: Flags that the pages mention and no program lists: another program's, and an abbreviation.
-FOREIGN_FLAGS = {"__logdir", "__num_worker"}
+#: Flags that the pages mention and no program lists: those of other programs, and an abbreviation.
+FOREIGN_FLAGS = {"__logdir", "__max_restarts", "__num_worker"}
 #: Parallel axes, each with a row in the README's table.
 AXES = (
     "--tensor_model_parallel_size", "--sequence_parallel", "--pipeline_model_parallel_size", "--virtual_pipeline_model_parallel_size",

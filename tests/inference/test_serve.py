@@ -6,33 +6,16 @@ import base64
 import http.client
 import io
 import json
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_bagel.inference import serve
 from megatron_bagel.inference.engine import Engine
-from megatron_bagel.inference.image import ImageSampling
 from megatron_bagel.inference.noise import KeyedNoise
 from megatron_bagel.inference.requests import Request, answer
-from megatron_bagel.inference.sampling import TextSampling
-
-TEXT, IMAGE = TextSampling(max_length=6), ImageSampling(num_timesteps=3)
-
-
-@pytest.fixture
-def port(engine: Engine) -> Iterator[int]:
-    server = serve.make_server(serve.Desk(engine, TEXT, IMAGE), "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server.server_address[1]
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from tests.inference.page import IMAGE, TEXT, picture_of
 
 
 def post(port: int, body: Any, path: str = "/answer", **headers: str) -> tuple[int, dict[str, str]]:
@@ -41,10 +24,6 @@ def post(port: int, body: Any, path: str = "/answer", **headers: str) -> tuple[i
     connection.request("POST", path, content, {"Content-Type": "application/json", **headers})
     reply = connection.getresponse()
     return reply.status, json.loads(reply.read())
-
-
-def picture_of(url: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
 def test_page_and_answers(port: int, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""A pack's fields equal the original's packed batch, field for field, for every recorded row."""
+"""A pack's fields equal the original's packed batch for the row made by hand (those made of files: tests/data/test_golden_rows.py)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from megatron_bagel.layout.items import Item, Mode, Sample
-from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack, grid_position_ids, sample_tokens
+from megatron_bagel.layout.items import Item, Sample
+from megatron_bagel.layout.pack import build_pack, grid_position_ids, sample_tokens
+from tests.layout.golden_fields import GOLDEN_SPEC, assert_equal_to_golden
 from tests.strategies import SPEC, samples
-
-FIELDS = {
-    "text_ids": "packed_text_ids",
-    "text_positions": "packed_text_indexes",
-    "position_ids": "packed_position_ids",
-    "vae_positions": "packed_vae_token_indexes",
-    "latent_shapes": "patchified_vae_latent_shapes",
-    "latent_position_ids": "packed_latent_position_ids",
-    "vit_positions": "packed_vit_token_indexes",
-    "vit_position_ids": "packed_vit_position_ids",
-    "ce_positions": "ce_loss_indexes",
-    "labels": "packed_label_ids",
-    "mse_positions": "mse_loss_indexes",
-}
-GOLDEN_SPEC = LayoutSpec(411, 412, 419, 420, vit_patch=14, vit_max_side=16, vae_downsample=16, max_latent_size=16)
 
 
 def text(*ids: int, loss: bool = False, **kw: object) -> Item:
@@ -62,18 +48,6 @@ def interleaved_samples() -> list[Sample]:
         text(93, loss=True),
     )
     return [Sample("set", 0, 0, first), Sample("set", 1, 0, second)]
-
-
-def assert_equal_to_golden(pack: Pack, golden: dict) -> None:
-    assert pack.sequence_length == golden["sequence_length"]
-    documents = len(pack.sample_lens)
-    assert pack.sample_lens.tolist() == golden["sample_lens"][:documents]
-    splits = len(pack.split_lens)
-    assert pack.split_lens.tolist() == golden["split_lens"][:splits]
-    assert [Mode(m).name.lower() for m in pack.split_modes] == golden["attn_modes"][:splits]
-    for ours, theirs in FIELDS.items():
-        assert getattr(pack, ours).tolist() == golden[theirs], ours
-    np.testing.assert_allclose(pack.ce_weights, golden["ce_loss_weights"], rtol=1e-6)
 
 
 def test_interleaved_row_equals_the_original(goldens: Path) -> None:

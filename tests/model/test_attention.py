@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 
 from benchmarks.long_packs import KINDS, LONG, quickest
 from megatron_bagel.layout.blocks import block_occupancy
-from megatron_bagel.layout.items import Sample
+from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import build_pack
@@ -24,6 +24,26 @@ from tests.strategies import SPEC, samples
 def _qkv(tokens: int, heads: int = 4, groups: int = 2, dim: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     return [torch.randn(tokens, n, dim, generator=generator).requires_grad_() for n in (heads, groups, groups)]
+
+
+def _kept(plan: list[Sample]) -> list[list[Item]]:
+    return [[item for item in sample.items if not item.dropped] for sample in plan]
+
+
+#: What the random packs must be able to be, told of the items that are left in each sample.
+REACHED: dict[str, Callable[[list[list[Item]]], bool]] = {
+    "a sample of one split": lambda kept: any(len(items) == 1 for items in kept),
+    "only text": lambda kept: any(kept) and all(item.kind == "text" for items in kept for item in items),
+    "only images": lambda kept: all(kept) and all(item.kind != "text" for items in kept for item in items),
+    "a noise split first": lambda kept: any(len(items) > 1 and items[0].loss and items[0].kind == "vae" for items in kept),
+    "a noise split last": lambda kept: any(len(items) > 1 and items[-1].loss and items[-1].kind == "vae" for items in kept),
+    "no generation token": lambda kept: all(kept) and all(item.kind != "vae" for items in kept for item in items),
+}
+
+
+@pytest.mark.parametrize("what", REACHED)
+def test_random_packs_reach(what: str) -> None:
+    assert find(samples(), lambda plan: REACHED[what](_kept(plan)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.layout.items import Item, Sample
@@ -52,10 +53,10 @@ def run(model: BagelModel, batch) -> tuple[torch.Tensor, torch.Tensor, dict[str,
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plan=samples())
-def test_sdpa_equals_dense_through_the_whole_model(plan: list[Sample]) -> None:
+@given(plan=samples(), padding=st.integers(0, 9))
+def test_sdpa_equals_dense_through_the_whole_model(plan: list[Sample], padding: int) -> None:
     model, arch = built()
-    oracle, ours = (run(model, microbatch(plan, arch, SPEC, backend)) for backend in ("dense", "sdpa"))
+    oracle, ours = (run(model, microbatch(plan, arch, SPEC, backend, padding)) for backend in ("dense", "sdpa"))
     for left, right in zip(oracle[:2], ours[:2], strict=True):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
     for name, grad in oracle[2].items():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
-from tools.checkpoint_convert import hf_to_megatron, inspect_checkpoint, megatron_to_hf
+from tools.checkpoint_convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
+
+
+def without_latent_size(source: Path, folder: Path) -> Path:
+    """`source` by links, with a config.json that leaves `max_latent_size` out, as the released one does."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    top = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in top.items() if key != "max_latent_size"}))
+    return folder
 
 
 @pytest.mark.parametrize("weights", ["ema", "both"])
@@ -69,7 +84,8 @@ def test_parts_a_run_was_trained_without_come_from_another_folder(goldens: Path,
     assert hf_to_megatron.main(["--model", str(text_only), "--output", str(tmp_path / "ckpt")]) == 0
     out = tmp_path / "out"
     command = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--tokenizer", str(source)]
-    assert megatron_to_hf.main([*command, "--untrained-from", str(source), "--shard-size", "300KB"]) == 0
+    silent = without_latent_size(source, tmp_path / "silent")
+    assert megatron_to_hf.main([*command, "--untrained-from", str(silent), "--shard-size", "300KB"]) == 0
     index = json.loads((out / "ema.safetensors.index.json").read_text())
     files = sorted(out.glob("ema-*.safetensors"))
     assert len(files) == len(set(index["weight_map"].values())) > 2
@@ -83,12 +99,53 @@ def test_parts_a_run_was_trained_without_come_from_another_folder(goldens: Path,
     assert (out / "ae.safetensors").is_file() and (out / "vit_config.json").is_file()
 
 
-def test_types_are_kept_on_request(goldens: Path, tmp_path: Path) -> None:
+def test_types_are_kept_on_request_and_the_size_is_said_first(
+    goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert hf_to_megatron.main(["--model", str(goldens / "hf"), "--output", str(tmp_path / "ckpt")]) == 0
     for dtype, expected in (("keep", torch.bfloat16), ("fp32", torch.float32)):
         out = tmp_path / dtype
-        assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--dtype", dtype]) == 0
-        assert load_file(out / "ema.safetensors")["language_model.lm_head.weight"].dtype == expected
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--dtype", dtype]) == 0
+        written = load_file(out / "ema.safetensors")
+        assert written["language_model.lm_head.weight"].dtype == expected
+        size = sum(tensor.nbytes for tensor in written.values())
+        said = [message for message in caplog.messages if str(out) in message]
+        assert said == [f"step 0: writing ema, {size / 1e9:.2f} GB together, to {out}", f"wrote {out} (ema)"]
+
+
+def test_a_folder_that_does_not_say_its_latent_size_keeps_it_and_a_wrong_one_is_refused(
+    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The released folder's config.json is silent about it; its position table is not."""
+    silent, checkpoint = without_latent_size(goldens / "hf", tmp_path / "silent"), tmp_path / "ckpt"
+    assert hf_to_megatron.main(["--model", str(silent), "--output", str(checkpoint)]) == 0
+    assert megatron_to_hf.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]) == 0
+    table = "latent_pos_embed.pos_embed"
+    assert torch.equal(load_file(tmp_path / "out/ema.safetensors")[table], load_file(silent / "ema.safetensors")[table])
+    for folder in (silent, goldens / "hf"):
+        command = ["--model", str(folder), "--output", str(tmp_path / "wrong"), "--max-latent-size", "8"]
+        assert hf_to_megatron.main(command) == 1
+        assert "max_latent_size 16, as its position table has 16 x 16 rows; --max-latent-size says 8" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        (hf_to_megatron, ("--model", "--output", "--weights {ema,model,both}", "--max-latent-size")),
+        (megatron_to_hf, ("--weights {ema,model,both}", "--dtype {bf16,fp32,keep}", "--shard-size", "--untrained-from", "--tokenizer")),
+        (init_from_pretrained, ("--llm", "--vit", "--vae", "--no-copy-init-moe", "--vit-select-layer", "--allow-missing")),
+        (inspect_checkpoint, ("show", "compare", "verify")),
+    ],
+    ids=lambda value: value.__name__.rsplit(".", 1)[-1] if hasattr(value, "__name__") else "",
+)
+def test_every_command_explains_itself(tool: ModuleType, options: tuple[str, ...]) -> None:
+    """As a person starts it: a file by its path, outside of this folder."""
+    done = subprocess.run([sys.executable, tool.__file__, "--help"], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert not [option for option in options if option not in " ".join(done.stdout.split())]
 
 
 def test_a_checkpoint_is_described_compared_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.inference.tiny_model import write_tiny_model
+from tests.tools.recorded_infer import IMAGE_CASES, write_recorded_cases
+from tests.tools.recorded_set import other_arch
 from tools.golden_common import Comparison
 from tools.golden_infer import run_infer_cases
 
@@ -32,6 +35,19 @@ def test_every_recorded_case(goldens: Path, golden_model) -> None:
     with torch.no_grad():
         golden_model.decoder.llm2vae.weight.mul_(1.001)
     assert any(not result.ok for result in run_infer_cases(goldens, golden_model))
+
+
+def test_another_model_size(tmp_path: Path, single_rank: None) -> None:
+    """Nothing of the tiny model's sizes is in the checker: widths, latent patches, autoencoder, tables come from the files."""
+    from megatron_bagel.inference.loading import load_engine
+
+    model = load_engine(write_tiny_model(tmp_path, other_arch()))
+    folder = write_recorded_cases(tmp_path, model)
+    results = run_infer_cases(folder, model)
+    assert len(results) == 4 and not [result.line() for result in results if not result.ok]
+    with torch.no_grad():
+        model.decoder.llm2vae.weight.mul_(1.001)
+    assert [result.name for result in run_infer_cases(folder, model) if not result.ok] == [f"infer/{name}" for name in IMAGE_CASES]
 
 
 def test_comparison_reports_the_worst_and_refuses_nan_and_nothing() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.runs import make_world, numbers, run, run_config
+from tests.runs import NUMBERS, make_world, numbers, run, run_config
 
 TP, SP = "tensor_model_parallel_size", "sequence_parallel"
 PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -87,6 +87,12 @@ def assert_equal(ours: Result, theirs: Result, steps: int = STEPS) -> None:
             assert not here[rows:].any() and not there[rows:].any()
             here, there = here[:rows], there[:rows]
         torch.testing.assert_close(here, there, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_clipped(result: Result) -> None:
+    """Gradients were longer than the settings allow, in every step: what is compared went through clipping."""
+    norms = [step[1 + NUMBERS.index("grad_norm")] for step in result[0]]
+    assert min(norms) > SETTINGS["max_grad_norm"], norms
 
 
 def cases(table: Mapping[str, Any], *representatives: str) -> list[Any]:

@@ -100,5 +100,6 @@ def test_autoencoder_equals_torchs_counter(size: tuple[int, int]) -> None:
 
 def test_peaks() -> None:
     assert peak_tflops("NVIDIA H200") == 989.0 and peak_tflops("NVIDIA H20") == 148.0
+    assert peak_tflops("NVIDIA B200") == 2250.0
     assert peak_tflops("cpu") == 0.0 and peak_tflops("cpu", 0.1) == 0.1
     assert utilization(2e12, 2.0, 0.5, 4) == (1.0, 0.5) and utilization(2e12, 2.0, 0.0, 4) == (1.0, 0.0)

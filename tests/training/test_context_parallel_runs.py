@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sample data, and a decoder of 4 layers with heads enough to share between four ranks."""
     folder = world_of(tmp_path_factory.mktemp("world"), num_attention_heads=8, num_key_value_heads=4)
-    for name in ("text", "t2i_pretrain"):
+    for name in ("text", "t2i_pretrain", "vlm_sft"):
         groups = yaml.safe_load((folder / "data/dataset.yaml").read_text())
         only = {key: content for key, content in groups.items() if key in (name, "dataset_info")}
         only[name]["weight"] = 1
@@ -60,11 +60,14 @@ def test_shared_packs_equal_one_process(world: Path, tmp_path: Path, reference: 
 
 
 TEXT, PICTURES = {"dataset_config_file": "text.yaml"}, {"dataset_config_file": "t2i_pretrain.yaml"}
+QUESTIONS = {"dataset_config_file": "vlm_sft.yaml"}
 KINDS = {
     "text-alone": (4, {CP: 4}, {**TEXT, "visual_gen": False, "visual_und": False}),
     "text-alone-pp2": (4, {PP: 2, CP: 2}, TEXT),
     "pictures-alone-pp2": (4, {PP: 2, CP: 2, COMM: "a2a"}, PICTURES),
+    "questions-alone-pp2": (4, {PP: 2, CP: 2}, QUESTIONS),
     "freeze-und-pp2": (4, {PP: 2, CP: 2}, {"freeze_und": True}),
+    "freeze-vit-pp2": (4, {PP: 2, CP: 2}, {"freeze_vit": True}),
     "freeze-llm-pp2": (4, {PP: 2, CP: 2}, {"freeze_llm": True, "use_distributed_optimizer": False}),
     "freeze-vit-moe": (2, {CP: 2, "recompute_granularity": "full"}, {"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}),
 }

@@ -131,7 +131,7 @@ def test_checkpoint_continues_on_other_layouts(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 8))
 def test_dealing_is_balanced(sizes: list[int], ranks: int) -> None:
-    owners = deal_by_size(sizes, [ranks] * len(sizes))
+    owners = deal_by_size(sizes, ranks)
     load = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
     # Largest first to the least loaded: no rank is more than one tensor above the mean.
     assert max(load) <= sum(sizes) / ranks + max(sizes, default=0)

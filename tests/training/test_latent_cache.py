@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from data_tools.cache_latents import main
 from megatron_bagel.data.groups import load_groups
@@ -19,6 +21,7 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.encoders import latent_writer
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.latent_writer import CacheOptions, write_latent_cache
+from megatron_bagel.training.history import read_history
 from tests import runs
 from tests.data.index_files import groups_of, noise_png, write_t2i
 
@@ -57,6 +60,25 @@ def test_the_same_losses_without_a_vae(world: Path, tmp_path: Path, ranks: int, 
     for name in ("ce", "mse", "grad_norm"):
         assert [record[name] for record in cached] == pytest.approx([record[name] for record in encoded], rel=1e-5)
     assert all(record["mse"] > 0 for record in encoded)
+
+
+@pytest.mark.distributed
+def test_evaluated_as_a_run_that_encodes(world: Path, tmp_path: Path) -> None:
+    assert main(command(world, tmp_path / "latents")) == 0
+    flags = {"total_steps": 1, "split": "75,25", "eval_every": 1, "eval_samples": 3, "eval_pictures": 1, "eval_timesteps": 3}
+    cache = {"latent_cache": str(tmp_path / "latents")}
+    found = {}
+    for name, more in (("encoded", {}), ("cached", cache), ("no vae", {**cache, "vae_path": str(tmp_path / "none.safetensors")})):
+        runs.run(runs.run_config(world, tmp_path / name, **flags, **more))
+        (line,) = read_history(tmp_path / name / "validation.jsonl")
+        sheets = {path.name: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / name / "samples").glob("*.png")}
+        found[name] = {key: value for key, value in line.items() if key.startswith(("model/", "ema/"))}, sheets
+    losses, sheets = found["encoded"]
+    assert any("mse/" in key for key in losses) and len(sheets) == 2
+    assert found["cached"][0] == pytest.approx(losses, rel=1e-5) and found["no vae"] == (found["cached"][0], {})
+    for name, sheet in sheets.items():
+        # Rounding to whole grey values is all that may differ.
+        assert np.abs(found["cached"][1][name] - sheet).max() <= 1
 
 
 def test_jobs_make_the_same_cache_and_a_stopped_one_goes_on(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

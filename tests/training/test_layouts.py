@@ -21,6 +21,7 @@ from tests.training.equal_runs import (
     TP,
     VPP,
     Reference,
+    assert_clipped,
     assert_equal,
     cases,
     stored_tensors,
@@ -75,6 +76,10 @@ def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Refer
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
 
 
+def test_clipping_is_active(reference: Reference) -> None:
+    assert_clipped(reference.run({}))
+
+
 @pytest.mark.slow
 def test_padding_of_the_vocabulary_is_not_exported(world: Path, tmp_path: Path) -> None:
     trained(world, tmp_path, 2, {TP: 2, "make_vocab_size_divisible_by": 128})
@@ -109,6 +114,28 @@ def test_every_model_on_a_layout(
     world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict
 ) -> None:
     assert_equal(trained(world, tmp_path, ranks, {**layout, **flags}), reference.run(flags))
+
+
+THERE = {
+    "tp2-sp-pp2": (4, {**SP_TP2, PP: 2}),
+    "dp4-two-instances": (4, {INSTANCES: 2}),
+    "pp2-vpp2-dp2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [("tp2-sp-pp2", "pp2-vpp2-dp2-overlap"), ("dp4-two-instances", "tp2-sp-pp2"), ("pp2-vpp2-dp2-overlap", "dp4-two-instances")],
+)
+def test_three_steps_here_and_three_there_are_six_here(world: Path, tmp_path: Path, here: str, there: str) -> None:
+    """Losses, and after them weights, averages and the optimizer's moments."""
+    six = {"total_steps": 2 * STEPS}
+    (ranks, flags), (others, other_flags) = THERE[here], THERE[there]
+    trained(world, tmp_path / "apart", ranks, flags)
+    assert_equal(
+        trained(world, tmp_path / "apart", others, {**other_flags, **six}), trained(world, tmp_path / "whole", ranks, {**flags, **six}), 6
+    )
 
 
 ELSEWHERE = {"tp2-pp2": (4, {**SP_TP2, PP: 2}), "pp2-vpp2-dp2": (4, {PP: 2, VPP: 2})}

@@ -18,6 +18,7 @@ from megatron_bagel.training.contact_sheet import SheetRow
 from megatron_bagel.training.history import read_history
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings
 from tests.training.test_metrics import metrics
+from tests.waiting import eventually
 
 
 def test_everything_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +97,19 @@ def test_wandb_gets_the_guides_settings_and_the_originals_names(tmp_path: Path, 
     assert calls[0]["mode"] == "offline" and calls[0]["resume"] == "must" and calls[0]["id"] == "name-run7"
     step, record = calls[1]
     assert step == 5 and record["total_norm"] == 1.25 and record["mem_allocated"] == 2048.0 and calls[2] == "finish"
+
+
+def test_wandb_itself_keeps_its_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package (the extra ``logging``), where it is installed; nothing is sent."""
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    log = RunLog(tmp_path, rank=0, next_step=0, tensorboard=False, wandb=WandbSettings(offline=True), run_config={"lr": 1.0})
+    log.log(metrics(5))
+    log.log_validation(6, {"model/ce": 0.5})
+    log.log_samples(6, {"t2i_pretrain": [SheetRow("a red circle", (("made", np.zeros((32, 32, 3), np.uint8)),))]}, [])
+    log.close()
+    (records,) = (tmp_path / "wandb").glob("offline-run-*/run-run-run0.wandb")
+    # Its own process writes the file, a moment after the run has ended.
+    eventually(lambda: all(name in records.read_bytes() for name in (b"total_norm", b"validation/model/ce")))
+    assert list(records.parent.rglob("*.png"))

@@ -11,12 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_bagel.checkpoint.publish import latest_checkpoint
+from megatron_bagel.config.resolve import architecture, tokenizer_path
+from megatron_bagel.data.tokenizer import load_tokenizer
+from megatron_bagel.data.training_data import open_loader
 from tests.runs import make_world, numbers, run, run_config, start
 from tests.training.equal_runs import OVERLAP, cases
 
 pytestmark = pytest.mark.distributed
+
+
+#: What a line of metrics.jsonl holds at least.
+LOGGED = (
+    "step", "loss", "ce", "mse", "grad_norm", "lr", "consumed_samples", "consumed_tokens", "ce_tokens", "mse_tokens", "step_time_s",
+    "tokens_per_s", "tflops", "mfu", "peak_mem_bytes",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,8 @@ def close(left: list[tuple], right: list[tuple]) -> None:
 def test_a_run_leaves_its_numbers_and_a_curve(world: Path, tmp_path: Path) -> None:
     history = run(run_config(world, tmp_path, total_steps=3))
     assert [record["step"] for record in history] == [0, 1, 2]
+    assert all(record[name] > 0 for record in history for name in LOGGED if name not in ("step", "mfu"))
+    assert all(record["mfu"] >= 0 for record in history)  # 0 where the device's peak rate is not known, as a CPU's
     assert history[0]["lr"] == pytest.approx(5e-4) and history[2]["lr"] == pytest.approx(1e-3)
     assert history[-1]["loss"] < history[0]["loss"]
     for name in ("loss.png", "log.txt", "config.yaml"):
@@ -140,8 +153,6 @@ def test_every_kind_of_training_runs(world: Path, tmp_path: Path, flags: dict, a
 
 
 def test_text_alone_trains_on_two_ranks(world: Path, tmp_path: Path) -> None:
-    import yaml
-
     groups = yaml.safe_load((world / "data/dataset.yaml").read_text())
     only = {name: content for name, content in groups.items() if name in ("text", "dataset_info")}
     only["text"]["weight"] = 1
@@ -150,6 +161,20 @@ def test_text_alone_trains_on_two_ranks(world: Path, tmp_path: Path) -> None:
     config = run_config(world, tmp_path, dataset_config_file=str(path), visual_gen=False, visual_und=False, total_steps=2)
     history = run(config, ranks=2)
     assert history[-1]["ce"] > 0 and history[-1]["mse"] == 0
+
+
+def test_ranks_whose_packs_lack_a_modality(world: Path, tmp_path: Path) -> None:
+    """Packs of one task: a step in which one rank has pictures to draw alone and the other questions alone is that of one rank."""
+    content = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    groups = {name: {**content[name], "is_mandatory": False, "weight": weight} for name, weight in (("t2i_pretrain", 1), ("vlm_sft", 5))}
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({**groups, "dataset_info": content["dataset_info"]}))
+    short = {"dataset_config_file": str(tmp_path / "any.yaml"), "data_seed": 2, "total_steps": 3}
+    short |= {"expected_num_tokens": 1, "max_num_tokens": 64, "max_num_tokens_per_sample": 64}
+    config = run_config(world, tmp_path / "alone", **short)
+    loader = open_loader(config, architecture(config), load_tokenizer(tokenizer_path(config)), 2)
+    first = [{image.kind for image in loaded.pack.images} for loaded in next(loader).packs]
+    assert first == [{"vae"}, {"vit"}]
+    close(numbers(run(run_config(world, tmp_path / "two", **short), ranks=2)), numbers(run(config)))
 
 
 def test_frozen_parts_do_not_move(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from safetensors.torch import load_file
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
 from megatron_bagel.checkpoint.publish import checkpoints
 from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.training.saving import HFExporter
+from tests.checkpoint.tiny_run import train_and_save
+from tests.distributed import run_ranks
 from tests.runs import make_world, numbers, run, run_config
 
 pytestmark = pytest.mark.distributed
@@ -52,6 +57,24 @@ def test_background_saves_are_the_waited_for_ones_and_old_ones_go(world: Path, t
     name = "decoder.layers.1.mlp.gen.linear_fc2.weight"
     hf = WeightMap(checkpoint.arch).entries[name].hf[0]
     assert torch.equal(written[hf], checkpoint.ema(name).bfloat16())
+
+
+def test_an_export_runs_beside_the_training_and_a_failed_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    [whole] = run_ranks(train_and_save, 1, tmp_path, {}, 1, 0, parallel={})
+    checkpoint, torn = tmp_path / "0000001", tmp_path / "0000003"
+    shutil.copytree(checkpoint, torn)
+    next(torn.glob("*.distcp")).unlink()
+    exporter = HFExporter(tmp_path, every=1)
+    for folder in (checkpoint, torn):
+        exporter.add(folder)
+    assert exporter.in_use() == [torn, checkpoint], "whoever adds a checkpoint must not wait for its export"
+    with caplog.at_level(logging.INFO):
+        exporter.finish()
+    assert exporter.in_use() == []
+    head = load_file(tmp_path / "hf/0000001/ema.safetensors")["language_model.lm_head.weight"]
+    assert torch.equal(head, whole["ema.decoder.output_layer.weight"].bfloat16())
+    assert f"exported {checkpoint} to" in caplog.text and f"{torn} could not be exported" in caplog.text
+    assert "is missing" in (tmp_path / "hf/0000003.log").read_text() and not (tmp_path / "hf/0000003").exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_named_one_refused(

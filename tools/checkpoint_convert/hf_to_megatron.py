@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
     )
-    p.add_argument("--max-latent-size", type=int, help="side of the latent grid (config.json's, else 32); 64 for the released weights")
+    p.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
     p.add_argument("--autoencoder-config", type=Path, help="JSON shape of an autoencoder that is not FLUX's and has no ae_config.json")
     return p
 

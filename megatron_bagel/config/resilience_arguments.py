@@ -1,0 +1,34 @@
+"""What a run does when something goes wrong: bad numbers, ranks that hang, slow ranks, NVIDIA's resiliency package. All ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_bagel.config.arguments import flag
+
+
+@dataclass
+class ResilienceArguments:
+    """Bad steps, hangs and stragglers."""
+
+    on_bad_step: Literal["stop", "skip", "rerun"] = flag(
+        "stop",
+        "Before an update that is not finite or a loss spike: stop ends the run, skip leaves the update out and goes on with the next "
+        "data, rerun computes the step once more: if the numbers differ it goes on and names the rank, else it stops.",
+    )
+    loss_spike_factor: float = flag(
+        0.0, "A loss above this many times the median of the last 50 good steps makes a bad step; 0: only NaN does."
+    )
+    max_bad_steps: int = flag(10, "With on_bad_step skip or rerun: so many bad steps in a row end the run.")
+    hang_timeout_minutes: float = flag(
+        8.0, "No step for so long: the ranks that do not answer are named and the run ends; 0 never. Below distributed_timeout_minutes."
+    )
+    first_step_timeout_minutes: float = flag(
+        60.0, "The same for set-up and the first step (collectives too), and for saves and evaluations, which all take longer than a step."
+    )
+    straggler_every: int = flag(500, "Steps between measurements of each rank's own time; slow ranks are named in the log. 0 never.")
+    straggler_factor: float = flag(1.3, "A rank is slow when its own time is this many times the median of all ranks.")
+    ft_heartbeats: bool | None = flag(
+        None, "Send heartbeats to ft_launcher (package nvidia-resiliency-ext). Default: when it started this process."
+    )

@@ -1,0 +1,241 @@
+"""What one microbatch keeps on a rank between its forward and its backward pass, term by term: the tensors that autograd saves.
+
+The terms are those of the ``local`` modules (model/layer.py, model/fused.py, model/attention/sdpa.py) and follow them line by line; a
+test counts the tensors that real passes save. Views of one storage count once. Letters: n tokens, S slots (n and padding), h hidden
+size, f MLP width, t tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parallel_sizes import padded_vocabulary, virtual_stages
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.planning.rank_tokens import RankTokens
+from megatron_bagel.training.memory_model import stage_layers
+
+FP32, INT64 = 4, 8
+TIMESTEP_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which recomputation a layout uses; ``layers`` counts those of ``full``'s unit, or of ``block``'s first ones."""
+
+    granularity: str | None = None
+    method: str = "uniform"
+    layers: int = 1
+    modules: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config) -> Recompute:
+        """As the flags ask for it."""
+        megatron = config.megatron
+        modules = tuple(megatron.recompute_modules or ["core_attn"]) if megatron.recompute_granularity == "selective" else ()
+        return cls(megatron.recompute_granularity, megatron.recompute_method, megatron.recompute_num_layers, modules)
+
+    def kept_inputs(self, layers: int) -> int:
+        """Of a chunk of ``layers`` layers, how many layer inputs are all that is kept."""
+        if self.granularity != "full":
+            return 0
+        return -(-layers // self.layers) if self.method == "uniform" else min(self.layers, layers)
+
+    def untouched(self, layers: int) -> int:
+        """Of a chunk of ``layers`` layers, how many keep everything (or all but selected modules)."""
+        if self.granularity != "full":
+            return layers
+        return 0 if self.method == "uniform" else max(0, layers - self.layers)
+
+    def at_once(self, layers: int) -> int:
+        """Layers whose activations exist again at one time in the backward pass, beside what is kept."""
+        if self.granularity != "full":
+            return 0
+        if self.method == "uniform":
+            return min(self.layers, layers)
+        # The first layers are recomputed last, when what later ones kept is free again.
+        return 0 if self.untouched(layers) else 1
+
+
+def modes(layers: int) -> dict[str, Recompute]:
+    """The modes that a plan compares on chunks of ``layers`` layers, by name; "block" recomputes every second one."""
+    return {
+        "none": Recompute(),
+        "selective": Recompute("selective", modules=("core_attn",)),
+        "selective, MLPs too": Recompute("selective", modules=("core_attn", "mlp")),
+        "block, half": Recompute("full", "block", max(1, layers // 2)),
+        "full": Recompute("full", "uniform"),
+    }
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that one decoder layer keeps. ``core`` is dropped when core attention is recomputed and replaced by ``core_inputs``;
+    ``mlp`` is dropped when MLPs are."""
+
+    hidden: int
+    projections: int
+    core: int
+    core_inputs: int
+    mlp: int
+
+    def kept(self, modules: tuple[str, ...]) -> int:
+        """Bytes kept when ``modules`` are recomputed."""
+        core = self.core_inputs if "core_attn" in modules else self.core
+        return self.hidden + self.projections + core + (0 if "mlp" in modules else self.mlp)
+
+
+class ActivationModel:
+    """Activation bytes of the stages of a layout. The sizes must have passed ``validate_architecture``."""
+
+    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout) -> None:
+        """Raises ValueError for the reference backend ``dense``, whose matrices no run should hold."""
+        self.megatron, self.arch, self.freeze_und = config.megatron, arch, config.training.freeze_und
+        self.backend, self.bytes = layout.attention_backend, 2 if layout.bf16 else FP32
+        if self.backend == "dense":
+            raise ValueError("--attention_backend dense is the reference of the tests; plan with sdpa or flex")
+        llm, tp = arch.llm, config.megatron.tensor_model_parallel_size
+        self.tp = tp
+        self.groups = max(1, llm.num_key_value_heads // tp)
+        self.heads_per_group = llm.num_attention_heads // (llm.num_key_value_heads * max(1, tp // llm.num_key_value_heads))
+        self.heads, self.ffn = self.groups * self.heads_per_group, llm.intermediate_size // tp
+
+    def rows(self, tokens: RankTokens) -> int:
+        """Slots of the hidden states between layers."""
+        return tokens.slots // self.tp if self.megatron.sequence_parallel else tokens.slots
+
+    def hidden_bytes(self, tokens: RankTokens) -> int:
+        """One tensor of hidden states: what stages send, and full recomputation keeps."""
+        return self.rows(tokens) * self.arch.llm.hidden_size * self.bytes
+
+    def layer(self, tokens: RankTokens) -> LayerActivations:
+        """One decoder layer."""
+        llm, width = self.arch.llm, self.bytes
+        n, h, d = tokens.real, llm.hidden_size, llm.head_dim
+        trained = tokens.gen if self.freeze_und else n
+        normed_rows = min(n, self.rows(tokens))
+        # Rows of both experts lie in one tensor where tensor-parallel ranks put them together first.
+        entered = (trained if self.tp == 1 else tokens.slots) * h * width
+        mixed = n * self.groups * (self.heads_per_group + 2) * d * width
+        turned_scale = FP32 * n * self.groups * (self.heads_per_group + 1) if llm.qk_norm else 0
+        core, inputs = self._core(tokens, 0 if llm.qk_norm else mixed)
+        return LayerActivations(
+            # Inputs of the two norms, and their statistics.
+            hidden=2 * (self.hidden_bytes(tokens) + FP32 * normed_rows),
+            # Inputs of QKV and of the MLP, QKV's result (read by QK-norm) with statistics, input of the output projection.
+            projections=2 * entered + (mixed if llm.qk_norm else 0) + turned_scale + n * self.heads * d * width,
+            core=core,
+            core_inputs=inputs,
+            mlp=3 * trained * self.ffn * width,
+        )
+
+    def _core(self, tokens: RankTokens, mixed: int) -> tuple[int, int]:
+        """Bytes of core attention (without its result, the input of the output projection), and of its inputs alone.
+
+        ``mixed`` counts QKV's result where nothing else keeps it: values are a view of it.
+        """
+        d, width, n = self.arch.llm.head_dim, self.bytes, tokens.real
+        row, kv_row = self.heads * d * width, self.groups * d * width
+        # Queries are cut out of the rotated queries and keys: a copy, unless there is one group.
+        inputs = n * (row + kv_row) + (n * row if self.groups > 1 else 0) + mixed
+        if self.backend == "flex":
+            statistics = FP32 * n * self.heads
+            gathered = tokens.keys * 2 * kv_row if self.megatron.context_parallel_size > 1 else 0
+            # flex keeps its result in [heads, tokens] order beside the copy that the projection reads.
+            return inputs + statistics + gathered + n * row, inputs
+        return self._sdpa(tokens, inputs, mixed), inputs
+
+    def _sdpa(self, tokens: RankTokens, inputs: int, mixed: int) -> int:
+        d, cp = self.arch.llm.head_dim, self.megatron.context_parallel_size
+        share = cp if self.megatron.cp_comm_type == "a2a" else 1
+        row, kv_row = self.heads * d * self.bytes // share, self.groups * d * self.bytes // share
+        queries = sum(count * asked for count, asked, _ in tokens.documents)
+        keys = sum(count * seen for count, _, seen in tokens.documents)
+        result = queries * (row + FP32 * self.heads // share)
+        repeated = self.heads_per_group > 1
+        one_document = cp == 1 and len(tokens.documents) == 1 and tokens.documents[0][0] == 1
+        if not one_document:
+            return queries * row + 2 * keys * (row if repeated else kv_row) + result
+        # Queries are read where they lie, and the result is what the projection reads.
+        statistics = result - queries * row
+        if not repeated:
+            return inputs + statistics
+        return (queries * row if self.groups > 1 else inputs - mixed) + 2 * keys * row + statistics
+
+    def shared(self, tokens: RankTokens) -> int:
+        """What all layers of a pass share: rotary angles and, for SDPA, masks."""
+        # Cosines and sines; in fp32 half of each table is a view of the whole.
+        angles = 2 * tokens.slots * self.arch.llm.head_dim * (FP32 if self.bytes == FP32 else self.bytes // 2)
+        if self.backend == "flex":
+            # 128 x 128 blocks, a number each, in four tables.
+            return angles + 4 * 4 * (-(-tokens.real // 128)) * (-(-tokens.keys // 128))
+        masks = sum(count * asked * seen for count, asked, seen in tokens.documents) * self.bytes
+        indices = 0 if self._in_place(tokens) else INT64 * (2 * sum(c * q for c, q, _ in tokens.documents) + tokens.real)
+        return angles + masks + indices
+
+    def _in_place(self, tokens: RankTokens) -> bool:
+        return self.megatron.context_parallel_size == 1 and len(tokens.documents) == 1 and tokens.documents[0][0] == 1
+
+    def embedding(self, tokens: RankTokens) -> int:
+        """What the first stage keeps before its first layer: token ids, latents as the projection reads them, timesteps."""
+        # Under sequence parallelism a rank's slots are a view of the whole pack's.
+        whole = (tokens.slots - self.rows(tokens)) * self.arch.llm.hidden_size * self.bytes
+        ids = INT64 * (tokens.text + tokens.vit) + whole
+        if self.arch.autoencoder is None:
+            return ids
+        h, width = self.arch.llm.hidden_size, self.bytes
+        clock = tokens.timesteps * (TIMESTEP_FREQUENCIES + 2 * h) * width + INT64 * tokens.gen
+        return ids + tokens.gen * self.arch.latent_token_dim * width + clock
+
+    def head(self, tokens: RankTokens) -> int:
+        """What the last stage keeps behind its last layer: norm, head inputs, log probabilities, velocity errors."""
+        llm, width = self.arch.llm, self.bytes
+        vocabulary = padded_vocabulary(llm.vocab_size, self.tp, self.megatron.make_vocab_size_divisible_by) // self.tp
+        norm = self.hidden_bytes(tokens) + FP32 * min(tokens.real, self.rows(tokens))
+        text = tokens.ce * (llm.hidden_size * width + vocabulary * FP32 + 2 * INT64)
+        pictures = 0
+        if self.arch.autoencoder is not None:
+            pictures = tokens.mse * (llm.hidden_size * width + self.arch.latent_token_dim * FP32 + INT64)
+        return norm + text + pictures
+
+    def microbatch(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
+        """Bytes that one microbatch keeps on a stage, all its chunks together."""
+        layer, kept = self.layer(tokens), 0
+        for layers in self.chunks(stage):
+            kept += recompute.kept_inputs(layers) * self.hidden_bytes(tokens)
+            kept += recompute.untouched(layers) * layer.kept(recompute.modules)
+        last = self.megatron.pipeline_model_parallel_size - 1
+        ends = (self.embedding(tokens) if stage == 0 else 0) + (self.head(tokens) if stage == last else 0)
+        return kept + self.shared(tokens) + ends
+
+    def working_set(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
+        """Bytes that come back for a while in the backward pass: the unit that is being recomputed, or one core attention or MLP."""
+        layer, layers = self.layer(tokens), max(self.chunks(stage))
+        again = recompute.at_once(layers) * layer.kept(())
+        if "core_attn" in recompute.modules:
+            again = max(again, layer.core)
+        if "mlp" in recompute.modules:
+            again = max(again, layer.mlp)
+        return again
+
+    def in_flight(self, stage: int, microbatches: int) -> float:
+        """Microbatches (whole ones, in units of all chunks of the stage) whose activations exist at once in Megatron's schedules."""
+        stages, chunks = self.megatron.pipeline_model_parallel_size, len(self.chunks(stage))
+        if stages == 1:
+            return 1
+        if chunks == 1:
+            return min(microbatches, stages - stage)
+        warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+        return min(microbatches * chunks, warm_up) / chunks
+
+    def chunks(self, stage: int) -> list[int]:
+        """Layers of each chunk of a stage."""
+        layers = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)[stage]
+        chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1
+        return [layers // chunks] * chunks
+
+
+def parts(activations: LayerActivations) -> dict[str, int]:
+    """The terms by name."""
+    return {field.name: getattr(activations, field.name) for field in fields(activations)}

@@ -1,0 +1,130 @@
+"""Peak memory of a rank, line by line: what it holds between steps, activations by recomputation mode, buffers, encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute, modes
+from megatron_bagel.planning.rank_tokens import RankTokens, largest
+from megatron_bagel.training.memory_model import MemoryModel, RankMemory
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage. ``activations`` are those of the chosen recomputation, all microbatches in flight, and
+    ``by_mode`` those of each mode. ``buffers``: position tables, inputs of all microbatches, what stages hand on, the largest
+    temporary. ``encoders``: weights of the autoencoder and activations of the ViT. ``encoding`` exists before the decoder's
+    activations do, so the peak counts the larger of the two."""
+
+    stage: int
+    held: RankMemory
+    activations: int
+    by_mode: dict[str, int]
+    buffers: int
+    encoders: int
+    encoding: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment of a step, without what CUDA and the allocator take."""
+        held = self.held
+        between = held.weight_bytes + held.gradient_bytes + held.optimizer_bytes + held.average_bytes
+        return between + self.buffers + self.encoders + max(self.activations, self.encoding)
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "stage": self.stage, **{name: value for name, value in asdict(self.held).items() if name != "autoencoder_bytes"},
+            "activation_bytes": self.activations, "activation_bytes_by_recompute": self.by_mode, "buffer_bytes": self.buffers,
+            "encoder_bytes": self.encoders, "encoding_workspace_bytes": self.encoding, "peak_bytes": self.peak,
+        }  # fmt: skip
+
+
+class PeakMemory:
+    """Memory of the stages of a layout for given packs."""
+
+    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout, held: MemoryModel | None = None) -> None:
+        self.config, self.arch, self.layout = config, arch, layout
+        self.held, self.activations = held or MemoryModel(config, arch, layout), ActivationModel(config, arch, layout)
+
+    def stage(self, stage: int, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> StageMemory:
+        """Of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
+        held, tokens, chosen = self.held.rank(stage), largest(packs), recompute or Recompute.of(self.config)
+        compared = modes(max(self.activations.chunks(stage)))
+        by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared.items()}
+        return StageMemory(
+            stage=stage,
+            held=held,
+            activations=self._in_flight(stage, tokens, len(packs), chosen),
+            by_mode=by_mode,
+            buffers=self._buffers(stage, packs, tokens),
+            encoders=held.autoencoder_bytes + self._vit_activations(stage, packs),
+            encoding=self._encoding(packs) if held.autoencoder_bytes else 0,
+        )
+
+    def stages(self, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> list[StageMemory]:
+        """Of every stage."""
+        return [self.stage(stage, packs, recompute) for stage in range(self.config.megatron.pipeline_model_parallel_size)]
+
+    def _in_flight(self, stage: int, tokens: RankTokens, microbatches: int, recompute: Recompute) -> int:
+        model = self.activations
+        each = model.microbatch(stage, tokens, recompute)
+        return round(model.in_flight(stage, microbatches) * each) + model.working_set(stage, tokens, recompute)
+
+    def _buffers(self, stage: int, packs: Sequence[RankTokens], tokens: RankTokens) -> int:
+        arch, model, stages = self.arch, self.activations, self.config.megatron.pipeline_model_parallel_size
+        hidden, width = arch.llm.hidden_size, model.bytes
+        found = 0
+        if arch.autoencoder is not None and stage == 0:
+            found += arch.max_latent_size**2 * hidden * width
+        if arch.vit is not None and (stage == 0 or encoders_on_all_ranks(self.config.megatron)):
+            found += arch.vit_max_num_patch_per_side**2 * hidden * width
+        if stage in (0, stages - 1):
+            # Latents and noise of the step's packs; ViT features and their gradient.
+            found += sum(2 * pack.gen * arch.latent_token_dim * FP32 for pack in packs)
+        if stage == 0:
+            found += sum(2 * pack.vit * hidden * width for pack in packs)
+        if stages > 1:
+            # Received and sent hidden states and gradients; what was sent is kept until its backward pass.
+            found += round((model.in_flight(stage, len(packs)) + 3) * model.hidden_bytes(tokens))
+        gradient = 2 * model.ffn * tokens.real * width + 2 * model.hidden_bytes(tokens)
+        if stage == stages - 1:
+            # Log probabilities become a gradient of their size, in fp32.
+            gradient = max(gradient, tokens.ce * FP32 * -(-arch.llm.vocab_size // model.tp))
+        return found + gradient
+
+    def _share(self, stage: int) -> float:
+        """Share of a replica's ViT images that a rank of ``stage`` encodes."""
+        megatron = self.config.megatron
+        ranks = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
+        if encoders_on_all_ranks(megatron):
+            return 1 / ranks
+        return 1.0 if stage == 0 else 0.0
+
+    def _vit_activations(self, stage: int, packs: Sequence[RankTokens]) -> int:
+        """Saved by the vision tower for the images of the whole step: its backward pass comes after the last microbatch's."""
+        vit, share = self.arch.vit, self._share(stage)
+        tokens = sum(image.tokens for pack in packs for image in pack.images if image.kind == "vit")
+        if vit is None or not tokens or not share:
+            return 0
+        width, v, h = self.activations.bytes, vit.hidden_size, self.arch.llm.hidden_size
+        patches = vit.num_channels * vit.patch_size**2 * width
+        statistics = 4 * FP32 + FP32 * vit.num_attention_heads
+        # Norm inputs and outputs, queries, keys, values, attention's result and its copy, and the MLP's two.
+        layer = (9 * v + 2 * vit.intermediate_size) * width + statistics
+        connector = (2 * v + 2 * h) * width
+        if self.config.training.freeze_vit or self.config.training.freeze_und:
+            return round(tokens * share * (v * width + 2 * h * width))
+        if self.config.megatron.recompute_vit:
+            return round(tokens * share * (patches + self.arch.n_vit_layers * v * width + 2 * v * width) + layer * tokens * share)
+        return round(tokens * share * (patches + self.arch.n_vit_layers * layer + connector))
+
+    def _encoding(self, packs: Sequence[RankTokens]) -> int:
+        """Workspace of the autoencoder: a residual block of the largest image at full resolution, four tensors of its size."""
+        pixels = max((image.height * image.width for pack in packs for image in pack.images if image.kind == "vae"), default=0)
+        return 4 * pixels * self.arch.autoencoder.ch * FP32

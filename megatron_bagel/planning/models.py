@@ -1,0 +1,66 @@
+"""Named model sizes, so that a plan needs no folder: the shapes of the public checkpoints BAGEL is built from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import architecture
+
+#: SigLIP so400m as BAGEL's released folder has it: 980 pixels, the last of 27 layers left out by ``vit_select_layer``.
+_SIGLIP = ViTArch(1152, 4304, 27, 16, image_size=980)
+_MOT = "Qwen2MoTDecoderLayer"
+
+
+def _bagel(llm: LLMArch, max_latent_size: int = 64) -> BagelArch:
+    return BagelArch(llm, _SIGLIP, AutoencoderArch(), max_latent_size=max_latent_size)
+
+
+MODELS: dict[str, BagelArch] = {
+    # The released model.
+    "bagel-7b-mot": _bagel(LLMArch(3584, 18944, 28, 28, 4, 152064, layer_module=_MOT)),
+    # Starts of one's own, from Qwen2.5's public sizes.
+    "qwen2.5-0.5b-mot": _bagel(LLMArch(896, 4864, 24, 14, 2, 151936, layer_module=_MOT)),
+    "qwen2.5-1.5b-mot": _bagel(LLMArch(1536, 8960, 28, 12, 2, 151936, layer_module=_MOT)),
+    "qwen2.5-3b-mot": _bagel(LLMArch(2048, 11008, 36, 16, 2, 151936, layer_module=_MOT)),
+    "qwen2.5-14b-mot": _bagel(LLMArch(5120, 13824, 48, 40, 8, 152064, layer_module=_MOT)),
+    "qwen2.5-32b-mot": _bagel(LLMArch(5120, 27648, 64, 40, 8, 152064, layer_module=_MOT)),
+    "qwen2.5-72b-mot": _bagel(LLMArch(8192, 29568, 80, 64, 8, 152064, layer_module=_MOT)),
+}
+
+
+def parameters(arch: BagelArch) -> int:
+    """Numbers in a model's released files without the autoencoder's: parameters, and the two position tables stored beside them."""
+    return sum(prod(shape) for shape in WeightMap(arch).hf_shapes().values())
+
+
+def planned_model(name: str | None, config: Config) -> BagelArch:
+    """A named size or a model folder, with the given flags of training on top; with neither, what those flags alone describe.
+
+    Raises ValueError for a name that is neither.
+    """
+    if name is None:
+        return architecture(config)
+    if name not in MODELS:
+        if not Path(name).is_dir():
+            raise ValueError(f"--model {name} is neither a folder nor a named size; the names are {', '.join(MODELS)}")
+        return _with_flags(BagelArch.from_hf_folder(name), config)
+    return _with_flags(MODELS[name], config)
+
+
+def _with_flags(arch: BagelArch, config: Config) -> BagelArch:
+    model, training, given = config.model, config.training, config.given
+    llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
+    flag_of = {"qk_norm": "llm_qk_norm"}
+    own = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
+    return replace(
+        arch,
+        llm=replace(arch.llm, **{name: value for name, value in llm.items() if flag_of.get(name, name) in given}),
+        vit=arch.vit if training.visual_und else None,
+        autoencoder=arch.autoencoder if training.visual_gen else None,
+        **own,
+    )

@@ -1,0 +1,161 @@
+"""A plan for readers: tables on the terminal, and the picture of memory per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_bagel.planning.communication import sent_by_axis
+from megatron_bagel.planning.gpus import GPUS
+from megatron_bagel.planning.layout_plan import GIB, LayoutPlan, Problem
+from megatron_bagel.planning.memory import StageMemory
+from megatron_bagel.planning.models import MODELS, parameters
+
+#: Lines of the memory table: title -> bytes of a stage.
+_MEMORY = {
+    "weights": lambda stage: stage.held.weight_bytes,
+    "gradients": lambda stage: stage.held.gradient_bytes,
+    "optimizer": lambda stage: stage.held.optimizer_bytes,
+    "average (EMA)": lambda stage: stage.held.average_bytes,
+    "activations": lambda stage: stage.activations,
+    "buffers": lambda stage: stage.buffers,
+    "encoders": lambda stage: stage.encoders,
+    "encoding beyond activations": lambda stage: max(0, stage.encoding - stage.activations),
+}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns, the first left and the others right aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    lines = ("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shown_stages(stages: Sequence[StageMemory]) -> list[StageMemory]:
+    """All of a few stages; of many the first two, the fullest and the last."""
+    if len(stages) <= 8:
+        return list(stages)
+    fullest = max(stages, key=lambda stage: stage.peak)
+    return [stages[number] for number in sorted({0, 1, fullest.stage, len(stages) - 1})]
+
+
+def plan_text(plan: LayoutPlan, problem: Problem) -> str:
+    """The whole plan of one layout."""
+    layout, work = plan.layout, plan.work
+    head = (
+        f"{plan.name} on {problem.gpus} x {problem.gpu.name}; {layout.global_batch_size} packs per step, {layout.num_microbatches} per "
+        f"replica, {problem.pack.sequence_length} tokens each ({_mix(problem)}); {'bf16' if layout.bf16 else 'fp32'}, "
+        f"attention {layout.attention_backend}"
+    )
+    verdict = (
+        f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumed.reserved_gib:g} GiB are reserved): "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}"
+    )
+    parts = [head, memory_table(plan, problem), verdict, mode_table(plan), flops_table(plan), traffic_table(plan), time_text(plan, problem)]
+    return "\n\n".join([*parts, f"tokens per step: {work.tokens:,}"])
+
+
+def _mix(problem: Problem) -> str:
+    pack = problem.pack
+    return f"{len(pack.text_positions)} text, {len(pack.vit_positions)} ViT, {len(pack.vae_positions)} VAE"
+
+
+def memory_table(plan: LayoutPlan, problem: Problem) -> str:
+    """GiB per rank of the stages."""
+    stages = shown_stages(plan.memory)
+    rows = [["GiB per rank", *(f"stage {stage.stage}" for stage in stages)]]
+    rows.append(["parameters, millions", *(f"{stage.held.parameters / 1e6:.1f}" for stage in stages)])
+    rows += [[title, *(f"{amount(stage) / GIB:.2f}" for stage in stages)] for title, amount in _MEMORY.items()]
+    rows.append(["peak", *(f"{stage.peak / GIB:.2f}" for stage in stages)])
+    rows.append(["share of the GPU", *(f"{stage.peak / GIB / problem.gpu.memory_gib:.0%}" for stage in stages)])
+    return table(rows)
+
+
+def mode_table(plan: LayoutPlan) -> str:
+    """Activations under every mode of recomputation."""
+    stages = shown_stages(plan.memory)
+    rows = [["activations, GiB, by recompute", *(f"stage {stage.stage}" for stage in stages)]]
+    rows += [[name, *(f"{stage.by_mode[name] / GIB:.2f}" for stage in stages)] for name in stages[0].by_mode]
+    return table(rows)
+
+
+def flops_table(plan: LayoutPlan) -> str:
+    """TFLOP per step by part."""
+    rows = [["TFLOP per step", ""], *([name.replace("_", " "), f"{value / 1e12:,.1f}"] for name, value in asdict(plan.flops).items())]
+    rows.append(["without recomputation", f"{plan.flops.total / 1e12:,.1f}"])
+    rows.append(["with recomputation", f"{(plan.flops.total + plan.recomputed) / 1e12:,.1f}"])
+    return table(rows)
+
+
+def traffic_table(plan: LayoutPlan) -> str:
+    """GiB that a rank sends per step by axis."""
+    chosen = [stage.stage for stage in shown_stages(plan.memory)]
+    sent = {stage: sent_by_axis(plan.calls[stage]) for stage in chosen}
+    rows = [["GiB sent per rank and step", *(f"stage {stage}" for stage in chosen)]]
+    rows += [[axis, *(f"{sent[stage][axis] / GIB:.3f}" for stage in chosen)] for axis in sent[chosen[0]]]
+    return table(rows)
+
+
+def time_text(plan: LayoutPlan, problem: Problem) -> str:
+    """Predicted times, and what the prediction rests on."""
+    estimate, gpu = plan.estimate, problem.gpu
+    rows = [["seconds per step (predicted)", ""]]
+    seconds = {name: value for name, value in estimate.to_dict().items() if name.endswith("_s") and name != "tokens_per_s"}
+    rows += [[name.removesuffix("_s").replace("_", " "), f"{value:.3f}"] for name, value in seconds.items()]
+    assumed = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(problem.assumed).items())
+    return "\n".join([
+        table(rows),
+        f"pipeline bubble {estimate.bubble:.1%}, {estimate.tokens_per_s:,.0f} tokens/s, MFU {estimate.mfu:.1%} by the original's formula, "
+        f"{estimate.work_mfu:.1%} by work done",
+        f"assumed: {gpu.tflops:g} TFLOP/s, {gpu.link_gbs:g} GB/s inside a node of {gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between "
+        f"nodes ({gpu.source}); {assumed}. Not measured on any GPU.",
+    ])  # fmt: skip
+
+
+def search_text(plans: Sequence[LayoutPlan], total: int, problem: Problem) -> str:
+    """The best layouts, one a line."""
+    rows = [["layout", "packs/replica", "peak GiB", "bubble", "step s", "tokens/s", "MFU", "work MFU"]]
+    rows += [
+        [
+            plan.name, str(plan.layout.num_microbatches), f"{plan.peak_bytes / GIB:.1f}", f"{plan.estimate.bubble:.1%}",
+            f"{plan.estimate.step_time_s:.2f}", f"{plan.estimate.tokens_per_s:,.0f}",
+            f"{plan.estimate.mfu:.1%}", f"{plan.estimate.work_mfu:.1%}",
+        ]
+        for plan in plans
+    ]  # fmt: skip
+    first = f"{total} layouts fit {problem.gpus} x {problem.gpu.name}; the quickest by prediction (not measured on any GPU):"
+    return "\n".join([first, table(rows)])
+
+
+def tables_of_names() -> str:
+    """Named sizes and GPU kinds."""
+    models = [["model", "parameters and tables, billions", "layers", "hidden"]]
+    models += [[name, f"{parameters(a) / 1e9:.3f}", str(a.llm.num_hidden_layers), str(a.llm.hidden_size)] for name, a in MODELS.items()]
+    gpus = [["gpu", "GiB", "TFLOP/s bf16", "GB/s link", "GB/s network", "source"]]
+    for name, gpu in GPUS.items():
+        gpus.append([name, *(f"{value:g}" for value in (gpu.memory_gib, gpu.tflops, gpu.link_gbs, gpu.network_gbs)), gpu.source])
+    return f"{table(models)}\n\n{table(gpus)}"
+
+
+def memory_picture(plan: LayoutPlan, problem: Problem, path: str | Path) -> None:
+    """Stacked bars, one per stage, under the line of the GPU's memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages = range(len(plan.memory))
+    figure, axes = plt.subplots(figsize=(max(5.0, 0.6 * len(stages) + 3), 4.5))
+    below = [0.0] * len(stages)
+    for title, amount in _MEMORY.items():
+        heights = [amount(stage) / GIB for stage in plan.memory]
+        axes.bar(stages, heights, bottom=below, label=title)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.axhline(problem.gpu.memory_gib, color="black", linestyle="--", label=f"{problem.gpu.name}")
+    axes.axhline(problem.memory_bytes / GIB, color="grey", linestyle=":", label="without what is reserved")
+    axes.set(xlabel="pipeline stage", ylabel="GiB per rank", title=plan.name, xticks=list(stages))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

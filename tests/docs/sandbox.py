@@ -1,0 +1,147 @@
+"""A folder in which the documentation's commands can run as a reader would run them: the repository's programs, and small things under the
+names that the pages use, so that a command is run as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from tests.docs.commands import ROOT, Command
+
+LINKED = ("megatron_bagel", "tools", "data_tools", "examples", "benchmarks", "tests", "data", "setup.py", "pyproject.toml", "README.md")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a command is made small enough for a test, or given what a reader would have: words after it, a command before it, variables."""
+
+    more: str = ""
+    first: str = "true"
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+_STEPS = "--total_steps 2 --warmup_steps 1 --save_every 2 --log_every 1 --num_workers 1"
+_QUICK = "--num-timesteps 2 --max-length 4"
+_NEW_INDEX, _NEW_CHECKPOINTS = "rm -rf index", "rm -rf results/checkpoints"
+#: Part of a command -> its fitting; the first that is found in it counts.
+FITTINGS: dict[str, Fitting] = {
+    "examples/quickstart.sh": Fitting(
+        "quickstart --total_steps 2 --warmup_steps 1", "python data_tools/make_sample_data.py quickstart/data --t2i 10 --edit 10 --vlm 10"
+    ),
+    "small_world/run.sh": Fitting(
+        "--total_steps 2 --warmup_steps 1 --save_every 2",
+        variables={"T2I": "60", "EDIT": "30", "VLM": "60", "EXAM": "--pictures 2 --questions 2 --edits 2"},
+    ),
+    "--profile_step_start 2": Fitting(),
+    "-m megatron_bagel.train": Fitting(_STEPS),
+    "make_sample_data.py first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
+    "evaluate geneval": Fitting("--image-size 64x64 --num-timesteps 2 --limit 1 --num-samples 1"),
+    "evaluate mme": Fitting("--max-length 4"),
+    "-m megatron_bagel.generate": Fitting(_QUICK),
+    "benchmarks.generate": Fitting("--tokens 4 --side 64 --steps 2"),
+    "benchmarks.parallel_step": Fitting("--steps 1 --warmup 0"),
+    "benchmarks.observing": Fitting("--config bench-tiny --rounds 5 --steps 1"),
+    "--job-index 3": Fitting(
+        "--workers 1",
+        f"{_NEW_INDEX} && for job in 0 1 2 {' '.join(map(str, range(4, 16)))}; do python data_tools/build_index.py --dataset_config_file "
+        "data.yaml --tokenizer hf/BAGEL-7B-MoT --output index --num-jobs 16 --job-index $job; done",
+    ),
+    "build_index.py": Fitting("--workers 1", _NEW_INDEX),
+    "hf_to_megatron.py --model hf": Fitting(first=_NEW_CHECKPOINTS),
+    "init_from_pretrained.py": Fitting("--vit-max-num-patch-per-side 10", _NEW_CHECKPOINTS),
+    "--untrained-from": Fitting(first="rm -rf my_model"),
+    "verify_index.py": Fitting("--workers 1"),
+}
+#: Commands that no test starts as they are written: part of the command -> what tests them.
+ELSEWHERE = {
+    "tests/run.sh": "it is what runs the tests",
+    "-m venv": "makes the environment in which the tests run",
+    "-m pip install": "makes the environment in which the tests run",
+    "setup_env.sh": "makes the environment in which the tests run",
+    "build_index.sbatch": "tests/examples/test_build_index_sbatch.py, with a stand-in for Slurm",
+    "verify_golden.py": "tests/tools/test_verify_golden.py, where the recorded numbers are",
+    "--serve": "tests/inference/test_serve.py, which also asks the page",
+    "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
+}
+
+
+def elsewhere(command: Command) -> bool:
+    """Whether a command is tested by other means."""
+    return any(part in command.text for part in ELSEWHERE)
+
+
+def fitting_of(command: Command) -> Fitting:
+    """The first fitting whose key is in the command."""
+    return next((fitting for part, fitting in FITTINGS.items() if part in command.text), Fitting())
+
+
+def make_shared(folder: Path) -> Path:
+    """What all pages' folders link to: a small trained model in the places where the quickstart leaves its own, and parts to start from."""
+    import torch
+    from transformers import AutoConfig, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    from tests.runs import make_world, run, run_config
+    from tools.checkpoint_convert import megatron_to_hf
+
+    world = make_world(folder / "quickstart_output")
+    results = world / "results"
+    run(run_config(world, results, total_steps=2, checkpoint_dir=str(world / "checkpoints"), tokenizer_path=str(world / "data/tokenizer")))
+    words = ["--checkpoint", str(world / "checkpoints"), "--output", str(world / "model"), "--dtype", "fp32"]
+    assert not megatron_to_hf.main(words)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(AutoConfig.from_pretrained(world / "data/llm")).save_pretrained(folder / "hf/Qwen2.5-0.5B-Instruct")
+    shutil.copytree(world / "data/tokenizer", folder / "hf/Qwen2.5-0.5B-Instruct", dirs_exist_ok=True)
+    SiglipVisionModel(SiglipVisionConfig.from_pretrained(world / "data/vit")).save_pretrained(folder / "hf/siglip")
+    for file in world.glob("ae*"):
+        (folder / "flux/vae").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "flux/vae" / file.name)
+    Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "image_size": "64x64"}) + "\n")
+    (folder / "evaluation_metadata.jsonl").write_text(json.dumps({"tag": "single_object", "include": [], "prompt": "a red circle"}) + "\n")
+    (folder / "MME_FOLDER").mkdir()
+    shutil.copy(folder / "photo.png", folder / "MME_FOLDER/photo.png")
+    (folder / "MME_FOLDER/color.txt").write_text("photo.png\tIs it red?\tYes\n")
+    return folder
+
+
+def page_folder(shared: Path, folder: Path) -> Path:
+    """A folder of its own for the commands of one page, so that what one page writes is not in another one's way."""
+    folder.mkdir()
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    world = shared / "quickstart_output"
+    shutil.copytree(world, folder / "quickstart_output")
+    for name in ("hf", "flux", "photo.png", "prompts.jsonl", "evaluation_metadata.jsonl", "MME_FOLDER"):
+        (folder / name).symlink_to(shared / name)
+    (folder / "hf").unlink()
+    shutil.copytree(shared / "hf", folder / "hf")
+    (folder / "hf/BAGEL-7B-MoT").symlink_to(world / "model")
+    for name, target in {"DIR": "model", "bagel_example": "data", "data.yaml": "data/dataset.yaml", "index": "index"}.items():
+        (folder / name).symlink_to(world / target)
+    shutil.copytree(world / "results", folder / "results")
+    shutil.copytree(world / "checkpoints", folder / "results/checkpoints")
+    shutil.copytree(world / "checkpoints", folder / "other/checkpoints")
+    (folder / "bin").mkdir()
+    for name, words in {"python": "", "torchrun": "-m torch.distributed.run "}.items():
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    return folder
+
+
+def run_in(folder: Path, command: Command) -> None:
+    """Run a command with its fitting. Raises AssertionError with what it printed when it fails."""
+    fit = fitting_of(command)
+    text = f"{fit.first} && {command.text.split(' #')[0].rstrip()} {fit.more}"
+    environment = {
+        **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1", "model_path": "hf/BAGEL-7B-MoT", "ckpt_path": "results/checkpoints", **fit.variables,
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, f"{command.name}: {text}\nstatus {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"

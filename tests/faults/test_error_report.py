@@ -1,0 +1,58 @@
+"""However many ranks fail, one report is printed, and it begins with what came first."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bagel.training import error_report
+from megatron_bagel.training.error_report import ErrorReport, RankError, describe
+from tests.distributed import run_ranks
+
+
+def _fail(folder: Path, wrong: dict[int, tuple[float, str, str]]) -> int | None:
+    """Each rank raises what ``wrong`` says after so many seconds; the exit code it would leave with."""
+    import torch.distributed as dist
+
+    error_report.QUIET = 1.0
+    delay, kind, text = wrong.get(dist.get_rank(), (0, "", ""))
+    try:
+        with ErrorReport(folder):
+            time.sleep(delay)
+            if kind:
+                raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind](text)
+    except SystemExit as leaving:
+        return leaving.code
+    return None
+
+
+@pytest.mark.distributed
+def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wrong = {1: (0.0, "RuntimeError", "out of memory"), 0: (0.5, "RuntimeError", "peer closed"), 2: (0.5, "RuntimeError", "peer closed")}
+    assert run_ranks(_fail, 4, tmp_path, wrong) == [1, 1, 1, None]
+    printed = capfd.readouterr().err
+    assert printed.count("megatron_bagel.train: error") == 1 and "Traceback (" not in printed
+    assert "error: rank 1 (" in printed and "RuntimeError: out of memory" in printed
+    assert "then ranks 0, 2: RuntimeError: peer closed" in printed and "nothing from rank 3: killed" in printed
+    (report,) = (tmp_path / "errors").iterdir()
+    assert report.read_text().count("Traceback (") == 3
+
+
+@pytest.mark.distributed
+def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wrong = {rank: (0.0, "ValueError", "--lr is wrong") for rank in range(3)}
+    assert run_ranks(_fail, 3, tmp_path, wrong) == [2, 2, 2]
+    assert "megatron_bagel.train: error: --lr is wrong\n" in capfd.readouterr().err
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["a", "b", "c"])), min_size=1, max_size=7, unique_by=lambda pair: pair[0]))
+def test_every_rank_is_in_the_report(failed: list[tuple[int, str]]) -> None:
+    errors = [RankError(rank, "host", text, "", False) for rank, text in failed]
+    silent = sorted(set(range(7)) - {rank for rank, _ in failed})
+    lines = describe(errors, silent).split("\n  ")
+    assert lines[0].endswith(failed[0][1])
+    assert len(lines) == len({text for _, text in failed}) + bool(silent)

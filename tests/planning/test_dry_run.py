@@ -1,0 +1,128 @@
+"""A dry run's packs, layout, buffers and checkpoint share are those of a real run's ranks, and its size does not depend on the world's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bagel.config.parser import Config
+from tests.distributed import fork, run_ranks
+from tests.runs import run_config
+from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
+from tests.training.test_memory_model import held
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2, vocab_size=447)
+
+
+def summary(plans: list, packs: list) -> list[tuple]:
+    """Which samples make which packs, and every integer of their layout."""
+    arrays = [[value.tolist() for value in vars(pack).values() if isinstance(value, np.ndarray)] for pack in packs]
+    return [(plan.number, plan.samples, plan.tokens, layout) for plan, layout in zip(plans, arrays, strict=True)]
+
+
+def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tuple[int, int]]]:
+    """A real rank's first packs, its slots by kind, what it holds after a step, and what it would store."""
+    from megatron.core import parallel_state
+
+    from megatron_bagel.planning.dry_run import checkpoint_share
+    from megatron_bagel.training import loop
+    from megatron_bagel.training.step import microbatches
+
+    loop.initialize_parallel(config)
+    run = loop.set_up(config)
+    batch = next(run.loader)
+    shards = microbatches(batch.packs, run.trainable.stage, run.settings)
+    slots = [number for shard in shards for number in (shard.length, shard.n_text, shard.n_vit, shard.n_vae, len(shard.labels))]
+    share = checkpoint_share(run.trained)
+    run.loader.close()
+    parallel_state.destroy_model_parallel()
+    return summary([loaded.plan for loaded in batch.packs], [loaded.pack for loaded in batch.packs]), slots, share
+
+
+def rehearsed(config: Config, ranks: int, results: Any) -> None:
+    """Dry runs of all ranks of a world, in a process of its own."""
+    from megatron_bagel import platform
+    from megatron_bagel.planning.dry_run import dry_run
+
+    platform.install()
+    found = []
+    for rank in range(ranks):
+        run = dry_run(config, rank, ranks)
+        slots = [number for held in run.tokens for number in (held.slots, held.text, held.vit, held.gen, held.ce)]
+        found.append((summary(run.plans, run.packs), slots, run.checkpoint, run.built))
+    torch.save(found, results)
+
+
+def dry_runs(config: Config, ranks: int, folder: Path) -> list[tuple]:
+    process = fork(rehearsed, config, ranks, folder / "rehearsed.pt")
+    process.join(240)
+    assert process.exitcode == 0
+    return torch.load(folder / "rehearsed.pt", weights_only=False)
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "tp2-sp": (2, SP_TP2),
+    "tp4": (4, {TP: 4}),
+    "pp2-vpp2": (2, {PP: 2, VPP: 2}),
+    "cp2-dp2": (4, {CP: 2}),
+    "tp2-sp-pp2-dp2": (8, {**SP_TP2, PP: 2}),
+    "dp2-whole-optimizer": (2, {"use_distributed_optimizer": False}),
+    "freeze-und": (2, {TP: 2, "freeze_und": True}),
+    "first-stage": (4, {TP: 2, PP: 2, "encoder_placement": "first_stage"}),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "dp2", "tp2-sp"))
+def test_a_rehearsal_is_the_run(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
+    config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, "bf16": True, **flags})
+    rehearsals = dry_runs(config, ranks, tmp_path)
+    memories = run_ranks(held, ranks, config)
+    for found, (packs, slots, share), (_, memory) in zip(rehearsals, run_ranks(real, ranks, config), memories, strict=True):
+        assert found[0] == packs and found[1] == slots
+        assert found[2] == share
+        assert {name: found[3][name] for name in found[3]} == {name: memory[name] for name in found[3]}
+
+
+def command(world: Path, folder: Path, rank: int, ranks: int, **flags: Any) -> subprocess.CompletedProcess:
+    values = vars_of(run_config(world, folder, 1)) | {"global_batch_size": None, **flags}
+    words = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    words += ["--dry_run", "--fake_world_size", str(ranks), "--fake_rank", str(rank)]
+    line = [sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600)
+
+
+def vars_of(config: Config) -> dict[str, Any]:
+    """The settings that were given, by name."""
+    sections = [part for part in config.to_dict().values() if isinstance(part, dict)]
+    return {name: value for part in sections for name, value in part.items() if name in config.given}
+
+
+def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: Path) -> None:
+    done = command(world, tmp_path / "none", 1234, 4096, **{TP: 4, PP: 2, "sequence_parallel": True})
+    assert done.returncode == 0, done.stderr
+    assert "rank 1234 of 4096: tensor 2, context 0, data 308, pipeline 0" in done.stdout
+    assert "largest resident memory" in done.stdout
+    assert not (tmp_path / "none").exists()  # a rehearsal writes nothing
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "flags", "complaint"),
+    [
+        (64, 64, {}, "--fake_rank 64 is not a rank of --fake_world_size 64"),
+        (0, 64, {TP: 3}, "do not divide the 64 ranks"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(world: Path, tmp_path: Path, rank: int, ranks: int, flags: dict, complaint: str) -> None:
+    done = command(world, tmp_path, rank, ranks, **flags)
+    assert done.returncode == 2 and complaint in done.stderr

@@ -1,0 +1,137 @@
+"""Plans agree with training's accounting, get better where they should, and picture what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.plan_arguments import PlanArguments
+from megatron_bagel.plan import main
+from megatron_bagel.planning.activations import Recompute
+from megatron_bagel.planning.command import problem_of
+from megatron_bagel.planning.estimate import recomputed_flops
+from megatron_bagel.planning.layout_plan import plan_layout
+from megatron_bagel.planning.models import MODELS, parameters
+from megatron_bagel.planning.search import search
+from megatron_bagel.planning.workload import Mix, typical_pack
+from megatron_bagel.training.accounting import StepWork, mfu_flops, utilization, work_flops
+
+TP, PP, VPP, CP = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
+)  # fmt: skip
+SMALL = PlanArguments(model="qwen2.5-0.5b-mot", gpus=16)
+
+
+def plan_of(wanted: PlanArguments = SMALL, **flags):
+    config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64, **flags})
+    problem = problem_of(config, wanted)
+    return plan_layout(config, problem), problem
+
+
+def test_the_released_model_has_the_released_numbers() -> None:
+    """14.607 billion numbers in the files of BAGEL-7B-MoT, two position tables among them."""
+    assert parameters(MODELS["bagel-7b-mot"]) == pytest.approx(14.607e9, abs=0.5e6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_typical_pack_is_full_and_mixed_as_asked(share: float) -> None:
+    arch, mix = MODELS["qwen2.5-0.5b-mot"], Mix(share, 512, 96, 490, 192)
+    pack = typical_pack(arch, mix, 32768)
+    samples = {"vae": 1024 + 2 + 96, "vit": 35 * 35 + 2 + 192}
+    assert 32768 - max(samples.values()) < pack.sequence_length <= 32768
+    drawn = len(pack.images_of("vae")) * samples["vae"] / pack.sequence_length
+    assert drawn == pytest.approx(share, abs=0.05)
+
+
+def test_mfu_is_what_training_reports_for_this_step_time() -> None:
+    plan, problem = plan_of()
+    work = StepWork.of(problem.pack)
+    work = sum([work] * 63, work)
+    assert plan.work == work
+    step = plan.estimate.step_time_s
+    assert plan.estimate.mfu == utilization(mfu_flops(problem.arch.llm, work), step, 989.0, 16)[1]
+    assert plan.estimate.work_mfu == utilization(work_flops(problem.arch, work).total, step, 989.0, 16)[1]
+
+
+def test_recomputing_everything_is_another_forward_pass() -> None:
+    plan, problem = plan_of(recompute_granularity="full")
+    flops = work_flops(problem.arch, plan.work)
+    assert plan.recomputed == pytest.approx((flops.decoder_linear + flops.decoder_attention) / 3)
+    half = recomputed_flops(problem.arch, plan.config, plan.work, Recompute("full", "block", 12))
+    assert half == pytest.approx(plan.recomputed / 2)
+    assert recomputed_flops(problem.arch, plan.config, plan.work, Recompute()) == 0
+
+
+def test_more_recomputation_keeps_less() -> None:
+    plan, _ = plan_of(**{PP: 2})
+    for stage in plan.memory:
+        kept = list(stage.by_mode.values())
+        assert kept[0] > kept[1] > kept[2] and kept[0] > kept[3] > kept[4]
+
+
+def test_chunks_shrink_the_bubble_and_the_bubble_is_the_formula() -> None:
+    plain, _ = plan_of(**{PP: 4})
+    interleaved, _ = plan_of(**{PP: 4, VPP: 2})
+    packs = plain.layout.num_microbatches
+    assert plain.estimate.bubble == pytest.approx(3 / (packs + 3))
+    assert interleaved.estimate.bubble == pytest.approx(3 / (2 * packs + 3))
+
+
+def test_links_between_nodes_are_slower() -> None:
+    """Tensor parallelism over more GPUs than a node has costs more time than its bytes would inside one."""
+    near, _ = plan_of(**{TP: 2, "sequence_parallel": True})
+    far, _ = plan_of(PlanArguments(model="qwen2.5-0.5b-mot", gpus=16, gpus_per_node=1), **{TP: 2, "sequence_parallel": True})
+    assert far.estimate.tensor_s > 5 * near.estimate.tensor_s
+
+
+def test_search_lists_what_fits_quickest_first() -> None:
+    config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
+    problem = problem_of(config, SMALL)
+    found = search(config, problem)
+    assert len(found) > 5 and all(plan.fits for plan in found)
+    times = [plan.estimate.step_time_s for plan in found]
+    assert times == sorted(times)
+    # Any of them can be planned by its flags again.
+    best = found[0]
+    assert plan_layout(best.config, problem).estimate == best.estimate
+
+
+def test_nothing_fits_a_tiny_gpu() -> None:
+    config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
+    problem = problem_of(config, PlanArguments(model="qwen2.5-72b-mot", gpus=2, gpu="a100-40gb"))
+    with pytest.raises(ValueError, match=r"no layout of this model fits 2 x A100, .*the nearest is TP2.*Raise --gpus"):
+        search(config, problem)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_answers_in_tables_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--model", "qwen2.5-0.5b-mot", "--gpus", "4", "--seq_length", "8192", f"--{PP}", "2", "--global_batch_size", "8"]
+    picture = tmp_path / "memory.png"
+    assert main([*words, "--png", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert "stage 1" in text and "Not measured on any GPU" in text and picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*words, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["layout"]["pipeline"] == 2 and len(plan["stages"]) == 2
+    assert plan["peak_bytes"] == max(stage["peak_bytes"] for stage in plan["stages"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--model", "bagel-8b"], "neither a folder nor a named size"),
+        (["--model", "bagel-7b-mot", "--gpu", "h300"], "--gpu h300 is not in the table"),
+        (["--model", "bagel-7b-mot", f"--{TP}", "8"], "sizes that work: 1, 2, 4"),
+        (["--model", "bagel-7b-mot", "--gpus", "6", f"--{TP}", "4"], "do not divide the 6 ranks"),
+        (["--model", "bagel-7b-mot", "--matmul_share", "1.5"], "--matmul_share is 1.5"),
+        (["--model", "bagel-7b-mot", "--image_size", "2048"], "--image_size 2048 is not between"),
+        (["--model", "bagel-7b-mot", "--seq_length", "1000"], "holds no sample"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    assert complaint in capsys.readouterr().err
