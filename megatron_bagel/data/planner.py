@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class _Planned:
     block: Block
     counters: dict[str, Any]
 
-    @property
+    @cached_property
     def end(self) -> int:
         return self.first + len(self.block)
 
@@ -201,9 +202,7 @@ class Planner:
     def _pack(self, number: int) -> PackPlan:
         """Pack ``number`` of the sequence."""
         planned = self._reach(number, number + 1)
-        block, place = planned.block, number - planned.first
-        samples = tuple(map(tuple, picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).tolist()))
-        tokens, cost = block.sums[place]
+        samples, tokens, cost = planned.block.packs[number - planned.first]
         return PackPlan(number, samples, tokens, cost / COST_UNIT)
 
     def _reach(self, begin: int, packs: int) -> _Planned:
@@ -215,6 +214,8 @@ class Planner:
                 self._rewind(self._base)
         while self._blocks[-1].end < packs:
             self._plan_block()
+        if self._blocks[-1].first < packs:
+            return self._blocks[-1]
         # Mostly one of the newest: workers read a little ahead of training.
         for place in range(len(self._blocks) - 1, 0, -1):
             if self._blocks[place - 1].end < packs:

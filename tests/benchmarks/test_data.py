@@ -40,6 +40,7 @@ def test_sample_data_is_read_fuller_with_the_same_pixels(capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four fresh processes, each with all its imports
 def test_synthetic_sidecars_are_opened_and_planned_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     plan = told(capsys, "--part", "plan", "--samples", "45000")
     assert plan["planner"]["samples"] >= 45000 and plan["planner"]["fill"] > 0.995
