@@ -203,7 +203,7 @@ class Planner:
         """Pack ``number`` of the sequence."""
         planned = self._reach(number, number + 1)
         block, place = planned.block, number - planned.first
-        samples = tuple(map(tuple, picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).tolist()))
+        samples = tuple(zip(*picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).T.tolist(), strict=True))
         tokens, cost = block.sums[place]
         return PackPlan(number, samples, tokens, cost / COST_UNIT)
 

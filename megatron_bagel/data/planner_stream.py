@@ -74,6 +74,10 @@ class CandidateStream:
     def draw(self, count: int) -> np.ndarray:
         """About ``count`` candidates of groups drawn by weight, [n, COLUMNS]; fewer when some are skipped, so n may be 0."""
         chosen = self._chosen(count)
+        if (chosen == chosen[0]).all():
+            rows = self._advance(int(chosen[0]), count)
+            usable = self._usable(rows)
+            return rows if usable.all() else rows[usable]
         rows = np.empty((count, COLUMNS), dtype=np.int64)
         for number in range(len(self.sources)):
             mine = chosen == number
@@ -93,7 +97,7 @@ class CandidateStream:
         rows = np.zeros((len(picks), COLUMNS), dtype=np.int64)
         rows[:, :3] = picks
         keys = (rows[:, SOURCE] << 40) + rows[:, EPOCH]
-        for key in np.unique(keys).tolist():
+        for key in np.unique(keys).tolist() if len(keys) and (keys != keys[0]).any() else keys[:1].tolist():
             mine, number, epoch = keys == key, key >> 40, key & ((1 << 40) - 1)
             measures = self.sources[number].measure(rows[mine, INDEX], epoch)
             rows[mine, TOKENS:] = np.stack([measures.tokens, measures.full_tokens, measures.cost], axis=1)
