@@ -97,10 +97,11 @@ class CandidateStream:
         rows = np.zeros((len(picks), COLUMNS), dtype=np.int64)
         rows[:, :3] = picks
         keys = (rows[:, SOURCE] << 40) + rows[:, EPOCH]
-        for key in np.unique(keys).tolist() if len(keys) and (keys != keys[0]).any() else keys[:1].tolist():
-            mine, number, epoch = keys == key, key >> 40, key & ((1 << 40) - 1)
-            measures = self.sources[number].measure(rows[mine, INDEX], epoch)
-            rows[mine, TOKENS:] = np.stack([measures.tokens, measures.full_tokens, measures.cost], axis=1)
+        alone = len(keys) > 0 and bool((keys == keys[0]).all())  # as a run of one source mostly is
+        for key in keys[:1].tolist() if alone else np.unique(keys).tolist():
+            mine = slice(None) if alone else keys == key
+            measures = self.sources[key >> 40].measure(rows[mine, INDEX], key & ((1 << 40) - 1))
+            rows[mine, TOKENS], rows[mine, FULL_TOKENS], rows[mine, COST] = measures.tokens, measures.full_tokens, measures.cost
         return rows
 
     def _chosen(self, count: int) -> np.ndarray:
