@@ -21,6 +21,12 @@ class Ragged:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+    @cached_property
+    def each(self) -> int | None:
+        """Values per row, where all rows have equally many."""
+        counts = np.diff(self.offsets)
+        return int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
+
 
 @dataclass
 class PlanningColumns:
@@ -55,16 +61,17 @@ class _Gathering:
         self._values: list[list[np.ndarray]] = [[] for _ in range(columns)]
 
     def add(self, rows: np.ndarray, *columns: Ragged) -> None:
-        starts = columns[0].offsets[rows]
-        counts = columns[0].offsets[rows + 1] - starts
-        self._counts.append(counts)
-        total = int(counts.sum())
-        if not total:
-            return
-        if total == len(rows) and counts.min() == 1:  # one each, as in most data
-            places = starts
+        first = columns[0]
+        if first.each in (0, 1):  # as in most data
+            self._counts.append(np.full(len(rows), first.each))
+            if not first.each:
+                return
+            places = rows + first.offsets[0]
         else:
-            places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total)
+            starts = first.offsets[rows]
+            counts = first.offsets[rows + 1] - starts
+            self._counts.append(counts)
+            places = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
         for values, column in zip(self._values, columns, strict=True):
             values.append(column.values[places])
 

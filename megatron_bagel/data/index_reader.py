@@ -122,7 +122,7 @@ class DatasetReader:
 
     def columns(self, rows: np.ndarray) -> tuple[PlanningColumns, np.ndarray]:
         """Planning data of ``rows`` [n], gathered shard by shard, and the order in which they come: ``rows[order]``."""
-        order = np.argsort(rows, kind="stable")
+        order = np.argsort(rows)
         numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
         bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist() if len(rows) else []
         parts = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,26 +61,29 @@ class BlockPacking:
         waiting = np.flatnonzero(self.pack_of < 0)
         order = waiting[np.argsort(self._samples.tokens[waiting], kind="stable")]
         sizes, samples = self._samples.tokens[order].tolist(), order.tolist()
-        for pack in sorted(range(len(self._tokens)), key=lambda pack: (self._tokens[pack], pack)):
+        for pack in np.argsort(self._tokens, kind="stable").tolist():
             self._close_pack(pack, sizes, samples)
 
     def _deal_heavy(self, chosen: np.ndarray) -> None:
         chosen = chosen[np.argsort(-self._samples.excess[chosen], kind="stable")]
-        weights = (chosen, self._samples.tokens[chosen], self._samples.excess[chosen])
         tokens, pack_of, capacity, count = self._tokens, self._pack_of, self.capacity, len(self._excess)
+        weights = (chosen, self._samples.tokens[chosen], self._samples.excess[chosen] * count)
         heap = [load * count + pack for pack, load in enumerate(self._excess)]  # as in `_level`
         heapq.heapify(heap)
         most = min(_TRIES, count) - 1
         for sample, length, work in zip(*(column.tolist() for column in weights), strict=True):
-            passed: Sequence[int] = ()
-            pack = heap[0] % count
-            if tokens[pack] + length > capacity:
-                passed = []
-                while len(passed) < most and tokens[pack] + length > capacity:
-                    passed.append(heapq.heappop(heap))
-                    pack = heap[0] % count
+            entry = heap[0]
+            pack = entry % count
+            if (held := tokens[pack] + length) <= capacity:
+                heapq.heapreplace(heap, entry + work)
+                pack_of[sample], tokens[pack] = pack, held
+                continue
+            passed = []
+            while len(passed) < most and tokens[pack] + length > capacity:
+                passed.append(heapq.heappop(heap))
+                pack = heap[0] % count
             if tokens[pack] + length <= capacity:
-                heapq.heapreplace(heap, heap[0] + work * count)
+                heapq.heapreplace(heap, heap[0] + work)
                 pack_of[sample] = pack
                 tokens[pack] += length
             for entry in passed:
@@ -95,10 +97,11 @@ class BlockPacking:
         # One integer per pack, load * count + pack, is twice as fast to compare as a pair.
         heap = [load * count + pack for pack, load in enumerate(self._tokens)]
         heapq.heapify(heap)
-        for sample, length in zip(chosen[order].tolist(), tokens[order].tolist(), strict=True):
+        weights = chosen[order], tokens[order] * count, (capacity - tokens[order] + 1) * count
+        for sample, length, limit in zip(*(column.tolist() for column in weights), strict=True):
             emptiest = heap[0]
-            if emptiest // count + length <= capacity:
-                heapq.heapreplace(heap, emptiest + length * count)
+            if emptiest < limit:
+                heapq.heapreplace(heap, emptiest + length)
                 pack_of[sample] = emptiest % count
         for load, pack in (divmod(entry, count) for entry in heap):
             self._tokens[pack] = load

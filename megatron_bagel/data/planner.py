@@ -202,7 +202,9 @@ class Planner:
     def _pack(self, number: int) -> PackPlan:
         """Pack ``number`` of the sequence."""
         planned = self._reach(number, number + 1)
-        samples, tokens, cost = planned.block.packs[number - planned.first]
+        block, place = planned.block, number - planned.first
+        samples = tuple(zip(*picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).T.tolist(), strict=True))
+        tokens, cost = block.sums[place]
         return PackPlan(number, samples, tokens, cost / COST_UNIT)
 
     def _reach(self, begin: int, packs: int) -> _Planned:

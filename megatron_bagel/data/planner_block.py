@@ -7,7 +7,6 @@ holds packs of one cost even where a single long document makes a pack dearer th
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,12 +50,10 @@ class Block:
         return len(self.bounds) - 1
 
     @cached_property
-    def packs(self) -> list[tuple[tuple[tuple[int, int, int], ...], int, int]]:
-        """(samples, tokens, cost) of every pack, samples as (source, index, epoch)."""
+    def sums(self) -> list[list[int]]:
+        """[tokens, cost] of every pack."""
         totals = np.cumsum(np.concatenate([np.zeros((1, 2), dtype=np.int64), self.rows[:, [TOKENS, COST]]]), axis=0)
-        sums = np.diff(totals[self.bounds], axis=0).tolist()
-        samples, bounds = list(map(tuple, picks(self.rows).tolist())), self.bounds.tolist()
-        return [(tuple(samples[i:j]), *sums[pack]) for pack, (i, j) in enumerate(itertools.pairwise(bounds))]
+        return np.diff(totals[self.bounds], axis=0).tolist()
 
 
 def no_candidates() -> np.ndarray:

@@ -74,6 +74,10 @@ class CandidateStream:
     def draw(self, count: int) -> np.ndarray:
         """About ``count`` candidates of groups drawn by weight, [n, COLUMNS]; fewer when some are skipped, so n may be 0."""
         chosen = self._chosen(count)
+        if (chosen == chosen[0]).all():
+            rows = self._advance(int(chosen[0]), count)
+            usable = self._usable(rows)
+            return rows if usable.all() else rows[usable]
         rows = np.empty((count, COLUMNS), dtype=np.int64)
         for number in range(len(self.sources)):
             mine = chosen == number
@@ -93,10 +97,11 @@ class CandidateStream:
         rows = np.zeros((len(picks), COLUMNS), dtype=np.int64)
         rows[:, :3] = picks
         keys = (rows[:, SOURCE] << 40) + rows[:, EPOCH]
-        for key in np.unique(keys).tolist():
-            mine, number, epoch = keys == key, key >> 40, key & ((1 << 40) - 1)
-            measures = self.sources[number].measure(rows[mine, INDEX], epoch)
-            rows[mine, TOKENS:] = np.stack([measures.tokens, measures.full_tokens, measures.cost], axis=1)
+        alone = len(keys) > 0 and bool((keys == keys[0]).all())  # as a run of one source mostly is
+        for key in keys[:1].tolist() if alone else np.unique(keys).tolist():
+            mine = slice(None) if alone else keys == key
+            measures = self.sources[key >> 40].measure(rows[mine, INDEX], key & ((1 << 40) - 1))
+            rows[mine, TOKENS], rows[mine, FULL_TOKENS], rows[mine, COST] = measures.tokens, measures.full_tokens, measures.cost
         return rows
 
     def _chosen(self, count: int) -> np.ndarray:
