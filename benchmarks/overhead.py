@@ -115,9 +115,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     cpu_s, wall_s = step_seconds(arguments.config, arguments.steps)
-    logging.getLogger("megatron_bagel").setLevel(logging.ERROR)
+    logger = logging.getLogger("megatron_bagel")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the JSON alone
     with tempfile.TemporaryDirectory() as folder:
         parts = part_seconds(arguments.config, Path(folder), arguments.calls, wall_s)
+    logger.setLevel(level)
     shutdown_distributed()
     total = sum(parts.values())
     result = {
