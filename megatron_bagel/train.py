@@ -9,6 +9,7 @@ from megatron_bagel import platform
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
+from megatron_bagel.platform.orphans import end_forks_with_this_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
         return 2
+    end_forks_with_this_process()
     platform.install()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_bagel.platform.cpu import enter_thread
 from megatron_bagel.platform.device import backend, device, has_gpu
+from megatron_bagel.platform.meeting import agree_on_name
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,7 +36,11 @@ def init_distributed(
             raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
         if not present:
             init_method, rank, world_size = f"tcp://127.0.0.1:{_free_port()}", 0, 1
-    if init_method is None:
+    if init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif init_method is None:
         dist.init_process_group(backend(), timeout=timeout)
     else:
         dist.init_process_group(backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
