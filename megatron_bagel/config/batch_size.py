@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class BatchSizes:
     """Packs per global batch: ``final`` from ``packs`` packs on, before that from ``start`` up in steps of ``increment``.
 
-    Without a ramp ``start`` is ``final`` and the other two are 0. The rule is Megatron's, with packs for samples.
+    Without a ramp ``start`` is ``final`` and the other two are 0. The rule is Megatron's, with packs for samples:
+    every increment lasts equally many packs.
     """
 
     final: int
@@ -47,22 +48,9 @@ class BatchSizes:
         """Packs of the global batch that begins after ``packs`` packs."""
         if not self.increment or packs > self.packs:
             return self.final
-        # Settings are checked before the platform is in place, and Megatron-Core must not be imported earlier.
-        from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
-
-        ramp = RampupBatchsizeNumMicroBatchesCalculator(
-            global_batch_size=self.final,
-            micro_batch_size=1,
-            data_parallel_size=1,
-            decrease_batch_size_if_needed=False,
-            # Not rank 0's, which would write a log line each time; the run's own log has the size of every step.
-            rank=-1,
-            start_global_batch_size=self.start,
-            batch_size_increment=self.increment,
-            ramup_samples=self.packs,
-        )
-        ramp.update(packs, consistency_check=False)
-        return ramp.get_current_running_global_batch_size()
+        # In integers, where Megatron-Core divided floats; its calculator of this name is gone in 0.19.
+        increments = (self.final - self.start) // self.increment
+        return self.start + packs * increments // self.packs * self.increment
 
 
 def _words(numbers: Sequence[int]) -> str:
