@@ -106,7 +106,8 @@ def _rank_main(rank: int, world_size: int, store: str, answers: Any, job: tuple)
     try:
         torch.set_num_threads(1)
         platform.enter_thread()
-        init_distributed(timeout / 60, f"file://{store}", rank, world_size)
+        # Longer than the parent waits, so that it is the parent who tells which rank is silent.
+        init_distributed(timeout / 60 + 1, f"file://{store}", rank, world_size)
         if parallel is not None:
             _initialize_model_parallel(parallel, seed)
         answers.put((rank, True, _portable(function(*args))))
