@@ -104,6 +104,7 @@ def _module(name: str) -> str:
 
 def copy_seconds(source: Path, target: Path) -> float:
     """Seconds to copy a file and sync it to disk."""
+    os.sync()  # nothing of what was written before waits any more
     start = time.perf_counter()
     shutil.copyfile(source, target)
     with target.open("rb+") as file:
@@ -120,9 +121,11 @@ def measure_conversion(gigabytes: float, folder: Path) -> dict[str, Any]:
     start = run_measured("from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert")
     copies = [copy_seconds(source / "ema.safetensors", folder / "copied")]
     arguments = ["--model", str(source), "--output", str(folder / "checkpoint")]
+    os.sync()
     to_megatron = run_measured(_module("tools.checkpoint_convert.hf_to_megatron"), arguments)
     copies.append(copy_seconds(source / "ema.safetensors", folder / "copied"))
     arguments = ["--checkpoint", str(folder / "checkpoint"), "--output", str(folder / "back")]
+    os.sync()
     to_hf = run_measured(_module("tools.checkpoint_convert.megatron_to_hf"), arguments)
     copies.append(copy_seconds(source / "ema.safetensors", folder / "copied"))
     copying = statistics.median(copies)

@@ -58,7 +58,7 @@ class World:
         index = IndexedSamples.open(self.root / "index", self.tokenizer)
         sources = open_sources(self.groups, index, PlanSettings(SEED, self.spec))
         config = PlannerConfig(self.capacity, int(SHARE * self.capacity), self.capacity, 50, SEED)
-        return PackLoader(Planner(sources, config), PackReader(sources, self.spec, SEED), num_workers=workers)
+        return PackLoader(Planner(sources, config), PackReader(sources, self.spec, SEED, decode_threads=2), num_workers=workers)
 
 
 @contextlib.contextmanager

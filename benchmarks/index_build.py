@@ -3,8 +3,8 @@
     python -m benchmarks.index_build --rows 2000 --side 512
 
 Times are processor seconds of one process (user and system), which other load on the machine does not change much. The floor writes
-every image to a file of its own and encodes every caption once. The index is built with ``--check-images header``, as for sources
-whose images are known to be whole, and with the default ``decode``, whose time is that of the decoder.
+every image to a file of its own and encodes every caption once. The index is built with each kind of ``--check-images``: ``structure``
+is the default, the time of ``decode`` is that of the decoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 
 from megatron_bagel.data.groups import GroupConfig, parse_groups  # noqa: E402
 from megatron_bagel.data.index_build import BuildOptions, build_index  # noqa: E402
-from megatron_bagel.data.index_plan import ImageChecks  # noqa: E402
+from megatron_bagel.data.index_plan import IMAGE_CHECKS, ImageChecks  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.data.tokenizer_training import train_tokenizer  # noqa: E402
 
@@ -83,7 +83,7 @@ def groups(root: Path) -> list[GroupConfig]:
 
 
 def measure(rows: int, side: int, words: int, repeats: int) -> dict[str, object]:
-    """Rows per processor second of the floor and of both builds, the best of ``repeats``."""
+    """Rows per processor second of the floor and of the builds, the best of ``repeats``."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = write_sources(root / "sources", rows, side, words)
@@ -92,7 +92,7 @@ def measure(rows: int, side: int, words: int, repeats: int) -> dict[str, object]
         best: dict[str, float] = {}
         for repeat in range(repeats):
             times = {"floor": seconds(lambda to=root / f"floor{repeat}": floor(root / "sources", to, tokenizer))}
-            for depth in ("header", "decode"):
+            for depth in IMAGE_CHECKS:
                 options = BuildOptions(checks=ImageChecks(depth), progress=False)
                 output = root / f"{depth}{repeat}"
                 times[depth] = seconds(lambda to=output, how=options: build_index(groups(root / "sources"), tokenizer, to, how))
@@ -101,7 +101,7 @@ def measure(rows: int, side: int, words: int, repeats: int) -> dict[str, object]
         "rows": rows,
         "image_megabytes": size / 1e6,
         "rows_per_cpu_second": {name: rows / value for name, value in best.items()},
-        "of_floor": {name: best["floor"] / best[name] for name in ("header", "decode")},
+        "of_floor": {name: best["floor"] / best[name] for name in IMAGE_CHECKS},
     }
 
 

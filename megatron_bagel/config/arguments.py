@@ -61,6 +61,9 @@ class DataArguments:
     dataset_config_file: str = flag("data/configs/example.yaml", "YAML of dataset groups with weights and image transforms.")
     prefetch_factor: int = flag(2, "Packs each worker prepares ahead.")
     num_workers: int = flag(4, "Processes per rank that read and decode images; 0 reads in the training process. No influence on results.")
+    decode_threads: int = flag(
+        2, "Ours. Threads of each such process that decode large images side by side; 0 or 1: none. No influence on results."
+    )
     max_num_tokens_per_sample: int = flag(16384, "Longer samples are skipped, counted and listed.")
     max_num_tokens: int = flag(36864, "Capacity of a pack, never exceeded.")
     prefer_buffer_before: int = flag(16384, "In the original, waiting samples go first up to this fill. Here they always do.")

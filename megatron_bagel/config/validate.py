@@ -18,7 +18,7 @@ _AT_LEAST_ONE = (
     "max_bad_steps", "straggler_factor",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "num_workers", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
+    "num_workers", "decode_threads", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
     "loss_spike_factor", "hang_timeout_minutes", "straggler_every",
 )  # fmt: skip

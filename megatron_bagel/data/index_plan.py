@@ -21,15 +21,15 @@ from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import PIXEL_LIMIT
 
 ROWS_PER_SHARD = 20_000
-IMAGE_CHECKS = ("decode", "header")
+IMAGE_CHECKS = ("structure", "decode", "header")
 
 
 @dataclass(frozen=True)
 class ImageChecks:
-    """How closely images are looked at: ``depth`` "decode" (every pixel) or "header" (format and size only), and the number of
-    pixels above which one is taken for a decompression bomb."""
+    """How closely images are looked at: ``depth`` "structure" (complete, checksums right), "decode" (every pixel) or "header" (format
+    and size only), and the number of pixels above which one is taken for a decompression bomb."""
 
-    depth: str = "decode"
+    depth: str = "structure"
     max_pixels: int = PIXEL_LIMIT
 
     def __post_init__(self) -> None:

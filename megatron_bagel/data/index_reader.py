@@ -6,6 +6,7 @@ A reader can be pickled and forked freely; every process maps the files for itse
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.records import Record
 from megatron_bagel.data.split import EVERYTHING, Split, SplitRows
 from megatron_bagel.data.tokenizer import Tokenizer
+
+OPENING = threading.Lock()  # held by a thread from `open_indexed` until it has copied what it wants
 
 
 @lru_cache(maxsize=64)
@@ -93,7 +96,8 @@ class DatasetReader:
         shard, row = self._locate(index)
         if not 0 <= text < len(shard.text_tokens[row]):
             raise IndexError(f"{self.name} row {index} has {len(shard.text_tokens[row])} texts, no text {text}")
-        ids = shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
+        with OPENING:
+            ids = shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary_size:
             raise ValueError(f"text {text} has token ids from {ids.min()} to {ids.max()}, the vocabulary {self.vocabulary_size}")
         return ids
@@ -104,7 +108,8 @@ class DatasetReader:
         texts, images = len(shard.text_tokens[row]), len(shard.width[row])
         if not 0 <= image < images:
             raise IndexError(f"{self.name} row {index} has {images} images, no image {image}")
-        return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
+        with OPENING:
+            return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
 
     def image_place(self, index: int, image: int) -> tuple[str, int]:
         """(name of the shard, number among its images) of one image of row ``index``."""

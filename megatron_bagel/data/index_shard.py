@@ -28,7 +28,7 @@ from megatron_bagel.data.index_plan import ImageChecks, ShardPlan
 from megatron_bagel.data.raw_readers import BadRow, read_unit
 from megatron_bagel.data.records import RawSample
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import checked_size, open_image
+from megatron_bagel.data.transforms import decoded_size, open_image, whole_size
 
 
 class _Columns:
@@ -51,7 +51,9 @@ class _Columns:
 def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
     """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``checks`` look, or too large."""
     try:
-        return open_image(data, checks.max_pixels).size if checks.depth == "header" else checked_size(data, checks.max_pixels)
+        if checks.depth == "header":
+            return open_image(data, checks.max_pixels).size
+        return (decoded_size if checks.depth == "decode" else whole_size)(data, checks.max_pixels)
     except ValueError as error:
         raise BadRow(f"corrupt image: {error}") from error
 

@@ -22,7 +22,7 @@ import torch
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.data.groups import GroupConfig
 from megatron_bagel.data.index_format import Manifest, dataset_folder
-from megatron_bagel.data.index_reader import DatasetReader, open_indexed
+from megatron_bagel.data.index_reader import OPENING, DatasetReader, open_indexed
 
 CACHE_VERSION = 1
 CACHE_MANIFEST = "latents.json"
@@ -65,8 +65,9 @@ class LatentCache:
         """Mean and log variance, float32 [2 * z, height, width], of one image of row ``index`` whose latent is ``grid`` (height,
         width). Raises ValueError when the stored one has another size."""
         shard, number = reader.image_place(index, image)
-        data = open_indexed(*self._stem(reader, shard), False)[number]
-        values = torch.from_numpy(np.array(data)).view(self.dtype)
+        with OPENING:
+            data = np.array(open_indexed(*self._stem(reader, shard), False)[number])
+        values = torch.from_numpy(data).view(self.dtype)
         shape = (2 * self.arch.z_channels, *grid)
         if values.numel() != shape[0] * shape[1] * shape[2]:
             raise ValueError(f"the stored posterior has {values.numel()} values, not {shape}; make the cache {self.folder} again")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.batch_size import BatchSizes
+from megatron_bagel.data.decode_threads import DecodeThreads
 from megatron_bagel.data.image_dealing import EncodingShare, planned_images
 from megatron_bagel.data.loader_noise import raw_timesteps
 from megatron_bagel.data.planner import Planner
@@ -29,6 +30,8 @@ from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
 from megatron_bagel.platform.signals import leave_signals_to_the_ranks
 
+_WORTH_THREADS = 128 * 128  # pixels of a picture, on average over a pack
+
 
 class ReadableSource(SiblingSource, Protocol):
     """A source whose samples can be read, not only planned. It must be picklable where workers are spawned."""
@@ -38,7 +41,7 @@ class ReadableSource(SiblingSource, Protocol):
         ...
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """One image of a sample, float32 of `stored_shape`. Raises ValueError when it cannot be decoded."""
+        """One image of a sample, float32 of `stored_shape`, on any thread. Raises ValueError when it cannot be decoded."""
         ...
 
 
@@ -116,11 +119,12 @@ class PackReader(Dataset):
 
     def __init__(
         self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int, posterior: AutoencoderArch | None = None,
-        share: EncodingShare | None = None,
+        share: EncodingShare | None = None, decode_threads: int = 0,
     ) -> None:  # fmt: skip
         """``seed`` names the timestep draws. ``posterior`` is given when the sources read VAE images from a latent cache, ``share``
-        when the ranks of the replica share the encoding of its images."""
+        when the ranks of the replica share the encoding of its images. Large pictures are decoded on ``decode_threads``."""
         self.sources, self.spec, self.seed, self.posterior, self.share = list(sources), spec, seed, posterior, share
+        self.threads = DecodeThreads(decode_threads)
         self._dealt: tuple[tuple[PackPlan, ...], list[np.ndarray]] = ((), [])
 
     def __getitem__(self, wanted: PackPlan | StepPlan) -> LoadedPack:
@@ -134,19 +138,14 @@ class PackReader(Dataset):
             return LoadedPack(plan, pack, *nothing, held=np.zeros(len(pack.images), dtype=bool), failures=tuple(failures.items()))
         _check_length(plan, pack)
         images = pack.images if held is None else tuple(compress(pack.images, held))
-        # Picture by picture: a source keeps the last one it decoded.
-        order = sorted(range(len(images)), key=lambda place: (images[place].sample, images[place].image))
-        read: dict[int, torch.Tensor] = {}
-        for place in order:
-            try:
-                read[place] = self._pixels(plan, images[place])
-            except UnreadableError as error:
-                if isinstance(wanted, PackPlan):
-                    raise
-                failures.setdefault(images[place].sample, str(error))
-                read[place] = torch.zeros(stored_shape(images[place], self.posterior))
-        patches = [vit_patches(read[place], self.spec.vit_patch) for place, image in enumerate(images) if image.kind == "vit"]
-        pixels = [read[place].reshape(-1) for place, image in enumerate(images) if image.kind == "vae"]
+        read = self._read(plan, images)
+        for place, (_, reason) in enumerate(read):
+            if reason and isinstance(wanted, PackPlan):
+                raise UnreadableError(reason)
+            if reason:
+                failures.setdefault(images[place].sample, reason)
+        patches = [vit_patches(read[place][0], self.spec.vit_patch) for place, image in enumerate(images) if image.kind == "vit"]
+        pixels = [read[place][0].reshape(-1) for place, image in enumerate(images) if image.kind == "vae"]
         return LoadedPack(
             plan=plan,
             pack=pack,
@@ -182,6 +181,28 @@ class PackReader(Dataset):
             images = [planned_images(self._samples(plan)[0], self.spec) for plan in wanted.packs]
             self._dealt = wanted.packs, self.share.owners(images)
         return self._dealt[1][wanted.number] == self.share.rank
+
+    def _read(self, plan: PackPlan, images: Sequence[PackImage]) -> list[tuple[torch.Tensor, str]]:
+        """Pixels of every image, or zeros and the reason why there are none."""
+        pictures: dict[tuple[int, int], list[int]] = {}
+        for place, image in enumerate(images):
+            pictures.setdefault((image.sample, image.image), []).append(place)
+
+        def read(places: list[int]) -> list[tuple[torch.Tensor, str]]:
+            found = []
+            for place in places:  # picture by picture: a source keeps the last one it decoded
+                try:
+                    found.append((self._pixels(plan, images[place]), ""))
+                except UnreadableError as error:
+                    found.append((torch.zeros(stored_shape(images[place], self.posterior)), str(error)))
+            return found
+
+        jobs = list(pictures.values())
+        area = sum(images[places[0]].height * images[places[0]].width for places in jobs)
+        # Handing a small picture to another thread costs more than decoding it.
+        done = self.threads.map(read, jobs) if area >= _WORTH_THREADS * len(jobs) else map(read, jobs)
+        found = dict(zip(chain.from_iterable(jobs), chain.from_iterable(done), strict=True))
+        return [found[place] for place in range(len(images))]
 
     def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor:
         source, index, _ = plan.samples[image.sample]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,16 @@ class _Pass:
     passes: int
 
 
+class _LastPicture(threading.local):
+    """The picture that a thread decoded last, and its place: dataset, row, number. It does not travel with a pickled source."""
+
+    place: tuple[str, int, int] | None = None
+    picture: Image
+
+    def __reduce__(self) -> tuple[type[_LastPicture], tuple[()]]:
+        return _LastPicture, ()
+
+
 class GroupSource:
     """The samples of a group: its datasets one after the other, each in one or more passes (`DatasetReader.used_rows`).
 
@@ -59,7 +70,7 @@ class GroupSource:
         self.group, self.settings, self.latents = group, settings, latents
         self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
-        self._last: tuple[str, int, int, Image] | None = None  # dataset, row, number and content of the picture decoded last
+        self._last = _LastPicture()
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
             passes = reader.used_rows(entry, group, split)
@@ -136,14 +147,14 @@ class GroupSource:
 
     def _decoded(self, reader: DatasetReader, row: int, number: int) -> Image:
         """One picture of a row. The last one is kept: ViT and autoencoder often take the same."""
-        if self._last is not None and self._last[:3] == (reader.name, row, number):
-            return self._last[3]
+        if self._last.place == (reader.name, row, number):
+            return self._last.picture
         record = reader.record(row)
         width, height = int(record.widths[number]), int(record.heights[number])
         decoded = decode_rgb(reader.image_bytes(row, number), width * height)
         if decoded.size != (width, height):
             raise ValueError(f"the picture is {decoded.width} x {decoded.height}, the index says {width} x {height}; build it again")
-        self._last = reader.name, row, number, decoded
+        self._last.place, self._last.picture = (reader.name, row, number), decoded
         return decoded
 
     def describe(self, index: int) -> str:

@@ -129,5 +129,6 @@ def open_loader(
         seed=data.data_seed,
         global_batch_size=sizes.final,
     )
-    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, stored_posterior(config, arch), share)
+    posterior = stored_posterior(config, arch)
+    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, posterior, share, data.decode_threads)
     return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor, sizes)

@@ -131,7 +131,7 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image
         raise ValueError(f"the image cannot be decoded ({error})") from error
 
 
-def checked_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
+def decoded_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
     """(width, height) in pixels of an image whose every byte has been through the decoder. Raises ValueError as `decode_rgb` does.
 
     A JPEG is decoded to an eighth of its size: that reads all of its data too, and leaves out most of the arithmetic.
@@ -146,6 +146,23 @@ def checked_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tup
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"the image cannot be decoded ({error})") from error
     return size
+
+
+def whole_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
+    """(width, height) in pixels of an image that is complete. Raises ValueError for one that is cut off or, in a PNG, has a wrong byte.
+
+    A PNG's checksums are compared, a JPEG must close with its end mark; nothing is decompressed. Any other image goes to `decoded_size`.
+    """
+    image = open_image(data, max_pixels)
+    if image.format == "PNG":
+        try:
+            image.verify()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"the image cannot be decoded ({error})") from error
+        return image.size
+    if image.format == "JPEG" and bytes(data[-64:]).rstrip(b"\0").endswith(b"\xff\xd9"):
+        return image.size
+    return decoded_size(data, max_pixels)
 
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:

@@ -1,0 +1,33 @@
+"""Pictures decoded side by side inside one process: decoders and resizing leave Python's lock to each other while they work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+class DecodeThreads:
+    """``threads`` that share work out among themselves; fewer than two do it in the thread that asks. May be pickled and forked: every
+    process starts its own at first use."""
+
+    def __init__(self, threads: int) -> None:
+        if threads < 0:
+            raise ValueError(f"decode_threads must not be negative, got {threads}")
+        self.threads = threads
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # the process it belongs to
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"threads": self.threads, "_pool": None}
+
+    def map(self, work: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> list[_Result]:
+        """``work`` of every job, in order."""
+        if self.threads < 2 or len(jobs) < 2:
+            return [work(job) for job in jobs]
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(self.threads, "decode")
+        return list(self._pool[1].map(work, jobs))
