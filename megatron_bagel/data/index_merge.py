@@ -16,11 +16,12 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_bagel.data.index_format import (
     MANIFEST,
@@ -38,6 +39,7 @@ from megatron_bagel.data.index_format import (
 )
 
 PLAN, STATE, INDEX = "plan.json", "state", "index"
+_PATIENCE = 3.0  # seconds for the workers of a build that was killed to end too: they hold its lock until then
 
 
 def build_folder(output: Path, job: int = 0, jobs: int = 1) -> Path:
@@ -114,17 +116,29 @@ def locked(build: Path) -> Iterator[None]:
     """Keep a second process out of a build folder. Raises ValueError when another one is in it."""
     build.parent.mkdir(parents=True, exist_ok=True)
     path = build.with_name(f"{build.name}.lock")
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise BlockingIOError  # its owner has just removed the file
-        except BlockingIOError as error:
-            raise ValueError(f"another process is building in {build}; wait for it, or end it and run this again") from error
+    give_up = time.monotonic() + _PATIENCE
+    while (file := _exclusive(path)) is None:
+        if time.monotonic() > give_up:
+            raise ValueError(f"another process is building in {build}; wait for it, or end it and run this again")
+        time.sleep(0.05)
+    with file:
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _exclusive(path: Path) -> IO[str] | None:
+    """The lock file, locked, or None when another process holds it."""
+    file = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+    except BlockingIOError:
+        pass
+    file.close()  # or its owner has just removed the file
+    return None
 
 
 def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:
