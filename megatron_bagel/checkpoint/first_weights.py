@@ -30,7 +30,9 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
 
     Norm weights 1, biases 0, `llm2vae` 0 (the original starts the velocity head at zero); decoder and embeddings normal with the LLM's
     `initializer_range`; adapters (connector, vae2llm, time embedder) uniform in +-1/sqrt(fan in), torch's default for a Linear; vision
-    tower as SigLIP: embeddings normal with variance 1/width, matrices Xavier-uniform.
+    tower as SigLIP: patch embedding normal with variance 1/fan in, matrices Xavier-uniform. Its position embeddings differ on purpose:
+    SigLIP's variance of 1/width makes them a tenth of a patch of one colour, and a small tower then hardly ever learns where things are
+    (docs/small_world.md). They start with variance 1, as large as patches are.
     """
     name = entry.ours
     if name.startswith("llm2vae") or name.endswith(".bias"):
@@ -41,7 +43,8 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     fan_in = entry.shape[-1]
     if name.startswith("vit_model.vision_model.embeddings."):
-        return torch.randn(entry.shape, generator=generator).div_(math.sqrt(fan_in))
+        values = torch.randn(entry.shape, generator=generator)
+        return values if "position" in name else values.div_(math.sqrt(fan_in))
     if name.startswith("vit_model."):
         return torch.rand(entry.shape, generator=generator).mul_(2).sub_(1).mul_(math.sqrt(6 / sum(entry.shape)))
     if name.startswith(("connector.", "vae2llm.", "time_embedder.")):

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.checkpoint.first_weights import initial_value
+from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.config.architecture import BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.encoders.vision_tower import VisionTower
 from tests.encoders.helpers import SIDE, small_arch, small_tower
@@ -153,3 +155,14 @@ def test_same_generator_gives_the_same_random_weights() -> None:
     assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
     table = towers[0]["vit_model.vision_model.embeddings.position_embedding.weight"]
     assert abs(table.std().item() * 32**0.5 - 1) < 0.1
+
+
+def test_a_seeded_tower_sees_where_as_well_as_what() -> None:
+    """At the start a patch's place moves its embedding about as much as its contents do: a small model learns places only then."""
+    arch = BagelArch(LLMArch(64, 96, 1, 2, 1, 64), ViTArch(96, 192, 2, 3, image_size=140), None, vit_max_num_patch_per_side=10)
+    entries = WeightMap(arch).entries
+    embeddings = "vit_model.vision_model.embeddings."
+    patches = initial_value(entries[f"{embeddings}patch_embedding.weight"], arch, 1)
+    places = initial_value(entries[f"{embeddings}position_embedding.weight"], arch, 1)
+    flat = torch.ones(patches.shape[1])  # a white patch
+    assert 0.5 < (patches @ flat).norm() / places.norm(dim=1).mean() < 2
