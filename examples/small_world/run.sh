@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains a small BAGEL on the sample world on 2 processes, examines every checkpoint, and prints a table: pictures from words, questions,
-# edits, on (colour, shape) pairs that training showed and on pairs that it never did.
+# Trains a small BAGEL on the sample world on 2 processes, questions first and then everything, examines every checkpoint, and prints a
+# table: pictures from words, questions, edits, on (colour, shape) pairs that training showed and on pairs that it never did.
 #
 #   bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 2000 --global_seed 1]
 #
 # A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
 # PROCESSES, T2I, EDIT, VLM and DATA_SEED in the environment change how many processes train and how much data of each kind is made,
-# EXAM holds flags of `exam.py ask`.
+# QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then
@@ -26,13 +26,14 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 HERE=examples/small_world
 AUTOENCODER=examples/quickstart/autoencoder/ae.safetensors
+QUESTIONS=600
 SECONDS=0
 stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
-  "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-3000}" --edit "${EDIT:-3000}" --vlm "${VLM:-3000}" \
-    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1.5 1 1.5 1 --vit-image-size 42 \
+  "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-4000}" --edit "${EDIT:-4000}" --vlm "${VLM:-4000}" \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1.5 2 0.25 1 --vit-image-size 42 \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 
@@ -46,11 +47,23 @@ if [ ! -f "$OUT/latents/latents.json" ]; then
   "$PYTHON" data_tools/cache_latents.py "$OUT/index" --dataset_config_file "$OUT/data/dataset.yaml" --vae $AUTOENCODER --output "$OUT/latents"
 else echo "reusing $OUT/latents"; fi
 
-stage "training"
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" -m megatron_bagel.train --config $HERE/config.yaml \
-  --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" \
-  --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $AUTOENCODER \
-  --latent_cache "$OUT/latents" --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"
+train() {
+  "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" -m megatron_bagel.train --config $HERE/config.yaml \
+    --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" \
+    --auto_resume True "$@"
+}
+START=()
+if [ "${QUESTION_STEPS:-$QUESTIONS}" -gt 0 ]; then
+  stage "training: questions alone, until they are known"
+  # At the learning rate that pictures want, and beside their loss, questions are learnt badly, and forgotten once they are known.
+  train --visual_gen False --lr 5.0e-4 "$@" --total_steps "${QUESTION_STEPS:-$QUESTIONS}" --save_every "${QUESTION_STEPS:-$QUESTIONS}" \
+    --results_dir "$OUT/questions/results" --checkpoint_dir "$OUT/questions/checkpoints"
+  START=(--resume_from "$OUT/questions/checkpoints" --resume_model_only True --allow_missing 'time_embedder*' 'vae2llm*' 'llm2vae*'
+    --freeze_und True --freeze_vit True)
+fi
+stage "training: pictures and edits; what was learnt before is kept"
+train --vae_path $AUTOENCODER --latent_cache "$OUT/latents" --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" \
+  ${START[@]+"${START[@]}"} "$@"
 
 stage "exam of every checkpoint"
 # shellcheck disable=SC2086 # EXAM holds several words
