@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.first_weights import FirstWeights
+from megatron_bagel.checkpoint.first_weights import FirstWeights, initial_value
 from megatron_bagel.checkpoint.hf_folder import HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.stream_write import write_checkpoint
@@ -136,13 +136,16 @@ def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(entry.hf, entry.hf_shapes, strict=True))
 
 
-def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[str] = ("ema",), **overrides: Any) -> Path:
+def import_folder(
+    folder: str | Path, directory: str | Path, weights: Sequence[str] = ("ema",), allow_missing: Sequence[str] = (), **overrides: Any
+) -> Path:
     """Write a folder in the released layout as a checkpoint of 0 steps under `directory`; returns the checkpoint's folder.
 
     Model weights come from "model" if given, else from "ema"; tensors keep their types. With "ema" alone the weights are stored once and
-    serve as average, too. There is no optimizer state: train from the result with `--resume_model_only True`. `overrides` are settings of
-    `BagelArch` that win over the folder's. Raises ValueError when tensors are missing, left over or of another shape, and for a
-    `max_latent_size` that is not the one of the weights.
+    serve as average, too. There is no optimizer state: train from the result with `--resume_model_only True`. Weights that the folder
+    lacks and `allow_missing` (shell patterns of their names there) lets it lack get the values that seed 0 gives them, and are logged.
+    `overrides` are settings of `BagelArch` that win over the folder's. Raises ValueError when other tensors are missing, when some are
+    left over or of another shape, and for a `max_latent_size` that is not the one of the weights.
     """
     if not weights:
         raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
@@ -150,15 +153,20 @@ def import_folder(folder: str | Path, directory: str | Path, weights: Sequence[s
     weight_map = WeightMap(source.arch)
     readers = {kind: source.weights(kind) for kind in weights}
     for reader in readers.values():
-        check_against(reader, weight_map)
+        if absent := check_against(reader, weight_map, allow_missing).missing:
+            logger.info("%s lacks %d tensors, which start from seeded values: %s", reader.path, len(absent), ", ".join(absent))
     plan: dict[str, tuple[TensorSource, Entry]] = {}
     for prefix, reader in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
         if reader is not None:
             plan |= {prefix + name: (reader, entry) for name, entry in weight_map.entries.items()}
-    specs: dict[str, TensorSpec] = {key: (entry.shape, reader.spec(entry.hf[0])[1]) for key, (reader, entry) in plan.items()}
+    specs: dict[str, TensorSpec] = {
+        key: (entry.shape, reader.spec(entry.hf[0])[1] if entry.hf[0] in reader else torch.float32) for key, (reader, entry) in plan.items()
+    }
 
     def get(key: str) -> torch.Tensor:
         reader, entry = plan[key]
+        if entry.hf[0] not in reader:
+            return initial_value(entry, source.arch, seed=0)
         return entry.fuse([reader.get(name) for name in entry.hf])
 
     head = {

@@ -131,6 +131,30 @@ def test_a_folder_that_does_not_say_its_latent_size_keeps_it_and_a_wrong_one_is_
     assert not (tmp_path / "wrong").exists()
 
 
+def test_what_a_folder_lacks_is_refused_or_on_request_seeded(
+    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder without the timestep embedder; all other tensors come through bit for bit."""
+    source = tmp_path / "hf"
+    source.mkdir()
+    for file in (goldens / "hf").iterdir():
+        if file.name not in ("ema.safetensors", "model.safetensors"):
+            (source / file.name).symlink_to(file)
+    whole = load_file(goldens / "hf/ema.safetensors")
+    save_file({name: tensor for name, tensor in whole.items() if not name.startswith("time_embedder")}, source / "ema.safetensors")
+    convert = ["--model", str(source), "--output", str(tmp_path / "ckpt")]
+    assert hf_to_megatron.main(convert) == 1
+    assert "lacks 4 tensors this model needs: time_embedder" in capsys.readouterr().err
+    with caplog.at_level(logging.INFO):
+        assert hf_to_megatron.main([*convert, "--allow-missing", "time_embedder*"]) == 0
+    assert any("lacks 4 tensors, which start from seeded values: time_embedder" in message for message in caplog.messages)
+    assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(tmp_path / "out"), "--dtype", "keep"]) == 0
+    back = load_file(tmp_path / "out/ema.safetensors")
+    assert back.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(back[name], tensor) != name.startswith("time_embedder"), name
+
+
 @pytest.mark.parametrize(
     ("tool", "options"),
     [

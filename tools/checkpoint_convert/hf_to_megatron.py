@@ -21,6 +21,10 @@ def parser() -> argparse.ArgumentParser:
         "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
     )
     p.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
+    p.add_argument(
+        "--allow-missing", "--allow_missing", nargs="+", default=[], metavar="PATTERN",
+        help="weights the folder may lack, as shell patterns of their names; they get seeded values, and are listed",
+    )  # fmt: skip
     p.add_argument("--autoencoder-config", type=Path, help="JSON shape of an autoencoder that is not FLUX's and has no ae_config.json")
     return p
 
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_bagel.checkpoint.convert import import_folder
 
         settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
-        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], **settings))
+        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], args.allow_missing, **settings))
 
     return command.run("hf_to_megatron", work)
 
