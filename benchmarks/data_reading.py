@@ -79,7 +79,7 @@ def measure_fill(rows: int, side: int, capacity: int, packs: int) -> dict[str, o
     """Mean tokens over capacity of packs of sample data."""
     with make_world(rows, side, capacity) as world:
         ours = [plan.tokens for plan in world.loader().planner.packs(0, packs)]
-        plain = [row.pack.sequence_length for row in islice(world.plain(), packs)]
+        plain = [row.tokens for row in islice(world.plain(), packs)]
     return {
         "rows": rows, "capacity": capacity, "packs": packs,
         "planner": {"fill": float(np.mean(ours) / capacity)}, "plain": {"fill": float(np.mean(plain) / capacity)},
@@ -91,8 +91,9 @@ def _rate(packs: Iterator[LoadedPack | PlainPack], count: int) -> tuple[float, f
     next(packs)
     began, samples, tokens = time.perf_counter(), 0, 0
     for loaded in islice(packs, count):
-        samples += len(loaded.pack.samples)
-        tokens += loaded.pack.sequence_length
+        plain = isinstance(loaded, PlainPack)
+        samples += loaded.count if plain else len(loaded.pack.samples)
+        tokens += loaded.tokens if plain else loaded.pack.sequence_length
     seconds = time.perf_counter() - began
     return samples / seconds, tokens / seconds
 

@@ -1,7 +1,8 @@
 """A plain reader that follows the original's algorithm: parquet row groups and jsonl lines, one worker, greedy packing with overflow.
 
-What differs from the original favours it here: row groups are not turned into data frames, a row's images are decoded once, choices
-are the keyed ones (so that pixels can be compared), and packs are laid out by the library's own vectorised code.
+It hands out what the original's loader does with its default flags: a tensor per field and a dense mask per sample. What differs from the
+original favours it here: row groups are not turned into data frames, a row's images are decoded once, choices are the keyed ones (so that
+pixels can be compared), and packs are laid out by the library's own code.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from megatron_bagel.data.groups import EDIT, T2I, TEXT, GroupConfig
+from megatron_bagel.data.loader_noise import raw_timesteps
 from megatron_bagel.data.raw_readers import PARQUET_COLUMNS, SourceUnit, parse_edit, parse_t2i, parse_text, parse_vlm
 from megatron_bagel.data.records import RawSample, Record
 from megatron_bagel.data.sample_plan import ConditionDropout, KeyedDraws, build_items, choose_items, drop_conditions, transform_of
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, vit_patches
-from megatron_bagel.layout.items import Sample
+from megatron_bagel.layout.items import Mode, Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack, item_tokens
 
 PREFER_BUFFER_SHARE, BUFFER = 16384 / 36864, 50
@@ -41,12 +43,45 @@ class PlainSample:
 
 @dataclass
 class PlainPack:
-    """A row of the original's loader: VAE images padded with zeros to the largest."""
+    """A row of the original's loader: its index tensors by name, VAE images padded with zeros to the largest, a mask [length, length] of
+    0 and -inf per sample. ``tokens`` and ``count`` of samples are for measuring."""
 
-    pack: Pack
+    tokens: int
+    count: int
+    tensors: dict[str, torch.Tensor]
+    masks: list[torch.Tensor]
     padded_images: torch.Tensor
     vit_patches: torch.Tensor
     samples: list[PlainSample] | None = None
+
+
+#: The fields of a pack that the original's batch holds as tensors.
+FIELDS = (
+    "text_ids", "text_positions", "position_ids", "vae_positions", "latent_shapes", "latent_position_ids", "vit_positions",
+    "vit_position_ids", "vit_shapes", "ce_positions", "labels", "ce_weights", "mse_positions",
+)  # fmt: skip
+
+
+def dense_masks(pack: Pack) -> list[torch.Tensor]:
+    """The mask of every sample, split by split."""
+    masks, splits = [], iter(zip(pack.split_lens.tolist(), pack.split_modes.tolist(), strict=True))
+    for length in pack.sample_lens.tolist():
+        seen = torch.zeros(length, length, dtype=torch.bool)
+        noised, start = [], 0
+        while start < length:
+            size, mode = next(splits)
+            own = slice(start, start + size)
+            seen[own, :start] = True
+            seen[own, own] = torch.ones(size, size, dtype=torch.bool).tril() if mode == Mode.CAUSAL else True
+            if mode == Mode.NOISE:
+                noised.append(own)
+            start += size
+        for own in noised:
+            inside = seen[own, own].clone()
+            seen[:, own] = False
+            seen[own, own] = inside
+        masks.append(torch.zeros(length, length).masked_fill_(~seen, float("-inf")))
+    return masks
 
 
 class PlainReader(IterableDataset):
@@ -93,7 +128,11 @@ class PlainReader(IterableDataset):
         padded = torch.zeros(len(vae), 3, height, width)
         for place, pixels in zip(padded, vae, strict=True):
             place[:, : pixels.shape[1], : pixels.shape[2]] = pixels
-        return PlainPack(pack, padded, torch.cat(patches) if patches else torch.zeros(0), row if self.keep else None)
+        tensors = {name: torch.from_numpy(getattr(pack, name)) for name in FIELDS}
+        tensors["timesteps"] = torch.from_numpy(raw_timesteps(pack, self.seed))
+        patched = torch.cat(patches) if patches else torch.zeros(0)
+        counts = pack.sequence_length, len(row)
+        return PlainPack(*counts, tensors, dense_masks(pack), padded, patched, row if self.keep else None)
 
     def _samples(self, group: GroupConfig) -> Iterator[PlainSample]:
         epoch = 0

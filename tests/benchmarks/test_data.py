@@ -6,10 +6,17 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
 
 from benchmarks.data import main, measure
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths
+from benchmarks.plain_reader import dense_masks
 from megatron_bagel.data.planner import Planner, PlannerConfig
+from megatron_bagel.layout.items import Sample
+from megatron_bagel.layout.mask import PackMask
+from megatron_bagel.layout.pack import build_pack
+from tests.strategies import SPEC, samples
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -48,3 +55,13 @@ def test_synthetic_sidecars_are_opened_and_planned_to_the_end(capsys: pytest.Cap
     opened = told(capsys, "--part", "open", "--samples", "45000")
     assert opened["index"]["samples"] == 45000 and opened["plain"]["samples"] == 450
     assert opened["index"]["open_s"] > 0 and opened["index"]["beyond_imports"] < 200
+
+
+@given(samples())
+def test_the_plain_readers_masks_are_those_of_the_oracle(drawn: list[Sample]) -> None:
+    pack = build_pack(drawn, SPEC)
+    dense, start = torch.from_numpy(PackMask.of(pack).dense()), 0
+    for length, mask in zip(pack.sample_lens.tolist(), dense_masks(pack), strict=True):
+        inside = slice(start, start + length)
+        assert torch.equal(mask == 0, dense[inside, inside]) and bool(((mask == 0) | mask.isneginf()).all())
+        start += length
