@@ -10,7 +10,8 @@ import pytest
 from megatron_bagel.data.sample_world_exam import read_lines
 
 REPOSITORY = Path(__file__).parents[2]
-FEW = {"T2I": "30", "EDIT": "30", "VLM": "60", "PROCESSES": "1", "EXAM": "--pictures 2 --questions 2 --edits 2", "PYTHON": sys.executable}
+FEW = {"T2I": "30", "EDIT": "30", "VLM": "60", "PROCESSES": "1", "QUESTION_STEPS": "2",
+       "EXAM": "--pictures 2 --questions 2 --edits 2", "PYTHON": sys.executable}  # fmt: skip
 SHORT = ["--total_steps", "2", "--warmup_steps", "0", "--save_every", "2", "--eval_every", "2", "--eval_samples", "4", "--num_workers", "0",
          "--global_batch_size", "2", "--split", "50,50"]  # fmt: skip
 
@@ -28,6 +29,7 @@ def run(out: Path) -> str:
 def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
     said = run(tmp_path / "out")
     assert "after 2 steps" in said and "edit recolour success" in said and "autoencoder alone" in said
+    assert "time_embedder.mlp.0.weight is absent and allowed to be" in said, "the second stage starts from the first one's weights"
     (row,) = read_lines(tmp_path / "out/answers/marks.jsonl")
     assert set(row["marks"]["t2i colour"]) == {"seen", "held out"}
     assert list((tmp_path / "out/results/samples").glob("*_unified_edit.png")), "a run with stored latents draws its sheets"
