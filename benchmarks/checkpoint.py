@@ -270,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if found:
             print(json.dumps(found))
         return found
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         where = Path(folder)
         result = measure_conversion(args.gigabytes, where) if args.mode == "convert" else measure_saves(args.config, where)

@@ -37,7 +37,7 @@ FITTINGS: dict[str, Fitting] = {
     ),
     "small_world/run.sh": Fitting(
         "--total_steps 2 --warmup_steps 1 --save_every 2",
-        variables={"T2I": "60", "EDIT": "30", "VLM": "60", "EXAM": "--pictures 2 --questions 2 --edits 2"},
+        variables={"T2I": "60", "EDIT": "30", "VLM": "60", "QUESTION_STEPS": "2", "EXAM": "--pictures 2 --questions 2 --edits 2"},
     ),
     "--profile_step_start 2": Fitting(),
     "-m megatron_bagel.train": Fitting(_STEPS),
@@ -46,6 +46,8 @@ FITTINGS: dict[str, Fitting] = {
     "evaluate mme": Fitting("--max-length 4"),
     "-m megatron_bagel.generate": Fitting(_QUICK),
     "benchmarks.generate": Fitting("--tokens 4 --side 64 --steps 2"),
+    "benchmarks.checkpoint convert": Fitting("--gigabytes 0.01"),
+    "benchmarks.checkpoint saves": Fitting("--config bench-tiny"),
     "benchmarks.parallel_step": Fitting("--steps 1 --warmup 0"),
     "benchmarks.observing": Fitting("--config bench-tiny --rounds 5 --steps 1"),
     "--job-index 3": Fitting(
@@ -104,7 +106,7 @@ def make_shared(folder: Path) -> Path:
         (folder / "flux/vae").mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder / "flux/vae" / file.name)
     Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "image_size": "64x64"}) + "\n")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "size": [64, 64]}) + "\n")
     (folder / "evaluation_metadata.jsonl").write_text(json.dumps({"tag": "single_object", "include": [], "prompt": "a red circle"}) + "\n")
     (folder / "MME_FOLDER").mkdir()
     shutil.copy(folder / "photo.png", folder / "MME_FOLDER/photo.png")
