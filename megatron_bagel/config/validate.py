@@ -134,8 +134,9 @@ def check_resilience(config: Config) -> None:
         raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
     if resilience.ft_heartbeats and find_spec("nvidia_resiliency_ext") is None:
         raise ValueError(
-            "--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed: pip install nvidia-resiliency-ext, and "
-            "start with its ft_launcher in place of torchrun; or leave the flag out (the run has a watchdog of its own)"
+            "--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed: pip install "
+            "'megatron-bagel[resiliency]' (Linux, Python 3.10 to 3.12), and start with its ft_launcher in place of torchrun; or leave the "
+            "flag out (the run has a watchdog of its own)"
         )
 
 

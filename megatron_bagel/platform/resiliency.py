@@ -1,7 +1,7 @@
 """NVIDIA's nvidia-resiliency-ext, where it is installed: the only file that imports it.
 
-Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. The names used here are
-those of its documentation; no part of this has met the real package yet (tests use a stand-in).
+Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. Heartbeats begin with the
+monitor's longer time-out for the first one, so that set-up and the first step have it too.
 """
 
 from __future__ import annotations
