@@ -32,3 +32,9 @@ class ResilienceArguments:
     ft_heartbeats: bool | None = flag(
         None, "Send heartbeats to ft_launcher (package nvidia-resiliency-ext). Default: when it started this process."
     )
+    local_checkpoint_dir: str | None = flag(
+        None,
+        "Folder on a disk of each node for checkpoints between checkpoints, each rank's own share; a restart on the same layout uses them. "
+        "Needs nvidia-resiliency-ext and --save_local_every.",
+    )
+    save_local_every: int = flag(0, "Steps between local checkpoints; only the newest is kept. Not in steps that are saved anyway.")
