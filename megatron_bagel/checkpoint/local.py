@@ -72,11 +72,15 @@ class LocalCheckpoints:
 
     def save(self, step: int, trained: Trained, run_state: Mapping[str, Any]) -> None:
         """Save the state after `step` steps and remove older ones. A failure is a warning: the run has its checkpoints."""
+        if from_all_ranks(["waits"] if _before_first_update(trained) else []):
+            self._say(f"step {step} was not saved: no update of the weights was made yet")
+            return
         newest = _pointed_to(self._global) if self._rank == 0 else None
         head = {
             **provenance(step, trained.arch, dist.get_world_size()), "start": self._start, "layout": layout(), "run": dict(run_state),
             "shape": shape_of(trained), "follows": newest,
         }  # fmt: skip
+        # Who keeps what is dealt once: from the first update on, when the optimizer has its moments, nothing comes or goes.
         content, self._distribution = MCoreTensorAwareStateDict.from_state_dict(
             sharded_state(trained, is_loading=False, own_buffers=True), _ALGORITHM, data_parallel_group(), self._distribution
         )
@@ -185,6 +189,12 @@ def _not_for_us(head: Mapping[str, Any], trained: Trained) -> str:
     if head["versions"] != versions:
         return f"it was saved by other versions ({head['versions']}; now {versions})"
     return "" if head["shape"] == shape_of(trained) else "the model, its frozen parts or the optimizer's buffers are others now"
+
+
+def _before_first_update(trained: Trained) -> bool:
+    """Whether an optimizer of this rank has no moments yet: a share without them could not be loaded."""
+    leaves = [leaf.optimizer for leaf in optimizers_with_state(trained.optimizer).values()]
+    return any(any(group["params"] for group in leaf.param_groups) and not leaf.state for leaf in leaves)
 
 
 def _set_back(directory: Path, follows: int | None) -> str:
