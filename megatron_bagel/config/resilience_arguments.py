@@ -38,3 +38,7 @@ class ResilienceArguments:
         "Needs nvidia-resiliency-ext and --save_local_every.",
     )
     save_local_every: int = flag(0, "Steps between local checkpoints; only the newest is kept. Not in steps that are saved anyway.")
+    preemption_grace_seconds: float | None = flag(
+        None,
+        "Time between a scheduler's SIGTERM or SIGUSR1 and its SIGKILL: warn, before any signal, when two steps and a save take longer.",
+    )

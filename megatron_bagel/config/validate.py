@@ -133,6 +133,9 @@ def check_resilience(config: Config) -> None:
         )
     if 0 < resilience.loss_spike_factor <= 1:
         raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
+    grace = resilience.preemption_grace_seconds
+    if grace is not None and grace <= 0:
+        raise ValueError(f"--preemption_grace_seconds {grace:g} leaves no time to save; give the scheduler's, in seconds, or drop the flag")
     if (resilience.local_checkpoint_dir is None) != (resilience.save_local_every == 0):
         raise ValueError(
             "--local_checkpoint_dir and --save_local_every need each other: a folder on a disk of each node, and the steps between saves"

@@ -315,7 +315,7 @@ def train(run: Run) -> None:
     replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
     saved = counters.steps
     while counters.steps < training.total_steps and not survival.agreement.stop:
-        step = counters.steps
+        step, step_began = counters.steps, time.perf_counter()
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
         run.profiler.before(step)
@@ -331,7 +331,7 @@ def train(run: Run) -> None:
         counters.samples += result.samples
         counters.tokens += result.work.tokens
         counters.skipped, counters.bad_steps = replacements.count, survival.bad_steps.count
-        survival.step_done(counters.steps)
+        survival.step_done(counters.steps, time.perf_counter() - step_began, run.saving.saver.last_seconds)
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
