@@ -42,3 +42,8 @@ class ResilienceArguments:
         None,
         "Time between a scheduler's SIGTERM or SIGUSR1 and its SIGKILL: warn, before any signal, when two steps and a save take longer.",
     )
+    inprocess_restarts: int = flag(
+        0,
+        "So often an error that leaves all ranks alive starts the run again from its newest checkpoint in the same processes. Needs "
+        "nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are the launcher's to restart; on CPU, errors of single ranks too.",
+    )

@@ -21,7 +21,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     "num_workers", "decode_threads", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
-    "loss_spike_factor", "hang_timeout_minutes", "straggler_every", "save_local_every",
+    "loss_spike_factor", "hang_timeout_minutes", "straggler_every", "save_local_every", "inprocess_restarts",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -144,6 +144,10 @@ def check_resilience(config: Config) -> None:
         needs_resiliency_package("--ft_heartbeats True", "and start with its ft_launcher in place of torchrun")
     if resilience.local_checkpoint_dir is not None:
         needs_resiliency_package("--local_checkpoint_dir", "on every node")
+    if resilience.inprocess_restarts:
+        needs_resiliency_package("--inprocess_restarts", "on every node")
+        if not config.training.auto_resume:
+            raise ValueError("--inprocess_restarts needs --auto_resume True: a run that starts again continues from its newest checkpoint")
 
 
 def needs_resiliency_package(flag: str, advice: str) -> None:

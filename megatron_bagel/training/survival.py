@@ -72,8 +72,11 @@ def surviving(config: Config) -> Iterator[Survival]:
     with stop_on_signals() as request, watching(side_store(STORE), limits_of(config), config.training.results_dir) as watchdog:
         survival = Survival.of(config, request, watchdog)
         survival.heartbeats.start()
-        yield survival
-        survival.heartbeats.close()
+        try:
+            yield survival
+        finally:
+            # A monitor talks to one client at a time, and this process may begin again.
+            survival.heartbeats.close()
         # No rank stops watching while another may still wait for it.
         dist.barrier()
 

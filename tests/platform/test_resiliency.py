@@ -9,6 +9,7 @@ import pytest
 
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import check_resilience
+from megatron_bagel.platform.inprocess import restart_in_process
 from megatron_bagel.platform.resiliency import MONITOR_SOCKET, LauncherHeartbeats
 
 
@@ -45,6 +46,7 @@ def test_asking_for_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyP
     for flags, name in (
         ({"ft_heartbeats": True}, "--ft_heartbeats True"),
         ({"local_checkpoint_dir": "/tmp/local", "save_local_every": 5}, "--local_checkpoint_dir"),
+        ({"inprocess_restarts": 1, "auto_resume": True}, "--inprocess_restarts"),
     ):
         wanted = rf"{name} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel\[resiliency\]'"
         with pytest.raises(ValueError, match=wanted):
@@ -52,3 +54,12 @@ def test_asking_for_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(MONITOR_SOCKET, "/tmp/socket")
     with pytest.raises(ValueError, match="nvidia-resiliency-ext cannot be imported"):
         LauncherHeartbeats(None)
+
+
+def test_restarts_in_process_need_a_resume_and_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia_resiliency_ext", reason='nvidia-resiliency-ext is not installed: pip install -e ".[resiliency]"')
+    with pytest.raises(ValueError, match="--inprocess_restarts needs --auto_resume True"):
+        check_resilience(Config.from_values({"inprocess_restarts": 1}))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="--inprocess_restarts needs ranks that a launcher has started"):
+        restart_in_process(lambda store: None, 1, 1.0)
