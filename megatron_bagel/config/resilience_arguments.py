@@ -45,5 +45,5 @@ class ResilienceArguments:
     inprocess_restarts: int = flag(
         0,
         "So often an error that leaves all ranks alive starts the run again from its newest checkpoint in the same processes. Needs "
-        "nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are the launcher's to restart; on CPU, errors of single ranks too.",
+        "nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are the launcher's; on CPU, errors of single ranks too.",
     )
