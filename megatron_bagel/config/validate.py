@@ -10,7 +10,6 @@ from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import RECOMPUTE_MODULES, check_parallel_sizes
 from megatron_bagel.config.parser import SECTIONS, Config
 from megatron_bagel.config.resolve import architecture, resolve, tokenizer_path
-from megatron_bagel.platform.resiliency import resiliency_installed
 
 _AT_LEAST_ONE = (
     "max_num_tokens_per_sample", "max_num_tokens", "expected_num_tokens", "prefetch_factor", "log_every", "save_every", "total_steps",
@@ -152,7 +151,7 @@ def check_resilience(config: Config) -> None:
 
 def needs_resiliency_package(flag: str, advice: str) -> None:
     """Raise ValueError where nvidia-resiliency-ext is not installed."""
-    if not resiliency_installed():
+    if find_spec("nvidia_resiliency_ext") is None:
         raise ValueError(
             f"{flag} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel[resiliency]' (Linux, "
             f"Python 3.10 to 3.12) {advice}; or leave the flag out"

@@ -7,7 +7,6 @@ monitor's longer time-out for the first one, so that set-up and the first step h
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 #: Set by ft_launcher for the ranks it starts: where a rank's monitor listens.
@@ -53,11 +52,6 @@ def _client() -> Any:
             "environment, start with torchrun, or give --ft_heartbeats False"
         ) from error
     return RankMonitorClient()
-
-
-def resiliency_installed() -> bool:
-    """Whether the package can be imported here."""
-    return find_spec("nvidia_resiliency_ext") is not None
 
 
 def local_checkpoint_manager(directory: str, session: str) -> Any:
