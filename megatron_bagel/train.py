@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from megatron_bagel import platform
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
+from megatron_bagel.platform.inprocess import restart_in_process
 from megatron_bagel.platform.orphans import end_forks_with_this_process
 
 
@@ -22,19 +25,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
         return 2
-    end_forks_with_this_process()
     platform.install()
+    restarts = config.resilience.inprocess_restarts
+    if not restarts:
+        attempt(config)
+        return 0
+    try:
+        restart_in_process(lambda store: attempt(config, store), restarts, longest_wait(config))
+    except ValueError as error:
+        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def attempt(config: Config, store: dist.Store | None = None) -> None:
+    """One run from where it stands to its end, from no process group to none. An error becomes SystemExit.
+
+    ``store`` is where the ranks meet, if the launcher's rendezvous is not to be used.
+    """
+    # Not before: a process that nvidia-resiliency-ext forks to watch this one must outlive it.
+    end_forks_with_this_process()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop
     from megatron_bagel.training.error_report import ErrorReport
 
-    init_distributed(max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes))
+    init_distributed(longest_wait(config), store=store)
     try:
         with ErrorReport(config.training.results_dir):
             loop.execute(config)
     finally:
         shutdown_distributed()
-    return 0
+
+
+def longest_wait(config: Config) -> float:
+    """Minutes that a collective may take before the first step is done."""
+    return max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)
 
 
 def rehearse(config: Config) -> int:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_bagel.platform import megatron_compat
@@ -36,10 +37,14 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """Sharded state of every optimizer by its entry, in the model space of ``model_state``; with ``is_loading`` buffers to be filled."""
     with megatron_compat.padded_buckets(optimizer):
-        return {
+        states = {
             entry: leaf.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(metadata))
             for entry, leaf in optimizers_with_state(optimizer).items()
         }
+    if metadata["distrib_optim_sharding_type"] == "dp_reshardable" and BESIDE in states:
+        # Keys are numbers of buffers there, which both optimizers count from 0.
+        add_prefix_for_sharding(states[BESIDE], f"{BESIDE}.")
+    return states
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer | None, loaded: Mapping[str, Any]) -> None:

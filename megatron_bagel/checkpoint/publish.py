@@ -40,6 +40,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_REPLACED))
 
 
+def newest_step(directory: Path) -> int:
+    """The highest step with a folder in `directory`, whole or not; 0 without any."""
+    names = [path.name.removeprefix(_REPLACED) for path in directory.iterdir()] if directory.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def begin(directory: str | Path, step: int) -> Path:
     """An empty folder to write into. One rank calls this, with no other save under way; leftovers of killed saves go.
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._queue = AsyncCallsQueue()
+        self._began = 0.0
+        #: On rank 0, the seconds from the call of the newest save until its checkpoint was whole; None before the first.
+        self.last_seconds: float | None = None
 
     def save(self, step: int, trained: Trained, run_state: Mapping[str, Any]) -> None:
         """Save the state after `step` optimizer steps; in the background the folder appears at a later `poll` or `finish`.
@@ -63,6 +67,7 @@ class Saver:
         """
         text = publish.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
+        self._began = time.perf_counter()
         saving = on_first_rank(lambda: publish.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}")
         with self._explained():
             request = self._request(saving, text, trained)
@@ -115,6 +120,7 @@ class Saver:
 
         final = on_first_rank(on_disk, f"cannot finish the checkpoint in {saving}")
         if dist.get_rank() == 0:
+            self.last_seconds = time.perf_counter() - self._began
             logger.info("saved %s", final)
 
     @contextlib.contextmanager

@@ -83,14 +83,18 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     check_same_model(BagelArch.from_dict(state["arch"]), trained.arch, folder)
     wanted = sharded_state(trained, is_loading=True)
     _check_contents(folder, wanted)
-    loaded = _load(folder, wanted)
+    fill(trained, _load(folder, wanted))
+    return int(state["step"]), state["run"]
+
+
+def fill(trained: Trained, loaded: dict[str, Any]) -> None:
+    """Take over what `sharded_state(is_loading=True)` asked for, after it was loaded."""
     _fill_modules(trained.modules, loaded)
     # The distributed optimizer copies into leaf tensors that require gradients.
     with torch.no_grad():
         load_optimizer_state(trained.optimizer, loaded)
         if trained.ema is not None:
             trained.ema.load_state_dict(loaded["ema"])
-    return int(state["step"]), state["run"]
 
 
 def load_weights_only(
@@ -203,10 +207,14 @@ def provenance(step: int, arch: BagelArch, world_size: int) -> dict[str, Any]:
     }
 
 
-def sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
-    """Everything a checkpoint stores as tensors, in model space; with `is_loading` empty buffers to be filled."""
+def sharded_state(trained: Trained, is_loading: bool, own_buffers: bool = False) -> dict[str, Any]:
+    """Everything a checkpoint stores as tensors, in model space; with `is_loading` empty buffers to be filled.
+
+    With `own_buffers` the optimizer's state is as it lies on this rank: nothing is gathered, and only the same layout can load it.
+    """
     state: dict[str, Any] = {"model": module_state(trained.modules)}
-    state |= optimizer_state(trained.optimizer, state["model"], is_loading, _METADATA)
+    metadata = {**_METADATA, "distrib_optim_sharding_type": "dp_reshardable"} if own_buffers else _METADATA
+    state |= optimizer_state(trained.optimizer, state["model"], is_loading, metadata)
     if trained.ema is not None:
         state["ema"] = trained.ema.sharded_state_dict(state["model"], is_loading=is_loading)
     return state

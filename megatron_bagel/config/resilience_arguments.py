@@ -32,3 +32,18 @@ class ResilienceArguments:
     ft_heartbeats: bool | None = flag(
         None, "Send heartbeats to ft_launcher (package nvidia-resiliency-ext). Default: when it started this process."
     )
+    local_checkpoint_dir: str | None = flag(
+        None,
+        "Folder on a disk of each node for checkpoints between checkpoints, each rank's own share; a restart on the same layout uses them. "
+        "Needs nvidia-resiliency-ext and --save_local_every.",
+    )
+    save_local_every: int = flag(0, "Steps between local checkpoints; only the newest is kept. Not in steps that are saved anyway.")
+    preemption_grace_seconds: float | None = flag(
+        None,
+        "Time between a scheduler's SIGTERM or SIGUSR1 and its SIGKILL: warn, before any signal, when two steps and a save take longer.",
+    )
+    inprocess_restarts: int = flag(
+        0,
+        "So often an error that leaves all ranks alive starts the run again from its newest checkpoint in the same processes. Needs "
+        "nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are the launcher's; on CPU, errors of single ranks too.",
+    )

@@ -20,7 +20,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     "num_workers", "decode_threads", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
-    "loss_spike_factor", "hang_timeout_minutes", "straggler_every",
+    "loss_spike_factor", "hang_timeout_minutes", "straggler_every", "save_local_every", "inprocess_restarts",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -132,10 +132,29 @@ def check_resilience(config: Config) -> None:
         )
     if 0 < resilience.loss_spike_factor <= 1:
         raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
-    if resilience.ft_heartbeats and find_spec("nvidia_resiliency_ext") is None:
+    grace = resilience.preemption_grace_seconds
+    if grace is not None and grace <= 0:
+        raise ValueError(f"--preemption_grace_seconds {grace:g} leaves no time to save; give the scheduler's, in seconds, or drop the flag")
+    if (resilience.local_checkpoint_dir is None) != (resilience.save_local_every == 0):
         raise ValueError(
-            "--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed: pip install nvidia-resiliency-ext, and "
-            "start with its ft_launcher in place of torchrun; or leave the flag out (the run has a watchdog of its own)"
+            "--local_checkpoint_dir and --save_local_every need each other: a folder on a disk of each node, and the steps between saves"
+        )
+    if resilience.ft_heartbeats:
+        needs_resiliency_package("--ft_heartbeats True", "and start with its ft_launcher in place of torchrun")
+    if resilience.local_checkpoint_dir is not None:
+        needs_resiliency_package("--local_checkpoint_dir", "on every node")
+    if resilience.inprocess_restarts:
+        needs_resiliency_package("--inprocess_restarts", "on every node")
+        if not config.training.auto_resume:
+            raise ValueError("--inprocess_restarts needs --auto_resume True: a run that starts again continues from its newest checkpoint")
+
+
+def needs_resiliency_package(flag: str, advice: str) -> None:
+    """Raise ValueError where nvidia-resiliency-ext is not installed."""
+    if find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            f"{flag} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel[resiliency]' (Linux, "
+            f"Python 3.10 to 3.12) {advice}; or leave the flag out"
         )
 
 

@@ -17,12 +17,17 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def init_distributed(
-    timeout_minutes: float = 10.0, init_method: str | None = None, rank: int | None = None, world_size: int | None = None
+    timeout_minutes: float = 10.0,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    store: dist.Store | None = None,
 ) -> tuple[int, int]:
     """Join the process group; returns (rank, world size).
 
     Without arguments the launcher's environment variables are used; a process started without a launcher becomes a world of
-    one. ``init_method`` (with ``rank`` and ``world_size``) is a torch.distributed URL, such as ``file:///tmp/store``.
+    one. ``store`` takes the place of the launcher's rendezvous. ``init_method`` (with ``rank`` and ``world_size``) is a
+    torch.distributed URL, such as ``file:///tmp/store``.
     Raises ValueError when only some of the launcher's variables are set.
     """
     enter_thread()
@@ -36,7 +41,10 @@ def init_distributed(
             raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
         if not present:
             init_method, rank, world_size = f"tcp://127.0.0.1:{_free_port()}", 0, 1
-    if init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if store is not None:
+        rank, world_size = launched_rank(), launched_world_size()
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
         dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)

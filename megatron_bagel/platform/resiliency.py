@@ -1,7 +1,7 @@
-"""NVIDIA's nvidia-resiliency-ext, where it is installed: the only file that imports it.
+"""NVIDIA's nvidia-resiliency-ext, where it is installed: the only file that imports it, beside inprocess.py.
 
-Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. The names used here are
-those of its documentation; no part of this has met the real package yet (tests use a stand-in).
+Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. Heartbeats begin with the
+monitor's longer time-out for the first one, so that set-up and the first step have it too.
 """
 
 from __future__ import annotations
@@ -52,3 +52,10 @@ def _client() -> Any:
             "environment, start with torchrun, or give --ft_heartbeats False"
         ) from error
     return RankMonitorClient()
+
+
+def local_checkpoint_manager(directory: str, session: str) -> Any:
+    """Its manager of checkpoints on disks of the node: one file per rank and step, `<directory>/<session>/<rank>/iter_*_local.pt`."""
+    from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
+
+    return LocalCheckpointManager(directory, session)

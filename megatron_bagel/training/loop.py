@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
+from megatron_bagel.checkpoint.training_state import Trained
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
@@ -31,6 +31,7 @@ from megatron_bagel.platform.device import device_name
 from megatron_bagel.platform.fake_world import is_fake
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.agreement import check_same_everywhere
+from megatron_bagel.training.continuing import continue_from, local_checkpoints
 from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.evaluation import Evaluation
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings, package_log
@@ -66,6 +67,9 @@ from megatron_bagel.training.step import StepResult, StepSettings, StepWatch, Tr
 from megatron_bagel.training.survival import Survival, surviving
 from megatron_bagel.training.timers import Timers
 
+if TYPE_CHECKING:
+    from megatron_bagel.checkpoint.local import LocalCheckpoints
+
 
 @dataclass
 class Counters:
@@ -97,6 +101,7 @@ class Run:
     profiler: ProfilerWindow
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
+    local: LocalCheckpoints | None = None
 
 
 def execute(config: Config) -> None:
@@ -150,17 +155,19 @@ def set_up(config: Config, survival: Survival | None = None) -> Run:
     share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
     loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
     trainable, trained = build_trainable(config, layout, arch, source, replica, share)
-    counters = _restore(source, trained, trainable, loader, survival)
+    local = local_checkpoints(config)
+    continued = continue_from(config, source, trained, local)
+    counters = _restore(continued.state, continued.steps, trainable, loader, survival) if continued.state is not None else Counters()
     log = RunLog(
         training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
         prometheus=config.observing.prometheus_file,
     )  # fmt: skip
     timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
     saving, settings = Saving(training), step_settings(config, layout)
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters)
+    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters, local=local)
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
-    _announce(run, source)
+    _announce(run, continued.told)
     return run
 
 
@@ -243,10 +250,8 @@ def _load_average_apart(
     optimizer.reload_model_params()
 
 
-def _restore(source: WeightSource, trained: Trained, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
-    if source.checkpoint is None:
-        return Counters()
-    steps, state = load_checkpoint(source.checkpoint, trained)
+def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
+    """Take over what is no tensor; returns how far the run is."""
     trainable.learning_rate.load_state_dict(state["schedule"])
     loader.load_state_dict(state["data"])
     if "bad_steps" in state:  # earlier versions had none
@@ -261,11 +266,11 @@ def _wandb(config: Config) -> WandbSettings:
     )
 
 
-def _announce(run: Run, source: WeightSource) -> None:
+def _announce(run: Run, start: str) -> None:
     config, layout = run.config, run.layout
     if dist.get_rank() == 0:
         config.save(Path(config.training.results_dir) / "config.yaml")
-    run.log.info(source.describe(config))
+    run.log.info(start)
     trained = sum(trainable_parameters(part) for part in run.trainable.wrapped)
     total = sum(p.numel() for part in run.trained.modules.values() for p in part.parameters())
     run.log.info(
@@ -278,8 +283,20 @@ def _announce(run: Run, source: WeightSource) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the state after ``run.counters.steps`` steps, whole after ``run.saving.finish()`` if not before."""
+    with run.survival.watchdog.slow("a save"), synced_parameters(run.trainable.wrapped):
+        run.saving.saver.save(run.counters.steps, run.trained, run_state(run))
+
+
+def save_locally(run: Run) -> None:
+    """The same as each rank's own share, on a disk of its node."""
+    with run.survival.watchdog.slow("a local save"), synced_parameters(run.trainable.wrapped):
+        run.local.save(run.counters.steps, run.trained, run_state(run))
+
+
+def run_state(run: Run) -> dict[str, Any]:
+    """Everything that a run continues with and is no tensor."""
     counters = run.counters
-    state = {
+    return {
         "schedule": run.trainable.learning_rate.state_dict(),
         "data": run.loader.state_dict(),
         "consumed_samples": counters.samples,
@@ -288,8 +305,6 @@ def save(run: Run) -> None:
         "bad_steps": run.survival.bad_steps.state_dict(),
         "config": run.config.to_dict(),
     }
-    with run.survival.watchdog.slow("a save"), synced_parameters(run.trainable.wrapped):
-        run.saving.saver.save(counters.steps, run.trained, state)
 
 
 def train(run: Run) -> None:
@@ -300,7 +315,7 @@ def train(run: Run) -> None:
     replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
     saved = counters.steps
     while counters.steps < training.total_steps and not survival.agreement.stop:
-        step = counters.steps
+        step, step_began = counters.steps, time.perf_counter()
         logged = step % training.log_every == 0 or step + 1 == training.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
         run.profiler.before(step)
@@ -316,7 +331,7 @@ def train(run: Run) -> None:
         counters.samples += result.samples
         counters.tokens += result.work.tokens
         counters.skipped, counters.bad_steps = replacements.count, survival.bad_steps.count
-        survival.step_done(counters.steps)
+        survival.step_done(counters.steps, time.perf_counter() - step_began, run.saving.saver.last_seconds)
         flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
@@ -332,6 +347,11 @@ def train(run: Run) -> None:
             with run.timers("save"):
                 save(run)
             saved = counters.steps
+            window.exclude(time.perf_counter() - began)
+        elif run.local is not None and run.local.due(counters.steps):
+            began = time.perf_counter()
+            with run.timers("save"):
+                save_locally(run)
             window.exclude(time.perf_counter() - began)
     survival.note_stop(counters.steps)
     if saved != counters.steps:

@@ -1,4 +1,4 @@
-"""A run that torchrun starts again after a failure continues from its own newest checkpoint, also without ``--auto_resume``."""
+"""A run that its launcher starts again after a failure continues from its own newest checkpoint, also without ``--auto_resume``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def resume_after_restart(config: Config) -> None:
-    """Turn ``auto_resume`` on in a process that torchrun started again. Collective; does nothing under other launchers.
+    """Turn ``auto_resume`` on in a process that torchrun or ft_launcher started again. Collective; does nothing under other launchers.
 
     Raises ValueError when checkpoints of an earlier run lay in checkpoint_dir from the beginning.
     """
@@ -32,12 +32,12 @@ def resume_after_restart(config: Config) -> None:
         return
     if found := on_first_rank(lambda: marker.read_text(encoding="utf-8") if marker.is_file() else "", f"cannot read {marker}"):
         raise ValueError(
-            f"torchrun started this run again, but {found} was there before it began, so its own checkpoints cannot be told from an "
+            f"the launcher started this run again, but {found} was there before it began, so its own checkpoints cannot be told from an "
             "earlier run's: give --auto_resume True to continue from the newest, or an empty --checkpoint_dir"
         )
     training.auto_resume = True
     if dist.get_rank() == 0:
-        logger.info("started again by torchrun (restart %d): continuing from the newest checkpoint", launched_restarts())
+        logger.info("started again by the launcher (restart %d): continuing from the newest checkpoint", launched_restarts())
 
 
 def _note(marker: Path, checkpoint_dir: Path) -> None:

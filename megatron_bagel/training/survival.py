@@ -16,6 +16,7 @@ from megatron_bagel.platform.signals import StopRequest, stop_on_signals
 from megatron_bagel.training.agreement import StepAgreement
 from megatron_bagel.training.anomalies import BadSteps
 from megatron_bagel.training.events import EventFile
+from megatron_bagel.training.grace import Grace
 from megatron_bagel.training.stragglers import Stragglers
 from megatron_bagel.training.watchdog import STORE, Limits, Watchdog, watching
 
@@ -31,6 +32,7 @@ class Survival:
     bad_steps: BadSteps
     stragglers: Stragglers
     heartbeats: LauncherHeartbeats
+    grace: Grace
     _first: bool = True
 
     @classmethod
@@ -42,14 +44,18 @@ class Survival:
         idle = Watchdog(side_store(STORE), dist.get_rank(), dist.get_world_size(), limits_of(config), results_dir)
         return cls(
             config, events, watchdog or idle, StepAgreement(request), BadSteps(resilience, events), Stragglers(resilience, events),
-            LauncherHeartbeats(resilience.ft_heartbeats),
+            LauncherHeartbeats(resilience.ft_heartbeats), Grace(resilience.preemption_grace_seconds, events),
         )  # fmt: skip
 
-    def step_done(self, steps: int) -> None:
-        """After every step, ``steps`` of them done. Collective in the steps that measure stragglers."""
+    def step_done(self, steps: int, seconds: float, last_save: float | None) -> None:
+        """After every step, ``steps`` of them done, the last in ``seconds``; ``last_save`` is the newest save's time, where there was one.
+
+        Collective in the steps that measure stragglers.
+        """
         self.watchdog.progress(steps)
         self.heartbeats.beat()
         self.stragglers.step_ended(steps - 1)
+        self.grace.step_took(steps, seconds, last_save)
         if self._first:
             self._first = False
             set_collective_timeout(self.config.megatron.distributed_timeout_minutes)
@@ -57,7 +63,7 @@ class Survival:
     def note_stop(self, steps: int) -> None:
         """Say why the run ends before its last step, where it does."""
         if self.agreement.stop:
-            self.events.write(steps, "stop", f"{self.agreement.reason}: saving after {steps} steps, then leaving")
+            self.events.write(steps, "stop", f"{self.agreement.reason}: saving after {steps} steps, then leaving; {self.grace.outlook()}")
 
 
 @contextmanager
@@ -66,8 +72,11 @@ def surviving(config: Config) -> Iterator[Survival]:
     with stop_on_signals() as request, watching(side_store(STORE), limits_of(config), config.training.results_dir) as watchdog:
         survival = Survival.of(config, request, watchdog)
         survival.heartbeats.start()
-        yield survival
-        survival.heartbeats.close()
+        try:
+            yield survival
+        finally:
+            # A monitor talks to one client at a time, and this process may begin again.
+            survival.heartbeats.close()
         # No rank stops watching while another may still wait for it.
         dist.barrier()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_bagel import platform, train
@@ -90,6 +91,17 @@ def _rank_main(rank: int, config: Path, printed: Path, meeting: Mapping[str, str
     platform.enter_thread()
     fault(rank)
     raise SystemExit(train.main(["--config", str(config)]))
+
+
+def launched_rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
+    """The process of a rank among those that a launcher has started; None when there is none (any more)."""
+    for process in launcher.children(recursive=True):
+        try:
+            if process.environ().get("RANK") == str(number) and "megatron_bagel.train" in process.cmdline():
+                return process
+        except psutil.Error:
+            continue
+    return None
 
 
 def run_numbers(config: Config) -> list[tuple]:

@@ -68,6 +68,19 @@ def _slow_steps(rank: int) -> None:
     after_gradients(lambda model, computation: time.sleep(0.5))
 
 
+def test_too_little_time_for_a_save_is_told_before_the_signal(world: Path, tmp_path: Path) -> None:
+    config = two(world, tmp_path, total_steps=50, save_every=2, preemption_grace_seconds=0.7)
+    ranks = start_ranks(config, 2, fault=_slow_steps)
+    wait_for_steps(config, 3, ranks)
+    first = events(config, "grace")[0]
+    assert first["step"] <= 3 and first["needed_s"] > 0.7 and "--preemption_grace_seconds is 0.7" in first["text"]
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [0, 0], ranks.printed()
+    (stop,) = events(config, "stop")
+    assert "that should take " in stop["text"] and "the scheduler gives 0.7 s" in stop["text"]
+    assert first["text"] in (tmp_path / "log.txt").read_text()
+
+
 def _kill_one(config: Config, moment: float, victim: int) -> Ranks:
     ranks = start_ranks(config, 2)
     wait_for_steps(config, 1, ranks)

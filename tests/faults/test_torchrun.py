@@ -15,20 +15,10 @@ import pytest
 from megatron_bagel.checkpoint.publish import latest_checkpoint
 from tests.conftest import ROOT
 from tests.faults.conftest import STEPS
-from tests.faults.ranks import run_numbers
+from tests.faults.ranks import launched_rank, run_numbers
 from tests.runs import run_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
-
-
-def _rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
-    for process in launcher.children(recursive=True):
-        try:
-            if process.environ().get("RANK") == str(number) and "megatron_bagel.train" in process.cmdline():
-                return process
-        except psutil.Error:
-            continue
-    return None
 
 
 @pytest.mark.slow
@@ -42,11 +32,11 @@ def test_a_restart_by_torchrun_continues_by_itself(world: Path, tmp_path: Path, 
     launcher, deadline = psutil.Process(process.pid), time.monotonic() + 400
     while latest_checkpoint(tmp_path / "checkpoints") is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    victim = _rank(launcher, 1)
+    victim = launched_rank(launcher, 1)
     assert victim is not None, (tmp_path / "printed.txt").read_text()
     victim.send_signal(signal.SIGKILL)
     assert process.wait(500) == 0, (tmp_path / "printed.txt").read_text()
     text = (tmp_path / "printed.txt").read_text()
-    assert "started again by torchrun (restart 1)" in text and "continuing from" in text
+    assert "started again by the launcher (restart 1)" in text and "continuing from" in text
     assert "nothing from rank 1: killed" in text
     assert run_numbers(config) == straight

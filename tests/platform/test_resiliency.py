@@ -1,4 +1,4 @@
-"""Heartbeats to ft_launcher, with a stand-in for its package: the real one needs its launcher, and has not been met yet."""
+"""When heartbeats go to ft_launcher, and what is refused; that its monitor gets them is tests/faults/test_ft_launcher.py."""
 
 from __future__ import annotations
 
@@ -9,32 +9,8 @@ import pytest
 
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import check_resilience
+from megatron_bagel.platform.inprocess import restart_in_process
 from megatron_bagel.platform.resiliency import MONITOR_SOCKET, LauncherHeartbeats
-
-STAND_IN = """
-class RankMonitorClient:
-    calls = []
-
-    def __getattr__(self, name):
-        return lambda: self.calls.append(name)
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the stand-in was asked for."""
-    package = tmp_path / "nvidia_resiliency_ext"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "fault_tolerance.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.startswith("nvidia_resiliency_ext")]:
-        monkeypatch.delitem(sys.modules, name)
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
-
-    yield RankMonitorClient.calls
-    for name in [name for name in sys.modules if name.startswith("nvidia_resiliency_ext")]:
-        del sys.modules[name]
 
 
 def beat_once(wanted: bool | None) -> None:
@@ -44,29 +20,46 @@ def beat_once(wanted: bool | None) -> None:
     heartbeats.close()
 
 
-@pytest.mark.parametrize(("wanted", "sent"), [(None, True), (True, True), (False, False)])
-def test_under_ft_launcher_heartbeats_are_sent(
-    stand_in: list[str], monkeypatch: pytest.MonkeyPatch, wanted: bool | None, sent: bool
-) -> None:
-    monkeypatch.setenv(MONITOR_SOCKET, "/tmp/socket")
-    beat_once(wanted)
-    expected = ["init_workload_monitoring", "send_heartbeat", "shutdown_workload_monitoring"]
-    assert stand_in == (expected if sent else [])
+@pytest.mark.parametrize("wanted", [None, True])
+def test_under_ft_launcher_the_monitor_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | None) -> None:
+    pytest.importorskip("nvidia_resiliency_ext", reason='nvidia-resiliency-ext is not installed: pip install -e ".[resiliency]"')
+    monkeypatch.setenv(MONITOR_SOCKET, str(tmp_path / "nobody listens"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(FileNotFoundError):
+        beat_once(wanted)
 
 
-def test_under_other_launchers_none_are(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_called_without_ft_launcher_or_against_ones_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MONITOR_SOCKET, raising=False)
     beat_once(None)
-    assert stand_in == []
     with pytest.raises(ValueError, match="not started by ft_launcher"):
         LauncherHeartbeats(True)
+    monkeypatch.setenv(MONITOR_SOCKET, str(tmp_path / "nobody listens"))
+    beat_once(False)
 
 
 def test_asking_for_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
+    for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.fault_tolerance"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("megatron_bagel.config.validate.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--ft_heartbeats True needs the package nvidia-resiliency-ext, which is not installed"):
-        check_resilience(Config.from_values({"ft_heartbeats": True}))
+    for flags, name in (
+        ({"ft_heartbeats": True}, "--ft_heartbeats True"),
+        ({"local_checkpoint_dir": "/tmp/local", "save_local_every": 5}, "--local_checkpoint_dir"),
+        ({"inprocess_restarts": 1, "auto_resume": True}, "--inprocess_restarts"),
+    ):
+        wanted = rf"{name} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel\[resiliency\]'"
+        with pytest.raises(ValueError, match=wanted):
+            check_resilience(Config.from_values(flags))
     monkeypatch.setenv(MONITOR_SOCKET, "/tmp/socket")
     with pytest.raises(ValueError, match="nvidia-resiliency-ext cannot be imported"):
         LauncherHeartbeats(None)
+
+
+def test_restarts_in_process_need_a_resume_and_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia_resiliency_ext", reason='nvidia-resiliency-ext is not installed: pip install -e ".[resiliency]"')
+    with pytest.raises(ValueError, match="--inprocess_restarts needs --auto_resume True"):
+        check_resilience(Config.from_values({"inprocess_restarts": 1}))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="--inprocess_restarts needs ranks that a launcher has started"):
+        restart_in_process(lambda store: None, 1, 1.0)
