@@ -5,8 +5,8 @@
 #   bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 2000 --global_seed 1]
 #
 # A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
-# PROCESSES, T2I, EDIT, VLM and DATA_SEED in the environment change how many processes train and how much data of each kind is made,
-# QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
+# PROCESSES, T2I, EDIT, VLM, WEIGHTS and DATA_SEED in the environment change how many processes train, how much data of each kind is made
+# and how often it is drawn, QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then
@@ -32,8 +32,9 @@ stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
+  # shellcheck disable=SC2086 # WEIGHTS holds several words
   "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-4000}" --edit "${EDIT:-4000}" --vlm "${VLM:-4000}" \
-    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights 1.5 2 0.25 1 --vit-image-size 42 \
+    --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights ${WEIGHTS:-1.5 2 0.25 1} --vit-image-size 42 \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 
