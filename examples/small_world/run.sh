@@ -57,7 +57,7 @@ START=()
 if [ "${QUESTION_STEPS:-$QUESTIONS}" -gt 0 ]; then
   stage "training: questions alone, until they are known"
   # At the learning rate that pictures want, and beside their loss, questions are learnt badly, and forgotten once they are known.
-  train --visual_gen False --lr 5.0e-4 "$@" --total_steps "${QUESTION_STEPS:-$QUESTIONS}" --save_every "${QUESTION_STEPS:-$QUESTIONS}" \
+  train --visual_gen False --lr 5.0e-4 --expected_num_tokens 1300 --max_num_tokens 1408 "$@" --total_steps "${QUESTION_STEPS:-$QUESTIONS}" --save_every "${QUESTION_STEPS:-$QUESTIONS}" \
     --results_dir "$OUT/questions/results" --checkpoint_dir "$OUT/questions/checkpoints"
   START=(--resume_from "$OUT/questions/checkpoints" --resume_model_only True --allow_missing 'time_embedder*' 'vae2llm*' 'llm2vae*'
     --freeze_und True --freeze_vit True)
