@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.folder is not None:
         args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        where = Path(folder)
+        where = Path(folder).resolve()  # the measured processes start in another folder
         result = measure_conversion(args.gigabytes, where) if args.mode == "convert" else measure_saves(args.config, where)
     text = json.dumps(result, indent=1)
     print(text)
