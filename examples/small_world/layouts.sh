@@ -27,7 +27,7 @@ train() { # NAME PROCESSES FLAGS...
     --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" --latent_cache "$OUT/latents" \
     --results_dir "$to/results" --checkpoint_dir "$to/checkpoints" --global_batch_size 2 --eval_every 0 --eval_pictures 0 --log_every 1 --auto_resume True "$@"
 }
-MODEL=(--llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $AUTOENCODER)
+MODEL=(--llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path "$AUTOENCODER")
 
 train one 1 "${MODEL[@]}" "$@" --eval_every 1000000
 train tp2 2 "${MODEL[@]}" --tensor_model_parallel_size 2 --sequence_parallel True "$@"
