@@ -31,8 +31,9 @@ INSTALL_REQUIRES = [
     "triton>=3; sys_platform == 'linux' and python_version >= '3.12'",
 ]
 
-# Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. It brings no CUDA build of torch.
-RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.5; sys_platform == 'linux' and python_version < '3.13'"
+# Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. On 3.12 megatron-core is 0.19, which asks the package for a
+# __version__ that 0.4.1 does not have, and so cannot be imported beside it. It brings no CUDA build of torch.
+RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.5; sys_platform == 'linux' and python_version < '3.12'"
 
 EXTRAS_REQUIRE = {
     # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.

@@ -154,7 +154,7 @@ def needs_resiliency_package(flag: str, advice: str) -> None:
     if find_spec("nvidia_resiliency_ext") is None:
         raise ValueError(
             f"{flag} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel[resiliency]' (Linux, "
-            f"Python 3.10 to 3.12) {advice}; or leave the flag out"
+            f"Python 3.10 and 3.11) {advice}; or leave the flag out"
         )
 
 
