@@ -38,6 +38,7 @@ if [ ! -d "$OUT/layouts/hf" ]; then
   "$PYTHON" tools/checkpoint_convert/megatron_to_hf.py --checkpoint "$LAST" --output "$OUT/layouts/hf" --weights model --dtype fp32
 fi
 # One step from the folder, at the very beginning of a warm-up: held-out losses must be those that the run ended with.
-train tuned 1 --finetune_from_hf True --model_path "$OUT/layouts/hf" "$@" --total_steps 1 --eval_every 1 --warmup_steps 1000
+train tuned 1 --finetune_from_hf True --model_path "$OUT/layouts/hf" --resume_from "$OUT/layouts/hf" --resume_model_only True \
+  --init_random False "$@" --total_steps 1 --eval_every 1 --lr_scheduler constant --warmup_steps 1000
 
 "$PYTHON" $HERE/losses.py "$OUT"/layouts/{one,tp2,pp2} --continued "$OUT/layouts/tuned"

@@ -39,6 +39,7 @@ FITTINGS: dict[str, Fitting] = {
         "--total_steps 2 --warmup_steps 1 --save_every 2",
         variables={"T2I": "60", "EDIT": "30", "VLM": "60", "QUESTION_STEPS": "2", "EXAM": "--pictures 2 --questions 2 --edits 2"},
     ),
+    "small_world/layouts.sh": Fitting("--total_steps 2 --warmup_steps 1 --save_every 2"),
     "--profile_step_start 2": Fitting(),
     "-m megatron_bagel.train": Fitting(_STEPS),
     "make_sample_data.py first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
