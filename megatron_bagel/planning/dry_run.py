@@ -1,7 +1,7 @@
 """A rehearsal of one rank of a run of any size: its modules, buffers, optimizer, packs, layout and checkpoint, without memory or ranks.
 
-Everything is made by the functions of a real run (training/loop.py, data/loader.py, checkpoint/training_state.py); only tensors lie on
-the meta device and the process group is fake. What a step would issue and hold is then counted from the packs that were planned.
+Everything is made by the functions of a real run (training/loop.py and trainable.py, data/loader.py, checkpoint/training_state.py); only
+tensors lie on the meta device and the process group is fake. What a step would issue and hold is then counted from the packs planned.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from megatron_bagel.training import loop
 from megatron_bagel.training.lazy_build import without_memory
 from megatron_bagel.training.model_setup import run_model
 from megatron_bagel.training.step import Trainable
+from megatron_bagel.training.trainable import build_trainable
 
 
 @dataclass
@@ -126,7 +127,7 @@ def dry_run(config: Config, rank: int, world_size: int) -> Rehearsal:
                 for pack in packs
             ]  # fmt: skip
         with _timed(seconds, "model and optimizer"), without_memory(), MetaCountsAsCuda():
-            trainable, trained = loop.build_trainable(config, layout, arch, None, replica, share)
+            trainable, trained = build_trainable(config, layout, arch, None, replica, share)
             built = built_bytes(trainable, trained)
         with _timed(seconds, "checkpoint"), without_memory(), MetaCountsAsCuda(everywhere=True):
             checkpoint = checkpoint_share(trained)

@@ -40,7 +40,7 @@ def init_distributed(
             missing = [name for name in _LAUNCHER_VARIABLES if name not in present]
             raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
         if not present:
-            init_method, rank, world_size = f"tcp://127.0.0.1:{_free_port()}", 0, 1
+            init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
     if store is not None:
         rank, world_size = launched_rank(), launched_world_size()
         dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -98,7 +98,7 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bagel.platform.distributed import _free_port
+from megatron_bagel.platform.distributed import free_port
 from megatron_bagel.platform.meeting import agree_on_name
 
 #: Exit code of errors that another attempt may not meet (training/error_report.py).
@@ -39,7 +39,7 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
     if rank == 0:
-        store.set("port", str(_free_port()))
+        store.set("port", str(free_port()))
 
     def once(call: Any = None) -> None:
         if not _ended_well(lambda: attempt(dist.PrefixStore(f"attempt-{call.iteration}", store)), call.iteration < restarts):

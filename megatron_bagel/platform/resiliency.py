@@ -1,4 +1,4 @@
-"""NVIDIA's nvidia-resiliency-ext, where it is installed: the only file that imports it, beside inprocess.py.
+"""NVIDIA's nvidia-resiliency-ext, where it is installed: only this file and inprocess.py import it.
 
 Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. Heartbeats begin with the
 monitor's longer time-out for the first one, so that set-up and the first step have it too.

@@ -19,53 +19,33 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import RunLayout, architecture, resolve
-from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.config.validate import validate_architecture
 from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
 from megatron_bagel.data.loader import PackLoader, StepBatch
 from megatron_bagel.data.training_data import ensure_index, open_loader
-from megatron_bagel.encoders.dealt_stage import DealtStage
-from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
-from megatron_bagel.parallel.replica import Replica, make_replica
+from megatron_bagel.parallel.replica import make_replica
 from megatron_bagel.platform.device import device_name
 from megatron_bagel.platform.fake_world import is_fake
 from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
 from megatron_bagel.training.agreement import check_same_everywhere
 from megatron_bagel.training.continuing import continue_from, local_checkpoints
-from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.evaluation import Evaluation
 from megatron_bagel.training.logging_sinks import RunLog, WandbSettings, package_log
 from megatron_bagel.training.loss_table import LossTable, losses_by_dataset
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.metrics import RateWindow, StepMetrics
-from megatron_bagel.training.model_setup import (
-    Modules,
-    WeightSource,
-    average_source,
-    build_modules,
-    freeze_modules,
-    load_first_weights,
-    load_folder,
-    run_model,
-)
+from megatron_bagel.training.model_setup import run_model
 from megatron_bagel.training.observing import compared_over_ranks, composition
-from megatron_bagel.training.optimizer import (
-    OptimizerSettings,
-    build_optimizer,
-    synced_parameters,
-    trainable_parameters,
-    wrap_ddp,
-    wrap_over_world,
-)
+from megatron_bagel.training.optimizer import synced_parameters, trainable_parameters
 from megatron_bagel.training.profiling import ProfilerWindow
 from megatron_bagel.training.replacement import Replacements
 from megatron_bagel.training.restarts import resume_after_restart
 from megatron_bagel.training.saving import Saving
-from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.starting_point import starting_point
 from megatron_bagel.training.step import StepResult, StepSettings, StepWatch, Trainable, train_step
 from megatron_bagel.training.survival import Survival, surviving
 from megatron_bagel.training.timers import Timers
+from megatron_bagel.training.trainable import build_trainable
 
 if TYPE_CHECKING:
     from megatron_bagel.checkpoint.local import LocalCheckpoints
@@ -183,71 +163,6 @@ def step_settings(config: Config, layout: RunLayout) -> StepSettings:
         fixed_slots=megatron.pipeline_model_parallel_size > 1,
         cp_comm_type=megatron.cp_comm_type,
     )
-
-
-def build_trainable(
-    config: Config, layout: RunLayout, arch: BagelArch, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
-) -> tuple[Trainable, Trained]:
-    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
-    of weights everything has its shape and no memory (inside ``without_memory``)."""
-    training, megatron = config.training, config.megatron
-    tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
-    modules = build_modules(config, arch, tcfg, shapes_only=source is None)
-    if source is not None and source.checkpoint is None:
-        load_first_weights(config, source, modules, arch)
-    freeze_modules(config, modules)
-    optimizer_settings = OptimizerSettings(
-        lr=training.lr, beta1=training.beta1, beta2=training.beta2, eps=training.eps, max_grad_norm=training.max_grad_norm,
-        bf16=layout.bf16, use_distributed_optimizer=layout.use_distributed_optimizer,
-        overlap_grad_reduce=megatron.overlap_grad_reduce, overlap_param_gather=megatron.overlap_param_gather,
-        distributed_optimizer_instances=layout.distributed_optimizer_instances,
-    )  # fmt: skip
-    tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
-    parts = [*modules.decoder, *([modules.tower] if tower_trains else [])]
-    if replica is not None and tower_trains:
-        tower = wrap_over_world(tcfg, modules.tower, optimizer_settings)
-        wrapped = [*wrap_ddp(tcfg, modules.decoder, optimizer_settings), tower]
-        optimizer = build_optimizer(wrapped[:-1], optimizer_settings, over_world=tower)
-    else:
-        wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
-        optimizer = build_optimizer(wrapped, optimizer_settings)
-    tcfg.grad_scale_func = optimizer.scale_loss
-    if megatron.overlap_grad_reduce:
-        syncs = [chunk.no_sync for chunk in wrapped[: len(modules.decoder)]]
-        tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    names = [name for name, part in modules.named.items() if part in parts]
-    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
-    if source is not None:
-        _load_average_apart(config, source, modules, arch, optimizer, ema)
-    schedule = ScheduleSettings(
-        training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
-    )
-    tower = wrapped[-1] if tower_trains else modules.tower
-    stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device())
-    encoders = arch, tower, modules.autoencoder, stage_settings
-    trainable = Trainable(
-        config=tcfg,
-        decoder=wrapped[: len(modules.decoder)],
-        tower=wrapped[-1] if tower_trains else None,
-        stage=PrePipelineStage(*encoders) if replica is None else DealtStage(*encoders, replica, share),
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, schedule),
-        ema=ema,
-    )
-    return trainable, Trained(modules.named, arch, optimizer, ema)
-
-
-def _load_average_apart(
-    config: Config, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma
-) -> None:
-    """Start the average from the source's own EMA where weights and average are different files, as the original does."""
-    if average_source(source) is None or source.folder is None:
-        return
-    load_folder(config, source.folder, "ema", modules, arch)
-    optimizer.reload_model_params()
-    ema.reset()
-    load_folder(config, source.folder, source.weights, modules, arch)
-    optimizer.reload_model_params()
 
 
 def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:

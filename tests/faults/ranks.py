@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ import psutil
 import torch
 
 from megatron_bagel import platform, train
+from megatron_bagel.checkpoint.publish import latest_checkpoint
 from megatron_bagel.config.parser import Config
-from megatron_bagel.platform.distributed import _free_port
+from megatron_bagel.platform.distributed import free_port
 from megatron_bagel.training.history import read_history
+from tests.conftest import ROOT
 from tests.distributed import fork
 from tests.runs import numbers
 
@@ -71,7 +74,7 @@ def start_ranks(
     """Start ``python -m megatron_bagel.train`` on ``size`` forked ranks. ``others`` are configurations of single ranks."""
     out = Path(config.training.results_dir) / "printed"
     out.mkdir(parents=True, exist_ok=True)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size), **(environment or {})}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), **(environment or {})}
     processes = []
     for rank in range(size):
         path = out / f"config-{rank}.yaml"
@@ -102,6 +105,22 @@ def launched_rank(launcher: psutil.Process, number: int) -> psutil.Process | Non
         except psutil.Error:
             continue
     return None
+
+
+def launched_until_saved(command: list[str], folder: Path, seconds: float = 400) -> tuple[subprocess.Popen, psutil.Process]:
+    """Start a launcher, its words in ``folder``/printed.txt, and wait for the run's first checkpoint there; returns it and rank 1.
+
+    Raises AssertionError with what was printed when there is none in time.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with (folder / "printed.txt").open("w") as printed:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=printed, stderr=printed)
+    launcher, deadline = psutil.Process(process.pid), time.monotonic() + seconds
+    while latest_checkpoint(folder / "checkpoints") is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim = launched_rank(launcher, 1)
+    assert victim is not None, (folder / "printed.txt").read_text()
+    return process, victim
 
 
 def run_numbers(config: Config) -> list[tuple]:

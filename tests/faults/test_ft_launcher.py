@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_bagel.checkpoint.publish import latest_checkpoint
-from tests.conftest import ROOT
 from tests.faults.conftest import STEPS
-from tests.faults.ranks import launched_rank, run_numbers
+from tests.faults.ranks import launched_until_saved, run_numbers
 from tests.runs import run_config
 
 pytest.importorskip("nvidia_resiliency_ext", reason='nvidia-resiliency-ext is not installed: pip install -e ".[resiliency]"')
@@ -28,16 +22,9 @@ LAUNCH = "--standalone --nproc-per-node 2 --max-restarts 2 --ft-rank-heartbeat-t
 def test_the_monitor_ends_a_rank_that_is_stopped_and_the_run_continues(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     config = run_config(world, tmp_path, 2, total_steps=STEPS, save_every=2, auto_resume=False)
     config.save(tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", *LAUNCH.split()]
+    command = ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher", *LAUNCH.split()]
     command += ["-m", "megatron_bagel.train", "--config", str(tmp_path / "run.yaml"), "--ft_heartbeats", "True"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with (tmp_path / "printed.txt").open("w") as printed:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
-    launcher, deadline = psutil.Process(process.pid), time.monotonic() + 200
-    while latest_checkpoint(tmp_path / "checkpoints") is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    victim = launched_rank(launcher, 1)
-    assert victim is not None, (tmp_path / "printed.txt").read_text()
+    process, victim = launched_until_saved(command, tmp_path, 200)
     victim.send_signal(signal.SIGSTOP)
     code = process.wait(350)
     text = (tmp_path / "printed.txt").read_text()
