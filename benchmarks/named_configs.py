@@ -30,9 +30,12 @@ class BenchConfig:
     image_sides: tuple[int, int]
 
 
-def _bench(hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int, vit: ViTArch, ae: AutoencoderArch) -> BagelArch:
+def _bench(
+    hidden: int, layers: int, heads: int, kv: int, mlp: int, vocab: int, vit: ViTArch, ae: AutoencoderArch, latent_side: int = 32
+) -> BagelArch:
     llm = LLMArch(hidden, mlp, layers, heads, kv, vocab, qk_norm=True, layer_module="Qwen2MoTDecoderLayer")
-    return BagelArch(llm, vit, ae, latent_patch_size=2, max_latent_size=32, vit_max_num_patch_per_side=16)
+    patches = vit.image_size // vit.patch_size
+    return BagelArch(llm, vit, ae, latent_patch_size=2, max_latent_size=latent_side, vit_max_num_patch_per_side=patches)
 
 
 CONFIGS = {
@@ -40,6 +43,12 @@ CONFIGS = {
     "bench-53m": BenchConfig(
         _bench(512, 8, 8, 2, 1408, 4096, ViTArch(256, 704, 5, 4, image_size=224), AutoencoderArch(32, (1, 2, 4, 4), 2)),
         t2i=6, edits=4, questions=4, text_lengths=(38, 78), image_sides=(64, 128),
+    ),  # fmt: skip
+    # For one GPU of 80 GB: a seventh of BAGEL-7B-MoT, its layers and tokens at their real sizes (4 of 28 decoder layers, 4 of 27 ViT
+    # layers, a seventh of the vocabulary), and the whole FLUX autoencoder; 26 images of 256 to 512 pixels.
+    "bench-7b-seventh": BenchConfig(
+        _bench(3584, 4, 28, 4, 18944, 21728, ViTArch(1152, 4304, 5, 16, image_size=980), AutoencoderArch(), latent_side=64),
+        t2i=8, edits=4, questions=4, text_lengths=(30, 120), image_sides=(256, 512),
     ),  # fmt: skip
     # Seconds instead of minutes, for the test of this benchmark.
     "bench-tiny": BenchConfig(
@@ -49,12 +58,12 @@ CONFIGS = {
 }
 
 
-def megatron_config(arch: BagelArch, recompute_layers: int = 0) -> TransformerConfig:
-    """Megatron's configuration on one rank: fp32, the first ``recompute_layers`` layers recomputed in the backward pass."""
+def megatron_config(arch: BagelArch, recompute_layers: int = 0, bf16: bool = False) -> TransformerConfig:
+    """Megatron's configuration on one rank, the first ``recompute_layers`` layers recomputed in the backward pass."""
     layout = None
     if recompute_layers:
         layout = MegatronArguments(recompute_granularity="full", recompute_method="block", recompute_num_layers=recompute_layers)
-    return transformer_config(arch.llm, layout, on_cpu=not platform.has_gpu())
+    return transformer_config(arch.llm, layout, bf16, on_cpu=not platform.has_gpu())
 
 
 def bench_pack(config: BenchConfig) -> Pack:

@@ -1,4 +1,4 @@
-"""One training step of a named config, timed part by part: encode, forward, backward, update, EMA."""
+"""One training step of a named config, timed part by part: encode, forward, backward, update, EMA. fp32 on a CPU, bf16 on a GPU."""
 
 from __future__ import annotations
 
@@ -55,18 +55,22 @@ def random_inputs(pack: Pack, arch: BagelArch) -> Inputs:
 class BenchStep:
     """Model, optimizer and EMA of a config on its pack, with the parts of a training step as methods."""
 
-    def __init__(self, arch: BagelArch, pack: Pack, recompute_layers: int) -> None:
-        device = platform.device()
-        config = megatron_config(arch, recompute_layers)
+    def __init__(
+        self, arch: BagelArch, pack: Pack, recompute_layers: int, backend: str | None = None, transformer_impl: str = "local"
+    ) -> None:
+        device, bf16 = platform.device(), platform.has_gpu()
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        config = megatron_config(arch, recompute_layers, bf16)
         self.arch, self.pack, self.inputs = arch, pack, random_inputs(pack, arch)
+        self.backend = backend or ("flex" if platform.has_gpu() else "sdpa")
         self.vae = AutoEncoder(arch.autoencoder).to(device).requires_grad_(False)
         vision = VisionTower(arch, recompute_layers > 0)
         vision.reset_parameters(torch.Generator().manual_seed(SEED))
-        decoder = build_decoder(arch, config)
+        decoder = build_decoder(arch, config, transformer_impl=transformer_impl)
         # The head starts at zero, which would leave the decoder without a gradient from the images.
         torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
-        settings = OptimizerSettings(lr=1e-4)
-        self.modules = wrap_ddp(config, [decoder.to(device), vision.to(device)], settings)
+        settings = OptimizerSettings(lr=1e-4, bf16=bf16)
+        self.modules = wrap_ddp(config, [decoder.to(device, dtype), vision.to(device, dtype)], settings)
         self.optimizer = build_optimizer(self.modules, settings)
         self.ema = ShardedEma(dict(zip(("decoder", "vision"), self.modules, strict=True)), self.optimizer, 0.9999)
         self.totals = LossTotals.of([pack])
@@ -86,7 +90,7 @@ class BenchStep:
         features = self.modules[1](self.inputs.patches, position_ids, [image.tokens for image in pack.images_of("vit")])
         watch.lap("vit_forward")
         whole = Features(features, latents, self.inputs.noise, self.inputs.timesteps)
-        batch = make_microbatch(pack, expert_order(pack), whole, "flex" if platform.has_gpu() else "sdpa", device)
+        batch = make_microbatch(pack, expert_order(pack), whole, self.backend, device)
         watch.lap("batch")
         ce, mse = self.modules[0](batch)
         loss, _ = microbatch_loss(ce, mse, batch.ce_weights, self.totals, LossWeights())
@@ -101,19 +105,25 @@ class BenchStep:
         return loss.item()
 
 
-def measure_step(name: str, recompute_layers: int, rounds: int, warmup: int) -> dict[str, Any]:
+def measure_step(
+    name: str, recompute_layers: int, rounds: int, warmup: int, backend: str | None = None, transformer_impl: str = "local"
+) -> dict[str, Any]:
     """Medians over ``rounds`` steps after ``warmup`` ones, tokens per second, peak memory, and the rate against plain matrix products."""
     arch = CONFIGS[name].arch
     pack = bench_pack(CONFIGS[name])
-    step, watch = BenchStep(arch, pack, recompute_layers), Stopwatch(warmup)
+    step, watch = BenchStep(arch, pack, recompute_layers, backend, transformer_impl), Stopwatch(warmup)
     losses = [step.run(watch) for _ in range(warmup + rounds)]
     work = StepWork.of(pack)
     parts = work_flops(arch, work)
     parts_s = watch.medians()
     seconds = sorted(watch.rounds())[rounds // 2]
-    gflops = matmul_gflops(work.tokens // 2, arch.llm.hidden_size, 2 * arch.llm.intermediate_size)
+    dtype = torch.bfloat16 if platform.has_gpu() else torch.float32
+    gflops = matmul_gflops(work.tokens // 2, arch.llm.hidden_size, 2 * arch.llm.intermediate_size, dtype=dtype)
     return {
         "config": name,
+        "attention_backend": step.backend,
+        "transformer_impl": transformer_impl,
+        "dtype": str(dtype).removeprefix("torch."),
         "recompute_layers": recompute_layers,
         "parameters": step.parameters,
         "samples": len(pack.samples),

@@ -39,6 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", choices=sorted(CONFIGS), default="bench-53m")
     parser.add_argument("--recompute-layers", type=int, default=0, metavar="N",
                         help="activation checkpointing of the first N decoder layers, and of the ViT if N > 0; -1: all")  # fmt: skip
+    parser.add_argument("--attention-backend", choices=("sdpa", "flex", "dense"), help="default: flex on a GPU, sdpa on a CPU")
+    parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions; medians are reported")
     parser.add_argument("--warmup", type=int, default=1, help="repetitions before the measured ones")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not -1 <= arguments.recompute_layers <= layers:
             raise SystemExit(f"--recompute-layers is -1 (all) to {layers}, the layers of {arguments.config}")
         recomputed = layers if arguments.recompute_layers == -1 else arguments.recompute_layers
-        result |= measure_step(arguments.config, recomputed, arguments.rounds, arguments.warmup)
+        implementation = arguments.attention_backend, arguments.transformer_impl
+        result |= measure_step(arguments.config, recomputed, arguments.rounds, arguments.warmup, *implementation)
     elif arguments.what == "layers":
         result |= compare_layers(arguments.hidden, arguments.layers, arguments.tokens, arguments.rounds)
     else:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to pictures on a laptop: installs, makes a small world of data, trains a small BAGEL on 2 processes, and asks it.
+# From nothing to pictures on a laptop: installs, makes a small world of data, trains a small BAGEL on 2 processes (or one GPU), and asks it.
 #
 #   bash examples/quickstart.sh [OUTPUT_FOLDER] [flags of megatron_bagel.train, such as --total_steps 2000]
 #
 # A second run reuses every stage that is complete; remove a folder inside OUTPUT_FOLDER to do its stage again. Training goes on
-# from its last checkpoint. PYTHON=... uses an environment you already have instead of installing one into .venv.
+# from its last checkpoint. PYTHON=... uses an environment you already have instead of installing one into .venv, PROCESSES=... trains on
+# another number of processes.
 set -euo pipefail
 
 START_DIR=$PWD
@@ -54,8 +55,10 @@ if [ ! -f "$OUT/latents/latents.json" ]; then
   wait $!
 else echo "reusing $OUT/latents"; fi
 
-stage "training on 2 processes"
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 -m megatron_bagel.train --config $HERE/config.yaml \
+# One process per GPU, at most two; two where there is none.
+PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
+stage "training on $PROCESSES process(es)"
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m megatron_bagel.train --config $HERE/config.yaml \
   --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" \
   --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" --vae_path $HERE/autoencoder/ae.safetensors \
   --latent_cache "$OUT/latents" --results_dir "$OUT/results" --checkpoint_dir "$OUT/checkpoints" --auto_resume True "$@"

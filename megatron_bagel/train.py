@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_bagel import platform
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
+from megatron_bagel.platform.device import check_processes
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
 from megatron_bagel.platform.inprocess import restart_in_process
 from megatron_bagel.platform.orphans import end_forks_with_this_process
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.megatron.dry_run:
             return rehearse(config)
         validate(config, launched_world_size(), platform.has_gpu())
+        check_processes()
     except ValueError as error:
         print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
         return 2

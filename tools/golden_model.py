@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf_folder import HFFolder
 from megatron_bagel.checkpoint.weight_map import WeightMap
 from megatron_bagel.checkpoint.weights import entries_of, load_weights
@@ -74,11 +75,11 @@ class Parts:
         return [self.decoder] if self.tower is None else [self.decoder, self.tower]
 
     def by_recorded_name(self, value: Callable[[torch.nn.Parameter], Tensor | None]) -> dict[str, Tensor | None]:
-        """``value`` of every parameter under the recorded names, fused ones cut apart; None stays None."""
+        """``value`` of every parameter under the recorded names, on the host, fused ones cut apart; None stays None."""
         found: dict[str, Tensor | None] = {}
         for entry, parameter in entries_of(self.modules, self.weight_map):
             whole = value(parameter)
-            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.split(whole), strict=True))
+            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.split(whole.cpu()), strict=True))
         return found
 
 
@@ -97,7 +98,7 @@ class GoldenModel:
     @cached_property
     def autoencoder(self) -> AutoEncoder:
         """The recorded autoencoder."""
-        return load_autoencoder(self.folder.path / "ae.safetensors", self.arch.autoencoder)
+        return load_autoencoder(self.folder.path / "ae.safetensors", self.arch.autoencoder).to(platform.device())
 
     def parts(self, kind: str | None = None, freeze_und: bool = False, vision: bool = True, generation: bool = True) -> Parts:
         """Fresh modules. ``kind`` is another layer module, which takes the subset of the weights that it has a place for."""
@@ -109,8 +110,9 @@ class GoldenModel:
             arch = replace(arch, vit=None)
         if not generation:
             arch = replace(arch, autoencoder=None)
-        decoder = build_decoder(arch, transformer_config(arch.llm), freeze_und=freeze_und)
-        parts = Parts(arch, decoder, VisionTower(arch) if vision else None)
+        device = platform.device()
+        decoder = build_decoder(arch, transformer_config(arch.llm, on_cpu=not platform.has_gpu()), freeze_und=freeze_und)
+        parts = Parts(arch, decoder.to(device), VisionTower(arch).to(device) if vision else None)
         load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_left_over=unused)
         return parts
 
@@ -121,7 +123,7 @@ class RecordedStage(PrePipelineStage):
     def __init__(
         self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, batches: Sequence[GoldenBatch]
     ) -> None:
-        super().__init__(arch, tower, autoencoder, StageSettings(seed=0, pad_images=True))
+        super().__init__(arch, tower, autoencoder, StageSettings(seed=0, pad_images=True, device=platform.device()))
         self._recorded = {id(batch.pack): batch.expected for batch in batches}
 
     def flow_noise(self, pack: Pack) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_bagel import platform
 from megatron_bagel.model.flow import shift_timesteps
 from megatron_bagel.model.rope import rotary_table
 from tools.golden_common import CaseResult, Comparison
@@ -34,7 +35,7 @@ def run_module_cases(goldens: Path, model: GoldenModel, parts: Parts) -> list[Ca
 
 
 class Recorded:
-    """The recorded tensors; remembers which were read."""
+    """The recorded tensors, on the device that computes; remembers which were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -42,7 +43,7 @@ class Recorded:
 
     def __getitem__(self, name: str) -> Tensor:
         self._read.add(name)
-        return self._tensors[name]
+        return self._tensors[name].to(platform.device())
 
     def names(self, prefix: str) -> list[str]:
         """Names that begin so."""
@@ -98,7 +99,8 @@ def first_images(goldens: Path, lengths: list[int]) -> tuple[Tensor, Tensor]:
         batch = load_file(file)
         if "vit_token_seqlens" in batch and batch["vit_token_seqlens"][: len(lengths)].tolist() == lengths:
             tokens = sum(lengths)
-            return batch["packed_vit_tokens"][:tokens].float(), batch["packed_vit_position_ids"][:tokens]
+            device = platform.device()
+            return batch["packed_vit_tokens"][:tokens].float().to(device), batch["packed_vit_position_ids"][:tokens].to(device)
     raise ValueError(f"no batch in {goldens / 'batches'} begins with ViT images of {lengths} tokens, as vit.seqlens in modules.safetensors")
 
 

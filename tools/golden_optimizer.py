@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_bagel import platform
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loader import StepBatch
 from megatron_bagel.model.positions import sincos_2d
@@ -49,7 +50,7 @@ class OptimizerRun:
         stage = cases.stage(self.parts, batch)
         stage.tower = self.trainable.tower
         self.trainable.stage = stage
-        settings = StepSettings(LossWeights(), "sdpa", batch.pack.sequence_length)
+        settings = StepSettings(LossWeights(), cases.backend, batch.pack.sequence_length, platform.device())
         result = train_step(self.trainable, StepBatch([batch.loaded], [batch.loaded.plan]), settings)
         # Clipping scaled the gradients in place; the threshold is about those before it.
         scale = min(1.0, self.clip / (result.outcome.grad_norm + 1e-6))
@@ -67,7 +68,7 @@ class OptimizerRun:
         found: dict[str, Tensor] = self.tables()
         for name, whole in self.trainable.ema.named_full_tensors():
             entry = self.parts.weight_map.entries[name.split(".", 1)[1]]
-            found.update(zip(entry.hf, entry.split(whole), strict=True))
+            found.update(zip(entry.hf, entry.split(whole.cpu()), strict=True))
         return found
 
     def tables(self) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def start(cases: TrainCases, want: Mapping[str, Any]) -> OptimizerRun:
     settings = OptimizerSettings(
         lr=recorded["lr"], beta1=want["betas"][0], beta2=want["betas"][1], eps=want["eps"], max_grad_norm=recorded["clip"]
     )
-    config = transformer_config(parts.arch.llm)
+    config = transformer_config(parts.arch.llm, on_cpu=not platform.has_gpu())
     decoder, tower = wrap_ddp(config, [parts.decoder, parts.tower], settings)
     optimizer = build_optimizer([decoder, tower], settings)
     schedule = ScheduleSettings(lr=recorded["lr"], warmup_steps=recorded["warm"], zero_lr_first_step=True)

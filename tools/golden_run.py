@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bagel import platform
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
@@ -49,7 +50,7 @@ def run(
     with torch.set_grad_enabled(backward):
         features = stage.encode([batch.loaded for batch in batches])
         for batch, encoded, total in zip(batches, features, totals, strict=True):
-            microbatch = make_microbatch(batch.pack, expert_order(batch.pack), encoded, backend)
+            microbatch = make_microbatch(batch.pack, expert_order(batch.pack), encoded, backend, platform.device())
             ce, mse = parts.decoder(microbatch)
             loss, shares = microbatch_loss(ce, mse, microbatch.ce_weights, total, weights or LossWeights())
             if backward:

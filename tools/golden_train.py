@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_bagel import platform
 from megatron_bagel.checkpoint.weights import named_weights
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
@@ -36,8 +37,8 @@ FREEZE_FLAGS = ("freeze_llm", "freeze_vit", "freeze_und")
 class TrainCases:
     """What the cases share: the model, batches by name, the modules with everything trainable."""
 
-    def __init__(self, goldens: Path, model: GoldenModel) -> None:
-        self.goldens, self.model = goldens, model
+    def __init__(self, goldens: Path, model: GoldenModel, backend: str = "sdpa") -> None:
+        self.goldens, self.model, self.backend = goldens, model, backend
         self.expected: dict[str, Any] = read_json(goldens / "train" / "expected.json")
         self.batch = cache(lambda name: load_batch(goldens, name, model.arch))
 
@@ -54,7 +55,7 @@ class TrainCases:
     def run(self, parts: Parts, *names: str, **settings: Any) -> Outcome:
         """``run`` over batches by name."""
         batches = [self.batch(name) for name in names]
-        return run(parts, batches, self.stage(parts, *batches), **settings)
+        return run(parts, batches, self.stage(parts, *batches), **{"backend": self.backend, **settings})
 
     def results(self) -> Iterator[CaseResult]:
         """One result per key, in the order of the file."""
@@ -76,11 +77,12 @@ def batch_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, 
     whole = bool(len(pack.vit_positions)) and bool(len(pack.vae_positions))
     parts = cases.parts if whole else cases.model.parts(vision=bool(len(pack.vit_positions)), generation=bool(len(pack.vae_positions)))
     stage = cases.stage(parts, batch)
-    outcome = run(parts, [batch], stage)
+    outcome = run(parts, [batch], stage, backend=cases.backend)
     compare_losses(check, outcome.shares[0], want["losses"])
     if "losses_reweighted" in want:
         reweighted = LossWeights(ce_loss_reweighting=True)
-        compare_losses(check, run(parts, [batch], stage, weights=reweighted, backward=False).shares[0], want["losses_reweighted"])
+        again = run(parts, [batch], stage, weights=reweighted, backend=cases.backend, backward=False)
+        compare_losses(check, again.shares[0], want["losses_reweighted"])
     compare_totals(check, LossTotals.of([pack]), want)
     if "ce" in batch.expected:
         check.close("ce of each token", outcome.ce[0], batch.expected["ce"])
@@ -124,11 +126,11 @@ def compare_vision(check: Comparison, parts: Parts, batch: GoldenBatch) -> None:
         module.register_forward_hook(lambda _module, _inputs, output, key=key: seen.__setitem__(key, output))
         for key, module in (("vit_out", tower.vit_model), ("connector_out", tower.connector))
     ]
-    ids = torch.from_numpy(batch.pack.vit_position_ids)
+    patches, ids = (x.to(platform.device()) for x in (batch.loaded.vit_patches, torch.from_numpy(batch.pack.vit_position_ids)))
     for number, image in enumerate(batch.pack.images_of("vit")):
         first = sum(one.tokens for one in batch.pack.images_of("vit")[:number])
         rows = slice(first, first + image.tokens)
-        tower(batch.loaded.vit_patches[rows], ids[rows], [image.tokens])
+        tower(patches[rows], ids[rows], [image.tokens])
         for key, output in seen.items():
             check.close(f"{key} of image {number}", output, batch.expected[key][rows])
     for hook in hooks:
@@ -141,7 +143,7 @@ def hidden_case(cases: TrainCases, check: Comparison, name: str, want: dict[str,
     batch, decoder = cases.batch(MAIN), cases.parts.decoder
     order = expert_order(batch.pack)
     [features] = cases.stage(cases.parts, batch).encode([batch.loaded])
-    microbatch = make_microbatch(batch.pack, order, features)
+    microbatch = make_microbatch(batch.pack, order, features, device=platform.device())
     states: dict[str, Tensor] = {"input": decoder.embed(microbatch)}
     hooks = [
         layer.register_forward_hook(lambda _m, _i, output, key=f"layer_{number}": states.__setitem__(key, output[0].squeeze(1)))
@@ -261,7 +263,7 @@ def copy_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, f
 @torch.no_grad()
 def padding_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:
     """What encoding padded images changes: the means of one image alone against those among the others."""
-    autoencoder, images = cases.model.autoencoder, cases.batch(MAIN).loaded.vae_images()
+    autoencoder, images = cases.model.autoencoder, [one.to(platform.device()) for one in cases.batch(MAIN).loaded.vae_images()]
     image = images[want["image"]]
     alone = autoencoder.encode_many([image])[0][0]
     among = autoencoder.encode_padded(images)[want["image"]][0]

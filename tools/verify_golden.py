@@ -1,9 +1,11 @@
 """Holds this code against numbers recorded from the original: every training case, generation case and module, one line each.
 
     python tools/verify_golden.py --goldens DIR
+    python tools/verify_golden.py --goldens DIR --attention-backend flex      # on a GPU: the kernel that training uses there
 
-Exit status 0 only if every case is within the tolerances of the goldens: 1e-4 relative on losses and norms, 2e-5 + 1e-4 relative
-on elements, fp32. Sizes and settings come from DIR, so a set recorded from another model serves as well.
+It computes on the GPU where there is one. Exit status 0 only if every case is within the tolerances of the goldens: 1e-4 relative
+on losses and norms, 2e-5 + 1e-4 relative on elements, fp32. Sizes and settings come from DIR, so a set recorded from another model
+serves as well.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from megatron_bagel import platform  # noqa: E402
 # Before anything of Megatron-Core is imported.
 platform.install()
 
+import torch  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
 from tools.golden_common import CaseResult  # noqa: E402
 from tools.golden_infer import run_infer_cases  # noqa: E402
@@ -42,13 +46,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--goldens", type=Path, default=ROOT.parent / "shared" / "goldens", help="folder of recorded numbers (default: %(default)s)"
     )
+    p.add_argument(
+        "--attention-backend", choices=("sdpa", "flex", "dense"), default="sdpa", help="of the training cases (default: %(default)s)"
+    )
     return p
 
 
-def all_cases(goldens: Path) -> Iterator[CaseResult]:
+def all_cases(goldens: Path, backend: str) -> Iterator[CaseResult]:
     """Modules, training, generation; needs Megatron-Core's groups of one process."""
     model = GoldenModel(goldens)
-    training = TrainCases(goldens, model)
+    training = TrainCases(goldens, model, backend)
     parts = training.parts
     yield from run_module_cases(goldens, model, parts)
     yield from training.results()
@@ -63,10 +70,15 @@ def all_cases(goldens: Path) -> Iterator[CaseResult]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all within tolerance, 1 some case is not, 2 the goldens cannot be read."""
-    goldens, started = parser().parse_args(argv).goldens, time.monotonic()
+    arguments, started = parser().parse_args(argv), time.monotonic()
+    goldens = arguments.goldens
     if not (goldens / "train" / "expected.json").is_file():
         print(f"--goldens {goldens}: there is no train/expected.json in it", file=sys.stderr)
         return 2
+    if arguments.attention_backend == "flex" and not platform.has_gpu():
+        print("--attention-backend flex has no backward pass on a CPU; use sdpa or dense", file=sys.stderr)
+        return 2
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU would round to ten bits
     results = []
     init_distributed()
     parallel_state.initialize_model_parallel()
@@ -74,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron-Core's, about what a GPU would do
-            for result in all_cases(goldens):
+            for result in all_cases(goldens, arguments.attention_backend):
                 print(result.line(), flush=True)
                 results.append(result)
     except (ValueError, OSError) as error:
@@ -85,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [result.name for result in results if not result.ok]
     left_out = sum(result.detail.startswith("not covered") for result in results)
     verdict = f"{len(failed)} not within tolerance: {', '.join(failed)}" if failed else "all within tolerance"
-    print(f"{len(results) - left_out} cases in {time.monotonic() - started:.0f} s, {verdict}; {left_out} not covered")
+    print(f"{len(results) - left_out} cases in {time.monotonic() - started:.0f} s on {device_name()}, {verdict}; {left_out} not covered")
     return 1 if failed else 0
 
 

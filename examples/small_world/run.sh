@@ -26,6 +26,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 HERE=examples/small_world
 AUTOENCODER=examples/quickstart/autoencoder/ae.safetensors
+# One process per GPU, at most two; two where there is none.
+PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 QUESTIONS=600
 SECONDS=0
 stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
@@ -49,7 +51,7 @@ if [ ! -f "$OUT/latents/latents.json" ]; then
 else echo "reusing $OUT/latents"; fi
 
 train() {
-  "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" -m megatron_bagel.train --config $HERE/config.yaml \
+  "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m megatron_bagel.train --config $HERE/config.yaml \
     --dataset_config_file "$OUT/data/dataset.yaml" --index_dir "$OUT/index" --llm_path "$OUT/data/llm" --vit_path "$OUT/data/vit" \
     --auto_resume True "$@"
 }

@@ -25,6 +25,16 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count()) if has_gpu() else torch.device("cpu")
 
 
+def check_processes() -> None:
+    """Raises ValueError when torchrun started more processes on this node than it has GPUs: NCCL wants a GPU for each."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if has_gpu() and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes were started on this node, but it shows {torch.cuda.device_count()} GPU(s), and each process needs its "
+            f"own: start torchrun with --nproc_per_node {torch.cuda.device_count()}, or with CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        )
+
+
 def backend() -> str:
     """Backend of the process group."""
     return "nccl" if has_gpu() else "gloo"

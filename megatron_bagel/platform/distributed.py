@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bagel.platform.cpu import enter_thread
-from megatron_bagel.platform.device import backend, device, has_gpu
+from megatron_bagel.platform.device import backend, check_processes, device, has_gpu
 from megatron_bagel.platform.meeting import agree_on_name
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,9 +28,10 @@ def init_distributed(
     Without arguments the launcher's environment variables are used; a process started without a launcher becomes a world of
     one. ``store`` takes the place of the launcher's rendezvous. ``init_method`` (with ``rank`` and ``world_size``) is a
     torch.distributed URL, such as ``file:///tmp/store``.
-    Raises ValueError when only some of the launcher's variables are set.
+    Raises ValueError when only some of the launcher's variables are set, and when processes would have to share a GPU.
     """
     enter_thread()
+    check_processes()
     if has_gpu():
         torch.cuda.set_device(device())
     timeout = timedelta(minutes=timeout_minutes)

@@ -35,7 +35,9 @@ def build_trainable(
     """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
     of weights everything has its shape and no memory (inside ``without_memory``)."""
     training, megatron = config.training, config.megatron
-    tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=not platform.has_gpu())
+    # Local modules are made without memory and filled later; Megatron-Core would draw their first weights on the GPU.
+    on_cpu = not platform.has_gpu() or megatron.transformer_impl == "local"
+    tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=on_cpu)
     modules = build_modules(config, arch, tcfg, shapes_only=source is None)
     if source is not None and source.checkpoint is None:
         load_first_weights(config, source, modules, arch)

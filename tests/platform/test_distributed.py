@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bagel.platform.device import check_processes
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size
 from tests.distributed import run_ranks
 
@@ -102,3 +103,14 @@ def test_half_a_launcher_environment_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="has RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
         init_distributed()
+
+
+def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_processes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--nproc_per_node 1"):
+        check_processes()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_processes()

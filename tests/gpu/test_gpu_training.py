@@ -1,0 +1,76 @@
+"""The training command on a GPU over NCCL: the numbers of a CPU in fp32, near them in bf16, the same again after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.commands import train
+from tests.runs import make_world
+
+NUMBERS = ("loss", "ce", "mse", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    return numbers(train(world, tmp_path_factory.mktemp("cpu"), gpu=False))
+
+
+@pytest.fixture(scope="module")
+def in_bf16(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    return numbers(train(world, tmp_path_factory.mktemp("bf16"), bf16=True))
+
+
+def numbers(history: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    return [[record[name] for name in NUMBERS] for record in history]
+
+
+def close(ours: list[list[float]], theirs: list[list[float]], relative: float) -> None:
+    assert len(ours) == len(theirs) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=relative)
+
+
+FP32 = {
+    "flex": {},
+    "sdpa": {"attention_backend": "sdpa"},
+    "torchrun-overlap": {"launcher": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1, "recompute_vit": True},
+}
+
+
+@pytest.mark.parametrize("flags", FP32.values(), ids=FP32)
+def test_fp32_equals_the_cpu(world: Path, on_cpu: list[list[float]], tmp_path: Path, flags: dict[str, Any]) -> None:
+    close(numbers(train(world, tmp_path, **flags)), on_cpu, 1e-4)
+
+
+def test_bf16_is_near(on_cpu: list[list[float]], in_bf16: list[list[float]]) -> None:
+    """The default on a GPU. Losses within 1 %, gradient norms within 5 %."""
+    close([row[:3] for row in in_bf16], [row[:3] for row in on_cpu], 1e-2)
+    close([row[3:] for row in in_bf16], [row[3:] for row in on_cpu], 5e-2)
+
+
+@pytest.mark.parametrize("flags", [{}, {"async_save": True}], ids=["waiting", "background"])
+def test_a_stopped_run_goes_on(world: Path, in_bf16: list[list[float]], tmp_path: Path, flags: dict[str, Any]) -> None:
+    """Two steps, and two more from the checkpoint, are the run of four. The kernels add in any order, so not to the last bit."""
+    train(world, tmp_path, bf16=True, total_steps=2, **flags)
+    close(numbers(train(world, tmp_path, bf16=True, **flags)), in_bf16, 1e-3)
+
+
+def test_every_watcher_at_once(world: Path, tmp_path: Path) -> None:
+    """Validation with pictures, the profiler, timers and Prometheus, exports: what touches the device besides the step."""
+    history = train(
+        world, tmp_path, bf16=True, split="75,25", eval_every=2, eval_samples=4, eval_pictures=2, eval_timesteps=3, eval_answer_tokens=4,
+        profile=True, prometheus_file=tmp_path / "metrics.prom", export_hf_every=4, profile_step_start=1, profile_step_end=3,
+    )  # fmt: skip
+    assert history[-1]["peak_mem_bytes"] > 0 and history[-1]["step_time_s"] > 0
+    made = ("validation.jsonl", "samples/0000004_*.png", "metrics.prom", "hf/0000004/ema.safetensors", "traces/*.json.gz")
+    assert [pattern for pattern in made if not list(tmp_path.glob(pattern))] == []
