@@ -4,8 +4,9 @@
     python -m benchmarks.generate --model DIR --side 512 --steps 50       # a trained one
     python -m benchmarks.generate --batch 8                               # several prompts at once
 
-Run it on an otherwise idle machine. ``largest_difference`` compares the two ways' logits and pictures: it is rounding alone. Process
-seconds (all threads of this process) are given beside the clock's, for machines that do other things too.
+Random weights are fp32 on a CPU and bf16 on a GPU. Run it on an otherwise idle machine. ``largest_difference`` compares the two ways'
+logits and pictures: it is rounding alone. Process seconds (all threads of this process) are given beside the clock's, for machines
+that do other things too.
 """
 
 from __future__ import annotations
@@ -73,11 +74,14 @@ def random_engine(name: str, folder: Path) -> Engine:
     # Room for every byte and the special tokens.
     arch = replace(arch, llm=replace(arch.llm, vocab_size=max(arch.llm.vocab_size, 320)))
     train_tokenizer([PROMPT] * 4, folder, 312)
-    decoder = build_decoder(arch, megatron_config(arch))
+    dtype = torch.bfloat16 if platform.has_gpu() else torch.float32
+    decoder = build_decoder(arch, megatron_config(arch, bf16=platform.has_gpu()))
     torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
     tower = VisionTower(arch)
     tower.reset_parameters(torch.Generator().manual_seed(SEED))
-    parts = [part.to(platform.device()).eval().requires_grad_(False) for part in (decoder, tower, AutoEncoder(arch.autoencoder))]
+    autoencoder = AutoEncoder(arch.autoencoder).to(platform.device())
+    parts = [decoder.to(platform.device(), dtype), tower.to(platform.device(), dtype), autoencoder]
+    parts = [part.eval().requires_grad_(False) for part in parts]
     return Engine(*parts, load_tokenizer(folder), arch, *image_transforms(arch, None, None))
 
 

@@ -44,6 +44,11 @@ CONFIGS = {
         _bench(512, 8, 8, 2, 1408, 4096, ViTArch(256, 704, 5, 4, image_size=224), AutoencoderArch(32, (1, 2, 4, 4), 2)),
         t2i=6, edits=4, questions=4, text_lengths=(38, 78), image_sides=(64, 128),
     ),  # fmt: skip
+    # BAGEL-7B-MoT itself, for generation: 14.7 billion parameters.
+    "bagel-7b": BenchConfig(
+        _bench(3584, 28, 28, 4, 18944, 152064, ViTArch(1152, 4304, 27, 16, image_size=980), AutoencoderArch(), latent_side=64),
+        t2i=8, edits=4, questions=4, text_lengths=(30, 120), image_sides=(256, 512),
+    ),  # fmt: skip
     # For one GPU of 80 GB: a seventh of BAGEL-7B-MoT, its layers and tokens at their real sizes (4 of 28 decoder layers, 4 of 27 ViT
     # layers, a seventh of the vocabulary), and the whole FLUX autoencoder; 26 images of 256 to 512 pixels.
     "bench-7b-seventh": BenchConfig(

@@ -56,12 +56,14 @@ class BenchStep:
     """Model, optimizer and EMA of a config on its pack, with the parts of a training step as methods."""
 
     def __init__(
-        self, arch: BagelArch, pack: Pack, recompute_layers: int, backend: str | None = None, transformer_impl: str = "local"
-    ) -> None:
+        self, arch: BagelArch, pack: Pack, recompute_layers: int, backend: str | None = None, transformer_impl: str = "local",
+        vae_bf16: bool = False,
+    ) -> None:  # fmt: skip
         device, bf16 = platform.device(), platform.has_gpu()
         dtype = torch.bfloat16 if bf16 else torch.float32
         config = megatron_config(arch, recompute_layers, bf16)
         self.arch, self.pack, self.inputs = arch, pack, random_inputs(pack, arch)
+        self.vae_bf16 = vae_bf16
         self.backend = backend or ("flex" if platform.has_gpu() else "sdpa")
         self.vae = AutoEncoder(arch.autoencoder).to(device).requires_grad_(False)
         vision = VisionTower(arch, recompute_layers > 0)
@@ -83,7 +85,8 @@ class BenchStep:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         watch.lap("zero_grad")
-        latents = encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
+        with torch.autocast(platform.device().type, torch.bfloat16, enabled=self.vae_bf16):
+            latents = encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
         watch.lap("autoencoder")
         device, pack = latents.device, self.pack
         position_ids = torch.from_numpy(pack.vit_position_ids).to(device)
@@ -106,12 +109,13 @@ class BenchStep:
 
 
 def measure_step(
-    name: str, recompute_layers: int, rounds: int, warmup: int, backend: str | None = None, transformer_impl: str = "local"
-) -> dict[str, Any]:
+    name: str, recompute_layers: int, rounds: int, warmup: int, backend: str | None = None, transformer_impl: str = "local",
+    vae_bf16: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Medians over ``rounds`` steps after ``warmup`` ones, tokens per second, peak memory, and the rate against plain matrix products."""
     arch = CONFIGS[name].arch
     pack = bench_pack(CONFIGS[name])
-    step, watch = BenchStep(arch, pack, recompute_layers, backend, transformer_impl), Stopwatch(warmup)
+    step, watch = BenchStep(arch, pack, recompute_layers, backend, transformer_impl, vae_bf16), Stopwatch(warmup)
     losses = [step.run(watch) for _ in range(warmup + rounds)]
     work = StepWork.of(pack)
     parts = work_flops(arch, work)
@@ -123,6 +127,7 @@ def measure_step(
         "config": name,
         "attention_backend": step.backend,
         "transformer_impl": transformer_impl,
+        "vae_encode_bf16": vae_bf16,
         "dtype": str(dtype).removeprefix("torch."),
         "recompute_layers": recompute_layers,
         "parameters": step.parameters,

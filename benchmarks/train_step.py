@@ -41,6 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="activation checkpointing of the first N decoder layers, and of the ViT if N > 0; -1: all")  # fmt: skip
     parser.add_argument("--attention-backend", choices=("sdpa", "flex", "dense"), help="default: flex on a GPU, sdpa on a CPU")
     parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    parser.add_argument("--vae-encode-bf16", action="store_true", help="the autoencoder under bf16 autocast")
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions; medians are reported")
     parser.add_argument("--warmup", type=int, default=1, help="repetitions before the measured ones")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not -1 <= arguments.recompute_layers <= layers:
             raise SystemExit(f"--recompute-layers is -1 (all) to {layers}, the layers of {arguments.config}")
         recomputed = layers if arguments.recompute_layers == -1 else arguments.recompute_layers
-        implementation = arguments.attention_backend, arguments.transformer_impl
+        implementation = arguments.attention_backend, arguments.transformer_impl, arguments.vae_encode_bf16
         result |= measure_step(arguments.config, recomputed, arguments.rounds, arguments.warmup, *implementation)
     elif arguments.what == "layers":
         result |= compare_layers(arguments.hidden, arguments.layers, arguments.tokens, arguments.rounds)

@@ -94,4 +94,6 @@ class Comparison:
 def _float64(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu().double()
+    if isinstance(values, list):
+        values = [float(value) if isinstance(value, Tensor) else value for value in values]
     return torch.from_numpy(np.asarray(values, dtype=np.float64))

@@ -220,6 +220,8 @@ def check_paths(config: Config) -> None:
         _need_folder("latent_cache", data.latent_cache, "a cache made by data_tools/cache_latents.py")
         if training.vae_encode_padded:
             raise ValueError("--vae_encode_padded encodes images with their neighbours of a pack; it cannot be used with --latent_cache")
+        if training.vae_encode_bf16:
+            raise ValueError("--vae_encode_bf16 says how images are encoded, but --latent_cache holds them encoded: leave one of them out")
     if training.finetune_from_hf:
         _need_folder("model_path", model.model_path, "a folder in BAGEL's released layout")
         _need_file("model_path", Path(model.model_path) / "llm_config.json", "the decoder's configuration")

@@ -22,11 +22,13 @@ from megatron_bagel.model.flow import patchify, shift_timesteps
 
 @dataclass(frozen=True)
 class StageSettings:
-    """``seed`` names all noise. ``pad_images`` encodes each pack's images padded to their largest size, as the original does."""
+    """``seed`` names all noise. ``pad_images`` encodes each pack's images padded to their largest size, ``bf16`` lets the autoencoder
+    compute under bf16 autocast; the original does both."""
 
     seed: int
     pad_images: bool = False
     device: torch.device | str = "cpu"
+    bf16: bool = False
 
 
 class PrePipelineStage:
@@ -93,7 +95,8 @@ class PrePipelineStage:
             everyone = loaded.pack.images_of("vae")
             size = max(image.height for image in everyone), max(image.width for image in everyone)
         noises = self.posterior_noise(loaded.pack, images)
-        return encode_latents(self.autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bf16):
+            return encode_latents(self.autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device
@@ -126,7 +129,7 @@ def encode_latents(
     """
     moments = autoencoder.encode_padded(images, padded_to) if padded_to else autoencoder.encode_many(images)
     tokens = [
-        patchify(autoencoder.sample(mean, logvar, noise.to(mean.device)), patch)
+        patchify(autoencoder.sample(mean.float(), logvar.float(), noise.to(mean.device)), patch)
         for (mean, logvar), noise in zip(moments, noises, strict=True)
     ]
     return torch.cat(tokens)

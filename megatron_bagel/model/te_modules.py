@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_bagel.model.experts import LinearPair
+
+
+def _mark(weight: torch.Tensor, dim: int, stride: int) -> None:
+    """Megatron's marks of a weight that tensor parallelism cuts. Its own function refuses weights that have some already, and
+    Transformer Engine marks its weights as whole."""
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, stride
 
 
 def te_modules() -> tuple[type, type, type, type[LinearPair]]:
@@ -51,9 +56,9 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             super().__init__(
                 sizes[1], sizes[0], bias=bias, init_method=init_method, params_dtype=config.params_dtype, parallel_mode=None,
             )  # fmt: skip
-            set_tensor_model_parallel_attributes(self.weight, True, self.partition_dim, stride)
+            _mark(self.weight, self.partition_dim, stride)
             if bias:
-                set_tensor_model_parallel_attributes(self.bias, True, 0, stride)
+                _mark(self.bias, 0, stride)
 
         def forward(self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
             """The product with the weight, or another ``product``, when this module's hooks have run."""

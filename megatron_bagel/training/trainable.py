@@ -69,7 +69,7 @@ def build_trainable(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
     )
     tower = wrapped[-1] if tower_trains else modules.tower
-    stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device())
+    stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
     encoders = arch, tower, modules.autoencoder, stage_settings
     trainable = Trainable(
         config=tcfg,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.gpu.commands import train
+from tests.gpu.commands import ROOT, train
 from tests.runs import make_world
 
 NUMBERS = ("loss", "ce", "mse", "grad_norm")
@@ -74,3 +77,13 @@ def test_every_watcher_at_once(world: Path, tmp_path: Path) -> None:
     assert history[-1]["peak_mem_bytes"] > 0 and history[-1]["step_time_s"] > 0
     made = ("validation.jsonl", "samples/0000004_*.png", "metrics.prom", "hf/0000004/ema.safetensors", "traces/*.json.gz")
     assert [pattern for pattern in made if not list(tmp_path.glob(pattern))] == []
+
+
+def test_processes_without_a_gpu_of_their_own_are_refused(world: Path, tmp_path: Path) -> None:
+    """NCCL would fail later, in words of its own."""
+    count = torch.cuda.device_count()
+    train(world, tmp_path, total_steps=1)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count + 1), "-m", "megatron_bagel.train"]
+    command = [sys.executable, *command, "--config", str(tmp_path / "flags.yaml")]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0 and f"--nproc_per_node {count}" in refused.stderr

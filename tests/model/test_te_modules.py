@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import build_module
 from torch import nn
 
@@ -20,12 +21,14 @@ from tests.model.tiny import random_context, tiny_arch, tiny_config
 
 
 class _Linear(nn.Linear):
-    """transformer_engine.pytorch.Linear's constructor, torch's arithmetic."""
+    """transformer_engine.pytorch.Linear's constructor and marks, torch's arithmetic."""
 
     def __init__(self, in_features, out_features, bias, init_method, params_dtype, parallel_mode):
         assert parallel_mode is None
         super().__init__(in_features, out_features, bias=bias, dtype=params_dtype)
         init_method(self.weight.data)
+        # With parallel_mode=None it is whole for Transformer Engine, which marks it all the same.
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
 
 class _RMSNorm(nn.RMSNorm):

@@ -136,3 +136,10 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsy
     name = f"{data.parent.parent.name}/{data.parent.name}"
     with pytest.raises(ValueError, match="should have"):
         open_cache(world, cache).posterior(IndexedSamples.open(world / "index").datasets[name], 0, 0, (2, 2))
+
+
+@pytest.mark.parametrize("flag", ["vae_encode_padded", "vae_encode_bf16"])
+def test_ways_to_encode_are_refused_with_a_cache(world: Path, tmp_path: Path, flag: str) -> None:
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        runs.run_config(world, tmp_path / "results", latent_cache=str(tmp_path / "latents"), **{flag: True})

@@ -136,7 +136,7 @@ KINDS: dict[str, tuple[dict, str | None]] = {
     "freeze-llm-dense": ({"freeze_llm": True, "layer_module": "Qwen2DecoderLayer"}, None),
     "tied-cosine": ({"tie_word_embeddings": True, "ce_loss_reweighting": True, "lr_scheduler": "cosine", "total_steps": 3}, None),
     "bf16": ({"bf16": True, "lr": 1e-4}, None),
-    "as-the-original": ({"vae_encode_padded": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
+    "as-the-original": ({"vae_encode_padded": True, "vae_encode_bf16": True, "zero_lr_first_step": True, "interpolate_pos": True}, None),
 }
 
 
