@@ -64,12 +64,23 @@ class LinearPair:
 
     def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
         """[n_und, in], [n_gen, in] -> [n_und, out], [n_gen, out]."""
-        return self.und(und), self.gen(gen)
+        return tuple(
+            rows.new_empty((0, module.weight.shape[0])) if idle(module, rows) else module(rows)
+            for module, rows in ((self.und, und), (self.gen, gen))
+        )
+
+
+def idle(module: torch.nn.Module, rows: torch.Tensor) -> bool:
+    """Whether an expert may be left out: it has no rows, and no gradient of its weights (zero, then) is waited for.
+
+    Text is written by one expert, a token at a time, and there the launches of the other one would double the time.
+    """
+    return not len(rows) and not module.weight.requires_grad and not torch.is_grad_enabled()
 
 
 def per_expert(pair: ExpertPair, und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
-    """Each expert's module on its own rows; an expert without rows gives an empty result of the right width."""
-    return [module(rows) for module, rows in pair.parts(und, gen)]
+    """Each expert's norm on its own rows; an expert without rows gives an empty result of the right width."""
+    return [rows if idle(module, rows) else module(rows) for module, rows in pair.parts(und, gen)]
 
 
 class ExpertExchange:

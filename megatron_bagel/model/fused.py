@@ -109,6 +109,8 @@ class _SwiGLU(Function):
 
 def swiglu(both: torch.Tensor) -> torch.Tensor:
     """[s, 2 f] (gate, then up) -> silu(gate) * up, [s, f]."""
+    if not torch.is_grad_enabled() and not both.shape[0]:
+        return both.new_empty((0, both.shape[1] // 2))
     return _SwiGLU.apply(both)
 
 

@@ -91,6 +91,10 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             super().__init__(hidden_size, eps=eps, params_dtype=config.params_dtype)
             self.weight.sequence_parallel = config.sequence_parallel if sequence_parallel is None else sequence_parallel
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """As RMSNorm. Transformer Engine's kernel refuses no rows; the product keeps the weight in the graph."""
+            return super().forward(x) if len(x) else x * self.weight
+
     class TELinearPair(LinearPair):
         """Two experts' linears as the groups of one grouped linear, which borrows their weights."""
 
