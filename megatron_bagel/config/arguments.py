@@ -152,4 +152,4 @@ class TrainingArguments:
     vae_encode_padded: bool = flag(
         False, "Ours. The original's encoding: images of a pack padded to one size, so that latents depend on their neighbours."
     )
-    vae_encode_bf16: bool = flag(False, "Ours. The original's encoding: the autoencoder under bf16 autocast, faster on a GPU; else fp32.")
+    vae_encode_bf16: bool = flag(False, "Ours. The original's encoding: the autoencoder under bf16 autocast; else fp32.")

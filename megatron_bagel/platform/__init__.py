@@ -4,7 +4,7 @@ Entry points call ``install()`` before they import anything of Megatron-Core.
 """
 
 from megatron_bagel.platform.cpu import enter_thread
-from megatron_bagel.platform.device import backend, compiles_kernels, device, has_gpu, peak_memory_bytes
+from megatron_bagel.platform.device import attend_without_plans, backend, compiles_kernels, device, has_gpu, peak_memory_bytes
 
 __all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
 
@@ -12,11 +12,13 @@ __all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "
 def install() -> None:
     """Make Megatron-Core run on this machine: CPU stand-ins where there is no GPU, and an Adam it can checkpoint.
 
-    With a GPU nothing of torch.cuda is touched. Calling it again does nothing more than enter the calling thread.
+    With a GPU no function of torch.cuda is replaced. Calling it again does nothing more than enter the calling thread.
     """
     from megatron_bagel.platform import adam, cpu, megatron_compat
 
     megatron_compat.check_versions()
-    if not has_gpu():
+    if has_gpu():
+        attend_without_plans()
+    else:
         cpu.install()
     adam.use_where_megatron_fell_back_to_torch()

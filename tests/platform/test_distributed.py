@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bagel import platform
 from megatron_bagel.platform.device import check_processes
 from megatron_bagel.platform.distributed import init_distributed, launched_world_size
 from tests.distributed import run_ranks
@@ -114,3 +115,11 @@ def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
         check_processes()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_processes()
+
+
+def test_attention_on_a_gpu_needs_no_plan_for_each_shape(monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    platform.install()
+    assert allowed == [False]
