@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from megatron_bagel import platform
 from megatron_bagel.inference.arguments import parse_arguments, parse_size
 from megatron_bagel.inference.prompt_files import Prompt, make_prompt, read_prompts
-from megatron_bagel.inference.run_prompts import run_prompts, serve
+from megatron_bagel.inference.run_prompts import run_prompts
+from megatron_bagel.inference.serve import serve
 from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
 
 

@@ -103,7 +103,7 @@ def _add_image(group: Any) -> None:
 
 
 def _add_serve(group: Any) -> None:
-    group.add_argument("--serve", action="store_true", help="show a page to draw and to talk about pictures, until interrupted")
+    group.add_argument("--serve", action="store_true", help="show a page to draw and to talk about pictures (needs gradio)")
     group.add_argument("--host", default="127.0.0.1", help="address of the page; others than the default let others use it")
     group.add_argument("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
 

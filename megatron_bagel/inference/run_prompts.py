@@ -18,7 +18,6 @@ from megatron_bagel.inference.noise import KeyedNoise
 from megatron_bagel.inference.prompt_files import Prompt
 from megatron_bagel.inference.requests import Answer, answer
 from megatron_bagel.inference.sampling import TextSampling
-from megatron_bagel.platform.distributed import launched_world_size
 
 
 def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
@@ -71,26 +70,6 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
                 seconds = (time.monotonic() - began) / len(round_)
                 _write(writer, round_, answers, seconds, (len(done) + start, len(jobs)))
     return len(jobs)
-
-
-def serve(args: Namespace) -> None:
-    """Show the page of ``--serve`` until interrupted. Raises ValueError for options that cannot be."""
-    from megatron_bagel.inference.serve import Desk, make_server
-
-    if launched_world_size() > 1:
-        raise ValueError("--serve runs on one process: start it with python, not with torchrun on several ranks")
-    desk = Desk(open_engine(args), *sampling_of(args))
-    try:
-        server = make_server(desk, args.host, args.port)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {args.host} --port {args.port}: cannot listen there ({error})") from error
-    print(f"the page is at http://{args.host}:{server.server_address[1]}/ until Ctrl-C", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("stopped")
-    finally:
-        server.server_close()
 
 
 def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from megatron_bagel.inference.engine import Engine
-from tests.inference.page import served
 from tests.inference.tiny_model import write_tiny_model
 
 
@@ -24,13 +23,6 @@ def engine(tiny_folder: Path, single_rank: None) -> Iterator[Engine]:
     from megatron_bagel.inference.loading import LoadOptions, load_engine
 
     yield load_engine(tiny_folder, LoadOptions(vae_transform=(32, 16), vit_transform=(42, 14)))
-
-
-@pytest.fixture
-def port(engine: Engine) -> Iterator[int]:
-    """The page of the tiny model, served."""
-    with served(engine) as port:
-        yield port
 
 
 @pytest.fixture

@@ -1,82 +1,161 @@
-"""The page answers as generation does, and refuses what is too large, malformed, or sent by another site's page."""
+"""The page over HTTP: it answers as the engine does, turn after turn, and refuses what is too large or not its own page's."""
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gradio_client import Client, handle_file
 from PIL import Image
 
-from megatron_bagel.inference import serve
+from megatron_bagel import generate
+from megatron_bagel.inference.desk import MAX_BYTES
 from megatron_bagel.inference.engine import Engine
-from megatron_bagel.inference.noise import KeyedNoise
-from megatron_bagel.inference.requests import Request, answer
-from tests.inference.page import IMAGE, TEXT, picture_of
+from tests.inference.page import Served, directly, same, served
+from tests.waiting import PATIENCE
 
 
-def post(port: int, body: Any, path: str = "/answer", **headers: str) -> tuple[int, dict[str, str]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, content, {"Content-Type": "application/json", **headers})
+@pytest.fixture(scope="module")
+def page(tiny_folder: Path) -> Iterator[Served]:
+    with served(tiny_folder) as page:
+        yield page
+
+
+@pytest.fixture
+def tab(page: Served, tmp_path: Path) -> Iterator[Client]:
+    """A conversation of its own."""
+    client = Client(page.url, verbose=False, analytics_enabled=False, download_files=tmp_path)
+    yield client
+    client.close()
+    client.executor.shutdown()
+
+
+def send(tab: Client, text: str, *images: Path, output: str = "image", think: bool = False, size: str = "16x24", steps: int = 2) -> list:
+    """A turn; what the conversation shows after it, as (role, title, "text" or "file", text or path)."""
+    message = {"text": text, "files": [handle_file(str(image)) for image in images]}
+    _, shown = tab.predict(message, output, think, size, steps, 3, 2.0, 1.0, api_name="/send")
+    return [
+        (turn["role"], (turn["metadata"] or {}).get("title"), part["type"], part[part["type"]])
+        for turn in shown
+        for part in turn["content"]
+    ]
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_conversation_draws_changes_and_answers(tab: Client, engine: Engine, tmp_path: Path) -> None:
+    prompt = "a red circle\n  on <b>green</b> & "
+    first, (role, title, kind, path) = send(tab, prompt)
+    assert first == ("user", None, "text", prompt.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    drawn = directly(engine, prompt, size=(16, 24), seed=3)
+    assert (role, title, kind) == ("assistant", None, "file") and same(pixels(path), drawn.image)
+    # The picture that was drawn is changed, and all that was said goes along; a thought is shown, and not read again.
+    *_, (_, title, _, thought), (*_, path) = send(tab, "make it blue", think=True, size="")
+    picture = Image.fromarray(drawn.image)
+    changed = directly(engine, prompt, picture, "make it blue", seed=3, think=True)
+    assert (title, thought) == ("Thought", changed.thought.text) and same(pixels(path), changed.image)
+    Image.new("RGB", (24, 16), "blue").save(tmp_path / "photo.png")
+    *_, (*_, said) = send(tab, "and this?", tmp_path / "photo.png", output="text")
+    terms = (prompt, picture, "make it blue", Image.fromarray(changed.image), Image.new("RGB", (24, 16), "blue"), "and this?")
+    assert said == directly(engine, *terms, output="text", seed=3).text.text
+
+
+def test_what_cannot_be_is_shown_and_the_conversation_goes_on(tab: Client, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("no image")
+    for said, wrong in (
+        ("height 17", send(tab, "a", size="17x16")),
+        ("1 to 200", send(tab, "a", steps=201)),
+        ("not a readable image", send(tab, "a", tmp_path / "broken.png")),
+        ("nothing to read", send(tab, "")),
+    ):
+        assert wrong[-1][1] == "This cannot be" and said in wrong[-1][3]
+    shown = send(tab, "a red circle")
+    assert same(pixels(shown[-1][3]), directly(engine, "a red circle", size=(16, 24), seed=3).image), "what failed is not read"
+    assert len(shown) > 8, "and stays to be seen"
+
+
+def ask(page: Served, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, str]:
+    """(status, text) of a request; ``headers`` with underscores for dashes."""
+    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=PATIENCE)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     reply = connection.getresponse()
-    return reply.status, json.loads(reply.read())
+    status, text = reply.status, reply.read().decode()
+    connection.close()
+    return status, text
 
 
-def test_page_and_answers(port: int, engine: Engine) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+def turn_of(page: Served) -> bytes:
+    """The request by which the page sends a turn."""
+    config = json.loads(ask(page, "GET", "/config")[1])
+    (number,) = (event["id"] for event in config["dependencies"] if event["api_name"] == "send")
+    fields: list[Any] = [{"text": "a", "files": []}, None, "image", False, "16x16", 2, 0, 2, 1]
+    return json.dumps({"data": fields, "fn_index": number, "session_hash": "other"}).encode()
+
+
+def test_pages_of_others_cannot_use_it(page: Served) -> None:
+    body, kind, join = turn_of(page), "application/json", "/gradio_api/queue/join"
+    own = f"http://127.0.0.1:{page.port}"
+    assert ask(page, "POST", join, body, Content_Type=kind, Origin=own)[0] == 200
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{page.port + 1}"):
+        assert ask(page, "POST", join, body, Content_Type=kind, Origin=origin)[0] == 403
+        assert ask(page, "POST", "/gradio_api/upload", Origin=origin)[0] == 403
+    assert ask(page, "GET", "/", Host="evil.example")[0] == 400
+    # Nor a program that takes no place in the queue, or asks for a file that is none of the page's.
+    assert ask(page, "POST", "/gradio_api/run/send", body, Content_Type=kind)[0] == 404
+    assert ask(page, "GET", f"/gradio_api/file={Path(__file__)}")[0] == 403
+
+
+def test_large_requests_are_refused(page: Served) -> None:
+    head, tail = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n', b"\r\n--x--\r\n"
+    body = head + bytes(MAX_BYTES + 1) + tail
+    status, said = ask(page, "POST", "/gradio_api/upload", body, Content_Type="multipart/form-data; boundary=x")
+    assert status == 413 and "maximum allowed size" in said
+    for length, expected in ((str(2 * MAX_BYTES), 413), (None, 411)):
+        connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=PATIENCE)
+        connection.putrequest("POST", "/gradio_api/queue/join")
+        if length is not None:
+            connection.putheader("Content-Length", length)
+        connection.endheaders()
+        assert connection.getresponse().status == expected
+        connection.close()
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=PATIENCE)
     connection.request("GET", "/")
-    page = connection.getresponse()
-    assert page.status == 200 and b'fetch("answer"' in page.read()
-    status, drawn = post(port, {"terms": [{"text": "a red circle"}], "size": "16x24", "seed": 3, "text_scale": 2.0, "img_scale": 1})
-    assert status == 200 and set(drawn) == {"image"}
-    sampling = serve.replace(IMAGE, guidance=serve.replace(IMAGE.guidance, text_scale=2.0, img_scale=1.0))
-    (expected,) = answer(engine, [Request(("a red circle",), size=(16, 24))], [KeyedNoise(3)], TEXT, sampling)
-    assert (picture_of(drawn["image"]) == expected.image).all()
-    # The next turn sends the whole conversation, the drawn picture included.
-    terms = [{"text": "a red circle"}, {"image": drawn["image"]}, {"text": "what color is it?"}]
-    status, said = post(port, {"terms": terms, "output": "text", "think": True})
-    assert status == 200 and "text" in said
+    reply = connection.getresponse()
+    assert "default-src 'self'" in reply.headers["Content-Security-Policy"]
+    config = json.loads(ask(page, "GET", "/config")[1])
+    assert not config["analytics_enabled"] and not config["stylesheets"]
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ({}, "terms must be a list"),
-        ({"terms": [{"text": "a"}] * 65}, "1 to 64"),
-        ({"terms": [{"text": 3}]}, "must be a string"),
-        ({"terms": [{"sound": "a"}]}, "a term is"),
-        ({"terms": [{"image": "data:image/png;base64,!!"}]}, "base64"),
-        ({"terms": [{"image": "data:image/png;base64," + base64.b64encode(b"no image").decode()}]}, "not a readable image"),
-        ({"terms": [{"text": "a"}], "size": "17x16"}, "height 17"),
-        ({"terms": [{"text": "a"}], "steps": 10_000}, "at most 200"),
-        ({"terms": [{"text": "a"}], "seed": "x"}, "seed is 'x'"),
-        ({"terms": [{"text": "a"}], "output": "sound"}, "output 'sound'"),
-        (b"{", "Expecting"),
-        ([1], "expected an object"),
-    ],
-)
-def test_what_cannot_be_is_said(port: int, body: Any, said: str) -> None:
-    status, reply = post(port, body)
-    assert status == 400 and said in reply["error"]
+def test_it_ends_with_an_open_page_and_leaves_nothing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with served(tiny_folder) as page:
+        connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=PATIENCE)
+        connection.request("GET", "/gradio_api/heartbeat/a")
+        assert connection.getresponse().status == 200 and any(tmp_path.iterdir())
+        os.kill(page.process.pid, signal.SIGTERM)
+        page.process.join(PATIENCE)
+        assert page.process.exitcode == 0 and not [*tmp_path.iterdir()]
 
 
-def test_images_beyond_the_limit_are_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "MAX_PIXELS", 100)
-    buffer = io.BytesIO()
-    Image.new("RGB", (11, 10)).save(buffer, format="PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    status, reply = post(port, {"terms": [{"image": url}, {"text": "a"}]})
-    assert status == 400 and "above the limit" in reply["error"]
-
-
-def test_requests_of_others_are_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"terms": [{"text": "a"}]}
-    assert post(port, body, Host="evil.example")[0] == 403
-    assert post(port, body, **{"Content-Type": "text/plain"})[0] == 415
-    assert post(port, body, path="/other")[0] == 404
-    monkeypatch.setattr(serve, "MAX_BYTES", 10)
-    assert post(port, body)[0] == 413
+def test_without_gradio_it_says_what_to_install(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("page_server", "page"):
+        monkeypatch.delitem(sys.modules, f"megatron_bagel.inference.{name}", raising=False)
+    assert generate.main(["--model", "gone", "--serve", "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install megatron_bagel[serve]" in said and "gone" not in said, "before the model is looked for"

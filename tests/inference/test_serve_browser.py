@@ -1,76 +1,110 @@
-"""The page in a real browser: what a person does on it, and what it shows when a request cannot be."""
+"""The page in a real browser: what a person does on it, and what it shows when a turn cannot be."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_bagel.inference import serve
+from megatron_bagel.inference.desk import MAX_BYTES
 from megatron_bagel.inference.engine import Engine
-from megatron_bagel.inference.noise import KeyedNoise
-from megatron_bagel.inference.requests import Request, answer
 from tests.browser import Browser, browser, installed
-from tests.inference.page import IMAGE, TEXT, picture_of
+from tests.inference.page import Served, directly, same, served
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not installed(), reason="no Chromium here (Debian: apt-get install chromium chromium-driver)")
+#: What the conversation shows: of each bubble who speaks, its words, and the addresses of its pictures.
+TURNS = """return [...document.querySelectorAll('#talk .message-row')].map(row =>
+    [row.className.includes('user-row') ? 'user' : 'model', row.innerText.trim(), [...row.querySelectorAll('img')].map(img => img.src)])"""
+#: A picture's pixels, as the browser has decoded them.
+PIXELS = """const img = [...document.querySelectorAll('#talk img')].pop(), canvas = document.createElement('canvas');
+    [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
+    canvas.getContext('2d').drawImage(img, 0, 0);
+    return img.complete && canvas.toDataURL();"""
+
+
+@pytest.fixture(scope="module")
+def page(tiny_folder: Path) -> Iterator[Served]:
+    with served(tiny_folder) as page:
+        yield page
 
 
 @pytest.fixture
-def page(port: int, tmp_path: Path) -> Iterator[Browser]:
+def tab(page: Served, tmp_path: Path) -> Iterator[Browser]:
     with browser(tmp_path / "profile") as tab:
-        tab.open(f"http://127.0.0.1:{port}/")
+        tab.open(page.url)
+        eventually(lambda: tab.run("return !!document.querySelector('#message textarea') && !!document.querySelector('#img_scale input')"))
+        fill(tab, size="16x24", steps="2", seed="3", text_scale="2", img_scale="1")
         yield tab
 
 
-def send(page: Browser, prompt: str, turns: int, **fields: str) -> None:
-    """Fill the form in, send it, and wait until ``turns`` turns are shown and the button works again."""
-    for name, text in {"prompt": prompt, **fields}.items():
-        page.type(f"#{name}", text)
-    page.click("#send")
-    eventually(lambda: page.run("return document.querySelectorAll('.turn').length === arguments[0] && !$('send').disabled", turns))
+def fill(tab: Browser, **fields: str) -> None:
+    """Fill fields in."""
+    for name, text in fields.items():
+        tab.type(f"#{name} {'textarea' if name == 'size' else 'input'}", text)
 
 
-def last(page: Browser, inside: str, value: str) -> str:
-    """A property of something inside the last turn."""
-    return page.run("return [...document.querySelectorAll('.turn')].pop().querySelector(arguments[0])[arguments[1]]", inside, value)
+def send(tab: Browser, prompt: str, turns: int) -> list[tuple[str, str, list[str]]]:
+    """Write and send, and wait until ``turns`` bubbles are there and the next can be written; returns the bubbles."""
+    tab.type("#message textarea", prompt)
+    tab.click("#message .submit-button")
+    return eventually(lambda: idle(tab) and len(shown := tab.run(TURNS)) == turns and shown)
 
 
-def test_a_conversation_draws_changes_and_answers(page: Browser, engine: Engine, tmp_path: Path) -> None:
-    send(page, "a red circle", 2, size="16x24", steps="2", seed="3", text_scale="2", img_scale="1")
-    sampling = serve.replace(IMAGE, guidance=serve.replace(IMAGE.guidance, text_scale=2.0, img_scale=1.0))
-    (drawn,) = answer(engine, [Request(("a red circle",), size=(16, 24))], [KeyedNoise(3)], TEXT, sampling)
-    shown = picture_of(last(page, "img", "src"))
-    assert (shown == drawn.image).all()
+def idle(tab: Browser) -> bool:
+    """Whether the turn has ended: no spinner, and the page would send another."""
+    return tab.run("return document.querySelector('#talk [data-testid=status-tracker]').classList.contains('hide')")
+
+
+def picture(tab: Browser) -> np.ndarray:
+    """Pixels of the last picture shown."""
+    url = eventually(lambda: tab.run(PIXELS))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def test_a_conversation_draws_changes_and_answers(tab: Browser, engine: Engine, tmp_path: Path) -> None:
+    send(tab, "a red circle", 2)
+    drawn = directly(engine, "a red circle", size=(16, 24), seed=3)
+    assert same(picture(tab), drawn.image)
     # The whole conversation goes along: the change is made to the picture that was drawn.
-    send(page, "make it blue", 4, size="16x24")
-    terms = ("a red circle", Image.fromarray(shown), "make it blue")
-    (changed,) = answer(engine, [Request(terms, size=(16, 24))], [KeyedNoise(3)], TEXT, sampling)
-    assert (picture_of(last(page, "img", "src")) == changed.image).all()
-    assert (last(page, "img", "naturalWidth"), last(page, "img", "naturalHeight")) == (24, 16)
-    page.click("#again")
-    Image.new("RGB", (24, 16), "blue").save(tmp_path / "photo.png")
-    page.click("#output option[value=text]")
-    send(page, "what color is it?", 2, image=str(tmp_path / "photo.png"))
-    request = Request((Image.new("RGB", (24, 16), "blue"), "what color is it?"), output="text")
-    (said,) = answer(engine, [request], [KeyedNoise(3)], TEXT, sampling)
-    assert said.text is not None and last(page, ".text", "textContent") == said.text.text
-    assert page.run("return $('image').files.length") == 0, "an image that was sent is not sent again"
+    tab.click("#think input")
+    *_, (_, said, _) = send(tab, "make it blue", 4)
+    changed = directly(engine, "a red circle", Image.fromarray(drawn.image), "make it blue", size=(16, 24), seed=3, think=True)
+    assert same(picture(tab), changed.image) and said == f"Thought\n{changed.thought.text}".strip()
+    # A long drawing is stopped by starting again.
+    fill(tab, steps="200", size="64x64")
+    tab.type("#message textarea", "a long one")
+    tab.click("#message .submit-button")
+    eventually(lambda: len(tab.run(TURNS)) == 5)
+    tab.click("#again")
+    eventually(lambda: not tab.run(TURNS))
+    tab.click("#think input")
+    tab.click("#output input[value=text]")
+    photo = Image.new("RGB", (24, 16), "blue")
+    photo.save(tmp_path / "photo.png")
+    tab.type("#message input[type=file]", str(tmp_path / "photo.png"))
+    eventually(lambda: tab.run("return !!document.querySelector('#message img')"))
+    (_, _, asked), (_, said, _) = send(tab, "what color is it?", 2)
+    assert len(asked) == 1 and said == directly(engine, photo, "what color is it?", output="text", seed=3).text.text
+    assert tab.run("return !document.querySelector('#message img')"), "an image that was sent is not sent again"
 
 
-def test_what_cannot_be_is_shown_and_the_conversation_goes_on(
-    page: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send(page, "a", 2, size="17x16")
-    assert "height 17" in last(page, ".text", "textContent")
-    # Words are shown as words, whatever they look like.
-    send(page, "<img src=gone onerror=alert(1)>", 4, size="16x16", steps="2")
-    assert page.run("return document.querySelectorAll('.user img').length") == 0
-    assert last(page, "img", "naturalWidth") == 16
-    monkeypatch.setattr(serve, "MAX_BYTES", 2**20)
-    (tmp_path / "large.png").write_bytes(bytes(8 * 2**20))
-    send(page, "b", 6, image=str(tmp_path / "large.png"))
-    assert "a request may have 1 MB" in last(page, ".text", "textContent")
+def test_what_cannot_be_is_shown_and_the_conversation_goes_on(tab: Browser, engine: Engine, page: Served, tmp_path: Path) -> None:
+    fill(tab, size="<img src=gone>")
+    words = "**a** <img src=gone onerror=alert(1)> $$x$$ &amp; [b](http://evil.example)"
+    (_, said, _), (_, wrong, pictures) = send(tab, words, 2)
+    assert said == words, "words are shown as words, whatever they look like"
+    assert wrong.startswith("This cannot be") and "<img src=gone> is not of the form HxW" in wrong and not pictures
+    (tmp_path / "large.png").write_bytes(bytes(MAX_BYTES + 1))
+    tab.type("#message input[type=file]", str(tmp_path / "large.png"))
+    eventually(lambda: "maximum allowed size of 32" in tab.run("return document.body.innerText"))
+    fill(tab, size="16x24")
+    send(tab, "a red circle", 4)
+    assert same(picture(tab), directly(engine, "a red circle", size=(16, 24), seed=3).image)
+    loaded = tab.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert loaded and all(name.startswith((page.url, "data:", "blob:")) for name in loaded), "nothing comes from elsewhere"

@@ -1,0 +1,51 @@
+"""What gradio leaves to others: pages of other sites may not use this one, no request is endless, nothing is loaded from elsewhere.
+
+gradio keeps what it answers from scripts of other origins (CORS), but does what they send. A browser names the origin of every such
+request, so it can be refused unread.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+#: Gradio's page has scripts and styles inside itself, and compiles some at run time; everything else comes from its own server.
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+_HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class PageGuard:
+    """ASGI middleware; a request may have at most ``max_bytes``."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        app = self._app if refusal is None else PlainTextResponse(refusal[1], refusal[0])
+        await app(scope, receive, send_with_headers)
+
+    def _refusal(self, method: str, headers: Headers) -> tuple[HTTPStatus, str] | None:
+        origin, length = headers.get("origin"), headers.get("content-length", "")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            return HTTPStatus.FORBIDDEN, f"this page is not there for {origin}"
+        if method != "POST":
+            return None
+        if not length.isdigit():
+            return HTTPStatus.LENGTH_REQUIRED, "say how long the request is"
+        if int(length) > self._max_bytes:
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request may have {self._max_bytes} bytes; send a smaller image"
+        return None
