@@ -17,6 +17,7 @@ from tests.browser import Browser, browser, installed
 from tests.inference.page import Served, directly, same, served
 from tests.waiting import eventually
 
+pytest.importorskip("gradio", reason="no gradio here: bash tests/page.sh")
 pytestmark = pytest.mark.skipif(not installed(), reason="no Chromium here (Debian: apt-get install chromium chromium-driver)")
 #: What the conversation shows: of each bubble who speaks, its words, and the addresses of its pictures.
 TURNS = """return [...document.querySelectorAll('#talk .message-row')].map(row =>
