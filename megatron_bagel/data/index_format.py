@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,8 @@ def dataset_folder(index: Path, group: str, name: str) -> Path:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    partial = path.with_suffix(".partial")
+    """Write a file that is there whole or not at all, also after a power cut, and when several processes write it at once."""
+    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     with open(partial, "w") as file:
         file.write(text)
         file.flush()

@@ -93,11 +93,13 @@ def total_images(manifest: Manifest, groups: Sequence[GroupConfig]) -> int:
 def _prepare(output: Path, key: dict, autoencoder: AutoEncoder) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "key.json"
-    if path.is_file() and json.loads(path.read_text()) != key:
+    # Jobs may start at the same moment: what another one is about to call key.json is nothing else than a cache.
+    there = {file.name for file in output.iterdir() if not file.name.startswith(f"{path.name}.partial")}
+    if path.name in there and json.loads(path.read_text()) != key:
         raise ValueError(
             f"{output} holds latents of another index, autoencoder, dtype or other image transforms; remove it, or give another --output"
         )
-    if not path.is_file() and any(output.iterdir()):
+    if there and path.name not in there:
         raise ValueError(f"{output} holds something else than a latent cache; give another --output")
     write_durably(path, json.dumps(key))
     write_durably(output / "ae_config.json", json.dumps(autoencoder.arch.to_dict(), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from data_tools.cache_latents import main
 from megatron_bagel.data.groups import load_groups
 from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_format import read_manifest
+from megatron_bagel.data.index_format import read_manifest, write_durably
 from megatron_bagel.data.index_reader import IndexedSamples
 from megatron_bagel.data.latent_cache import LatentCache
 from megatron_bagel.data.transforms import decode_rgb, image_tensor
@@ -24,6 +25,7 @@ from megatron_bagel.encoders.latent_writer import CacheOptions, write_latent_cac
 from megatron_bagel.training.history import read_history
 from tests import runs
 from tests.data.index_files import groups_of, noise_png, write_t2i
+from tests.distributed import fork
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,22 @@ def test_ways_to_encode_are_refused_with_a_cache(world: Path, tmp_path: Path, fl
     (tmp_path / "latents").mkdir()
     with pytest.raises(ValueError, match=f"--{flag}"):
         runs.run_config(world, tmp_path / "results", latent_cache=str(tmp_path / "latents"), **{flag: True})
+
+
+def _write_often(path: Path) -> None:
+    for number in range(200):
+        write_durably(path, json.dumps({"number": number}))
+
+
+def test_jobs_that_start_at_the_same_moment_do_not_disturb_each_other(world: Path, tmp_path: Path) -> None:
+    """They write the same key, and one may see the other's before it has its name."""
+    writers = [fork(_write_often, tmp_path / "key.json") for _ in range(3)]
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert json.loads((tmp_path / "key.json").read_text()) == {"number": 199} and len(list(tmp_path.iterdir())) == 1
+    cache = tmp_path / "latents"
+    cache.mkdir()
+    (cache / "key.json.partial-elsewhere-1").write_text("{")
+    assert main(command(world, cache, "--num-jobs", "1")) == 0
+    open_cache(world, cache)
