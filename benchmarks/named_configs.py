@@ -49,7 +49,7 @@ CONFIGS = {
         _bench(3584, 28, 28, 4, 18944, 152064, ViTArch(1152, 4304, 27, 16, image_size=980), AutoencoderArch(), latent_side=64),
         t2i=8, edits=4, questions=4, text_lengths=(30, 120), image_sides=(256, 512),
     ),  # fmt: skip
-    # For one GPU of 80 GB: a seventh of BAGEL-7B-MoT, its layers and tokens at their real sizes (4 of 28 decoder layers, 4 of 27 ViT
+    # For one GPU of 80 GB: a seventh of BAGEL-7B-MoT, its layers and tokens at their real sizes (4 of 28 decoder layers, 4 of 26 ViT
     # layers, a seventh of the vocabulary), and the whole FLUX autoencoder; 26 images of 256 to 512 pixels.
     "bench-7b-seventh": BenchConfig(
         _bench(3584, 4, 28, 4, 18944, 21728, ViTArch(1152, 4304, 5, 16, image_size=980), AutoencoderArch(), latent_side=64),

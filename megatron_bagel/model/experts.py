@@ -73,7 +73,7 @@ class LinearPair:
 def idle(module: torch.nn.Module, rows: torch.Tensor) -> bool:
     """Whether an expert may be left out: it has no rows, and no gradient of its weights (zero, then) is waited for.
 
-    Text is written by one expert, a token at a time, and there the launches of the other one would double the time.
+    Text is written by one expert, a token at a time, and what is launched there, not what is computed, takes the time.
     """
     return not len(rows) and not module.weight.requires_grad and not torch.is_grad_enabled()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel import platform
 from tests.distributed import run_ranks
 from tests.tools.recorded_set import write_recorded_set
 from tools import verify_golden
@@ -112,3 +113,11 @@ def test_two_real_ranks_equal_the_recorded_two(goldens: Path) -> None:
 def test_without_goldens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_golden.main(["--goldens", str(tmp_path)]) == 2
     assert "expected.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.has_gpu(), reason="flex is for GPUs")
+def test_flex_is_refused_on_a_cpu_and_another_backend_is_used(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_golden.main(["--goldens", str(goldens), "--attention-backend", "flex"]) == 2
+    assert "backward" in capsys.readouterr().err
+    assert verify_golden.main(["--goldens", str(goldens), "--attention-backend", "dense"]) == 0
+    assert "all within tolerance" in capsys.readouterr().out
