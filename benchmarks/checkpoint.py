@@ -32,13 +32,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def synthetic_folder(folder: Path, gigabytes: float) -> int:
     """A model folder of about so many GB in bf16, real names and proportions, random bits; returns the bytes of its weights."""
-    from megatron_bagel.checkpoint.hf_folder import WeightFile, write_folder
-    from megatron_bagel.checkpoint.weight_map import WeightMap
+    from megatron_bagel.checkpoint.hf.folder import WeightFile, write_folder
+    from megatron_bagel.checkpoint.hf.weight_map import WeightMap
     from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-    from megatron_bagel.data.tokenizer_training import train_tokenizer
     from megatron_bagel.encoders.autoencoder import AutoEncoder
     from megatron_bagel.encoders.autoencoder_io import save_autoencoder
     from megatron_bagel.model.positions import sincos_2d
+    from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
     # Qwen2.5-3B's width with its embedding; small targets get a narrow model, so that there are still layers.
     wide = gigabytes >= 2
@@ -140,7 +140,7 @@ def measure_conversion(gigabytes: float, folder: Path) -> dict[str, Any]:
 
 def same_files(first: Path, second: Path) -> None:
     """Raise ValueError when two safetensors files differ in a name, type or bit."""
-    from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader
+    from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 
     left, right = SafetensorsReader(first), SafetensorsReader(second)
     if set(left.keys()) != set(right.keys()):
@@ -161,15 +161,15 @@ def _trained(config_name: str, tensor: int, pipeline: int) -> Any:
     from megatron.core import parallel_state
 
     from benchmarks.named_configs import CONFIGS
-    from megatron_bagel.checkpoint.first_weights import initialise
-    from megatron_bagel.checkpoint.training_state import Trained
-    from megatron_bagel.checkpoint.weight_map import WeightMap
+    from megatron_bagel.checkpoint.dist.state import Trained
+    from megatron_bagel.checkpoint.hf.initial_weights import initialise
+    from megatron_bagel.checkpoint.hf.weight_map import WeightMap
     from megatron_bagel.config.megatron_arguments import MegatronArguments
     from megatron_bagel.config.transformer_config import transformer_config
     from megatron_bagel.model.build import build_decoder
     from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
-    from megatron_bagel.training.ema import ShardedEma
-    from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, optimizer_step, wrap_ddp
+    from megatron_bagel.training.optim.ema import ShardedEma
+    from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, optimizer_step, wrap_ddp
 
     arch = replace(CONFIGS[config_name].arch, vit=None)
     config = transformer_config(arch.llm, MegatronArguments(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
@@ -192,9 +192,9 @@ def rank_main(job: str, config_name: str, folder: Path, tensor: int, pipeline: i
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_bagel.checkpoint.saver import Saver, SaveSettings
-    from megatron_bagel.checkpoint.training_state import load_checkpoint
-    from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
+    from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
+    from megatron_bagel.checkpoint.dist.state import load_checkpoint
+    from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
     init_distributed()
     parallel_state.initialize_model_parallel(tensor, pipeline)

@@ -1,11 +1,11 @@
 """The data path, as JSON, beside a plain reader that follows the original's algorithm (`plain_reader.py`, `data_mixes.py`).
 
-    python -m benchmarks.data --mix lognormal          # fill and balance of packs of 36864 tokens, 64 replicas; also --mix images
-    python -m benchmarks.data --part sample            # fill on sample data, packs of 1024 tokens
-    python -m benchmarks.data --part loader            # samples per second of one worker, and that pixels are the same
-    python -m benchmarks.data --part start             # seconds to the first pack of 2000 rows, and of a quarter of them
-    python -m benchmarks.data --part plan              # planning an epoch of 10 M samples of a synthetic sidecar: seconds, memory
-    python -m benchmarks.data --part open              # opening a synthetic sidecar of 100 M samples: seconds, memory
+python -m benchmarks.data --mix lognormal          # fill and balance of packs of 36864 tokens, 64 replicas; also --mix images
+python -m benchmarks.data --part sample            # fill on sample data, packs of 1024 tokens
+python -m benchmarks.data --part loader            # samples per second of one worker, and that pixels are the same
+python -m benchmarks.data --part start             # seconds to the first pack of 2000 rows, and of a quarter of them
+python -m benchmarks.data --part plan              # planning an epoch of 10 M samples of a synthetic sidecar: seconds, memory
+python -m benchmarks.data --part open              # opening a synthetic sidecar of 100 M samples: seconds, memory
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs  # noqa: E402
 from benchmarks.data_reading import measure_fill, measure_loader, measure_start  # noqa: E402
 from benchmarks.data_scale import measure_opening, measure_planning  # noqa: E402
-from megatron_bagel.data.planner import Planner, PlannerConfig  # noqa: E402
-from megatron_bagel.data.planner_deal import deal  # noqa: E402
+from megatron_bagel.data.planner.assign import deal  # noqa: E402
+from megatron_bagel.data.planner.planner import Planner, PlannerConfig  # noqa: E402
 
 
 def imbalance(steps: Sequence[Sequence[float]]) -> float:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bagel.data.counts import COST_UNIT, CostModel, Measures
 from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
+from megatron_bagel.data.planner.cost_model import COST_UNIT, CostModel, Measures
 
 CAPACITY, EXPECTED, PREFER_BUFFER, BUFFER = 36864, 32768, 16384, 50
 

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 
 from benchmarks.plain_reader import PlainPack, PlainReader
 from data_tools import make_sample_data
-from megatron_bagel.data.groups import GroupConfig, load_groups
-from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_reader import IndexedSamples
-from megatron_bagel.data.loader import LoadedPack, PackLoader, PackReader
-from megatron_bagel.data.planner import Planner, PlannerConfig
-from megatron_bagel.data.sample_plan import PlanSettings
-from megatron_bagel.data.sources import open_sources
+from megatron_bagel.data.index.build import BuildOptions, build_index
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader
+from megatron_bagel.data.planner.group_source import open_sources
+from megatron_bagel.data.planner.planner import Planner, PlannerConfig
+from megatron_bagel.data.planner.sample_plan import PlanSettings
+from megatron_bagel.data.sources.dataset_config import GroupConfig, load_groups
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.layout.pack import LayoutSpec
 

@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs
-from megatron_bagel.data.groups import GroupConfig, parse_groups
-from megatron_bagel.data.index_format import (
+from megatron_bagel.data.index.format import (
     MANIFEST,
     PLANNING_SCHEMA,
     SCHEMA_VERSION,
@@ -31,11 +30,12 @@ from megatron_bagel.data.index_format import (
     SourceInfo,
     dataset_folder,
 )
-from megatron_bagel.data.index_plan import ROWS_PER_SHARD
-from megatron_bagel.data.index_reader import IndexedSamples
-from megatron_bagel.data.planner import Planner, PlannerConfig
-from megatron_bagel.data.sample_plan import PlanSettings
-from megatron_bagel.data.sources import GroupSource, open_sources
+from megatron_bagel.data.index.plan import ROWS_PER_SHARD
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.planner.group_source import GroupSource, open_sources
+from megatron_bagel.data.planner.planner import Planner, PlannerConfig
+from megatron_bagel.data.planner.sample_plan import PlanSettings
+from megatron_bagel.data.sources.dataset_config import GroupConfig, parse_groups
 from megatron_bagel.layout.pack import LayoutSpec
 
 GROUP, NAME = "t2i_pretrain", "synthetic"

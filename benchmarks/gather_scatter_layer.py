@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bagel.model.context import AttentionPlan
 from megatron_bagel.model.layer import MoTLayer
+from megatron_bagel.model.pack_context import AttentionPlan
 
 Rows = tuple[Tensor, Tensor]
 

@@ -34,19 +34,19 @@ platform.install()
 
 from benchmarks.named_configs import CONFIGS, SEED, megatron_config  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_bagel.data.tokenizer_training import train_tokenizer  # noqa: E402
 from megatron_bagel.encoders.autoencoder import AutoEncoder  # noqa: E402
 from megatron_bagel.encoders.vision_tower import VisionTower  # noqa: E402
-from megatron_bagel.inference.context import Context  # noqa: E402
-from megatron_bagel.inference.engine import Engine  # noqa: E402
-from megatron_bagel.inference.guidance import Guidance, time_grid  # noqa: E402
-from megatron_bagel.inference.image import ImageSampling, generate_latents  # noqa: E402
-from megatron_bagel.inference.loading import LoadOptions, image_transforms, load_engine  # noqa: E402
-from megatron_bagel.inference.noise import KeyedNoise  # noqa: E402
-from megatron_bagel.inference.requests import Conversation, Request, read_terms  # noqa: E402
+from megatron_bagel.inference.batch.requests import Conversation, Request, read_terms  # noqa: E402
+from megatron_bagel.inference.core.context import Context  # noqa: E402
+from megatron_bagel.inference.core.engine import Engine  # noqa: E402
+from megatron_bagel.inference.core.guidance import Guidance, time_grid  # noqa: E402
+from megatron_bagel.inference.core.image import ImageSampling, generate_latents  # noqa: E402
+from megatron_bagel.inference.core.load_engine import LoadOptions, image_transforms, load_engine  # noqa: E402
+from megatron_bagel.inference.core.noise import KeyedNoise  # noqa: E402
 from megatron_bagel.model.build import build_decoder  # noqa: E402
 from megatron_bagel.platform.device import device_name, synchronize  # noqa: E402
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer  # noqa: E402
 
 PROMPT = "a large picture of a red circle in the top left on a white background"
 

@@ -25,11 +25,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a file too, without installing the benchmarks
 
-from megatron_bagel.data.groups import GroupConfig, parse_groups  # noqa: E402
-from megatron_bagel.data.index_build import BuildOptions, build_index  # noqa: E402
-from megatron_bagel.data.index_plan import IMAGE_CHECKS, ImageChecks  # noqa: E402
+from megatron_bagel.data.index.build import BuildOptions, build_index  # noqa: E402
+from megatron_bagel.data.index.plan import IMAGE_CHECKS, ImageChecks  # noqa: E402
+from megatron_bagel.data.sources.dataset_config import GroupConfig, parse_groups  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_bagel.data.tokenizer_training import train_tokenizer  # noqa: E402
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer  # noqa: E402
 
 WORDS = ("red", "green", "blue", "large", "small", "circle", "square", "left", "right", "of", "a", "on", "the", "background", "photo")
 

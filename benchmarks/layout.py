@@ -22,16 +22,16 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.long_packs import KINDS, LONG, quickest  # noqa: E402
+from megatron_bagel.assembly.training_modules import run_model  # noqa: E402
 from megatron_bagel.config.parser import parse_config  # noqa: E402
-from megatron_bagel.data.training_data import open_loader  # noqa: E402
+from megatron_bagel.data.loading.build import open_loader  # noqa: E402
 from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
-from megatron_bagel.layout.dealing import context_orders  # noqa: E402
+from megatron_bagel.layout.cp_partition import context_orders  # noqa: E402
 from megatron_bagel.layout.items import Sample  # noqa: E402
 from megatron_bagel.layout.mask import PackMask  # noqa: E402
 from megatron_bagel.layout.order import expert_order  # noqa: E402
 from megatron_bagel.layout.pack import Pack, build_pack  # noqa: E402
 from megatron_bagel.model.attention.flex import BLOCK, block_mask  # noqa: E402
-from megatron_bagel.training.model_setup import run_model  # noqa: E402
 
 SIZES = (2, 4, 8, 16)
 

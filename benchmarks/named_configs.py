@@ -42,23 +42,39 @@ CONFIGS = {
     # 14 samples, 20 images of 64 to 128 pixels, about 2,150 tokens; the select layer leaves 4 of the ViT's 5 layers.
     "bench-53m": BenchConfig(
         _bench(512, 8, 8, 2, 1408, 4096, ViTArch(256, 704, 5, 4, image_size=224), AutoencoderArch(32, (1, 2, 4, 4), 2)),
-        t2i=6, edits=4, questions=4, text_lengths=(38, 78), image_sides=(64, 128),
+        t2i=6,
+        edits=4,
+        questions=4,
+        text_lengths=(38, 78),
+        image_sides=(64, 128),
     ),  # fmt: skip
     # BAGEL-7B-MoT itself, for generation: 14.7 billion parameters.
     "bagel-7b": BenchConfig(
         _bench(3584, 28, 28, 4, 18944, 152064, ViTArch(1152, 4304, 27, 16, image_size=980), AutoencoderArch(), latent_side=64),
-        t2i=8, edits=4, questions=4, text_lengths=(30, 120), image_sides=(256, 512),
+        t2i=8,
+        edits=4,
+        questions=4,
+        text_lengths=(30, 120),
+        image_sides=(256, 512),
     ),  # fmt: skip
     # For one GPU of 80 GB: a seventh of BAGEL-7B-MoT, its layers and tokens at their real sizes (4 of 28 decoder layers, 4 of 26 ViT
     # layers, a seventh of the vocabulary), and the whole FLUX autoencoder; 26 images of 256 to 512 pixels.
     "bench-7b-seventh": BenchConfig(
         _bench(3584, 4, 28, 4, 18944, 21728, ViTArch(1152, 4304, 5, 16, image_size=980), AutoencoderArch(), latent_side=64),
-        t2i=8, edits=4, questions=4, text_lengths=(30, 120), image_sides=(256, 512),
+        t2i=8,
+        edits=4,
+        questions=4,
+        text_lengths=(30, 120),
+        image_sides=(256, 512),
     ),  # fmt: skip
     # Seconds instead of minutes, for the test of this benchmark.
     "bench-tiny": BenchConfig(
         _bench(64, 2, 4, 2, 96, 256, ViTArch(32, 48, 2, 2, image_size=224), AutoencoderArch(32, (1, 1, 1, 1), 1)),
-        t2i=2, edits=1, questions=1, text_lengths=(4, 9), image_sides=(32, 48),
+        t2i=2,
+        edits=1,
+        questions=1,
+        text_lengths=(4, 9),
+        image_sides=(32, 48),
     ),  # fmt: skip
 }
 
@@ -91,7 +107,5 @@ def bench_pack(config: BenchConfig) -> Pack:
     # Every other question is about two pictures.
     plans += [(*(image("vit", i) for i in range(1 + n % 2)), text(), text(loss=True)) for n in range(config.questions)]
     samples = [Sample("bench", index, 0, items) for index, items in enumerate(plans)]
-    spec = LayoutSpec(
-        0, 1, 2, 3, 14, arch.vit_max_num_patch_per_side, arch.vae_token_pixels, arch.max_latent_size, arch.interpolate_pos
-    )
+    spec = LayoutSpec(0, 1, 2, 3, 14, arch.vit_max_num_patch_per_side, arch.vae_token_pixels, arch.max_latent_size, arch.interpolate_pos)
     return build_pack(samples, spec)

@@ -27,14 +27,14 @@ platform.install()
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
-from megatron_bagel.data.planner_deal import PackPlan  # noqa: E402
+from megatron_bagel.costs.flops import StepWork  # noqa: E402
+from megatron_bagel.data.planner.assign import PackPlan  # noqa: E402
 from megatron_bagel.layout.pack import Pack  # noqa: E402
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
-from megatron_bagel.training.accounting import StepWork  # noqa: E402
-from megatron_bagel.training.logging_sinks import RunLog  # noqa: E402
-from megatron_bagel.training.metrics import StepMetrics  # noqa: E402
-from megatron_bagel.training.observing import TaskCounts, compared_over_ranks, composition  # noqa: E402
-from megatron_bagel.training.timers import DEVICE_PHASES, Timers  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
+from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
+from megatron_bagel.training.observability.metrics import StepMetrics  # noqa: E402
+from megatron_bagel.training.observability.step_stats import TaskCounts, compared_over_ranks, composition  # noqa: E402
+from megatron_bagel.training.observability.timers import DEVICE_PHASES, Timers  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

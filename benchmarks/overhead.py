@@ -31,14 +31,14 @@ from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
 from megatron_bagel.config.parser import Config  # noqa: E402
+from megatron_bagel.costs.flops import StepWork, mfu_flops, work_flops  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
-from megatron_bagel.training.accounting import StepWork, mfu_flops, work_flops  # noqa: E402
-from megatron_bagel.training.anomalies import Attempt  # noqa: E402
-from megatron_bagel.training.logging_sinks import RunLog  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_bagel.training.losses import StepLosses  # noqa: E402
-from megatron_bagel.training.metrics import RateWindow, StepMetrics  # noqa: E402
-from megatron_bagel.training.survival import Survival, limits_of  # noqa: E402
+from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
+from megatron_bagel.training.observability.metrics import RateWindow, StepMetrics  # noqa: E402
+from megatron_bagel.training.resilience.bad_steps import Attempt  # noqa: E402
+from megatron_bagel.training.resilience.run_monitors import Survival, limits_of  # noqa: E402
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from data_tools import make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 
 #: Processes and flags. Pipelines need many packs per step, or their stages stand idle: see GLOBAL_BATCH.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {

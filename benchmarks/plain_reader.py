@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset
 
-from megatron_bagel.data.groups import EDIT, T2I, TEXT, GroupConfig
-from megatron_bagel.data.loader_noise import raw_timesteps
-from megatron_bagel.data.raw_readers import PARQUET_COLUMNS, SourceUnit, parse_edit, parse_t2i, parse_text, parse_vlm
-from megatron_bagel.data.records import RawSample, Record
-from megatron_bagel.data.sample_plan import ConditionDropout, KeyedDraws, build_items, choose_items, drop_conditions, transform_of
+from megatron_bagel.data.loading.noise import raw_timesteps
+from megatron_bagel.data.planner.sample_plan import ConditionDropout, KeyedDraws, build_items, choose_items, drop_conditions, transform_of
+from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, GroupConfig
+from megatron_bagel.data.sources.records import RawSample, Record
+from megatron_bagel.data.sources.rows import PARQUET_COLUMNS, SourceUnit, parse_edit, parse_t2i, parse_text, parse_vlm
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, vit_patches
 from megatron_bagel.layout.items import Mode, Sample

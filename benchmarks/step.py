@@ -12,17 +12,17 @@ from benchmarks.measure import Stopwatch, matmul_gflops
 from benchmarks.named_configs import CONFIGS, SEED, bench_pack, megatron_config
 from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.costs.flops import StepWork, mfu_flops, work_flops
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.stage import encode_latents
+from megatron_bagel.encoders.image_encoding import encode_latents
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.batch import Features, make_microbatch
 from megatron_bagel.model.build import build_decoder
-from megatron_bagel.training.accounting import StepWork, mfu_flops, work_flops
-from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
-from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
+from megatron_bagel.training.optim.ema import ShardedEma
+from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
 
 
 @dataclass

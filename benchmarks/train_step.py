@@ -29,7 +29,7 @@ from benchmarks.measure import matmul_gflops  # noqa: E402
 from benchmarks.named_configs import CONFIGS  # noqa: E402
 from benchmarks.step import measure_step  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,11 +17,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bagel.data.groups import load_groups
-from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_format import SKIPPED
-from megatron_bagel.data.index_merge import build_folder
-from megatron_bagel.data.index_plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
+from megatron_bagel.data.index.build import BuildOptions, build_index
+from megatron_bagel.data.index.format import SKIPPED
+from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
+from megatron_bagel.data.index.publish import build_folder
+from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.data.transforms import PIXEL_LIMIT
 
 
@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         groups = load_groups(args.dataset_config_file, args.data_root)
         checks = ImageChecks(args.check_images, args.max_image_pixels)
-        options = BuildOptions(
-            args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index
-        )
+        options = BuildOptions(args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index)
         manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         print(f"build_index: {error}", file=sys.stderr)

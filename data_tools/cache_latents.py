@@ -17,9 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_bagel import platform
-from megatron_bagel.data.groups import load_groups
-from megatron_bagel.data.index_reader import IndexedSamples
-from megatron_bagel.data.latent_cache import DTYPES
+from megatron_bagel.data.index.latent_cache import DTYPES
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.latent_writer import CacheOptions, clear_latent_cache, total_images, write_latent_cache
 

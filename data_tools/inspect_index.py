@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.resolve import architecture
-from megatron_bagel.data.index_figures import as_png, overview_figure, pack_figure, sample_figure
-from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples
-from megatron_bagel.data.index_view import describe_dataset, describe_pack, describe_sample, describe_schema
+from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.inspect.describe import describe_dataset, describe_pack, describe_sample, describe_schema
+from megatron_bagel.data.inspect.figures import as_png, overview_figure, pack_figure, sample_figure
+from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.tokenizer import load_tokenizer
-from megatron_bagel.data.training_data import open_loader
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.layout.pack import build_pack
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.data.sample_folders import WEIGHTS, FolderSpec, write_folders, write_yaml
-from megatron_bagel.data.sample_world import SHAPES, SIZES, World, draw_scene, parse_pairs
-from megatron_bagel.data.sample_world_text import EDITS, captions, draw_edit, questions
-from megatron_bagel.data.tokenizer_training import train_tokenizer
+from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec, write_folders, write_yaml
+from megatron_bagel.sample_world.text import EDITS, captions, draw_edit, questions
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
+from megatron_bagel.sample_world.world import SHAPES, SIZES, World, draw_scene, parse_pairs
 
 VOCAB_MULTIPLE = 64  # the model's vocabulary is padded to it, as real ones are: it divides by tensor-parallel sizes
 TOKENIZER_SCENES = 2000
@@ -53,8 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--layers", type=int, default=6, help="of the decoder (default 6)")
     model.add_argument("--vit-hidden-size", type=int, default=96, help="of the vision transformer (default 96)")
     model.add_argument("--vit-layers", type=int, default=4, help="of the vision transformer, the unused last one included (default 4)")
-    model.add_argument("--vit-image-size", type=int, default=None, metavar="N",
-                       help="longest side in pixels at which the ViT sees pictures; fewer patches are learnt faster (default: their own)")
+    model.add_argument(
+        "--vit-image-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="longest side in pixels at which the ViT sees pictures; fewer patches are learnt faster (default: their own)",
+    )
     model.add_argument("--vit-patches-per-side", type=int, default=10, help="largest image the ViT can address (default 10)")
     return parser
 

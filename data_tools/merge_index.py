@@ -1,7 +1,7 @@
 """Puts together what the jobs of `build_index.py --num-jobs N` made: the same index, byte for byte, as one job would have built.
 
-    python data_tools/merge_index.py --output index
-    python data_tools/merge_index.py --output index /disk1/index.job-00000-of-00002 /disk2/index.job-00001-of-00002
+python data_tools/merge_index.py --output index
+python data_tools/merge_index.py --output index /disk1/index.job-00000-of-00002 /disk2/index.job-00001-of-00002
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bagel.data.index_merge import merge_jobs
+from megatron_bagel.data.index.publish import merge_jobs
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Trains a Qwen2-style BPE tokenizer on text files: plain text, or any string found in JSON lines.
 
-    python data_tools/train_tokenizer.py OUT --vocab-size 8192 --text captions.txt conversations.jsonl
+python data_tools/train_tokenizer.py OUT --vocab-size 8192 --text captions.txt conversations.jsonl
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_bagel.data.tokenizer_training import train_tokenizer
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
 def strings(value: object) -> Iterator[str]:

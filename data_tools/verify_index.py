@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_bagel.data.index_format import Manifest, read_manifest
-from megatron_bagel.data.index_verify import shard_problems
+from megatron_bagel.data.index.format import Manifest, read_manifest
+from megatron_bagel.data.index.verify import shard_problems
 
 Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of the shard, whether to decode images
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel import platform
-from megatron_bagel.inference.answer_files import RESULTS
-from megatron_bagel.inference.arguments import build_parser as generation_parser
-from megatron_bagel.inference.arguments import parse_arguments, parse_size
-from megatron_bagel.inference.benchmark_files import BENCHMARKS, BenchmarkItem, read_benchmark
-from megatron_bagel.inference.prompt_files import Prompt
-from megatron_bagel.inference.run_prompts import run_prompts
-from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
+from megatron_bagel.inference.batch.arguments import build_parser as generation_parser
+from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
+from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
+from megatron_bagel.inference.batch.prompts import Prompt
+from megatron_bagel.inference.batch.results import RESULTS
+from megatron_bagel.inference.batch.run import run_prompts
+from megatron_bagel.platform.launch.process_group import launched_rank, shutdown_distributed
 
 _EPILOG = """The options are those of megatron_bagel.generate; what a benchmark was measured with is set already, and what you give
 wins. OUT/answers holds what was generated and OUT/scored what the scorer reads. A run that was interrupted goes on with --resume."""

@@ -7,11 +7,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_bagel import platform
-from megatron_bagel.inference.arguments import parse_arguments, parse_size
-from megatron_bagel.inference.prompt_files import Prompt, make_prompt, read_prompts
-from megatron_bagel.inference.run_prompts import run_prompts
-from megatron_bagel.inference.serve import serve
-from megatron_bagel.platform.distributed import launched_rank, shutdown_distributed
+from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
+from megatron_bagel.inference.batch.prompts import Prompt, make_prompt, read_prompts
+from megatron_bagel.inference.batch.run import run_prompts
+from megatron_bagel.inference.web.serve import serve
+from megatron_bagel.platform.launch.process_group import launched_rank, shutdown_distributed
 
 
 def collect_prompts(args: Namespace) -> list[Prompt]:

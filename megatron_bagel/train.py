@@ -11,9 +11,9 @@ from megatron_bagel import platform
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
 from megatron_bagel.platform.device import check_processes
-from megatron_bagel.platform.distributed import init_distributed, launched_world_size, shutdown_distributed
-from megatron_bagel.platform.inprocess import restart_in_process
-from megatron_bagel.platform.orphans import end_forks_with_this_process
+from megatron_bagel.platform.launch.child_processes import end_forks_with_this_process
+from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
+from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size, shutdown_distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def attempt(config: Config, store: dist.Store | None = None) -> None:
     end_forks_with_this_process()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.training import loop
-    from megatron_bagel.training.error_report import ErrorReport
+    from megatron_bagel.training.resilience.error_report import ErrorReport
 
     init_distributed(longest_wait(config), store=store)
     try:

@@ -38,7 +38,7 @@ def single_rank() -> Iterator[None]:
     """This process as a world of one rank with Megatron-Core's groups and random states, for tests that need no second rank."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
+    from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
     init_distributed()
     parallel_state.initialize_model_parallel()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_bagel import platform
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
 
 def run_ranks(

@@ -12,4 +12,4 @@ trap 'rm -rf "$beside"' EXIT
 "$python" -m pip freeze --exclude-editable 2> "$beside/said" | grep -v -i -e '^pillow==' -e ' @ ' > "$beside/same.txt"
 gradio=$("$python" -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("megatron-bagel") if r.startswith("gradio")))')
 "$python" -m pip install -q --target "$beside/packages" --constraint "$beside/same.txt" "$gradio"
-PYTHONPATH=$beside/packages "$python" -m pytest -q tests/inference/test_page_server.py tests/inference/test_serve_browser.py "$@"
+PYTHONPATH=$beside/packages "$python" -m pytest -q tests/inference/web/test_server.py tests/inference/web/test_serve_browser.py "$@"

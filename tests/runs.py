@@ -13,11 +13,11 @@ from data_tools import make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import validate
-from megatron_bagel.data.groups import load_groups
-from megatron_bagel.data.index_build import BuildOptions, build_index
+from megatron_bagel.data.index.build import BuildOptions, build_index
+from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork, run_ranks
 
 SIZES = ["--hidden-size", "64", "--layers", "2", "--vit-hidden-size", "32", "--vit-layers", "2", "--vit-patches-per-side", "10"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron_bagel.evaluate import main
-from megatron_bagel.inference.benchmark_files import BENCHMARKS, BenchmarkItem, read_benchmark
+from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
 from tests.inference.tiny_model import write_tiny_model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_bagel import train
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork
 from tests.runs import make_world
 from tools.checkpoint_convert import megatron_to_hf

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_bagel.data.transforms import TransformArgs, decode_rgb, output_size
-from megatron_bagel.inference.context import Context, GuidedContext
-from megatron_bagel.inference.engine import Engine
-from megatron_bagel.inference.guidance import Guidance, time_grid
-from megatron_bagel.inference.image import ImageSampling, generate_latents
-from megatron_bagel.inference.requests import Observers, Request, answer
-from megatron_bagel.inference.sampling import TextSampling
+from megatron_bagel.inference.batch.requests import Observers, Request, answer
+from megatron_bagel.inference.core.context import Context, GuidedContext
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.guidance import Guidance, time_grid
+from megatron_bagel.inference.core.image import ImageSampling, generate_latents
+from megatron_bagel.inference.core.sampling import TextSampling
 from tools.golden_common import CaseResult, Comparison
 
 # What the recorded cases were asked; the files hold the answers and the settings, not the questions.

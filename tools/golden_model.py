@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.hf_folder import HFFolder
-from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import entries_of, load_weights
+from megatron_bagel.checkpoint.hf.folder import HFFolder
+from megatron_bagel.checkpoint.hf.load import entries_of, load_weights
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.transformer_config import transformer_config
-from megatron_bagel.data.loader import LoadedPack
-from megatron_bagel.data.planner import PackPlan
+from megatron_bagel.data.loading.loader import LoadedPack
+from megatron_bagel.data.planner.planner import PackPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.encoders.stage import PrePipelineStage, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.pack import Pack, PackImage
@@ -117,7 +117,7 @@ class GoldenModel:
         return parts
 
 
-class RecordedStage(PrePipelineStage):
+class RecordedStage(ImageEncoder):
     """The pre-pipeline stage with the original's noise and its padded encoding."""
 
     def __init__(

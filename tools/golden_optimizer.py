@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_bagel import platform
 from megatron_bagel.config.transformer_config import transformer_config
-from megatron_bagel.data.loader import StepBatch
+from megatron_bagel.data.loading.loader import StepBatch
 from megatron_bagel.model.positions import sincos_2d
-from megatron_bagel.training.ema import ShardedEma
 from megatron_bagel.training.losses import LossWeights
-from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, wrap_ddp
-from megatron_bagel.training.schedule import LearningRate, ScheduleSettings
+from megatron_bagel.training.optim.ema import ShardedEma
+from megatron_bagel.training.optim.lr_schedule import LearningRate, ScheduleSettings
+from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, wrap_ddp
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
 from tools.golden_common import Comparison
 from tools.golden_model import Parts
@@ -139,5 +139,3 @@ def learning_rate_case(cases: TrainCases, check: Comparison, name: str, want: di
         # Past the last step of a run the original's cosine rises again; ours stays at the minimum.
         compared = len(used) if style == "constant" else min(len(used), want["total_steps"] + 1)
         check.norms(style, used[:compared], want[style][:compared])
-
-

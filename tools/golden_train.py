@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.weights import named_weights
+from megatron_bagel.checkpoint.hf.load import named_weights
+from megatron_bagel.costs.flops import StepWork, mfu_flops
+from megatron_bagel.costs.freezing import freeze
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
-from megatron_bagel.training.accounting import StepWork, mfu_flops
-from megatron_bagel.training.freezing import freeze
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_common import CaseResult, Comparison
 from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedStage, load_batch, read_json

@@ -32,7 +32,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
-from megatron_bagel.platform.distributed import init_distributed, shutdown_distributed  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from tools.golden_common import CaseResult  # noqa: E402
 from tools.golden_infer import run_infer_cases  # noqa: E402
 from tools.golden_model import GoldenModel  # noqa: E402

@@ -1,8 +1,8 @@
 """Asks the quickstart's model for pictures, answers and edits whose truth is known, and scores what came back.
 
-    python examples/quickstart/questions.py make OUT           writes OUT/prompts.jsonl and the pictures it shows the model
-    python examples/quickstart/questions.py score OUT ANSWERS  reads ANSWERS/results.jsonl, prints a table against chance, and puts
-                                                              all pictures into ANSWERS/grid.png
+python examples/quickstart/questions.py make OUT           writes OUT/prompts.jsonl and the pictures it shows the model
+python examples/quickstart/questions.py score OUT ANSWERS  reads ANSWERS/results.jsonl, prints a table against chance, and puts
+                                                          all pictures into ANSWERS/grid.png
 """
 
 import argparse
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.data.sample_world import World, draw_scene, render, to_png
-from megatron_bagel.data.sample_world_exam import CHANCE, picture_grid, read_lines, read_picture, to_scene
-from megatron_bagel.data.sample_world_text import captions, draw_edit
+from megatron_bagel.sample_world.exam import CHANCE, picture_grid, read_lines, read_picture, to_scene
+from megatron_bagel.sample_world.text import captions, draw_edit
+from megatron_bagel.sample_world.world import World, draw_scene, render, to_png
 
 WORLD = World()
 # Another stream than any training row: these scenes are new to the model as pictures.

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT
     OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT2 --start OUT/ae.safetensors --steps 0 0 1200 --lr 0.001
 
-It grows from pictures of 16 pixels to 32 and 64 (see megatron_bagel/encoders/autoencoder_growing.py). Judged not by decibels but by
+It grows from pictures of 16 pixels to 32 and 64 (see megatron_bagel/sample_world/autoencoder_growing.py). Judged not by decibels but by
 whether the scorer still reads colour, place and kind of the shape off the reconstruction.
 """
 
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.data.sample_world import SIZES, Scene, World, draw_scene, render
-from megatron_bagel.data.sample_world_score import read_single
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.autoencoder_growing import grow, optimizers_of, seed_autoencoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder, save_autoencoder
-from megatron_bagel.encoders.autoencoder_training import Progress, TrainerSettings, fit_latent_scale, psnr, train_autoencoder
+from megatron_bagel.sample_world.autoencoder_growing import grow, optimizers_of, seed_autoencoder
+from megatron_bagel.sample_world.autoencoder_training import Progress, TrainerSettings, fit_latent_scale, psnr, train_autoencoder
+from megatron_bagel.sample_world.score import read_single
+from megatron_bagel.sample_world.world import SIZES, Scene, World, draw_scene, render
 
 ARCH = AutoencoderArch(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16, resolution=64)
 FIRST_WORLD = World()

@@ -1,9 +1,9 @@
 """Writes the exam of the small world, marks the answers of every checkpoint, and draws the marks over the steps.
 
-    python examples/small_world/exam.py ask WORLD_JSON OUT          writes OUT/prompts.jsonl, OUT/truth.jsonl and the pictures shown
-    python examples/small_world/exam.py marks ASKED ANSWERS         reads ANSWERS/<step>/results.jsonl, prints the last step's table, and
-                                                                   writes marks.jsonl, marks.png and grid.png into ANSWERS
-    python examples/small_world/exam.py compare RUN RUN ...         a table of the last marks of several output folders of run.sh
+python examples/small_world/exam.py ask WORLD_JSON OUT          writes OUT/prompts.jsonl, OUT/truth.jsonl and the pictures shown
+python examples/small_world/exam.py marks ASKED ANSWERS         reads ANSWERS/<step>/results.jsonl, prints the last step's table, and
+                                                               writes marks.jsonl, marks.png and grid.png into ANSWERS
+python examples/small_world/exam.py compare RUN RUN ...         a table of the last marks of several output folders of run.sh
 """
 
 import argparse
@@ -16,9 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
-from megatron_bagel.data.sample_world import World
-from megatron_bagel.data.sample_world_exam import CHANCE, Exam, marks, picture_grid, read_lines, write_exam
-from megatron_bagel.data.sample_world_text import EDITS
+from megatron_bagel.sample_world.exam import CHANCE, Exam, marks, picture_grid, read_lines, write_exam
+from megatron_bagel.sample_world.text import EDITS
+from megatron_bagel.sample_world.world import World
 
 PAIRS = ("seen", "held out")
 

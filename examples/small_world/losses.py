@@ -9,7 +9,7 @@ that started from the first one's export, the held-out losses after its first st
 import argparse
 from pathlib import Path
 
-from megatron_bagel.data.sample_world_exam import read_lines
+from megatron_bagel.sample_world.exam import read_lines
 
 LOSSES = ("ce", "mse")
 

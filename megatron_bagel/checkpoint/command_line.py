@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint import publish
+from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.config.architecture import AutoencoderArch
 
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
@@ -38,8 +38,8 @@ def install_for_streaming() -> None:
 
 def step_folder(path: Path) -> Path:
     """`path` if it is a checkpoint, else the newest complete one inside it. Raises ValueError naming what is wrong with it."""
-    folder = path if publish.is_complete(path) else publish.latest_checkpoint(path) or path
-    publish.read_state(folder)
+    folder = path if step_folders.is_complete(path) else step_folders.latest_checkpoint(path) or path
+    step_folders.read_state(folder)
     return folder
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.first_weights import FirstWeights, initial_value
-from megatron_bagel.checkpoint.hf_folder import HFFolder, PositionTable, WeightFile, write_folder
-from megatron_bagel.checkpoint.safetensors_io import TensorSpec
-from megatron_bagel.checkpoint.stream_write import write_checkpoint
-from megatron_bagel.checkpoint.weight_map import Entry, WeightMap
-from megatron_bagel.checkpoint.weights import TensorSource, check_against
+from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
+from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights, initial_value
+from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
+from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
 
 logger = logging.getLogger(__name__)

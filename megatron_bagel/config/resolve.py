@@ -20,7 +20,7 @@ _MODEL_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class RunLayout:
+class ResolvedRun:
     """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs, after the ramp of
     ``batch_sizes`` where there is one."""
 
@@ -38,7 +38,7 @@ class RunLayout:
     notes: tuple[str, ...] = ()
 
 
-def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
+def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedRun:
     """Raises ValueError where sizes do not fit, naming flags and the values that would."""
     megatron, training, given = config.megatron, config.training, config.given
     data_parallel = data_parallel_size(config, world_size)
@@ -55,7 +55,7 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> RunLayout:
     if "prefer_buffer_before" in given:
         notes.append("prefer_buffer_before: samples that wait for a pack always go first here, so there is nothing to set")
     wandb_flags = sorted(name for name in given if name.startswith("wandb_"))
-    return RunLayout(
+    return ResolvedRun(
         world_size=world_size,
         data_parallel_size=data_parallel,
         global_batch_size=global_batch,

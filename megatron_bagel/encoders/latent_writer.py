@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bagel.data.groups import GroupConfig
-from megatron_bagel.data.index_format import Manifest, dataset_folder, write_durably
-from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples
-from megatron_bagel.data.index_verify import file_digest
-from megatron_bagel.data.latent_cache import CACHE_MANIFEST, DTYPES, cache_key
+from megatron_bagel.data.index.format import Manifest, dataset_folder, write_durably
+from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cache_key
+from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.index.verify import file_digest
+from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
@@ -148,9 +148,7 @@ class _Writer:
         return written
 
 
-def _write_shard(
-    output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], None]
-) -> None:
+def _write_shard(output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], None]) -> None:
     done = _done(output, shard)
     done.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(str(done.with_suffix(".bin")), dtype=np.uint8, multimodal=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_bagel.config.architecture import ViTArch
-from megatron_bagel.encoders.image_groups import ImageGroups
+from megatron_bagel.encoders.size_buckets import ImageGroups
 
 ROPE_THETA = 10000.0
 

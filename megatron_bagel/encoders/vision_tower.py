@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.encoders.connector import Connector
-from megatron_bagel.encoders.image_groups import group_by_length
 from megatron_bagel.encoders.siglip import SiglipModel
+from megatron_bagel.encoders.size_buckets import group_by_length
 from megatron_bagel.model.positions import sincos_2d
 
 

@@ -26,11 +26,11 @@ from torch import nn
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import padded_vocabulary
 from megatron_bagel.model.batch import MicroBatch
-from megatron_bagel.model.context import AttentionPlan, PackContext
 from megatron_bagel.model.embedders import TimestepEmbedder
 from megatron_bagel.model.experts import ExpertPair, join, per_expert
 from megatron_bagel.model.flow import interpolate, target_velocity
 from megatron_bagel.model.norm import RMSNorm
+from megatron_bagel.model.pack_context import AttentionPlan, PackContext
 from megatron_bagel.model.positions import sincos_2d
 
 
@@ -59,9 +59,7 @@ class BagelModel(MegatronModule):
         self.vocab_rows = padded_vocabulary(arch.llm.vocab_size, config.tensor_model_parallel_size, vocab_divisor)
         if pre_process or (post_process and self.share_embeddings_and_output_weights):
             self.embedding = MegatronModule(config)
-            self.embedding.word_embeddings = VocabParallelEmbedding(
-                self.vocab_rows, hidden, init_method=config.init_method, config=config
-            )
+            self.embedding.word_embeddings = VocabParallelEmbedding(self.vocab_rows, hidden, init_method=config.init_method, config=config)
         if pre_process and draws:
             self.vae2llm = nn.Linear(arch.latent_token_dim, hidden)
             self.time_embedder = TimestepEmbedder(hidden)
@@ -161,9 +159,7 @@ class BagelModel(MegatronModule):
             normed = gather_from_sequence_parallel_region(normed, tensor_parallel_output_grad=False)
         return normed[: n_und + n_gen]
 
-    def run_decoder(
-        self, hidden: torch.Tensor, n_und: int, position_ids: torch.Tensor, attention: AttentionPlan
-    ) -> torch.Tensor:
+    def run_decoder(self, hidden: torch.Tensor, n_und: int, position_ids: torch.Tensor, attention: AttentionPlan) -> torch.Tensor:
         """All layers and the final norms on an unpadded [n, h], for inference."""
         n_gen = hidden.shape[0] - n_und
         return self.final_norm(self.decode(hidden, n_und, n_gen, position_ids, attention), n_und, n_gen)

@@ -10,8 +10,8 @@ import torch
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import Pack
-from megatron_bagel.model.attention.context_parallel import ContextPlace, context_plan
-from megatron_bagel.model.context import AttentionPlan
+from megatron_bagel.model.attention.context_parallel import CPContext, context_plan
+from megatron_bagel.model.pack_context import AttentionPlan
 
 
 @dataclass
@@ -82,7 +82,7 @@ def attention_backend(name: str) -> Callable[..., AttentionPlan]:
 
 
 def attention_plan(
-    name: str, mask: PackMask, order: TokenOrder, device: torch.device | str, place: ContextPlace | None = None
+    name: str, mask: PackMask, order: TokenOrder, device: torch.device | str, place: CPContext | None = None
 ) -> AttentionPlan:
     """How the tokens of ``order`` attend on backend ``name``; with ``place``, together with those of the other ranks there."""
     backend = attention_backend(name)
@@ -97,7 +97,7 @@ def make_microbatch(
     features: Features,
     backend: str = "sdpa",
     device: torch.device | str = "cpu",
-    place: ContextPlace | None = None,
+    place: CPContext | None = None,
 ) -> MicroBatch:
     """Put a pack into a rank's order. Losses belong to the rank that holds their token.
 

@@ -23,8 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bagel.model.context import PackContext
 from megatron_bagel.model.fused import swiglu
+from megatron_bagel.model.pack_context import PackContext
 
 Build = Callable[[], torch.nn.Module]
 

@@ -16,10 +16,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 
-from megatron_bagel.model.attention_experts import AttentionSubmodules, SelfAttention
-from megatron_bagel.model.context import PackContext
 from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPExperts, MLPSubmodules, per_expert
+from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.recompute import recomputed, recomputes
+from megatron_bagel.model.self_attention import AttentionSubmodules, SelfAttention
 
 
 @dataclass
@@ -63,9 +63,7 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         self.__dict__["exchange"] = ExpertExchange(config)
         self.recompute_mlp = recomputes(config, "mlp")
 
-    def forward(
-        self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any) -> tuple[torch.Tensor, None]:
         """``hidden_states`` [s (or s / tp under sequence parallelism), 1, h] -> same shape.
 
         The pack's context travels as ``packed_seq_params``; the other arguments TransformerBlock passes (masks, rotary tensors)

@@ -14,14 +14,14 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron_bagel.model.fused import linear
 
 
-class SilentColumnLinear(ColumnParallelLinear):
+class NoCommColumnLinear(ColumnParallelLinear):
     """[s, in] -> [s, out / tp]; the input is already whole on every tensor-parallel rank."""
 
     def forward(self, input_: torch.Tensor, *_: Any) -> torch.Tensor:
         return linear(input_, self.weight, self.bias)
 
 
-class SilentRowLinear(RowParallelLinear):
+class NoCommRowLinear(RowParallelLinear):
     """[s, in / tp] -> [s, out], a partial sum that the layer reduces later."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:

@@ -14,4 +14,3 @@ def rotary_table(position_ids: torch.Tensor, head_dim: int, theta: float) -> tup
     angles = position_ids.float()[:, None] * (1.0 / theta**exponent)[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-

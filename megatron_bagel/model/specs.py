@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_bagel.config.architecture import LLMArch
-from megatron_bagel.model.attention_experts import AttentionSubmodules, CoreAttention
 from megatron_bagel.model.experts import LinearPair, MLPSubmodules
 from megatron_bagel.model.layer import MoTLayer, MoTLayerSubmodules
-from megatron_bagel.model.linear import SilentColumnLinear, SilentRowLinear
+from megatron_bagel.model.linear import NoCommColumnLinear, NoCommRowLinear
 from megatron_bagel.model.norm import NormWeight, RMSNorm
+from megatron_bagel.model.self_attention import AttentionSubmodules, CoreAttention
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SpecModules:
     linear_pair: type[LinearPair] = LinearPair
 
 
-LOCAL = SpecModules(SilentColumnLinear, SilentRowLinear, RMSNorm)
+LOCAL = SpecModules(NoCommColumnLinear, NoCommRowLinear, RMSNorm)
 
 
 def spec_modules(transformer_impl: str) -> SpecModules:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 
-from megatron_bagel.parallel.place import check_rank_order
+from megatron_bagel.parallel.rank_coordinates import check_rank_order
 
 _group: dist.ProcessGroup | None = None
 
@@ -27,11 +27,9 @@ def initialize_kv_sharing(query_groups: int) -> None:
     if ranks <= query_groups:
         return
     if ranks % query_groups:
-        raise ValueError(
-            f"--tensor_model_parallel_size {ranks} is neither a divisor nor a multiple of the {query_groups} key/value heads"
-        )
+        raise ValueError(f"--tensor_model_parallel_size {ranks} is neither a divisor nor a multiple of the {query_groups} key/value heads")
     share = ranks // query_groups
-    # Megatron numbers tensor-parallel ranks one after the other (parallel/place.py).
+    # Megatron numbers tensor-parallel ranks one after the other (parallel/rank_coordinates.py).
     check_rank_order()
     for first in range(0, dist.get_world_size(), share):
         group = dist.new_group(list(range(first, first + share)))

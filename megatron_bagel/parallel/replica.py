@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_bagel.parallel.place import check_rank_order, place_of
+from megatron_bagel.parallel.rank_coordinates import check_rank_order, coordinates_of
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def make_replica() -> Replica:
     """The replica of this rank. Collective over the world; Megatron-Core's groups must exist."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     check_rank_order()
-    own = place_of(dist.get_rank())
+    own = coordinates_of(dist.get_rank())
     members_of: list[list[int]] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
     for rank in range(dist.get_world_size()):
-        members_of[place_of(rank).data].append(rank)
+        members_of[coordinates_of(rank).data].append(rank)
     groups = [dist.new_group(members) for members in members_of]
     group, members = groups[own.data], members_of[own.data]
-    inside = [place_of(rank) for rank in members]
+    inside = [coordinates_of(rank) for rank in members]
     return Replica(
         group=group,
         rank=members.index(dist.get_rank()),

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import padded_vocabulary, virtual_stages
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.memory import stage_layers
 from megatron_bagel.planning.rank_tokens import RankTokens
-from megatron_bagel.training.memory_model import stage_layers
 
 FP32, INT64 = 4, 8
 TIMESTEP_FREQUENCIES = 256
@@ -89,7 +89,7 @@ class LayerActivations:
 class ActivationModel:
     """Activation bytes of the stages of a layout. The sizes must have passed ``validate_architecture``."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout) -> None:
+    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun) -> None:
         """Raises ValueError for the reference backend ``dense``, whose matrices no run should hold."""
         self.megatron, self.arch, self.freeze_und = config.megatron, arch, config.training.freeze_und
         self.backend, self.bytes = layout.attention_backend, 2 if layout.bf16 else FP32

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.planning.gpus import assumptions_of, gpu_of
-from megatron_bagel.planning.layout_plan import LayoutPlan, Problem, plan_layout
 from megatron_bagel.planning.models import planned_model
+from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, plan_layout
 from megatron_bagel.planning.report import memory_picture, plan_text, search_text, tables_of_names
 from megatron_bagel.planning.search import search
 from megatron_bagel.planning.workload import Mix, typical_pack
@@ -45,7 +45,7 @@ def answer(config: Config, wanted: PlanArguments) -> str:
     return text
 
 
-def _json(plans: list[LayoutPlan], problem: Problem) -> str:
+def _json(plans: list[ParallelPlan], problem: Problem) -> str:
     gpu: dict[str, Any] = {**asdict(problem.gpu), "tflops": problem.gpu.tflops}
     return json.dumps(
         {"gpus": problem.gpus, "gpu": gpu, "assumed": asdict(problem.assumed), "plans": [plan.to_dict() for plan in plans]}, indent=2

@@ -1,8 +1,8 @@
 """Every collective that a rank issues in one training step, with its size: per axis, from the layout and the packs alone.
 
 The list follows the code that issues them: model/experts.py (tensor and sequence parallel), model/attention/context_parallel.py,
-encoders/dealt_stage.py, Megatron-Core's schedules, gradient buffers and optimizer. A test records what a real step issues. Left out are
-sums of a few numbers (loss counts, norms, losses), a dozen per step.
+encoders/sharded_image_encoding.py, Megatron-Core's schedules, gradient buffers and optimizer. A test records what a real step issues.
+The dozen sums of a few numbers per step (loss counts, norms, losses) are left out.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.memory import MemoryModel, stage_layers
 from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import RankTokens
-from megatron_bagel.training.memory_model import MemoryModel, stage_layers
 
 #: Elements of a bucket of overlapped gradient reduction (Megatron-Core's DistributedDataParallel).
 SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
@@ -45,7 +45,7 @@ class Collective:
 class CommunicationModel:
     """Collectives of the ranks of a layout. The sizes must have passed ``validate_architecture``."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout, memory: MemoryModel | None = None) -> None:
+    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, memory: MemoryModel | None = None) -> None:
         self.config, self.megatron, self.arch, self.layout = config, config.megatron, arch, layout
         self.activations = ActivationModel(config, arch, layout)
         self.memory = memory or MemoryModel(config, arch, layout)

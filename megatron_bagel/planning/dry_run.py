@@ -1,7 +1,8 @@
 """A rehearsal of one rank of a run of any size: its modules, buffers, optimizer, packs, layout and checkpoint, without memory or ranks.
 
-Everything is made by the functions of a real run (training/loop.py and trainable.py, data/loader.py, checkpoint/training_state.py); only
-tensors lie on the meta device and the process group is fake. What a step would issue and hold is then counted from the packs planned.
+Everything is made by the functions of a real run (training/loop.py, training/setup/build.py, data/loading/loader.py,
+checkpoint/dist/state.py); only tensors lie on the meta device and the process group is fake. What a step would issue and hold is then
+counted from the packs planned.
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_bagel.checkpoint.training_state import Trained, sharded_state, sharded_tensors
+from megatron_bagel.assembly.meta_init import on_meta
+from megatron_bagel.assembly.training_modules import run_model
+from megatron_bagel.checkpoint.dist.state import Trained, sharded_state, sharded_tensors
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout, resolve
+from megatron_bagel.config.resolve import ResolvedRun, resolve
 from megatron_bagel.config.validate import validate_architecture
-from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
-from megatron_bagel.data.index_format import MANIFEST
-from megatron_bagel.data.planner_deal import PackPlan
-from megatron_bagel.data.training_data import index_folder, open_loader
+from megatron_bagel.data.index.format import MANIFEST
+from megatron_bagel.data.loading.build import index_folder, open_loader
+from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
+from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.layout.pack import Pack
-from megatron_bagel.parallel.place import Place, check_rank_order, place_of
+from megatron_bagel.parallel.rank_coordinates import RankCoordinates, check_rank_order, coordinates_of
 from megatron_bagel.parallel.replica import make_replica
 from megatron_bagel.planning.communication import Collective, CommunicationModel
 from megatron_bagel.planning.memory import PeakMemory, StageMemory
 from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
 from megatron_bagel.platform.device import peak_memory_bytes
-from megatron_bagel.platform.fake_world import MetaCountsAsCuda, fake_world
+from megatron_bagel.platform.launch.fake_world import MetaCountsAsCuda, fake_world
 from megatron_bagel.training import loop
-from megatron_bagel.training.lazy_build import without_memory
-from megatron_bagel.training.model_setup import run_model
+from megatron_bagel.training.setup.build import build_trainable
 from megatron_bagel.training.step import Trainable
-from megatron_bagel.training.trainable import build_trainable
 
 
 @dataclass
-class Rehearsal:
+class DryRunReport:
     """What one rank of a run would hold and do; ``seconds`` of each phase. ``checkpoint`` are tensors and bytes by section."""
 
     config: Config
-    layout: RunLayout
+    layout: ResolvedRun
     rank: int
-    place: Place
+    place: RankCoordinates
     plans: list[PackPlan]
     packs: list[Pack]
     tokens: list[RankTokens]
@@ -93,7 +94,7 @@ def usage() -> str:
     return f"process: user {used.ru_utime:.1f} s, system {used.ru_stime:.1f} s, largest resident memory {peak_memory_bytes() / GIB:.2f} GiB"
 
 
-def dry_run(config: Config, rank: int, world_size: int) -> Rehearsal:
+def dry_run(config: Config, rank: int, world_size: int) -> DryRunReport:
     """Rehearse ``rank`` of ``world_size``. The settings must have passed ``validate`` for that many GPUs.
 
     Raises ValueError for a rank outside of the world, an index that is not built yet (a rehearsal writes nothing), and like a run's start.
@@ -108,7 +109,7 @@ def dry_run(config: Config, rank: int, world_size: int) -> Rehearsal:
         with _timed(seconds, "groups"):
             loop.initialize_parallel(config)
             check_rank_order()
-            place = place_of(dist.get_rank())
+            place = coordinates_of(dist.get_rank())
             arch, tokenizer = run_model(config)
             validate_architecture(config, arch)
             replica = make_replica() if encoders_on_all_ranks(config.megatron) else None
@@ -126,15 +127,15 @@ def dry_run(config: Config, rank: int, world_size: int) -> Rehearsal:
                 )
                 for pack in packs
             ]  # fmt: skip
-        with _timed(seconds, "model and optimizer"), without_memory(), MetaCountsAsCuda():
+        with _timed(seconds, "model and optimizer"), on_meta(), MetaCountsAsCuda():
             trainable, trained = build_trainable(config, layout, arch, None, replica, share)
             built = built_bytes(trainable, trained)
-        with _timed(seconds, "checkpoint"), without_memory(), MetaCountsAsCuda(everywhere=True):
+        with _timed(seconds, "checkpoint"), on_meta(), MetaCountsAsCuda(everywhere=True):
             checkpoint = checkpoint_share(trained)
         with _timed(seconds, "memory and collectives"):
             memory = PeakMemory(config, arch, layout).stage(place.pipeline, tokens)
             calls = CommunicationModel(config, arch, layout).rank(place.pipeline, tokens)
-    return Rehearsal(config, layout, rank, place, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
+    return DryRunReport(config, layout, rank, place, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.flops import StepWork, WorkFlops, layer_matrix_elements, mfu_flops, utilization, work_flops
+from megatron_bagel.costs.memory import stage_layers
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.communication import Collective
 from megatron_bagel.planning.gpus import Assumptions, Gpu
-from megatron_bagel.training.accounting import StepWork, WorkFlops, layer_matrix_elements, mfu_flops, utilization, work_flops
-from megatron_bagel.training.memory_model import stage_layers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def recomputed_flops(arch: BagelArch, config: Config, work: StepWork, recompute:
 class StepTime:
     """Times of a layout on a GPU; the formulas are those of docs/planning.md."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout, gpu: Gpu, assumed: Assumptions) -> None:
+    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, gpu: Gpu, assumed: Assumptions) -> None:
         self.config, self.arch, self.layout, self.gpu, self.assumed = config, arch, layout, gpu, assumed
 
     def estimate(self, work: StepWork, calls: Sequence[Sequence[Collective]]) -> StepEstimate:
@@ -80,8 +80,7 @@ class StepTime:
         encode = self._encode(flops) + max(sum(self.seconds(call) for call in stage if call.axis == "encoders") for stage in calls)
         step = encode + busy * (1 + waits) + exposed
         rates = [
-            utilization(amount, step, self.gpu.tflops, layout.world_size)[1]
-            for amount in (mfu_flops(self.arch.llm, work), flops.total)
+            utilization(amount, step, self.gpu.tflops, layout.world_size)[1] for amount in (mfu_flops(self.arch.llm, work), flops.total)
         ]
         return StepEstimate(
             encode, compute, tensor, context, pipeline, busy * waits, exposed, waits / (1 + waits), step, work.tokens / step, *rates

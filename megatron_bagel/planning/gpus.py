@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_bagel.config.plan_arguments import PlanArguments
-from megatron_bagel.training.accounting import peak_tflops
+from megatron_bagel.costs.flops import peak_tflops
 
 
 @dataclass(frozen=True)

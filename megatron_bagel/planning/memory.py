@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout
+from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.memory import MemoryModel, RankMemory
 from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute, modes
 from megatron_bagel.planning.rank_tokens import RankTokens, largest
-from megatron_bagel.training.memory_model import MemoryModel, RankMemory
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StageMemory:
 class PeakMemory:
     """Memory of the stages of a layout for given packs."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: RunLayout, held: MemoryModel | None = None) -> None:
+    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, held: MemoryModel | None = None) -> None:
         self.config, self.arch, self.layout = config, arch, layout
         self.held, self.activations = held or MemoryModel(config, arch, layout), ActivationModel(config, arch, layout)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import architecture

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bagel.layout.dealing import concatenated, context_orders, padded_length
-from megatron_bagel.layout.groups import group_sizes
+from megatron_bagel.layout.cp_partition import concatenated, context_orders, padded_length
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import Pack, PackImage
+from megatron_bagel.layout.sdpa_batches import group_sizes
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_bagel.planning.communication import sent_by_axis
 from megatron_bagel.planning.gpus import GPUS
-from megatron_bagel.planning.layout_plan import GIB, LayoutPlan, Problem
 from megatron_bagel.planning.memory import StageMemory
 from megatron_bagel.planning.models import MODELS, parameters
+from megatron_bagel.planning.parallel_plan import GIB, ParallelPlan, Problem
 
 #: Lines of the memory table: title -> bytes of a stage.
 _MEMORY = {
@@ -41,7 +41,7 @@ def shown_stages(stages: Sequence[StageMemory]) -> list[StageMemory]:
     return [stages[number] for number in sorted({0, 1, fullest.stage, len(stages) - 1})]
 
 
-def plan_text(plan: LayoutPlan, problem: Problem) -> str:
+def plan_text(plan: ParallelPlan, problem: Problem) -> str:
     """The whole plan of one layout."""
     layout, work = plan.layout, plan.work
     head = (
@@ -62,7 +62,7 @@ def _mix(problem: Problem) -> str:
     return f"{len(pack.text_positions)} text, {len(pack.vit_positions)} ViT, {len(pack.vae_positions)} VAE"
 
 
-def memory_table(plan: LayoutPlan, problem: Problem) -> str:
+def memory_table(plan: ParallelPlan, problem: Problem) -> str:
     """GiB per rank of the stages."""
     stages = shown_stages(plan.memory)
     rows = [["GiB per rank", *(f"stage {stage.stage}" for stage in stages)]]
@@ -73,7 +73,7 @@ def memory_table(plan: LayoutPlan, problem: Problem) -> str:
     return table(rows)
 
 
-def mode_table(plan: LayoutPlan) -> str:
+def mode_table(plan: ParallelPlan) -> str:
     """Activations under every mode of recomputation."""
     stages = shown_stages(plan.memory)
     rows = [["activations, GiB, by recompute", *(f"stage {stage.stage}" for stage in stages)]]
@@ -81,7 +81,7 @@ def mode_table(plan: LayoutPlan) -> str:
     return table(rows)
 
 
-def flops_table(plan: LayoutPlan) -> str:
+def flops_table(plan: ParallelPlan) -> str:
     """TFLOP per step by part."""
     rows = [["TFLOP per step", ""], *([name.replace("_", " "), f"{value / 1e12:,.1f}"] for name, value in asdict(plan.flops).items())]
     rows.append(["without recomputation", f"{plan.flops.total / 1e12:,.1f}"])
@@ -89,7 +89,7 @@ def flops_table(plan: LayoutPlan) -> str:
     return table(rows)
 
 
-def traffic_table(plan: LayoutPlan) -> str:
+def traffic_table(plan: ParallelPlan) -> str:
     """GiB that a rank sends per step by axis."""
     chosen = [stage.stage for stage in shown_stages(plan.memory)]
     sent = {stage: sent_by_axis(plan.calls[stage]) for stage in chosen}
@@ -98,7 +98,7 @@ def traffic_table(plan: LayoutPlan) -> str:
     return table(rows)
 
 
-def time_text(plan: LayoutPlan, problem: Problem) -> str:
+def time_text(plan: ParallelPlan, problem: Problem) -> str:
     """Predicted times, and what the prediction rests on."""
     estimate, gpu = plan.estimate, problem.gpu
     rows = [["seconds per step (predicted)", ""]]
@@ -114,7 +114,7 @@ def time_text(plan: LayoutPlan, problem: Problem) -> str:
     ])  # fmt: skip
 
 
-def search_text(plans: Sequence[LayoutPlan], total: int, problem: Problem) -> str:
+def search_text(plans: Sequence[ParallelPlan], total: int, problem: Problem) -> str:
     """The best layouts, one a line."""
     rows = [["layout", "packs/replica", "peak GiB", "bubble", "step s", "tokens/s", "MFU", "work MFU"]]
     rows += [
@@ -139,7 +139,7 @@ def tables_of_names() -> str:
     return f"{table(models)}\n\n{table(gpus)}"
 
 
-def memory_picture(plan: LayoutPlan, problem: Problem, path: str | Path) -> None:
+def memory_picture(plan: ParallelPlan, problem: Problem, path: str | Path) -> None:
     """Stacked bars, one per stage, under the line of the GPU's memory."""
     import matplotlib
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import check_consistency, check_numbers, refuse_unsupported_values
-from megatron_bagel.planning.layout_plan import LayoutPlan, Problem, plan_layout
+from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, plan_layout
 
 #: Tried in turn: settings of recomputation, from what costs least time to what costs least memory.
 RECOMPUTE: tuple[dict[str, Any], ...] = (
@@ -25,7 +25,7 @@ _SEARCHED = frozenset({
 })  # fmt: skip
 
 
-def search(config: Config, problem: Problem) -> list[LayoutPlan]:
+def search(config: Config, problem: Problem) -> list[ParallelPlan]:
     """Layouts that fit, by predicted step time; of equal axes the least recomputation that fits. ``config`` gives all that is not
     searched; its global batch stays, or is one pack per GPU. Raises ValueError when nothing fits, with the nearest miss."""
     # What no layout can mend is told before the search, which takes every refusal for a size that does not fit.

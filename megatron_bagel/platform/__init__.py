@@ -3,7 +3,7 @@
 Entry points call ``install()`` before they import anything of Megatron-Core.
 """
 
-from megatron_bagel.platform.cpu import enter_thread
+from megatron_bagel.platform.cuda_on_cpu.patches import enter_thread
 from megatron_bagel.platform.device import attend_without_plans, backend, compiles_kernels, device, has_gpu, peak_memory_bytes
 
 __all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
@@ -14,11 +14,12 @@ def install() -> None:
 
     With a GPU no function of torch.cuda is replaced. Calling it again does nothing more than enter the calling thread.
     """
-    from megatron_bagel.platform import adam, cpu, megatron_compat
+    from megatron_bagel.platform import megatron_compat
+    from megatron_bagel.platform.cuda_on_cpu import fused_adam, patches
 
     megatron_compat.check_versions()
     if has_gpu():
         attend_without_plans()
     else:
-        cpu.install()
-    adam.use_where_megatron_fell_back_to_torch()
+        patches.install()
+    fused_adam.use_where_megatron_fell_back_to_torch()

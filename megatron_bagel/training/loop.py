@@ -14,41 +14,41 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.training_state import Trained
+from megatron_bagel.assembly.training_modules import run_model
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import RunLayout, architecture, resolve
+from megatron_bagel.config.resolve import ResolvedRun, architecture, resolve
 from megatron_bagel.config.validate import validate_architecture
-from megatron_bagel.data.image_dealing import EncoderCosts, EncodingShare
-from megatron_bagel.data.loader import PackLoader, StepBatch
-from megatron_bagel.data.training_data import ensure_index, open_loader
+from megatron_bagel.costs.flops import mfu_flops, peak_tflops, work_flops
+from megatron_bagel.data.loading.build import ensure_index, open_loader
+from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
+from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.parallel.replica import make_replica
 from megatron_bagel.platform.device import device_name
-from megatron_bagel.platform.fake_world import is_fake
-from megatron_bagel.training.accounting import mfu_flops, peak_tflops, work_flops
-from megatron_bagel.training.agreement import check_same_everywhere
-from megatron_bagel.training.continuing import continue_from, local_checkpoints
-from megatron_bagel.training.evaluation import Evaluation
-from megatron_bagel.training.logging_sinks import RunLog, WandbSettings, package_log
-from megatron_bagel.training.loss_table import LossTable, losses_by_dataset
+from megatron_bagel.platform.launch.fake_world import is_fake
+from megatron_bagel.training.evaluation.evaluator import Evaluation
 from megatron_bagel.training.losses import LossWeights
-from megatron_bagel.training.metrics import RateWindow, StepMetrics
-from megatron_bagel.training.model_setup import run_model
-from megatron_bagel.training.observing import compared_over_ranks, composition
-from megatron_bagel.training.optimizer import synced_parameters, trainable_parameters
-from megatron_bagel.training.profiling import ProfilerWindow
-from megatron_bagel.training.replacement import Replacements
-from megatron_bagel.training.restarts import resume_after_restart
+from megatron_bagel.training.observability.logging_sinks import RunLog, WandbSettings, package_log
+from megatron_bagel.training.observability.loss_table import LossTable, losses_by_dataset
+from megatron_bagel.training.observability.metrics import RateWindow, StepMetrics
+from megatron_bagel.training.observability.profiling import ProfilerWindow
+from megatron_bagel.training.observability.step_stats import compared_over_ranks, composition
+from megatron_bagel.training.observability.timers import Timers
+from megatron_bagel.training.optim.optimizer import synced_parameters, trainable_parameters
+from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
+from megatron_bagel.training.resilience.run_monitors import Survival, surviving
+from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.saving import Saving
-from megatron_bagel.training.starting_point import starting_point
+from megatron_bagel.training.setup.build import build_trainable
+from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
+from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
+from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import StepResult, StepSettings, StepWatch, Trainable, train_step
-from megatron_bagel.training.survival import Survival, surviving
-from megatron_bagel.training.timers import Timers
-from megatron_bagel.training.trainable import build_trainable
 
 if TYPE_CHECKING:
-    from megatron_bagel.checkpoint.local import LocalCheckpoints
+    from megatron_bagel.checkpoint.dist.local import LocalCheckpoints
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Run:
     """Everything a run consists of on this rank."""
 
     config: Config
-    layout: RunLayout
+    layout: ResolvedRun
     arch: BagelArch
     trainable: Trainable
     trained: Trained
@@ -108,7 +108,7 @@ def initialize_parallel(config: Config) -> None:
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
-        # Until the first step is done; then they are cut to what the flag says (survival.py).
+        # Until the first step is done; then they are cut to what the flag says (run_monitors.py).
         distributed_timeout_minutes=math.ceil(max(megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
@@ -151,7 +151,7 @@ def set_up(config: Config, survival: Survival | None = None) -> Run:
     return run
 
 
-def step_settings(config: Config, layout: RunLayout) -> StepSettings:
+def step_settings(config: Config, layout: ResolvedRun) -> StepSettings:
     """What every step of a run is told."""
     training, megatron = config.training, config.megatron
     return StepSettings(
@@ -176,9 +176,7 @@ def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader:
 
 def _wandb(config: Config) -> WandbSettings:
     training = config.training
-    return WandbSettings(
-        training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline
-    )
+    return WandbSettings(training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline)
 
 
 def _announce(run: Run, start: str) -> None:
@@ -316,5 +314,3 @@ def _metrics(
 def _report_skipped(run: Run) -> None:
     for skipped in run.loader.planner.skipped():
         run.log.info(f"left out of training: {skipped}")
-
-

@@ -54,9 +54,7 @@ class LossTotals:
         return total
 
     def __add__(self, other: LossTotals) -> LossTotals:
-        return LossTotals(
-            self.ce_tokens + other.ce_tokens, self.ce_weight_sum + other.ce_weight_sum, self.mse_tokens + other.mse_tokens
-        )
+        return LossTotals(self.ce_tokens + other.ce_tokens, self.ce_weight_sum + other.ce_weight_sum, self.mse_tokens + other.mse_tokens)
 
 
 def _mean_share(summed: Tensor, denominator: float) -> Tensor:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 import megatron_bagel
-from megatron_bagel.checkpoint.publish import step_of
-from megatron_bagel.checkpoint.saver import Saver, SaveSettings
+from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
+from megatron_bagel.checkpoint.dist.step_folders import step_of
 from megatron_bagel.config.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)

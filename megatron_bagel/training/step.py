@@ -19,20 +19,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
-from megatron_bagel.data.loader import LoadedPack, StepBatch
-from megatron_bagel.encoders.stage import PrePipelineStage
-from megatron_bagel.layout.dealing import context_orders, padded_length
-from megatron_bagel.model.attention.context_parallel import ContextPlace
+from megatron_bagel.costs.flops import StepWork
+from megatron_bagel.data.loading.loader import LoadedPack, StepBatch
+from megatron_bagel.encoders.image_encoding import ImageEncoder
+from megatron_bagel.layout.cp_partition import context_orders, padded_length
+from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
-from megatron_bagel.training.accounting import StepWork
-from megatron_bagel.training.anomalies import Attempt, BadSteps
-from megatron_bagel.training.ema import ShardedEma
-from megatron_bagel.training.loss_table import LossTable
 from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
-from megatron_bagel.training.observing import TaskCounts
-from megatron_bagel.training.optimizer import StepOutcome, finalize_gradients, gradient_norm, update_weights
-from megatron_bagel.training.schedule import LearningRate
-from megatron_bagel.training.timers import Phases, untimed
+from megatron_bagel.training.observability.loss_table import LossTable
+from megatron_bagel.training.observability.step_stats import TaskCounts
+from megatron_bagel.training.observability.timers import Phases, untimed
+from megatron_bagel.training.optim.ema import ShardedEma
+from megatron_bagel.training.optim.lr_schedule import LearningRate
+from megatron_bagel.training.optim.optimizer import StepOutcome, finalize_gradients, gradient_norm, update_weights
+from megatron_bagel.training.resilience.bad_steps import Attempt, BadSteps
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Trainable:
     config: TransformerConfig
     decoder: list[DistributedDataParallel]
     tower: DistributedDataParallel | None
-    stage: PrePipelineStage
+    stage: ImageEncoder
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     ema: ShardedEma
@@ -114,14 +114,14 @@ def global_counts(
     return totals, work, int(values[fixed - 1]), TaskCounts.from_list(values[fixed:], tasks) if tasks else None
 
 
-def microbatches(packs: Sequence[LoadedPack], stage: PrePipelineStage, settings: StepSettings) -> list[MicroBatch]:
+def microbatches(packs: Sequence[LoadedPack], stage: ImageEncoder, settings: StepSettings) -> list[MicroBatch]:
     """Encode the packs and put this rank's share of their tokens into its order."""
     features = stage.encode(packs)
     group = parallel_state.get_context_parallel_group()
     made = []
     for pack, encoded in zip(packs, features, strict=True):
         orders = context_orders(pack.pack, group.size(), settings.slots(pack.pack.sequence_length))
-        place = ContextPlace(group.rank(), group, orders, settings.cp_comm_type)
+        place = CPContext(group.rank(), group, orders, settings.cp_comm_type)
         made.append(make_microbatch(pack.pack, orders[place.rank], encoded, settings.backend, settings.device, place))
     return made
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from benchmarks.data import main, measure
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths
 from benchmarks.plain_reader import dense_masks
-from megatron_bagel.data.planner import Planner, PlannerConfig
+from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import build_pack

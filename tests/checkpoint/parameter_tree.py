@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 
 VISION = ("vit_model.", "connector.")
 

@@ -13,12 +13,12 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint import checksums
 from megatron_bagel.checkpoint.convert import Companions, export_checkpoint, import_folder
-from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, write_folder
-from megatron_bagel.checkpoint.saver import save_checkpoint
-from megatron_bagel.checkpoint.training_state import Trained, load_weights_only
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.dist import checksums
+from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.state import Trained, load_weights_only
+from megatron_bagel.checkpoint.hf.folder import HFFolder, WeightFile, write_folder
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.transformer_config import transformer_config

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.hf_folder import HFFolder, WeightFile, write_folder
-from megatron_bagel.checkpoint.safetensors_io import SafetensorsReader
-from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import entries_of, load_weights, named_weights
+from megatron_bagel.assembly.meta_init import on_meta
+from megatron_bagel.checkpoint.hf.folder import HFFolder, WeightFile, write_folder
+from megatron_bagel.checkpoint.hf.load import entries_of, load_weights, named_weights
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.transformer_config import transformer_config as transformer_config_of_a_run
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.model.positions import sincos_2d
-from megatron_bagel.training.lazy_build import without_memory
-from tests.checkpoint.test_weight_map import KINDS, tiny_arch
+from tests.checkpoint.hf.test_weight_map import KINDS, tiny_arch
 from tests.checkpoint.tiny_run import transformer_config
 from tests.distributed import run_ranks
 
@@ -52,7 +52,7 @@ def test_the_released_size_has_the_recorded_names_and_shapes(goldens: Path) -> N
     llm, vit = LLMArch.from_hf(recorded["assumed_llm"]), ViTArch.from_hf(recorded["assumed_vit"])
     arch = BagelArch(llm, vit, AutoencoderArch(), max_latent_size=64)
     weight_map = WeightMap(arch)
-    with without_memory():
+    with on_meta():
         modules = [build_decoder(arch, transformer_config_of_a_run(llm)), VisionTower(arch)]
     shapes: dict[str, tuple[int, ...]] = {name: table.shape for name, table in weight_map.tables.items()}
     for entry, parameter in entries_of(modules, weight_map):

@@ -10,16 +10,16 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_bagel.checkpoint.first_weights import initialise
-from megatron_bagel.checkpoint.saver import save_checkpoint
-from megatron_bagel.checkpoint.training_state import Trained, load_checkpoint
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.state import Trained, load_checkpoint
+from megatron_bagel.checkpoint.hf.initial_weights import initialise
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.build import build_decoder
-from megatron_bagel.training.ema import ShardedEma
-from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, optimizer_step, wrap_ddp
-from tests.checkpoint.test_weight_map import tiny_arch
+from megatron_bagel.training.optim.ema import ShardedEma
+from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, optimizer_step, wrap_ddp
+from tests.checkpoint.hf.test_weight_map import tiny_arch
 
 
 def transformer_config(arch: BagelArch, bf16: bool) -> TransformerConfig:

@@ -131,9 +131,7 @@ def test_help_names_every_flag_and_default(capsys):
 
 _TEXT = st.text("abc/_- .", min_size=1).filter(lambda text: text != "--")
 _WORDS = {int: st.integers(1, 10**6), float: st.floats(1e-20, 1e6), bool: st.booleans(), str: _TEXT}
-_SETTINGS = {
-    name: _WORDS[hint] for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items() if hint in _WORDS
-}
+_SETTINGS = {name: _WORDS[hint] for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items() if hint in _WORDS}
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bagel.config.parser import parse_config
-from megatron_bagel.config.resolve import RunLayout, architecture, data_parallel_size, index_dir, resolve, tokenizer_path
+from megatron_bagel.config.resolve import ResolvedRun, architecture, data_parallel_size, index_dir, resolve, tokenizer_path
 
 
-def layout(words: str, world_size: int = 1, has_gpu: bool = False) -> RunLayout:
+def layout(words: str, world_size: int = 1, has_gpu: bool = False) -> ResolvedRun:
     return resolve(parse_config(words.split()), world_size, has_gpu)
 
 
@@ -44,7 +44,8 @@ def test_accumulation_and_global_batch_are_two_views_of_one_setting(replicas, ac
         ("--global_batch_size 8 --rampup_batch_size 2 4 40", 2, r"which is 8; 10 would do"),
         ("--global_batch_size 8 --rampup_batch_size 2 1 40", 2, r"batches of 3, 5 or 7 packs are no multiples of the 2"),
         (
-            "--global_batch_size 8 --rampup_batch_size 1 1 40 --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2", 2,
+            "--global_batch_size 8 --rampup_batch_size 1 1 40 --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
+            2,
             r"1 packs per replica and step do not divide into groups of 2",
         ),
         ("--sharding_strategy SHARD_HALF", 1, r"SHARD_HALF' is none of FULL_SHARD"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_bagel.data.groups import EDIT, T2I, GroupConfig, parse_groups
-from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.index.build import BuildOptions, build_index
+from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.sources.dataset_config import EDIT, T2I, GroupConfig, parse_groups
 
 _VAE = {"image_stride": 16, "max_image_size": 48, "min_image_size": 32}
 CONFIG = {

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from megatron_bagel.data.groups import GroupConfig, parse_groups
+from megatron_bagel.data.sources.dataset_config import GroupConfig, parse_groups
 
 SIZES = {"image_stride": 16, "max_image_size": 48, "min_image_size": 32}
 DATASETS = {"t2i_pretrain": "t2i", "unified_edit": "edits", "vlm_sft": "chat", "text": "plain"}

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from data_tools.build_index import main
-from megatron_bagel.data.index_reader import IndexedSamples
+from megatron_bagel.data.index.reader import IndexedSamples
 from tests.data.golden_index import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]

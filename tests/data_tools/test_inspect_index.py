@@ -18,8 +18,8 @@ from PIL import Image
 
 from data_tools.inspect_index import main
 from megatron_bagel.config.parser import Config
-from megatron_bagel.data.index_figures import token_strips
-from megatron_bagel.data.index_view import Histogram
+from megatron_bagel.data.inspect.describe import Histogram
+from megatron_bagel.data.inspect.figures import token_strips
 from megatron_bagel.layout.pack import build_pack
 from tests import strategies
 from tests.data.golden_index import CONFIG, build_golden_index

@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools.make_sample_data import main as make_sample_data
 from data_tools.train_tokenizer import main as train_tokenizer
 from megatron_bagel.config.architecture import LLMArch, ViTArch
-from megatron_bagel.data.sample_world_score import read_single
+from megatron_bagel.sample_world.score import read_single
 
 SMALL = ["--t2i", "7", "--edit", "5", "--vlm", "4", "--text", "3", "--edit-steps", "3"]
 

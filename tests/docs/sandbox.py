@@ -71,7 +71,7 @@ ELSEWHERE = {
     "setup_env.sh": "makes the environment in which the tests run",
     "build_index.sbatch": "tests/examples/test_build_index_sbatch.py, with a stand-in for Slurm",
     "verify_golden.py": "tests/tools/test_verify_golden.py, where the recorded numbers are",
-    "--serve": "tests/inference/test_page_server.py, which starts the command and asks the page",
+    "--serve": "tests/inference/web/test_server.py, which starts the command and asks the page",
     "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
 }
 

@@ -13,9 +13,7 @@ SIDE = 8
 
 def small_arch(rope: bool = False, select_layer: int = -2) -> BagelArch:
     """A BAGEL with a ViT of hidden 32, 3 layers, 4 heads, patch 14 and an 8x8 grid of learned positions."""
-    llm = LLMArch(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64
-    )
+    llm = LLMArch(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
     vit = ViTArch(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=14 * SIDE, rope=rope)
     return BagelArch(llm=llm, vit=vit, vit_max_num_patch_per_side=SIDE, vit_select_layer=select_layer)
 

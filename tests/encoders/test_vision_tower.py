@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megatron_bagel.checkpoint.first_weights import initial_value
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.hf.initial_weights import initial_value
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.encoders.vision_tower import VisionTower

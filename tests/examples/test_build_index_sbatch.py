@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.data.index_reader import IndexedSamples
+from megatron_bagel.data.index.reader import IndexedSamples
 from tests.data.index_files import write_lines
 
 ROOT = Path(__file__).resolve().parents[2]

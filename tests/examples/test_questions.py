@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_bagel.data.sample_world import render
-from megatron_bagel.inference.prompt_files import read_prompts
+from megatron_bagel.inference.batch.prompts import read_prompts
+from megatron_bagel.sample_world.world import render
 
 SCRIPT = Path(__file__).parents[2] / "examples/quickstart/questions.py"
 

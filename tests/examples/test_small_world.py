@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 
 from data_tools import make_sample_data
-from megatron_bagel.data.sample_world import World, parse_pairs
-from megatron_bagel.data.sample_world_exam import read_lines
+from megatron_bagel.sample_world.exam import read_lines
+from megatron_bagel.sample_world.world import World, parse_pairs
 
 SCRIPT = Path(__file__).parents[2] / "examples/small_world/exam.py"
 HELD_OUT = ["red:square", "cyan:cross"]

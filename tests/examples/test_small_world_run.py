@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.data.sample_world_exam import read_lines
+from megatron_bagel.sample_world.exam import read_lines
 
 REPOSITORY = Path(__file__).parents[2]
 FEW = {"T2I": "30", "EDIT": "30", "VLM": "60", "PROCESSES": "1", "QUESTION_STEPS": "2",

@@ -16,10 +16,10 @@ import psutil
 import torch
 
 from megatron_bagel import platform, train
-from megatron_bagel.checkpoint.publish import latest_checkpoint
+from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
 from megatron_bagel.config.parser import Config
-from megatron_bagel.platform.distributed import free_port
-from megatron_bagel.training.history import read_history
+from megatron_bagel.platform.launch.process_group import free_port
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests.conftest import ROOT
 from tests.distributed import fork
 from tests.runs import numbers

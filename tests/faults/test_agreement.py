@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bagel.config.parser import Config
-from megatron_bagel.platform.signals import StopRequest
-from megatron_bagel.training.agreement import StepAgreement, check_same_everywhere, code_hash, fingerprint, rank_list
+from megatron_bagel.parallel.rank_coordinates import rank_list
+from megatron_bagel.platform.launch.signals import StopRequest
+from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere, code_hash, fingerprint
+from megatron_bagel.training.resilience.stop_agreement import StepAgreement
 from tests.distributed import run_ranks
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
-from megatron_bagel.training.anomalies import HISTORY, Attempt, BadSteps
-from megatron_bagel.training.events import EventFile
 from megatron_bagel.training.losses import StepLosses
+from megatron_bagel.training.resilience.bad_steps import HISTORY, Attempt, BadSteps
+from megatron_bagel.training.resilience.events import EventFile
 
 
 def attempt(loss: float, norm: float = 1.0, own: float | None = None) -> Attempt:

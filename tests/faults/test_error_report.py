@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bagel.training import error_report
-from megatron_bagel.training.error_report import ErrorReport, RankError, describe
+from megatron_bagel.training.resilience import error_report
+from megatron_bagel.training.resilience.error_report import ErrorReport, RankError, describe
 from tests.distributed import run_ranks
 
 

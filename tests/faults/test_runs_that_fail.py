@@ -1,7 +1,7 @@
 """The fault matrix on whole runs: what each fault does to a run of two ranks, and that the same command continues it bit for bit.
 
-docs/operations.md lists the rows. Saves that fail and checkpoints that are damaged are in tests/checkpoint/test_faults.py and
-tests/training/test_saving.py, unreadable samples in tests/training/test_replacement.py.
+docs/operations.md lists the rows. Saves that fail and checkpoints that are damaged are in tests/checkpoint/dist/test_faults.py and
+tests/training/test_saving.py, unreadable samples in tests/training/resilience/test_unreadable_samples.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bagel.checkpoint.publish import latest_checkpoint
+from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
 from megatron_bagel.config.parser import Config
 from tests.faults.conftest import STEPS
 from tests.faults.ranks import Ranks, after_gradients, run_numbers, start_ranks, wait_for_steps
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(world: Path, tmp
 
 
 def test_a_skipped_step_moves_nothing_but_the_data(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
-    from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+    from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 
     config = two(world, tmp_path, save_every=1, on_bad_step="skip", total_steps=5)
     ranks = start_ranks(config, 2, fault=_poison(float("inf"), 3))
@@ -166,7 +166,7 @@ def test_a_rank_with_another_configuration_is_refused(world: Path, tmp_path: Pat
 
 
 def _other_code(rank: int) -> None:
-    from megatron_bagel.training import agreement
+    from megatron_bagel.training.resilience import agreement
 
     if rank == 1:
         agreement.megatron_bagel.__version__ = "0.0.9"
@@ -193,7 +193,7 @@ def test_a_clock_that_is_wrong_changes_nothing(world: Path, tmp_path: Path, stra
 
 
 def _slow_loader(rank: int) -> None:
-    from megatron_bagel.data.loader import PackReader
+    from megatron_bagel.data.loading.loader import PackReader
 
     original = PackReader.__getitem__
 

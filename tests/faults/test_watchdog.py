@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bagel.platform.distributed import side_store
-from megatron_bagel.training.watchdog import EXIT_CODE, Beat, Limits, Watchdog, hang_report, stack_position, watching
+from megatron_bagel.platform.launch.process_group import side_store
+from megatron_bagel.training.resilience.hang_watchdog import EXIT_CODE, Beat, Limits, Watchdog, hang_report, stack_position, watching
 from tests.distributed import run_ranks
 
 LIMITS = Limits(step=9, slow=600)

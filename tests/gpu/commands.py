@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import nn
 
 from megatron_bagel.config.transformer_config import transformer_config
-from megatron_bagel.model.context import PackContext
+from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.specs import LOCAL, layer_spec, spec_modules
 from tests.gpu.commands import train
 from tests.model.tiny import EmptyPlan, tiny_arch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_bagel.inference.engine import Engine
+from megatron_bagel.inference.core.engine import Engine
 from tests.inference.tiny_model import write_tiny_model
 
 
@@ -20,7 +20,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(tiny_folder: Path, single_rank: None) -> Iterator[Engine]:
-    from megatron_bagel.inference.loading import LoadOptions, load_engine
+    from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 
     yield load_engine(tiny_folder, LoadOptions(vae_transform=(32, 16), vit_transform=(42, 14)))
 

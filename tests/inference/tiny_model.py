@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_bagel.checkpoint.first_weights import initial_value
-from megatron_bagel.checkpoint.hf_folder import WeightFile, write_folder
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.hf.folder import WeightFile, write_folder
+from megatron_bagel.checkpoint.hf.initial_weights import initial_value
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-from megatron_bagel.data.tokenizer_training import train_tokenizer
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.model.positions import sincos_2d
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 VOCABULARY = 320
 TEXTS = ["a red circle on a green background.", "make the square blue", "what color is it?", "the circle is red"] * 4

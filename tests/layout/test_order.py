@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.layout.blocks import block_occupancy
-from megatron_bagel.layout.groups import attention_groups
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder, expert_order
 from megatron_bagel.layout.pack import build_pack
+from megatron_bagel.layout.sdpa_batches import attention_groups
 from tests.strategies import SPEC, samples
 
 

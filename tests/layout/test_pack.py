@@ -1,4 +1,4 @@
-"""A pack's fields equal the original's packed batch for the row made by hand (those made of files: tests/data/test_golden_rows.py)."""
+"""A pack's fields equal the original's packed batch for the row made by hand (rows of files: tests/data/planner/test_golden_rows.py)."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def test_freeze_und_trains_the_generation_expert_and_the_head_only() -> None:
 def test_text_equals_transformers_qwen(family: str, own: dict) -> None:
     import transformers
 
-    from megatron_bagel.checkpoint.weight_map import WeightMap
-    from megatron_bagel.checkpoint.weights import load_weights
+    from megatron_bagel.checkpoint.hf.load import load_weights
+    from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 
     _, arch = built("Qwen2DecoderLayer", qk_norm=False)
     llm = arch.llm

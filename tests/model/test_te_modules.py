@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import nn
 
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.model.context import PackContext
+from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.specs import LOCAL, layer_spec, spec_modules
 from tests.model.tiny import random_context, tiny_arch, tiny_config
 

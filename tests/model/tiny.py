@@ -12,7 +12,7 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack, build_pack
 from megatron_bagel.model.batch import Features, MicroBatch, make_microbatch
-from megatron_bagel.model.context import PackContext
+from megatron_bagel.model.pack_context import PackContext
 
 
 class EmptyPlan:

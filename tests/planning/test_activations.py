@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import resolve
 from megatron_bagel.planning.activations import ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import rank_tokens
-from megatron_bagel.training.model_setup import run_model
 from tests.distributed import run_ranks
 from tests.runs import run_config
 from tests.training.equal_runs import COMM, CP, PP, SP_TP2, TP, VPP, cases, world_of
@@ -75,7 +75,7 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
 def shared_tensors() -> Iterator[torch.Tensor]:
     """Tensors of the pack's context and attention plan, which a recomputed layer needs again: no node of the graph holds them then."""
     from megatron_bagel.model.attention.sdpa import SdpaPlan
-    from megatron_bagel.model.context import PackContext
+    from megatron_bagel.model.pack_context import PackContext
 
     for thing in gc.get_objects():
         if isinstance(thing, PackContext):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import resolve
 from megatron_bagel.planning.communication import CommunicationModel
 from megatron_bagel.planning.rank_tokens import rank_tokens
-from megatron_bagel.training.model_setup import run_model
 from tests.distributed import run_ranks
 from tests.planning.recorded import Recorder
 from tests.runs import run_config

@@ -14,10 +14,10 @@ import torch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import validate_settings
 from megatron_bagel.train import main
+from tests.costs.test_memory import held
 from tests.distributed import fork, run_ranks
 from tests.runs import run_config
 from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
-from tests.training.test_memory_model import held
 
 
 @pytest.fixture(scope="module")

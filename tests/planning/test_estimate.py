@@ -9,15 +9,15 @@ import pytest
 
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
+from megatron_bagel.costs.flops import StepWork, mfu_flops, utilization, work_flops
 from megatron_bagel.plan import main
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.command import problem_of
 from megatron_bagel.planning.estimate import recomputed_flops
-from megatron_bagel.planning.layout_plan import plan_layout
 from megatron_bagel.planning.models import MODELS, parameters
+from megatron_bagel.planning.parallel_plan import plan_layout
 from megatron_bagel.planning.search import search
 from megatron_bagel.planning.workload import Mix, typical_pack
-from megatron_bagel.training.accounting import StepWork, mfu_flops, utilization, work_flops
 
 TP, PP, VPP, CP = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_bagel.inference.engine import Engine
-from megatron_bagel.inference.guidance import Guidance
-from megatron_bagel.inference.image import ImageSampling
-from megatron_bagel.inference.requests import Observers, Request, answer
-from megatron_bagel.inference.sampling import TextSampling
+from megatron_bagel.inference.batch.requests import Observers, Request, answer
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.guidance import Guidance
+from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.sampling import TextSampling
 from tools.golden_infer import EDIT_PROMPT, T2I_PROMPT, TEXT_CASES, RecordedNoise, golden_engine
 
 KWARGS = {"num_timesteps": 4, "cfg_interval": [0.0, 1.0], "timestep_shift": 2.0, "cfg_renorm_min": 0.0, "cfg_text_scale": 4.0}

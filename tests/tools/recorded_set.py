@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_bagel.checkpoint.hf_folder import HFFolder
-from megatron_bagel.checkpoint.weight_map import WeightMap
-from megatron_bagel.checkpoint.weights import entries_of, load_weights
+from megatron_bagel.checkpoint.hf.folder import HFFolder
+from megatron_bagel.checkpoint.hf.load import entries_of, load_weights
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.encoders.stage import encode_latents
+from megatron_bagel.encoders.image_encoding import encode_latents
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.items import Item, Mode, Sample
 from megatron_bagel.layout.order import expert_order

@@ -99,9 +99,7 @@ def test_parts_a_run_was_trained_without_come_from_another_folder(goldens: Path,
     assert (out / "ae.safetensors").is_file() and (out / "vit_config.json").is_file()
 
 
-def test_types_are_kept_on_request_and_the_size_is_said_first(
-    goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_types_are_kept_on_request_and_the_size_is_said_first(goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert hf_to_megatron.main(["--model", str(goldens / "hf"), "--output", str(tmp_path / "ckpt")]) == 0
     for dtype, expected in (("keep", torch.bfloat16), ("fp32", torch.float32)):
         out = tmp_path / dtype

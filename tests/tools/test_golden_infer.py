@@ -18,7 +18,7 @@ from tools.golden_infer import run_infer_cases
 
 @pytest.fixture
 def golden_model(goldens: Path, tmp_path: Path, single_rank: None):
-    from megatron_bagel.inference.loading import load_engine
+    from megatron_bagel.inference.core.load_engine import load_engine
 
     folder = shutil.copytree(goldens / "hf", tmp_path / "hf")
     extra = json.loads((goldens / "hf" / "tiny_extra.json").read_text())
@@ -39,7 +39,7 @@ def test_every_recorded_case(goldens: Path, golden_model) -> None:
 
 def test_another_model_size(tmp_path: Path, single_rank: None) -> None:
     """Nothing of the tiny model's sizes is in the checker: widths, latent patches, autoencoder, tables come from the files."""
-    from megatron_bagel.inference.loading import load_engine
+    from megatron_bagel.inference.core.load_engine import load_engine
 
     model = load_engine(write_tiny_model(tmp_path, other_arch()))
     folder = write_recorded_cases(tmp_path, model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from tests.checkpoint.test_layout_matrix import LAYOUTS, load_and_save
 from tests.distributed import run_ranks
 from tests.tools.test_verify_golden import linked

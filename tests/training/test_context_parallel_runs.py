@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_bagel.data.training_data import open_loader
-from megatron_bagel.layout.dealing import context_orders
+from megatron_bagel.assembly.training_modules import run_model
+from megatron_bagel.data.loading.build import open_loader
+from megatron_bagel.layout.cp_partition import context_orders
 from megatron_bagel.layout.mask import PackMask
-from megatron_bagel.training.model_setup import run_model
 from tests.runs import run, run_config
 from tests.training.equal_runs import COMM, CP, OVERLAP, PP, SETTINGS, SP_TP2, VPP, Reference, assert_equal, cases, trained, world_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests.runs import make_world, run, run_config
 from tools.checkpoint_convert import megatron_to_hf
 

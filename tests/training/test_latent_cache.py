@@ -13,16 +13,16 @@ import yaml
 from PIL import Image
 
 from data_tools.cache_latents import main
-from megatron_bagel.data.groups import load_groups
-from megatron_bagel.data.index_build import BuildOptions, build_index
-from megatron_bagel.data.index_format import read_manifest, write_durably
-from megatron_bagel.data.index_reader import IndexedSamples
-from megatron_bagel.data.latent_cache import LatentCache
+from megatron_bagel.data.index.build import BuildOptions, build_index
+from megatron_bagel.data.index.format import read_manifest, write_durably
+from megatron_bagel.data.index.latent_cache import LatentCache
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.encoders import latent_writer
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.latent_writer import CacheOptions, write_latent_cache
-from megatron_bagel.training.history import read_history
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests import runs
 from tests.data.index_files import groups_of, noise_png, write_t2i
 from tests.distributed import fork

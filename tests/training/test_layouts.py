@@ -110,9 +110,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("ranks", "layout", "flags"), cases(MODELS, "tied-freeze-und"))
-def test_every_model_on_a_layout(
-    world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict
-) -> None:
+def test_every_model_on_a_layout(world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict) -> None:
     assert_equal(trained(world, tmp_path, ranks, {**layout, **flags}), reference.run(flags))
 
 
@@ -142,9 +140,7 @@ ELSEWHERE = {"tp2-pp2": (4, {**SP_TP2, PP: 2}), "pp2-vpp2-dp2": (4, {PP: 2, VPP:
 
 
 @pytest.mark.parametrize(("ranks", "flags"), cases(ELSEWHERE, "tp2-pp2"))
-def test_a_checkpoint_continues_on_another_layout(
-    world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict
-) -> None:
+def test_a_checkpoint_continues_on_another_layout(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     """One step elsewhere, then here, with two other layouts in a row."""
     for steps, (there, layout) in ((1, (ranks, flags)), (2, (2, {PP: 2, "num_layers_in_last_pipeline_stage": 1}))):
         run(run_config(world, tmp_path, there, **{**SETTINGS, **layout, "total_steps": steps}), there)

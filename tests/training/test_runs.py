@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_bagel.checkpoint.publish import latest_checkpoint
+from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
 from megatron_bagel.config.resolve import architecture, tokenizer_path
+from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.tokenizer import load_tokenizer
-from megatron_bagel.data.training_data import open_loader
 from tests.runs import make_world, numbers, run, run_config, start
 from tests.training.equal_runs import OVERLAP, cases
 
@@ -140,9 +140,7 @@ KINDS: dict[str, tuple[dict, str | None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("flags", "absent"), cases(KINDS, "no-images-out", "freeze-llm-dense", "tied-cosine", "bf16", "as-the-original")
-)
+@pytest.mark.parametrize(("flags", "absent"), cases(KINDS, "no-images-out", "freeze-llm-dense", "tied-cosine", "bf16", "as-the-original"))
 def test_every_kind_of_training_runs(world: Path, tmp_path: Path, flags: dict, absent: str | None) -> None:
     history = run(run_config(world, tmp_path, **{"total_steps": 3, **flags}))
     for record in history:
@@ -178,7 +176,7 @@ def test_ranks_whose_packs_lack_a_modality(world: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_parts_do_not_move(world: Path, tmp_path: Path) -> None:
-    from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
+    from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 
     run(run_config(world, tmp_path, total_steps=2, save_every=1, freeze_und=True))
     first, last = (CheckpointWeights(tmp_path / "checkpoints" / name) for name in ("0000001", "0000002"))

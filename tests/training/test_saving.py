@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_bagel.checkpoint.checkpoint_weights import CheckpointWeights
-from megatron_bagel.checkpoint.publish import checkpoints
-from megatron_bagel.checkpoint.weight_map import WeightMap
+from megatron_bagel.checkpoint.dist.step_folders import checkpoints
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.training.saving import HFExporter
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
@@ -77,9 +77,7 @@ def test_an_export_runs_beside_the_training_and_a_failed_one_is_told(tmp_path: P
     assert "is missing" in (tmp_path / "hf/0000003.log").read_text() and not (tmp_path / "hf/0000003").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_a_named_one_refused(
-    world: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_a_named_one_refused(world: Path, tmp_path: Path) -> None:
     config = run_config(world, tmp_path, total_steps=4, save_every=2)
     expected = numbers(run(config))
     newest = tmp_path / "checkpoints/0000004"

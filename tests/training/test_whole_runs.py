@@ -58,9 +58,7 @@ def one_process_in_bf16(world: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(("ranks", "flags"), cases(BF16_LAYOUTS))
-def test_bf16_stays_near_one_process(
-    world: Path, tmp_path: Path, one_process_in_bf16: list[tuple], ranks: int, flags: dict
-) -> None:
+def test_bf16_stays_near_one_process(world: Path, tmp_path: Path, one_process_in_bf16: list[tuple], ranks: int, flags: dict) -> None:
     """Partial sums are rounded to bf16 between ranks, so no layout gives another's bits; main weights and moments are fp32."""
     history = numbers(run(run_config(world, tmp_path, ranks, **{**SETTINGS, **BF16, **flags}), ranks))
     for ours, theirs in zip(history, one_process_in_bf16, strict=True):

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_bagel.training.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
+from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
 
 GROUPS_READY = {"tensor_model_parallel_size": 1}
 

@@ -17,9 +17,7 @@ from megatron_bagel.checkpoint import command_line as command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="init_from_pretrained.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="init_from_pretrained.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llm", required=True, type=Path, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
     p.add_argument("--vit", type=Path, help="SigLIP folder; without it the model has no image understanding")
     p.add_argument("--vae", type=Path, help="ae.safetensors; without it the model has no image generation")
@@ -43,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import Companions, write_first_weights
-        from megatron_bagel.checkpoint.first_weights import FirstWeights
-        from megatron_bagel.checkpoint.pretrained import grown_vocabulary
+        from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights
+        from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
         from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch, read_json
         from megatron_bagel.data.tokenizer import load_tokenizer
 

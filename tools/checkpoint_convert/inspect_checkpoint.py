@@ -20,9 +20,7 @@ from megatron_bagel.checkpoint import command_line as command
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="inspect_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="inspect_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = p.add_subparsers(dest="mode", required=True)
     show = modes.add_parser("show", help="what is in it")
     show.add_argument("--tensors", action="store_true", help="list every tensor with shape and type")
@@ -41,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> None:
-        from megatron_bagel.checkpoint import inspection
+        from megatron_bagel.checkpoint.dist import inspect
 
         if args.mode == "show":
-            summary = inspection.summary(command.step_folder(args.checkpoint), tensors=args.tensors or args.json)
-            print(json.dumps(summary, indent=1) if args.json else inspection.page(summary))
+            summary = inspect.summary(command.step_folder(args.checkpoint), tensors=args.tensors or args.json)
+            print(json.dumps(summary, indent=1) if args.json else inspect.page(summary))
             return
         if args.mode == "verify":
-            inspection.verify(command.step_folder(args.checkpoint))
+            inspect.verify(command.step_folder(args.checkpoint))
             return
-        differences = inspection.compare(command.step_folder(args.checkpoint), command.step_folder(args.other), args.only)
+        differences = inspect.compare(command.step_folder(args.checkpoint), command.step_folder(args.other), args.only)
         for difference in differences:
             print(difference)
         if differences:

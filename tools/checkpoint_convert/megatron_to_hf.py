@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import Companions, companions_of, export_checkpoint
-        from megatron_bagel.checkpoint.hf_folder import HFFolder
-        from megatron_bagel.checkpoint.publish import read_state
+        from megatron_bagel.checkpoint.dist.step_folders import read_state
+        from megatron_bagel.checkpoint.hf.folder import HFFolder
         from megatron_bagel.model.positions import sincos_2d
 
         folder = command.step_folder(args.checkpoint)

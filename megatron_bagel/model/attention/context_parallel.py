@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_bagel.layout.dealing import concatenated
+from megatron_bagel.layout.cp_partition import concatenated
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
-from megatron_bagel.model.context import AttentionPlan
+from megatron_bagel.model.pack_context import AttentionPlan
 from megatron_bagel.parallel.collectives import exchange_parts, gather_rows
 
 Backend = Callable[..., AttentionPlan]
 
 
 @dataclass(frozen=True)
-class ContextPlace:
-    """A rank's place among those that share a pack: ``orders`` of all of them (layout/dealing.py), by rank in ``group``."""
+class CPContext:
+    """A rank's place among those that share a pack: ``orders`` of all of them (layout/cp_partition.py), by rank in ``group``."""
 
     rank: int
     group: dist.ProcessGroup
@@ -67,7 +67,7 @@ class _Rows:
 class AllGatherPlan:
     """Own queries against the keys of all ranks. ``backend`` is the plan class for what a rank computes."""
 
-    def __init__(self, backend: Backend, mask: PackMask, place: ContextPlace, device: torch.device | str = "cpu") -> None:
+    def __init__(self, backend: Backend, mask: PackMask, place: CPContext, device: torch.device | str = "cpu") -> None:
         self.group, self.rows = place.group, _Rows(place.orders, device)
         self.inner = backend(mask, place.orders[place.rank], device, keys=concatenated(place.orders))
 
@@ -81,7 +81,7 @@ class AllGatherPlan:
 class AllToAllPlan:
     """All tokens of the pack, a share of the heads. Raises ValueError for heads that do not divide."""
 
-    def __init__(self, backend: Backend, mask: PackMask, place: ContextPlace, device: torch.device | str = "cpu") -> None:
+    def __init__(self, backend: Backend, mask: PackMask, place: CPContext, device: torch.device | str = "cpu") -> None:
         self.group, self.rows = place.group, _Rows(place.orders, device)
         self.inner = backend(mask, concatenated(place.orders), device)
 
@@ -102,7 +102,7 @@ class AllToAllPlan:
         return returned.transpose(0, 1).flatten(1)[:tokens]
 
 
-def context_plan(backend: Backend, mask: PackMask, place: ContextPlace, device: torch.device | str = "cpu") -> AttentionPlan:
+def context_plan(backend: Backend, mask: PackMask, place: CPContext, device: torch.device | str = "cpu") -> AttentionPlan:
     """Plan for ``place.comm_type``, all_gather or a2a; ValueError for others."""
     if place.comm_type == "all_gather":
         return AllGatherPlan(backend, mask, place, device)

@@ -12,9 +12,7 @@ from megatron_bagel.layout.order import TokenOrder
 class DensePlan:
     """Softmax attention under the full boolean mask [s, keys]."""
 
-    def __init__(
-        self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None
-    ) -> None:
+    def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
         self.mask = torch.from_numpy(mask.allowed(order.positions, (keys or order).positions)).to(device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:

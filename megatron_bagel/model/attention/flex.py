@@ -86,9 +86,7 @@ def block_mask(mask: PackMask, order: TokenOrder, device: torch.device | str, ke
 class FlexPlan:
     """One block mask per pack, shared by all layers and heads. Keys of other ranks (``keys``) come without padding."""
 
-    def __init__(
-        self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None
-    ) -> None:
+    def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
         self.real, self.missing = len(order.positions), order.length - len(order.positions)
         self.missing_keys = self.missing if keys is None else keys.length - len(keys.positions)
         self.mask = block_mask(mask, order, device, keys)

@@ -8,17 +8,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_bagel.layout.groups import attention_groups
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
+from megatron_bagel.layout.sdpa_batches import attention_groups
 
 
 class SdpaPlan:
     """Documents of similar length are gathered into batches; one SDPA call each, one gather back."""
 
-    def __init__(
-        self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None
-    ) -> None:
+    def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
         groups = attention_groups(mask, order, keys)
         self.shapes = [group.mask.shape for group in groups]
         self.masks = [torch.from_numpy(group.mask).to(device)[:, None] for group in groups]

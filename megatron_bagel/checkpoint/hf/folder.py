@@ -1,0 +1,212 @@
+"""The released folder layout of BAGEL, read and written: config files, weights, autoencoder, tokenizer.
+
+Reading is strict (load.py). Writing gives exactly the released names, shapes and dtypes, into a temporary folder that gets its name when
+it is complete, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_KINDS = ("ema", "model")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_LATENT_TABLE = "latent_pos_embed.pos_embed"
+PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*side, channels] fp32
+
+
+class HFFolder:
+    """A model folder in the released layout.
+
+    `arch` comes from the folder's JSON; `overrides` and `llm` are the flags that win over it (see `BagelArch.from_hf_folder`), and
+    `autoencoder` describes an autoencoder that no `ae_config.json` describes. Raises ValueError for a folder or file that is not there.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        llm: dict[str, Any] | None = None,
+        autoencoder: AutoencoderArch | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.path = Path(path)
+        self.arch = BagelArch.from_hf_folder(self.path, llm=llm, **overrides)
+        if autoencoder is not None and self.arch.autoencoder is not None:
+            self.arch = replace(self.arch, autoencoder=autoencoder)
+
+    def available_weights(self) -> list[str]:
+        """Which of "ema" and "model" the folder holds."""
+        return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
+
+    def weights(self, kind: str = "ema") -> SafetensorsReader:
+        """The tensors of `ema.safetensors` or `model.safetensors`, single or sharded with an index."""
+        if kind not in WEIGHT_KINDS:
+            raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
+        if kind not in self.available_weights():
+            there = ", ".join(self.available_weights()) or "none"
+            raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {there}")
+        return SafetensorsReader(self._weight_file(kind))
+
+    def stored_latent_size(self, kind: str) -> int | None:
+        """The `max_latent_size` the weights `kind` were trained with, by their stored position table; None where there is no table."""
+        source = self.weights(kind)
+        return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
+
+    def _weight_file(self, kind: str) -> Path:
+        index = self.path / f"{kind}.safetensors.index.json"
+        return index if index.is_file() else self.path / f"{kind}.safetensors"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file to be written: `get` gives the full tensor of one of our names and is asked for one at a time.
+
+    `dtype`: "bf16", "fp32", or "keep": then `stored_type` says in which type each of our names is kept.
+    """
+
+    get: TensorGetter
+    dtype: str = "bf16"
+    stored_type: Callable[[str], torch.dtype] | None = None
+
+    def __post_init__(self) -> None:
+        known = (*DTYPES, *(["keep"] if self.stored_type is not None else []))
+        if self.dtype not in known:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(known)}")
+
+    def specs(self, weight_map: WeightMap) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes; the position tables are fp32 whatever `dtype` is, as in the released file."""
+        specs: dict[str, TensorSpec] = {}
+        for name, entry in weight_map.entries.items():
+            dtype = DTYPES[self.dtype] if self.stored_type is None or self.dtype != "keep" else self.stored_type(name)
+            specs |= {hf: (shape, dtype) for hf, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+        return specs | {name: (table.shape, torch.float32) for name, table in weight_map.tables.items()}
+
+    def bytes(self, weight_map: WeightMap) -> int:
+        """Size of the tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.specs(weight_map).values())
+
+
+def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: PositionTable, shard_bytes: int | None = None) -> None:
+    """Write one weight file, or with `shard_bytes` as many as it takes and their index, in the order of the weight map.
+
+    A tensor larger than `shard_bytes` gets a file of its own.
+    """
+    specs = file.specs(weight_map)
+    names = list(weight_map.entries)
+    with read_ahead(file.get, names) as get, ShardedWriter(path, specs, shard_bytes) as writer:
+        for name in tqdm(names, unit="tensor", desc=path.name, mininterval=1.0, disable=None):
+            entry, full = weight_map.entries[name], get(name)
+            if entry.vocabulary:
+                full = full[: entry.shape[0]]  # rows that only pad the vocabulary to a multiple of the tensor-parallel size
+            for hf_name, part in zip(entry.hf, entry.split(full), strict=True):
+                writer.write(hf_name, part)
+        for name, fixed in weight_map.tables.items():
+            writer.write(name, table(fixed.width, fixed.side))
+
+
+def write_folder(
+    out: str | Path,
+    arch: BagelArch,
+    weights: Mapping[str, WeightFile],
+    table: PositionTable,
+    tokenizer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    shard_bytes: int | None = None,
+) -> Path:
+    """Write a complete folder in the released layout.
+
+    `weights`: "ema" and/or "model" -> what to write; `table` computes a position table; `tokenizer` is a folder or a SentencePiece
+    `.model` file to copy; `autoencoder` a weight file to copy; `shard_bytes` cuts weight files.
+    Raises ValueError when `out` already holds something, cannot be written, or a file to copy is absent.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists and is not an empty folder; choose another output or remove it")
+    partial = out.with_name(out.name + f".partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _write_configs(partial, arch, _stated_type(weights))
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial)
+        if autoencoder is not None and arch.autoencoder is not None:
+            _copy(Path(autoencoder), partial / "ae.safetensors")
+        weight_map = WeightMap(arch)
+        for kind, file in weights.items():
+            write_weights(partial / f"{kind}.safetensors", weight_map, file, table, shard_bytes)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise ValueError(f"cannot write the model folder {out}: {error}") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+    logger.info("wrote %s (%s)", out, " and ".join(weights))
+    return out
+
+
+def copy_tokenizer(source: str | Path, out: Path) -> None:
+    """Copy a tokenizer (folder, or SentencePiece `.model` file) into the folder `out`."""
+    source = Path(source)
+    if source.is_file():
+        _copy(source, out / "tokenizer.model")
+        return
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not names:
+        raise ValueError(f"{source} holds no tokenizer files (looked for {', '.join(TOKENIZER_FILES)})")
+    for name in names:
+        _copy(source / name, out / name)
+
+
+def _stated_type(weights: Mapping[str, WeightFile]) -> str:
+    """What the configs say of the weights: with "keep", the type that takes the least; loaders of the folder choose their own."""
+    return "float32" if weights and all(file.dtype == "fp32" for file in weights.values()) else "bfloat16"
+
+
+def _write_configs(out: Path, arch: BagelArch, stored: str) -> None:
+    top = arch.to_hf()
+    top["llm_config"] = {**top["llm_config"], "torch_dtype": stored}
+    _write_json(out / "config.json", top)
+    _write_json(out / "llm_config.json", top["llm_config"])
+    if arch.vit is not None:
+        _write_json(out / "vit_config.json", top["vit_config"])
+    if arch.autoencoder is not None and arch.autoencoder != AutoencoderArch():
+        _write_json(out / "ae_config.json", arch.autoencoder.to_dict())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise ValueError(f"there is no file {source} to copy into the model folder")
+    shutil.copyfile(source, target)

@@ -1,0 +1,135 @@
+"""A model's first weights: what pretrained folders have, and seeded values by parameter name for the rest.
+
+Initial values are keyed by (seed, parameter name), never by the order of construction: any parallel layout starts from the same numbers,
+and so does a converter that builds no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_bagel.checkpoint.hf.load import LoadReport, assign, check_against, entries_of, load_weights
+from megatron_bagel.checkpoint.hf.pretrained import View, llm_source, vit_source
+from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.config.architecture import BagelArch
+
+logger = logging.getLogger(__name__)
+
+
+def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
+    """Full fp32 start value of one parameter, a function of (seed, name) alone.
+
+    Norm weights 1, biases 0, `llm2vae` 0 (the original starts the velocity head at zero); decoder and embeddings normal with the LLM's
+    `initializer_range`; adapters (connector, vae2llm, time embedder) uniform in +-1/sqrt(fan in), torch's default for a Linear; vision
+    tower as SigLIP: patch embedding normal with variance 1/fan in, matrices Xavier-uniform. Its position embeddings differ on purpose:
+    SigLIP's variance of 1/width makes them a tenth of a patch of one colour, and a small tower then hardly ever learns where things are
+    (docs/small_world.md). They start with variance 1, as large as patches are.
+    """
+    name = entry.ours
+    if name.startswith("llm2vae") or name.endswith(".bias"):
+        return torch.zeros(entry.shape)
+    if "norm" in name.split(".")[-2] or "layernorm" in name:
+        return torch.ones(entry.shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    fan_in = entry.shape[-1]
+    if name.startswith("vit_model.vision_model.embeddings."):
+        values = torch.randn(entry.shape, generator=generator)
+        return values if "position" in name else values.div_(math.sqrt(fan_in))
+    if name.startswith("vit_model."):
+        return torch.rand(entry.shape, generator=generator).mul_(2).sub_(1).mul_(math.sqrt(6 / sum(entry.shape)))
+    if name.startswith(("connector.", "vae2llm.", "time_embedder.")):
+        return torch.rand(entry.shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(fan_in))
+    return torch.randn(entry.shape, generator=generator).mul_(arch.llm.initializer_range)
+
+
+def initialise(modules: Sequence[nn.Module], weight_map: WeightMap, seed: int) -> None:
+    """Give every parameter of `modules` its seeded start value; the same on any layout."""
+    for entry, parameter in entries_of(modules, weight_map):
+        assign(parameter, initial_value(entry, weight_map.arch, seed), entry)
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """The weights a run or a converter starts from: what the pretrained folders have (`found`, released names), seeded values for the rest.
+
+    With `copy_init_moe` the generation expert starts as the understanding one, parameter by parameter.
+    """
+
+    arch: BagelArch
+    seed: int
+    found: View
+    may_lack: tuple[str, ...]
+    copy_init_moe: bool
+
+    @classmethod
+    def of(
+        cls,
+        arch: BagelArch,
+        seed: int,
+        llm_path: str | Path | None,
+        vit_path: str | Path | None,
+        allow_missing: Sequence[str] = (),
+        copy_init_moe: bool = False,
+    ) -> FirstWeights:
+        """From folders; a path of None leaves that part at its seeded values.
+
+        What those folders cannot have is seeded: generation expert, adapters, and QK-norm where the LLM has none. Raises ValueError for
+        folders that are not there or have no weights.
+        """
+        view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None) or "no folder")
+        kept = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
+        if llm_path is None:
+            kept.append("language_model.*")
+        else:
+            view.merge(llm_source(llm_path, arch, partial(initial_value, arch=arch, seed=seed)))
+            if not any("q_norm" in name for name in view.keys()):  # noqa: SIM118
+                kept += ["*.q_norm.weight", "*.k_norm.weight"]
+        if vit_path is None or arch.vit is None:
+            kept.append("vit_model.*")
+        else:
+            view.merge(vit_source(vit_path, arch))
+        first = cls(arch, seed, view, tuple(kept), copy_init_moe)
+        if copy_init_moe:
+            first._offer_twins()
+        return first
+
+    def _offer_twins(self) -> None:
+        weight_map = WeightMap(self.arch)
+        copied = 0
+        for name, entry in weight_map.entries.items():
+            twin = weight_map.entries[_und(name)]
+            if twin is not entry and twin.hf[0] in self.found:
+                copied += 1
+                for gen, und in zip(entry.hf, twin.hf, strict=True):
+                    self.found.alias(gen, und)
+        # Without a folder there is nothing to copy: twins are seeded alike.
+        if copied:
+            logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
+
+    def seeded(self, entry: Entry) -> torch.Tensor:
+        """The full start value of a parameter that is in no folder."""
+        if self.copy_init_moe:
+            entry = replace(entry, ours=_und(entry.ours))
+        return initial_value(entry, self.arch, self.seed)
+
+    def check(self) -> LoadReport:
+        """Compare names and shapes of the folders with the model's; parameters and errors are those of `check_against`."""
+        return check_against(self.found, WeightMap(self.arch), self.may_lack)
+
+    def fill(self, modules: Sequence[nn.Module]) -> LoadReport:
+        """Give every parameter of `modules` its value, one at a time; the same on any layout. Errors are those of `load_weights`."""
+        return load_weights(self.found, WeightMap(self.arch), modules, allow_missing=self.may_lack, absent=self.seeded)
+
+
+def _und(name: str) -> str:
+    return name.replace(".gen.", ".und.")

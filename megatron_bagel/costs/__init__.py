@@ -1,0 +1,1 @@
+"""What a training step costs in arithmetic and memory; planning and training read the same formulas."""

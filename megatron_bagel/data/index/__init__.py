@@ -1,0 +1,1 @@
+"""The memory-mapped index: how it is built, checked and read."""

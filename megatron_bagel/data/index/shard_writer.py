@@ -1,0 +1,123 @@
+"""Writes one shard of the index: reads its source rows, checks images, tokenises texts. Runs in a worker process, alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_bagel.data.index.format import (
+    IMAGE_MODE,
+    PLANNING_SCHEMA,
+    SHARD_FILES,
+    TEXT_MODE,
+    ShardInfo,
+    dataset_folder,
+    write_durably,
+)
+from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
+from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
+from megatron_bagel.data.sources.records import RawSample
+from megatron_bagel.data.sources.rows import BadRow, read_unit
+from megatron_bagel.data.tokenizer import Tokenizer
+from megatron_bagel.data.transforms import decoded_size, open_image, whole_size
+
+
+class _Columns:
+    """Planning columns of the samples written so far."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list] = {name: [] for name in PLANNING_SCHEMA.names}
+
+    def add(self, sample: RawSample, tokens: list[int], sizes: Sequence[tuple[int, int]], source: int, row: int) -> None:
+        values = (tokens, sample.structure, [w for w, _ in sizes], [h for _, h in sizes], source, row)
+        for column, value in zip(self.rows.values(), values, strict=True):
+            column.append(value)
+
+    def write(self, path: Path) -> None:
+        batch = pa.RecordBatch.from_pydict(self.rows, schema=PLANNING_SCHEMA)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, PLANNING_SCHEMA) as writer:
+            writer.write_batch(batch)
+
+
+def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
+    """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``checks`` look, or too large."""
+    try:
+        if checks.depth == "header":
+            return open_image(data, checks.max_pixels).size
+        return (decoded_size if checks.depth == "decode" else whole_size)(data, checks.max_pixels)
+    except ValueError as error:
+        raise BadRow(f"corrupt image: {error}") from error
+
+
+def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+    """Write the shard's files into a build folder (publish.py); its description comes last and says that it is complete.
+
+    ``progress`` gets row counts. Raises ValueError when the files cannot be written, for example because the disk is full.
+    """
+    try:
+        return _write_shard(build, plan, tokenizer, progress)
+    except OSError as error:
+        raise ValueError(
+            f"shard {plan.group}/{plan.dataset}/{plan.name} cannot be written to {build} ({error.strerror or error}); when that is "
+            "cured, run the same command again: finished shards are kept"
+        ) from error
+
+
+def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+    folder, state = (dataset_folder(build / kind, plan.group, plan.dataset) for kind in (INDEX, STATE))
+    for path in (folder, state):
+        path.mkdir(parents=True, exist_ok=True)
+    stem = folder / plan.name
+    builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=np.uint8, multimodal=True)
+    columns, skipped, per_source = _Columns(), Counter(), Counter()
+    counts = Counter(samples=0, texts=0, images=0, tokens=0)
+    with open(state / f"{plan.name}.skipped.jsonl", "w") as skipped_rows:
+        for unit in plan.units:
+            for row, sample in read_unit(unit):
+                try:
+                    if isinstance(sample, BadRow):
+                        raise sample
+                    sizes = [image_size(image, plan.checks) for image in sample.images]
+                except BadRow as error:
+                    skipped[short_reason(str(error))] += 1
+                    skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
+                    continue
+                finally:
+                    progress(1)
+                tokens = _add_sample(builder, sample, tokenizer)
+                columns.add(sample, tokens, sizes, unit.source, row)
+                per_source[str(unit.source)] += 1
+                counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
+    builder.finalize(f"{stem}.idx")
+    columns.write(Path(f"{stem}.arrow"))
+    files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in SHARD_FILES}
+    info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
+    write_durably(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
+    return info
+
+
+def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: Tokenizer) -> list[int]:
+    ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
+    parts = [i.tobytes() for i in ids] + sample.images
+    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(sample.images)
+    builder.add_document(np.frombuffer(b"".join(parts), dtype=np.uint8), [len(part) for part in parts], modes)
+    return [len(i) for i in ids]
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    """(bytes, sha256) of a file, which is also pushed to disk."""
+    with open(path, "rb+") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return path.stat().st_size, digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Views of an index and of a pack for people."""

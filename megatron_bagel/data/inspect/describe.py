@@ -1,0 +1,120 @@
+"""What an index, a sample or a pack holds, in words: the text half of the inspector (the pictures are in figures.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bagel.data.index.format import PLANNING_SCHEMA, Manifest
+from megatron_bagel.data.index.reader import DatasetReader
+from megatron_bagel.data.planner.assign import PackPlan
+from megatron_bagel.data.sources.dataset_config import TEXT, VLM
+from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM
+from megatron_bagel.data.tokenizer import Tokenizer
+from megatron_bagel.layout.mask import PackMask
+from megatron_bagel.layout.pack import Pack
+
+COLUMNS = (("text_tokens", "tokens per text"), ("width", "image width"), ("height", "image height"))
+_BAR = 40  # characters of the longest bar
+_BINS = 32  # powers of two: an int32 column needs no more
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of a column's values: bin k holds values in [2^(k-1), 2^k), bin 0 the zeros. Made shard by shard, so of any size."""
+
+    counts: np.ndarray
+    total: int
+    largest: int
+
+    @classmethod
+    def of(cls, parts: Iterable[np.ndarray]) -> Histogram:
+        """Over the values of ``parts``, arrays of whole numbers of at least 0."""
+        counts, total, largest = np.zeros(_BINS, dtype=np.int64), 0, 0
+        for values in parts:
+            exponents = np.frexp(values.astype(np.float64))[1] if len(values) else np.empty(0, dtype=np.int64)
+            counts += np.bincount(exponents, minlength=_BINS)[:_BINS]
+            total, largest = total + int(values.sum(dtype=np.int64)), max(largest, int(values.max(initial=0)))
+        return cls(counts, total, largest)
+
+    @property
+    def values(self) -> int:
+        """How many values were counted."""
+        return int(self.counts.sum())
+
+    def bins(self) -> list[tuple[int, int, int]]:
+        """(smallest, largest value, count) of the bins from the first to the last that is not empty."""
+        filled = np.flatnonzero(self.counts)
+        span = range(filled[0], filled[-1] + 1) if len(filled) else ()
+        return [(2 ** (k - 1) if k else 0, 2**k - 1 if k else 0, int(self.counts[k])) for k in span]
+
+    def lines(self, title: str) -> list[str]:
+        """A bar chart of characters."""
+        if not self.values:
+            return []
+        lines = [f"  {title}: {self.values} values, mean {self.total / self.values:.1f}, largest {self.largest}"]
+        most = int(self.counts.max())
+        for low, high, count in self.bins():
+            lines.append(f"    {low:>6} to {high:<6} {'#' * -(-_BAR * count // most):<{_BAR}} {count}")
+        return lines
+
+
+def describe_schema(manifest: Manifest) -> str:
+    """Versions, tokenizer and planning columns."""
+    columns = ", ".join(f"{field.name} ({field.type})" for field in PLANNING_SCHEMA)
+    return (
+        f"schema {manifest.schema_version}, tokenizer {manifest.tokenizer_path} ({manifest.vocabulary_size} tokens, "
+        f"fingerprint {manifest.tokenizer_fingerprint[:12]})\ncolumns: {columns}"
+    )
+
+
+def histograms(reader: DatasetReader) -> dict[str, Histogram]:
+    """Of every column of `COLUMNS`, by its title."""
+    return {title: Histogram.of(getattr(shard, column).values for shard in reader.shards()) for column, title in COLUMNS}
+
+
+def describe_dataset(reader: DatasetReader) -> str:
+    """Counts of a dataset, its text lengths and image sizes."""
+    info = reader.info
+    size = sum(bytes_ for shard in info.shards for bytes_, _ in shard.files.values())
+    lines = [
+        f"{reader.name}: {len(reader)} samples in {len(info.shards)} shard(s) of {size / 1e6:.1f} MB together, "
+        f"{len(info.sources)} source file(s) of {sum(source.rows for source in info.sources)} rows"
+    ]
+    for title, histogram in histograms(reader).items():
+        lines += histogram.lines(title)
+    lines += [f"  skipped {count}: {reason}" for reason, count in info.skipped.items()]
+    return "\n".join(lines)
+
+
+def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> str:
+    """Source, texts and image sizes of one sample, in order."""
+    record, (path, row) = reader.record(index), reader.source(index)
+    lines = [f"{reader.name} sample {index}: {path}, row {row}"]
+    lines += [f"  image {i}: {w} x {h}" for i, (w, h) in enumerate(zip(record.widths, record.heights, strict=True))]
+    turns = [code for code in record.structure if code != IMAGE_ITEM] if record.group in (VLM, TEXT) else []
+    for i, count in enumerate(record.text_tokens):
+        learned = " (learned)" if turns and turns[i] == ANSWER_ITEM else ""
+        lines.append(f"  text {i}{learned}, {count} tokens: {tokenizer.decode(reader.text_ids(index, i).tolist())!r}")
+    return "\n".join(lines)
+
+
+def describe_pack(plan: PackPlan, pack: Pack, capacity: int) -> str:
+    """Fill, tokens by expert, losses and mask area of a pack, and its samples with their items."""
+    vae, length = len(pack.vae_positions), max(pack.sequence_length, 1)
+    area = PackMask.of(pack).area()
+    lines = [
+        f"pack {plan.number}: {pack.sequence_length} of {capacity} tokens ({pack.sequence_length / capacity:.1%}), cost {plan.cost:.0f}",
+        f"  understanding expert {pack.sequence_length - vae} tokens ({len(pack.vit_positions)} ViT), generation expert {vae}",
+        f"  learned: {len(pack.ce_positions)} text tokens, {len(pack.mse_positions)} latent tokens",
+        f"  attention: {area} pairs, {area / length**2:.1%} of the square; {len(pack.sample_lens)} samples, {len(pack.split_lens)} splits",
+    ]
+    for sample in pack.samples:
+        items = []
+        for item in sample.items:
+            what = f"text {len(item.ids)}" if item.kind == "text" else f"{item.kind} {item.width}x{item.height}"
+            items.append(what + (" learned" if item.loss else "") + (" dropped" if item.dropped else ""))
+        lines.append(f"  {sample.dataset} row {sample.index} epoch {sample.epoch}: {', '.join(items)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""From planned packs to tensors in the training process."""

@@ -1,0 +1,218 @@
+"""What a sample shows this epoch: which caption, which edit steps, which conditions are dropped; integers only.
+
+The rules are the original's, the draws are not: each is a pure function of (seed, dataset, row, epoch, its own name), so a sample's
+length is known before it is read and no draw depends on another sample. One quirk of the original is kept, because it shapes the
+mix of examples: an editing chain of two steps whose instructions are joined ends one step early when it would have ended on the
+row's last image, so that a joined instruction then has one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
+from megatron_bagel.data.planner.cost_model import CostModel
+from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, VLM, GroupConfig
+from megatron_bagel.data.sources.records import ANSWER_ITEM, CONTINUED, ENDED, IMAGE_ITEM, PLAIN, Record, instruction_index
+from megatron_bagel.data.transforms import TransformArgs, output_size
+from megatron_bagel.layout.items import Item
+from megatron_bagel.layout.pack import LayoutSpec
+
+MAX_CHAIN = 3  # images of an editing chain: one or two steps
+JOIN_PROBABILITY = 0.5
+
+
+class Draws(Protocol):
+    """Source of a sample's choices; ``what`` names the choice."""
+
+    def choice(self, count: int, what: str) -> int:
+        """A number in [0, count)."""
+        ...
+
+    def chance(self, probability: float, what: str) -> bool:
+        """True with ``probability``."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyedDraws:
+    """The draws of training: keyed by sample and epoch, the same on every rank and worker."""
+
+    seed: int
+    dataset: str
+    index: int
+    epoch: int
+
+    def choice(self, count: int, what: str) -> int:
+        return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, what)
+
+    def chance(self, probability: float, what: str) -> bool:
+        return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, what) < probability
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Probability that a condition of a kind is left out, drawn for every condition by itself."""
+
+    text: float = 0.1
+    vae: float = 0.3
+    vit: float = 0.3
+
+    def __post_init__(self) -> None:
+        for kind in ("text", "vae", "vit"):
+            if not 0.0 <= getattr(self, kind) <= 1.0:
+                raise ValueError(f"--{kind}_cond_dropout_prob must be between 0 and 1, got {getattr(self, kind)}")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a sample's plan depends on beside the sample. ``visual_und`` False leaves the ViT images of editing samples out."""
+
+    seed: int
+    layout: LayoutSpec
+    dropout: ConditionDropout = ConditionDropout()
+    visual_und: bool = True
+    costs: CostModel = CostModel()
+
+
+@dataclass(frozen=True)
+class PlannedItem:
+    """One item before its ids and sizes are looked up: ``texts`` are positions among the record's texts, joined in order."""
+
+    kind: str
+    loss: bool = False
+    droppable: bool = False
+    dropped: bool = False
+    texts: tuple[int, ...] = ()
+    image: int = -1
+
+
+def choose_items(record: Record, draws: Draws) -> list[PlannedItem]:
+    """The items of a sample in sequence order, before dropout."""
+    if record.group == T2I:
+        caption = draws.choice(len(record.text_tokens), "caption")
+        return [PlannedItem("text", droppable=True, texts=(caption,)), PlannedItem("vae", loss=True, image=0)]
+    if record.group == EDIT:
+        return _choose_edit(record, draws)
+    return _turns(record)
+
+
+def _choose_edit(record: Record, draws: Draws) -> list[PlannedItem]:
+    images = len(record.widths)
+    start = draws.choice(images - 1, "start")
+    end = start + 1 + draws.choice(min(start + MAX_CHAIN, images) - start - 1, "end")
+    items = _condition(start)
+    if end - start > 1 and draws.chance(JOIN_PROBABILITY, "join"):
+        if end == images - 1:
+            end -= 1
+        joined = tuple(_instruction(record, draws, start, step, CONTINUED if step else ENDED) for step in range(end - start))
+        return [*items, PlannedItem("text", droppable=True, texts=joined), PlannedItem("vae", loss=True, image=end)]
+    for step in range(end - start):
+        items.append(PlannedItem("text", droppable=True, texts=(_instruction(record, draws, start, step, PLAIN),)))
+        items.append(PlannedItem("vae", loss=True, image=start + step + 1))
+        if start + step + 1 < end:
+            items += _condition(start + step + 1)
+    return items
+
+
+def _condition(image: int) -> list[PlannedItem]:
+    return [PlannedItem("vae", droppable=True, image=image), PlannedItem("vit", droppable=True, image=image)]
+
+
+def _instruction(record: Record, draws: Draws, start: int, step: int, form: int) -> int:
+    alternative = draws.choice(int(record.structure[start + step]), f"instruction{step}")
+    return instruction_index(record.structure, len(record.widths), start + step, alternative, form)
+
+
+def _turns(record: Record) -> list[PlannedItem]:
+    items: list[PlannedItem] = []
+    text = image = 0
+    for code in record.structure:
+        if code == IMAGE_ITEM:
+            items.append(PlannedItem("vit", image=image))
+            image += 1
+        else:
+            items.append(PlannedItem("text", loss=bool(code == ANSWER_ITEM), texts=(text,)))
+            text += 1
+    return items
+
+
+def drop_conditions(items: Sequence[PlannedItem], dropout: ConditionDropout, draws: Draws) -> list[PlannedItem]:
+    """Mark the conditions that dropout removes; each has its own draw, in plan order."""
+    return [
+        replace(item, dropped=draws.chance(getattr(dropout, item.kind), f"drop{position}")) if item.droppable else item
+        for position, item in enumerate(items)
+    ]
+
+
+def transform_of(group: GroupConfig, kind: str) -> TransformArgs:
+    """The transform of images of ``kind`` ("vit" or "vae") in a group. Raises ValueError when the config has none."""
+    args = group.vit_image_transform if group.name == EDIT and kind == "vit" else group.image_transform
+    if args is None:
+        raise ValueError(f"group {group.name} has images but no transform for them in the dataset config")
+    return args
+
+
+def build_items(
+    planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray]
+) -> tuple[Item, ...]:
+    """Items with their token ids, which ``text_ids`` reads, and image sizes after the transform."""
+    items = []
+    for item in planned:
+        if item.kind == "text":
+            ids = np.concatenate([text_ids(text) for text in item.texts])
+            items.append(Item("text", loss=item.loss, dropped=item.dropped, ids=ids))
+        else:
+            img_num = len(record.widths) if group.name == VLM else 1
+            size = (int(record.widths[item.image]), int(record.heights[item.image]))
+            width, height = output_size(transform_of(group, item.kind), *size, img_num)
+            items.append(Item(item.kind, loss=item.loss, dropped=item.dropped, image=item.image, height=height, width=width))
+    return tuple(items)
+
+
+def active_groups(groups: Sequence[GroupConfig], visual_gen: bool, visual_und: bool) -> tuple[list[GroupConfig], list[str]]:
+    """Groups that a run with these flags can train on, and a sentence for each one that is left out.
+
+    Raises ValueError when nothing is left.
+    """
+    active, reasons = [], []
+    for group in groups:
+        if group.makes_images and not visual_gen:
+            reasons.append(f"group {group.name} is left out: it trains image generation, and --visual_gen is False")
+        elif group.name == VLM and not visual_und:
+            reasons.append(f"group {group.name} is left out: its images go through the ViT, and --visual_und is False")
+        else:
+            active.append(group)
+    if not any(group.weight > 0 or group.is_mandatory for group in active):
+        raise ValueError("no dataset group is left to train on: " + ("; ".join(reasons) or "every weight is 0"))
+    return active, reasons
+
+
+def check_image_limits(group: GroupConfig, spec: LayoutSpec, visual_und: bool = True) -> None:
+    """Refuse transforms whose images could be larger than the model's position tables, or do not fit its patches.
+
+    Raises ValueError naming the YAML key and the flag. With ``interpolate_pos`` positions are spread over the table: no limit.
+    """
+    if group.name == TEXT:
+        return
+    checks = []
+    if group.makes_images:
+        checks.append(("vae", "image_transform_args", spec.vae_downsample, spec.max_latent_size, "--max_latent_size"))
+    if group.name == VLM or (group.name == EDIT and visual_und):
+        key = "vit_image_transform_args" if group.name == EDIT else "image_transform_args"
+        checks.append(("vit", key, spec.vit_patch, spec.vit_max_side, "--vit_max_num_patch_per_side"))
+    for kind, key, patch, side, flag in checks:
+        args = transform_of(group, kind)
+        where = f"group {group.name}, {key}"
+        if args.image_stride % patch:
+            raise ValueError(f"{where}: image_stride {args.image_stride} must be a multiple of {patch}, the pixels of one {kind} token")
+        needed = -(-args.longest_side // patch)
+        if needed > side and not spec.interpolate_pos:
+            raise ValueError(
+                f"{where}: max_image_size {args.max_image_size} gives up to {needed} tokens per side, but {flag} is {side}; "
+                f"lower max_image_size to {side * patch} or raise {flag} to {needed}"
+            )

@@ -1,0 +1,1 @@
+"""From files on disk or in an object store to records."""

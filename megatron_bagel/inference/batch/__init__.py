@@ -1,0 +1,1 @@
+"""Many prompts from files, and their results on disk."""

@@ -1,0 +1,151 @@
+"""Prompts: the rules of each task, and the lines of a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.inference.batch.requests import Request
+
+TASKS = ("t2i", "edit", "understand", "interleave")
+_KEYS = ("id", "task", "prompt", "image", "terms", "output", "think", "size", "seed", "system_prompt")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt before its images are read. ``terms`` are ("text", text) and ("image", path) in order."""
+
+    name: str
+    task: str
+    terms: tuple[tuple[str, str], ...]
+    output: str
+    think: bool = False
+    system_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    seed: int | None = None
+
+    def request(self) -> Request:
+        """The prompt with its images read as RGB. Raises ValueError naming a file that is no readable image."""
+        terms = tuple(read_image(value) if kind == "image" else value for kind, value in self.terms)
+        return Request(terms, self.output, self.think, self.system_prompt, self.size)
+
+    def check_files(self) -> None:
+        """Raise ValueError for an image that is not there, before a model is loaded for it."""
+        for kind, value in self.terms:
+            if kind == "image" and not Path(value).is_file():
+                raise ValueError(f"{self.name}: image {value} does not exist")
+
+    def record(self) -> dict[str, Any]:
+        """What the results file repeats of the prompt."""
+        return {"id": self.name, "task": self.task, "terms": [{kind: value} for kind, value in self.terms]}
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, transparency on white."""
+    try:
+        return decode_rgb(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}") from error
+
+
+def make_prompt(
+    name: str,
+    task: str,
+    texts: Sequence[str],
+    images: Sequence[str],
+    terms: Sequence[tuple[str, str]] = (),
+    output: str | None = None,
+    **rest: Any,
+) -> Prompt:
+    """A prompt with the rules of its task checked: images come first, then the texts; ``interleave`` takes ``terms`` as they are.
+
+    Raises ValueError that begins with ``name``.
+    """
+    if task not in TASKS:
+        raise ValueError(f"{name}: task '{task}' is unknown; choose one of {', '.join(TASKS)}")
+    if task == "interleave":
+        if not terms:
+            raise ValueError(f"{name}: task interleave needs terms, texts and images in their order")
+        return Prompt(name, task, tuple(terms), output or "image", **rest)
+    fixed = "text" if task == "understand" else "image"
+    if output not in (None, fixed):
+        raise ValueError(f"{name}: task {task} gives {fixed}, not {output}; use task interleave to choose")
+    if terms:
+        raise ValueError(f"{name}: terms belong to task interleave; task {task} takes a prompt and images")
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError(f"{name}: task {task} needs a prompt that is not empty")
+    if task == "t2i" and images:
+        raise ValueError(f"{name}: task t2i takes no image; use task edit to change one, or understand to ask about one")
+    if task == "edit" and not images:
+        raise ValueError(f"{name}: task edit needs an image to change")
+    ordered = [("image", str(image)) for image in images] + [("text", text) for text in texts]
+    return Prompt(name, task, tuple(ordered), fixed, **rest)
+
+
+def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> list[Prompt]:
+    """Prompts of a JSONL file. A line is an object with ``prompt``, and where wanted ``image`` (a path or a list of paths,
+    relative to the file), ``task``, ``id``, ``think``, ``size`` ([height, width]), ``seed``, ``system_prompt``; for task
+    interleave ``terms`` ([{"text": ...}, {"image": ...}]) and ``output`` instead of prompt and image.
+
+    ``task`` and ``defaults`` hold where a line does not say. Raises ValueError naming file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--input {path} does not exist")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            prompts.append(_parse(line, f"{path}, line {number}", len(prompts), path.parent, task, defaults))
+    if not prompts:
+        raise ValueError(f"--input {path} holds no prompt")
+    name, count = Counter(prompt.name for prompt in prompts).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--input {path}: id '{name}' occurs more than once; pictures are named by it")
+    return prompts
+
+
+def _parse(line: str, where: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    unknown = sorted(set(row) - set(_KEYS))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+    images = row.get("image", [])
+    images = [images] if isinstance(images, str) else images
+    rest = {key: row.get(key, defaults.get(key)) for key in ("think", "size", "seed", "system_prompt")}
+    if rest["size"] is not None:
+        rest["size"] = _size(rest["size"], where)
+    name = str(row.get("id", f"{number:05d}"))
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ValueError(f"{where}: id '{name}' cannot name a file")
+    terms = [_term(term, where, folder) for term in row.get("terms", [])]
+    texts = [row["prompt"]] if "prompt" in row else []
+    images = [str(folder / image) for image in images]
+    try:
+        return make_prompt(name, row.get("task", task), texts, images, terms, row.get("output"), **rest)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _size(size: Any, where: str) -> tuple[int, int]:
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+        raise ValueError(f"{where}: size is {size!r}, expected [height, width] in pixels")
+    return size[0], size[1]
+
+
+def _term(term: Any, where: str, folder: Path) -> tuple[str, str]:
+    if not (isinstance(term, dict) and len(term) == 1 and set(term) <= {"text", "image"}):
+        raise ValueError(f'{where}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
+    ((kind, value),) = term.items()
+    return kind, str(folder / value) if kind == "image" else str(value)

@@ -1,0 +1,189 @@
+"""What one prompt asks for, and how a batch of prompts becomes contexts and answers: the rules of the conversation.
+
+The rules are the original's. Every text is read under all views but the one without the last text; every image only under
+the main view, after which the view without text restarts from there. Thoughts enter the main view alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_bagel.inference.batch.system_prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from megatron_bagel.inference.core.context import Context, GuidedContext
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.image import ImageSampling, StepObserver, decode_picture, generate_latents
+from megatron_bagel.inference.core.noise import NoiseSource
+from megatron_bagel.inference.core.sampling import TextSampling
+from megatron_bagel.inference.core.text import GeneratedText, LogitsObserver, generate_text
+
+OUTPUTS = ("image", "text")
+DEFAULT_SIDE = 1024
+
+Term = str | Image.Image | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: its terms in order, and what comes out.
+
+    A term is a text, its token ids, or an RGB image. ``think`` puts ``system_prompt`` first (a text or its ids; the
+    project's own wording when ``None``), and for an image lets the model write down a plan before drawing it. ``size``
+    is (height, width) in pixels of the picture; ``None`` takes the last input image's size, or ``default_size`` without one.
+    """
+
+    terms: tuple[Term, ...]
+    output: str = "image"
+    think: bool = False
+    system_prompt: str | Sequence[int] | None = None
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output '{self.output}' is unknown; choose one of {', '.join(OUTPUTS)}")
+        if not self.terms:
+            raise ValueError("a prompt needs at least one text or image")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request produced; ``image`` is uint8 [H, W, 3], ``latents`` [tokens, channels] before decoding."""
+
+    text: GeneratedText | None = None
+    thought: GeneratedText | None = None
+    image: np.ndarray | None = None
+    latents: Tensor | None = None
+
+
+@dataclass
+class Conversation:
+    """A request on its way: its views, its noise, and the size of the last image it was shown."""
+
+    request: Request
+    noise: NoiseSource
+    views: GuidedContext = field(default_factory=GuidedContext)
+    shown: tuple[int, int] | None = None
+
+    @property
+    def draws(self) -> bool:
+        return self.request.output == "image"
+
+
+@dataclass
+class Observers:
+    """Hooks for checks and progress bars; called with what ``generate_text`` and ``generate_latents`` see."""
+
+    logits: LogitsObserver | None = None
+    step: StepObserver | None = None
+
+
+@torch.no_grad()
+def answer(
+    engine: Engine,
+    requests: Sequence[Request],
+    noise: Sequence[NoiseSource],
+    text: TextSampling,
+    image: ImageSampling,
+    observers: Observers | None = None,
+) -> list[Answer]:
+    """Answer a batch of requests; each comes out as it would alone (unless ``image.couple_batch`` asks otherwise)."""
+    observers = observers or Observers()
+    conversations = [Conversation(request, source) for request, source in zip(requests, noise, strict=True)]
+    read_terms(engine, conversations)
+    written = _write(engine, [c for c in conversations if not c.draws or c.request.think], text, observers)
+    thinkers = [c for c in conversations if c.draws and c.request.think]
+    extended = engine.add_text([c.views.main for c in thinkers], [engine.tokenizer.encode(written[id(c)].text) for c in thinkers])
+    for conversation, main in zip(thinkers, extended, strict=True):
+        conversation.views = replace(conversation.views, main=main)
+    drawn = _draw(engine, [c for c in conversations if c.draws], image, observers)
+    return [
+        Answer(thought=written.get(id(c)), latents=drawn[id(c)][0], image=drawn[id(c)][1]) if c.draws else Answer(text=written[id(c)])
+        for c in conversations
+    ]
+
+
+def read_terms(engine: Engine, conversations: Sequence[Conversation]) -> None:
+    """Bring every conversation's views up to the end of its terms, one term of each per round."""
+    thinking = [c for c in conversations if c.request.think]
+    prompts = [_ids(engine, _system_prompt(c.request)) for c in thinking]
+    # The think prompt belongs to the views without the text and without the images alike: both are taken after it.
+    _extend(thinking, "main", lambda contexts: engine.add_text(contexts, prompts))
+    _extend(thinking, "without_images", lambda contexts: engine.add_text(contexts, prompts))
+    for place in range(max((len(c.request.terms) for c in conversations), default=0)):
+        here = [c for c in conversations if place < len(c.request.terms)]
+        _read_texts(engine, [c for c in here if not isinstance(c.request.terms[place], Image.Image)], place)
+        _read_images(engine, [c for c in here if isinstance(c.request.terms[place], Image.Image)], place)
+
+
+def _read_texts(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
+    ids = [_ids(engine, c.request.terms[place]) for c in conversations]
+    for conversation in conversations:
+        conversation.views = replace(conversation.views, without_text=conversation.views.main)
+    _extend(conversations, "main", lambda contexts: engine.add_text(contexts, ids))
+    _extend(conversations, "without_images", lambda contexts: engine.add_text(contexts, ids))
+
+
+def _read_images(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
+    images = {id(c): engine.resize(c.request.terms[place]) for c in conversations}
+    for conversation in conversations:
+        width, height = images[id(conversation)].size
+        conversation.shown = (height, width)
+    drawing = [c for c in conversations if c.draws]
+    noise = [c.noise.posterior(engine.posterior_shape(images[id(c)])) for c in drawing]
+    _extend(drawing, "main", lambda contexts: engine.add_latents(contexts, [images[id(c)] for c in drawing], noise))
+    if engine.vision_tower is not None or len(drawing) < len(conversations):
+        _extend(conversations, "main", lambda contexts: engine.add_features(contexts, [images[id(c)] for c in conversations]))
+    for conversation in conversations:
+        conversation.views = replace(conversation.views, without_text=conversation.views.main)
+
+
+def _extend(conversations: Sequence[Conversation], view: str, add: Callable[[list[Context]], list[Context]]) -> None:
+    if not conversations:
+        return
+    contexts = add([getattr(c.views, view) for c in conversations])
+    for conversation, context in zip(conversations, contexts, strict=True):
+        conversation.views = replace(conversation.views, **{view: context})
+
+
+def _ids(engine: Engine, text: str | Sequence[int]) -> list[int]:
+    return engine.tokenizer.encode(text) if isinstance(text, str) else list(text)
+
+
+def _system_prompt(request: Request) -> str | Sequence[int]:
+    if request.system_prompt is not None:
+        return request.system_prompt
+    return THINK_BEFORE_IMAGE if request.output == "image" else THINK_BEFORE_ANSWER
+
+
+def _write(engine: Engine, conversations: Sequence[Conversation], sampling: TextSampling, observers: Observers) -> dict[int, GeneratedText]:
+    """Text of each conversation, by identity."""
+    if not conversations:
+        return {}
+    draws = [c.noise.text() for c in conversations]
+    texts = generate_text(engine, [c.views.main for c in conversations], sampling, draws, observers.logits)
+    return {id(c): text for c, text in zip(conversations, texts, strict=True)}
+
+
+def default_size(engine: Engine) -> tuple[int, int]:
+    """1024 x 1024, or the largest square the model's position table reaches."""
+    reach = engine.arch.max_latent_size * engine.arch.vae_token_pixels
+    return min(DEFAULT_SIDE, reach), min(DEFAULT_SIDE, reach)
+
+
+def _draw(
+    engine: Engine, conversations: Sequence[Conversation], sampling: ImageSampling, observers: Observers
+) -> dict[int, tuple[Tensor, np.ndarray]]:
+    """(latent tokens, pixels) of each conversation, by identity."""
+    if not conversations:
+        return {}
+    engine.need_autoencoder()
+    grids = [engine.latent_grid(*(c.request.size or c.shown or default_size(engine))) for c in conversations]
+    channels = engine.arch.latent_token_dim
+    noise = [c.noise.initial((rows * columns, channels)) for c, (rows, columns) in zip(conversations, grids, strict=True)]
+    latents = generate_latents(engine, [c.views for c in conversations], grids, noise, sampling, observers.step)
+    return {id(c): (tokens, decode_picture(engine, tokens, grid)) for c, tokens, grid in zip(conversations, latents, grids, strict=True)}

@@ -1,0 +1,121 @@
+"""From prompts to answers on disk: load, answer batch by batch, write what is there, and go on where a run was interrupted."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bagel.inference.batch.prompts import Prompt
+from megatron_bagel.inference.batch.requests import Answer, answer
+from megatron_bagel.inference.batch.results import AnswerWriter
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.guidance import Guidance
+from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.noise import KeyedNoise
+from megatron_bagel.inference.core.sampling import TextSampling
+
+
+def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    """Refuse what this model cannot do before the first answer is begun."""
+    for prompt in prompts:
+        if prompt.output == "image":
+            engine.need_autoencoder()
+        if prompt.output == "text" and engine.vision_tower is None and any(kind == "image" for kind, _ in prompt.terms):
+            raise ValueError(f"{prompt.name}: this model has no vision tower (visual_und off), it cannot answer about images")
+        if prompt.size is not None:
+            engine.latent_grid(*prompt.size)
+
+
+def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
+    """Answer ``prompts`` with the options of ``args`` (arguments.py) into ``args.out``; returns how many answers there are.
+
+    Raises ValueError for options or prompts that cannot be, before anything is written.
+    """
+    # Imports Megatron-Core, which must find the platform installed.
+    from megatron_bagel.inference.batch.replicas import Replicas
+
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    text, image = sampling_of(args)
+    for prompt in prompts:
+        prompt.check_files()
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file; give a folder")
+    engine = open_engine(args)
+    check_prompts(engine, prompts)
+    jobs = [_Job.of(prompt, sample, args) for prompt in prompts for sample in range(args.num_samples)]
+    replicas, writer = Replicas.launched(), None
+
+    def begin() -> set[str]:
+        nonlocal writer
+        writer = AnswerWriter(args.out, _deciding(args), args.resume)
+        return {job.name for job in jobs if writer.has(job.name, job.prompt, job.seed)}
+
+    done = replicas.agreed(begin)
+    left = [job for job in jobs if job.name not in done]
+    each = args.batch_size * replicas.count
+    with writer or nullcontext():
+        for start in range(0, len(left), each):
+            began, round_ = time.monotonic(), left[start : start + each]
+            mine = round_[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
+            noise = [KeyedNoise(job.seed, job.prompt.name) for job in mine]
+            answers = replicas.collected(answer(engine, [job.prompt.request() for job in mine], noise, text, image))
+            if writer is not None:
+                seconds = (time.monotonic() - began) / len(round_)
+                _write(writer, round_, answers, seconds, (len(done) + start, len(jobs)))
+    return len(jobs)
+
+
+def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
+    """How texts and pictures are made. Raises ValueError naming an option out of its range."""
+    if args.enable_taylorseer:
+        raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
+    guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
+    image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch)
+    return TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p), image
+
+
+def open_engine(args: Namespace) -> Engine:
+    """The model of ``--model``."""
+    from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
+
+    named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
+    options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
+    return load_engine(args.model, options)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One answer to be made. The prompt's name keys the noise too: prompts of one seed must not all start from the same picture."""
+
+    name: str
+    prompt: Prompt
+    seed: int
+
+    @classmethod
+    def of(cls, prompt: Prompt, sample: int, args: Namespace) -> _Job:
+        """Sample number ``sample`` of a prompt; seeds count up."""
+        seed = (args.seed if prompt.seed is None else prompt.seed) + sample
+        return cls(prompt.name if args.num_samples == 1 else f"{prompt.name}_{sample}", prompt, seed)
+
+
+def _deciding(args: Namespace) -> dict[str, Any]:
+    """The options that decide what an answer is, beside the prompt."""
+    of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
+    free = of_prompts | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
+    return {name: value for name, value in vars(args).items() if name not in free}
+
+
+def _write(writer: AnswerWriter, jobs: Sequence[_Job], answers: Sequence[Answer], seconds: float, place: tuple[int, int]) -> None:
+    """Write a round's answers and say so; ``place`` is (answers before these, all answers), ``seconds`` one answer's share."""
+    for row, (job, result) in enumerate(zip(jobs, answers, strict=True)):
+        record = writer.write(job.name, job.prompt, job.seed, result)
+        said = " ".join(str(record[key]) for key in ("thought", "text") if key in record)
+        shown = f"{writer.folder / record['image']} {said}".strip() if "image" in record else said
+        print(f"[{place[0] + row + 1}/{place[1]}] {job.name} ({seconds:.1f} s): {shown}", flush=True)

@@ -1,0 +1,1 @@
+"""The engine: contexts with caches, guidance, text and pictures."""

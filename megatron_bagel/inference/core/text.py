@@ -1,0 +1,63 @@
+"""Text out of a context, token by token, for many contexts at once; each stops at its own end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_bagel.inference.core.context import Context
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.sampling import TextSampling, next_token
+
+# Called with (context number, logits [V]) of every prediction.
+LogitsObserver = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """``ids`` begin with the opening token and leave out the closing one; ``finished`` is False when the length ran out."""
+
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+def readable(engine: Engine, ids: Sequence[int]) -> str:
+    """Text of generated ids, without the opening token; cut where a closing or another opening token is spelled out."""
+    opening, closing = (engine.tokenizer.decode([token]) for token in (engine.tokenizer.bos, engine.tokenizer.eos))
+    return engine.tokenizer.decode(ids).split(closing)[0].split(opening)[1]
+
+
+@torch.no_grad()
+def generate_text(
+    engine: Engine,
+    contexts: Sequence[Context],
+    sampling: TextSampling,
+    draws: Sequence[np.random.Generator],
+    observe: LogitsObserver | None = None,
+) -> list[GeneratedText]:
+    """Continue each context with a text; the contexts themselves are left as they are.
+
+    Whoever wants the text in a context reads it in with ``Engine.add_text``, as the original does with thoughts.
+    """
+    ids = [[engine.tokenizer.bos] for _ in contexts]
+    current = dict(enumerate(contexts))
+    for _ in range(sampling.max_length - 1):
+        numbers = list(current)
+        logits, extended = engine.next_logits(list(current.values()), [ids[n][-1] for n in numbers])
+        for row, number in enumerate(numbers):
+            if observe is not None:
+                observe(number, logits[row])
+            token = next_token(logits[row], sampling, draws[number], len(engine.tokenizer))
+            if token == engine.tokenizer.eos:
+                del current[number]
+            else:
+                ids[number].append(token)
+                current[number] = extended[row]
+        if not current:
+            break
+    return [GeneratedText(tuple(i), readable(engine, i), n not in current) for n, i in enumerate(ids)]

@@ -1,0 +1,112 @@
+"""One turn at the page of ``--serve``: what may be asked, and what the model makes of it. Knows nothing of how it is shown."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.inference.batch.arguments import parse_size
+from megatron_bagel.inference.batch.requests import Observers, Request, answer
+from megatron_bagel.inference.core.engine import Engine
+from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.noise import KeyedNoise
+from megatron_bagel.inference.core.sampling import TextSampling
+
+#: Limits: bytes and pixels of an image, texts and images of a conversation, Euler steps of a picture.
+MAX_BYTES, MAX_PIXELS, MAX_TERMS, MAX_STEPS = 2**25, 2**24, 64, 200
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields beside the conversation, as they were filled in: an emptied number is ``None``, an emptied ``size`` leaves it open."""
+
+    output: str
+    think: bool
+    size: str
+    steps: float | None
+    seed: float | None
+    text_scale: float | None
+    img_scale: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model made; the thought is shown, the others are part of the conversation from then on."""
+
+    thought: str | None = None
+    text: str | None = None
+    image: Image.Image | None = None
+
+    @property
+    def terms(self) -> tuple[str | Image.Image, ...]:
+        return tuple(term for term in (self.text, self.image) if term is not None)
+
+
+@dataclass(frozen=True)
+class ChatSession:
+    """A model, and how it writes and draws where the page does not say. It makes one reply after another, until it is closed."""
+
+    engine: Engine
+    text: TextSampling
+    image: ImageSampling
+    _norm_and_rotate: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def usual(self) -> Settings:
+        """What the fields say at first: the options of the command line."""
+        guidance = self.image.guidance
+        return Settings("image", False, "", self.image.num_timesteps - 1, 0, guidance.text_scale, guidance.img_scale)
+
+    def reply(self, terms: Sequence[str | Image.Image], settings: Settings, stop: threading.Event | None = None) -> Reply:
+        """The model's turn after ``terms``, the whole conversation; ends with ValueError at the next token or step once ``stop`` is set.
+
+        Raises ValueError, before any work, for what cannot be.
+        """
+        if len(terms) > MAX_TERMS:
+            raise ValueError(f"this conversation has {len(terms)} texts and images; at most {MAX_TERMS} are read here, so start again")
+        size = parse_size(settings.size) if settings.size else None
+        request = Request(tuple(terms), settings.output, settings.think, size=size)
+        if request.output == "image":
+            self.engine.need_autoencoder()
+            if size is not None:
+                self.engine.latent_grid(*size)
+        noise, sampling = KeyedNoise(int(_number("seed", settings.seed))), self._sampling(settings)
+        with self._norm_and_rotate:
+            (made,) = answer(self.engine, [request], [noise], self.text, sampling, self._observers(stop))
+        image = None if made.image is None else Image.fromarray(made.image)
+        return Reply(made.thought and made.thought.text, made.text and made.text.text, image)
+
+    def close(self) -> None:
+        """End the reply that is being made and those that wait, as by ``stop``."""
+        self._closed.set()
+
+    def _observers(self, stop: threading.Event | None) -> Observers:
+        def go_on(*_: object) -> None:
+            if self._closed.is_set() or (stop is not None and stop.is_set()):
+                raise ValueError("the model has been stopped")
+
+        return Observers(go_on, go_on)
+
+    def _sampling(self, settings: Settings) -> ImageSampling:
+        steps = int(_number("steps", settings.steps))
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps is {steps}; 1 to {MAX_STEPS} are made here")
+        scales = {name: _number(name, getattr(settings, name)) for name in ("text_scale", "img_scale")}
+        return replace(self.image, num_timesteps=steps + 1, guidance=replace(self.image.guidance, **scales))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An uploaded image as RGB. Raises ValueError for one that cannot be read or is too large."""
+    return decode_rgb(Path(path).read_bytes(), MAX_PIXELS)
+
+
+def _number(name: str, value: float | None) -> float:
+    if value is None:
+        raise ValueError(f"{name} is empty; give a number")
+    return value

@@ -1,0 +1,57 @@
+"""``--serve``: the page of one model, until interrupted. Gradio is imported here only, and late: it is an extra, and takes seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron_bagel.inference.batch.run import open_engine, sampling_of
+from megatron_bagel.inference.web.chat_session import ChatSession
+from megatron_bagel.platform.launch.process_group import launched_world_size
+
+
+def serve(args: Namespace) -> None:
+    """Show the page of ``--serve``. Raises ValueError, before the model is loaded, for options that cannot be and without gradio."""
+    if launched_world_size() > 1:
+        raise ValueError("--serve runs on one process: start it with python, not with torchrun on several ranks")
+    sampling = sampling_of(args)
+    with _listening(args.host, args.port) as listener, tempfile.TemporaryDirectory(prefix="megatron_bagel_page_") as folder:
+        make_server = _need_gradio(folder)
+        server = make_server(ChatSession(open_engine(args), *sampling), args.host, folder)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"the page is at http://{host}:{listener.getsockname()[1]}/ until Ctrl-C", flush=True)
+        # kill is answered as Ctrl-C is, so that the folder goes.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            print("stopped")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _need_gradio(folder: str) -> Callable[..., Any]:
+    """``make_server`` of server.py, with gradio told to keep its files in ``folder`` and what it sees to itself.
+
+    Gradio reads both when it is imported. Its own folder is one for all users of a machine, and is not emptied.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        from megatron_bagel.inference.web.server import make_server
+    except ImportError as error:
+        raise ValueError(f"--serve needs gradio: pip install megatron_bagel[serve] ({error})") from error
+    return make_server
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens on ``host`` and ``port`` (0: any free one)."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from error

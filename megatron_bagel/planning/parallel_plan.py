@@ -1,0 +1,131 @@
+"""One layout of one model on some GPUs, planned: settings checked, then memory, work, traffic and time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import ResolvedRun, resolve
+from megatron_bagel.config.validate import validate_architecture, validate_settings
+from megatron_bagel.costs.flops import StepWork, WorkFlops, work_flops
+from megatron_bagel.costs.memory import MemoryModel
+from megatron_bagel.layout.pack import Pack
+from megatron_bagel.planning.activations import Recompute
+from megatron_bagel.planning.communication import Collective, CommunicationModel, sent_by_axis
+from megatron_bagel.planning.estimate import StepEstimate, StepTime, recomputed_flops
+from megatron_bagel.planning.gpus import Assumptions, Gpu
+from megatron_bagel.planning.memory import PeakMemory, StageMemory
+from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
+
+GIB = 2**30
+TokensOf = Callable[[int, int | None, int, bool], RankTokens]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What does not change between layouts: model, machine, assumptions and the pack that every microbatch is like."""
+
+    arch: BagelArch
+    gpu: Gpu
+    gpus: int
+    assumed: Assumptions
+    pack: Pack
+
+    @property
+    def memory_bytes(self) -> float:
+        """What a GPU has for a run."""
+        return (self.gpu.memory_gib - self.assumed.reserved_gib) * GIB
+
+    def tokens_of(self) -> TokensOf:
+        """Sizes of the pack on context-parallel rank 0, remembered: (ranks, capacity, multiple, all-to-all) -> sizes."""
+        return cache(lambda ranks, capacity, multiple, all_to_all: rank_tokens(self.pack, 0, ranks, capacity, multiple, all_to_all))
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """A planned layout. ``work`` is that of the global batch; ``calls`` are the collectives of a rank of each stage."""
+
+    config: Config
+    layout: ResolvedRun
+    memory: list[StageMemory]
+    work: StepWork
+    flops: WorkFlops
+    recomputed: float
+    calls: list[list[Collective]]
+    estimate: StepEstimate
+    fits: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest stage."""
+        return max(stage.peak for stage in self.memory)
+
+    @property
+    def name(self) -> str:
+        """The axes in short, such as "TP4+SP PP2x2 CP1 DP8 full"."""
+        megatron = self.config.megatron
+        chunks = megatron.virtual_pipeline_model_parallel_size
+        tensor = f"TP{megatron.tensor_model_parallel_size}{'+SP' if megatron.sequence_parallel else ''}"
+        pipeline = f"PP{megatron.pipeline_model_parallel_size}{f'x{chunks}' if chunks else ''}"
+        recompute = megatron.recompute_granularity or "none"
+        if recompute == "full":
+            recompute = f"{megatron.recompute_method} {megatron.recompute_num_layers}"
+        elif recompute == "selective":
+            recompute = " and ".join(megatron.recompute_modules or ["core_attn"])
+        return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.layout.data_parallel_size}, recompute {recompute}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        megatron = self.config.megatron
+        return {
+            "name": self.name,
+            "layout": {
+                "tensor": megatron.tensor_model_parallel_size, "sequence_parallel": megatron.sequence_parallel,
+                "pipeline": megatron.pipeline_model_parallel_size, "virtual": megatron.virtual_pipeline_model_parallel_size,
+                "context": megatron.context_parallel_size, "data": self.layout.data_parallel_size,
+                "global_batch_size": self.layout.global_batch_size, "packs_per_replica": self.layout.num_microbatches,
+            },
+            "fits": self.fits,
+            "peak_bytes": self.peak_bytes,
+            "stages": [stage.to_dict() for stage in self.memory],
+            "flops": {**asdict(self.flops), "total": self.flops.total, "recomputed": self.recomputed},
+            "communication_bytes": [sent_by_axis(calls) for calls in self.calls],
+            "estimate": self.estimate.to_dict(),
+        }  # fmt: skip
+
+
+def plan_layout(config: Config, problem: Problem, tokens_of: TokensOf | None = None, held: MemoryModel | None = None) -> ParallelPlan:
+    """Plan what ``config`` asks for. Raises ValueError, with the flag and what would work, for settings that cannot."""
+    validate_settings(config, problem.gpus, has_gpu=True)
+    layout = resolve(config, problem.gpus, has_gpu=True)
+    validate_architecture(config, problem.arch)
+    megatron = config.megatron
+    tokens = (tokens_of or problem.tokens_of())(
+        megatron.context_parallel_size,
+        config.data.max_num_tokens if megatron.pipeline_model_parallel_size > 1 else None,
+        megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+        megatron.cp_comm_type == "a2a",
+    )
+    packs = [tokens] * layout.num_microbatches
+    held = held or MemoryModel(config, problem.arch, layout)
+    memory = PeakMemory(config, problem.arch, layout, held).stages(packs)
+    traffic = CommunicationModel(config, problem.arch, layout, held)
+    calls = [traffic.rank(stage, packs) for stage in range(megatron.pipeline_model_parallel_size)]
+    one = StepWork.of(problem.pack)
+    work = StepWork(*(value * layout.global_batch_size for value in one.__dict__.values()))
+    training = config.training
+    return ParallelPlan(
+        config=config,
+        layout=layout,
+        memory=memory,
+        work=work,
+        flops=work_flops(problem.arch, work, training.freeze_llm, training.freeze_vit),
+        recomputed=recomputed_flops(problem.arch, config, work, Recompute.of(config)),
+        calls=calls,
+        estimate=StepTime(config, problem.arch, layout, problem.gpu, problem.assumed).estimate(work, calls),
+        fits=max(stage.peak for stage in memory) <= problem.memory_bytes,
+    )

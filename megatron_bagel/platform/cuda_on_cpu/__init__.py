@@ -1,0 +1,1 @@
+"""Stand-ins that let Megatron-Core run on machines without a GPU."""

@@ -1,0 +1,1 @@
+"""Processes and process groups: how ranks start, meet, and end."""

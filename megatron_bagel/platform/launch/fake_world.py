@@ -1,0 +1,63 @@
+"""A process group of any size in one process: collectives return at once and move nothing. For rehearsals of a rank's set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_META = torch.device("meta")
+
+
+def is_fake() -> bool:
+    """Whether the other ranks of this process group do not exist."""
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Within the block this process is ``rank`` of ``world_size`` ranks. Raises RuntimeError inside a real process group.
+
+    Objects gathered from all ranks are this rank's own, as often as there are ranks: every rank of a run says the same of its settings.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("this process is in a process group already; a fake one cannot be put in its place")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_bagel.platform.launch.process_group import shutdown_distributed
+
+    gather = dist.all_gather_object
+
+    def all_gather_object(objects: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:
+        objects[:] = [mine] * len(objects)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.all_gather_object = all_gather_object
+    try:
+        yield
+    finally:
+        dist.all_gather_object = gather
+        shutdown_distributed()
+
+
+class MetaCountsAsCuda(TorchFunctionMode):
+    """Within the block tensors without memory are to Megatron-Core's optimizers what a GPU's are: they sort parameters by the names of
+    CUDA's tensor types. With ``everywhere`` tensors asked for on a device have no memory either, and none are copied to one."""
+
+    def __init__(self, everywhere: bool = False) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.meta.", "torch.cuda.")
+        if self.everywhere and func in (torch.Tensor.cpu, torch.Tensor.cuda) and args[0].is_meta:
+            return args[0]
+        if self.everywhere and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _META}
+        return func(*args, **kwargs)

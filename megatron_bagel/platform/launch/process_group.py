@@ -1,0 +1,105 @@
+"""Starting and ending the process group: by torchrun's environment, by a file for tests, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_bagel.platform.cuda_on_cpu.patches import enter_thread
+from megatron_bagel.platform.device import backend, check_processes, device, has_gpu
+from megatron_bagel.platform.launch.rendezvous import agree_on_generation
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_distributed(
+    timeout_minutes: float = 10.0,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    store: dist.Store | None = None,
+) -> tuple[int, int]:
+    """Join the process group; returns (rank, world size).
+
+    Without arguments the launcher's environment variables are used; a process started without a launcher becomes a world of
+    one. ``store`` takes the place of the launcher's rendezvous. ``init_method`` (with ``rank`` and ``world_size``) is a
+    torch.distributed URL, such as ``file:///tmp/store``.
+    Raises ValueError when only some of the launcher's variables are set, and when processes would have to share a GPU.
+    """
+    enter_thread()
+    check_processes()
+    if has_gpu():
+        torch.cuda.set_device(device())
+    timeout = timedelta(minutes=timeout_minutes)
+    if init_method is None:
+        present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+        if present and len(present) < len(_LAUNCHER_VARIABLES):
+            missing = [name for name in _LAUNCHER_VARIABLES if name not in present]
+            raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
+        if not present:
+            init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
+    if store is not None:
+        rank, world_size = launched_rank(), launched_world_size()
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(agree_on_generation(store, rank, world_size, timeout), store)
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif init_method is None:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def side_store(name: str) -> dist.Store:
+    """The store of the rendezvous under a prefix of its own and, where this torch can, over a connection of its own: a thread that
+    uses it is not held up by one that waits on the first."""
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"megatron_bagel/{name}", store.clone() if hasattr(store, "clone") else store)
+
+
+def set_collective_timeout(minutes: float) -> None:
+    """What waits longer from now on ends the run: collectives of the world and of Megatron-Core's groups. Call it between collectives."""
+    from megatron.core import parallel_state
+
+    groups = [dist.group.WORLD, *(parallel_state._global_process_group_list or ())]
+    for group in dict.fromkeys(group for group in groups if isinstance(group, dist.ProcessGroup)):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def launched_restarts() -> int:
+    """How often torchrun has started these processes again; 0 without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launched_world_size() -> int:
+    """World size the launcher announced, before the process group exists; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Rank the launcher announced; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group and Megatron-Core's groups; does nothing when there is none."""
+    from megatron.core import parallel_state
+
+    from megatron_bagel.platform import megatron_compat
+
+    if parallel_state.model_parallel_is_initialized():
+        megatron_compat.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""The world of coloured shapes: demonstration and test material, not part of the library."""

@@ -1,0 +1,162 @@
+"""An exam on the sample world: prompts whose truth is known, as files for generation, and marks for the answers.
+
+Scenes come from another stream than any training row, so every picture is new to the model; with held-out pairs half of the scenes
+show a (colour, shape) pair that training never did. An edit counts when what was asked for changed and nothing else did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.score import Reading, read_single
+from megatron_bagel.sample_world.text import captions, draw_edit, place
+from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, Shape, World, draw_scene, pick, render, to_png
+
+#: Names the scenes of exams; training data is named by seeds below it.
+SEED = 10_000
+QUESTIONS: dict[str, tuple[str, Callable[[Scene], str]]] = {
+    "colour": ("what color is it?", lambda scene: scene.shapes[0].colour),
+    "position": ("where is it?", lambda scene: place(scene.shapes[0].position)),
+    "shape": ("what shape is it?", lambda scene: scene.shapes[0].shape),
+}
+CHANCE = {"colour": 1 / len(COLOURS), "position": 1 / len(POSITIONS), "shape": 1 / len(SHAPES), "background": 1 / len(BACKGROUNDS)}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """How many prompts of each kind: pictures from words, questions of each of the three kinds, edits of each kind in ``edit_kinds``."""
+
+    pictures: int = 48
+    questions: int = 48
+    edits: int = 48
+    edit_kinds: tuple[str, ...] = ("recolour",)
+
+
+def exam_rows(world: World, exam: Exam) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray | None]]:
+    """(prompt line, truth line, picture shown) of every question; ``world`` is the one trained on, with its held-out pairs."""
+    for number in range(exam.pictures):
+        scene, pairs = exam_scene(world, "t2i", number)
+        name = f"t2i_{number:03d}"
+        yield {"id": name, "task": "t2i", "prompt": captions(scene, world)[0]}, _truth(name, "t2i", pairs, scene), None
+    for attribute, (question, answer) in QUESTIONS.items():
+        for number in range(exam.questions):
+            scene, pairs = exam_scene(world, f"question {attribute}", number)
+            name = f"question_{attribute}_{number:03d}"
+            truth = {**_truth(name, f"question {attribute}", pairs, scene), "answer": answer(scene)}
+            yield {"id": name, "task": "understand", "prompt": question, "image": f"{name}.png"}, truth, render(scene)
+    for kind in exam.edit_kinds:
+        for number in range(exam.edits):
+            scene, pairs = exam_scene(world, f"edit {kind}", number)
+            edit = draw_edit(scene, world, keyed_generator(SEED, "edit", kind, number, pairs), (kind,))
+            name = f"edit_{kind}_{number:03d}"
+            truth = {**_truth(name, f"edit {kind}", pairs, edit.after), "before": asdict(scene)}
+            yield {"id": name, "task": "edit", "prompt": edit.instructions[0], "image": f"{name}.png"}, truth, render(scene)
+
+
+def exam_scene(world: World, kind: str, number: int) -> tuple[Scene, str]:
+    """A scene, and whether its pair is "seen" in training or "held out": every second one is, where the world holds pairs out."""
+    rng = keyed_generator(SEED, kind, number)
+    scene = draw_scene(world, rng)
+    if not world.held_out or number % 2 == 0:
+        return scene, "seen"
+    colour, shape = pick(rng, sorted(world.held_out))
+    return replace(scene, shapes=(replace(scene.shapes[0], colour=colour, shape=shape), *scene.shapes[1:])), "held out"
+
+
+def _truth(name: str, kind: str, pairs: str, scene: Scene) -> dict[str, Any]:
+    return {"id": name, "kind": kind, "pairs": pairs, "scene": asdict(scene)}
+
+
+def write_exam(world: World, exam: Exam, out: Path) -> None:
+    """``prompts.jsonl`` for ``megatron_bagel.generate --input``, the pictures it shows, and ``truth.jsonl`` for ``marks``."""
+    out.mkdir(parents=True, exist_ok=True)
+    prompts, truths = [], []
+    for prompt, truth, shown in exam_rows(world, exam):
+        prompts.append(json.dumps(prompt) + "\n")
+        truths.append(json.dumps(truth) + "\n")
+        if shown is not None:
+            (out / prompt["image"]).write_bytes(to_png(shown))
+    (out / "prompts.jsonl").write_text("".join(prompts))
+    (out / "truth.jsonl").write_text("".join(truths))
+
+
+def marks(asked: Path, answered: Path) -> dict[tuple[str, str], list[bool]]:
+    """Right or wrong by (what, "seen" or "held out"): "t2i colour", "question position", "edit recolour success", ..."""
+    results = {row["id"]: row for row in read_lines(answered / "results.jsonl")}
+    table: dict[tuple[str, str], list[bool]] = {}
+    for truth in read_lines(asked / "truth.jsonl"):
+        if truth["id"] not in results:
+            raise ValueError(f"{answered / 'results.jsonl'} has no answer to {truth['id']}; generate the rest with --resume")
+        result = results[truth["id"]]
+        if "answer" in truth:
+            found = {truth["kind"]: result["text"].strip() == truth["answer"]}
+        else:
+            found = picture_marks(truth, read_picture(answered / result["image"]))
+        for name, right in found.items():
+            table.setdefault((name, truth["pairs"]), []).append(right)
+    return table
+
+
+def picture_marks(truth: Mapping[str, Any], seen: Reading) -> dict[str, bool]:
+    """Marks of one picture: each attribute for a picture from words; asked, kept and success for an edit."""
+    wanted = attributes(to_scene(truth["scene"]))
+    found = {"background": seen.background}
+    if seen.shape is not None:
+        found |= {"colour": seen.shape.colour, "position": seen.shape.position, "shape": seen.shape.shape}
+    right = {name: found.get(name) == value for name, value in wanted.items()}
+    if "before" not in truth:
+        return {f"{truth['kind']} {name}": value for name, value in right.items()}
+    before = attributes(to_scene(truth["before"]))
+    changed = [name for name in wanted if wanted[name] != before[name]]
+    asked, kept = all(right[name] for name in changed), all(value for name, value in right.items() if name not in changed)
+    return {f"{truth['kind']} asked": asked, f"{truth['kind']} kept": kept, f"{truth['kind']} success": asked and kept}
+
+
+def attributes(scene: Scene) -> dict[str, str]:
+    """What is read off a picture of one shape."""
+    shape = scene.shapes[0]
+    return {"colour": shape.colour, "position": shape.position, "shape": shape.shape, "background": scene.background}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; ValueError where it is missing."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; run the step before this one first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def to_scene(row: Mapping[str, Any]) -> Scene:
+    """A scene from its JSON form."""
+    return Scene(row["background"], tuple(Shape(**shape) for shape in row["shapes"]), row["width"], row["height"])
+
+
+def read_picture(path: Path) -> Reading:
+    """What a PNG of one shape shows."""
+    return read_single(np.asarray(Image.open(path).convert("RGB")))
+
+
+def picture_grid(asked: Path, answered: Path, columns: int = 8, ids: Sequence[str] | None = None) -> Image.Image:
+    """Drawn pictures side by side, twice their size; edits as pairs of before and after. ValueError when there is none."""
+    pictures = []
+    for row in read_lines(answered / "results.jsonl"):
+        if "image" in row and (ids is None or row["id"] in ids):
+            if row["task"] == "edit":
+                pictures.append(Image.open(asked / f"{row['id']}.png").convert("RGB"))
+            pictures.append(Image.open(answered / row["image"]).convert("RGB"))
+    if not pictures:
+        raise ValueError(f"{answered / 'results.jsonl'} holds no picture")
+    width, height = pictures[0].size
+    step_x, step_y = 2 * width + 8, 2 * height + 8
+    grid = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), (200, 200, 200))
+    for i, picture in enumerate(pictures):
+        place_ = (i % columns * step_x + 4, i // columns * step_y + 4)
+        grid.paste(picture.resize((2 * width, 2 * height), Image.Resampling.NEAREST), place_)
+    return grid

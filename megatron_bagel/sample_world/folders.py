@@ -1,0 +1,216 @@
+"""Writes the sample world in exactly the folder layout and file schemas of BAGEL's data guide, so that the same folder feeds both.
+
+t2i/NNNN.parquet                      image (PNG bytes), captions (JSON dict as a string)
+editing/seedxedit_multi/NNNN.parquet  image_list, instruction_list (per step a list of ways to put it)
+editing/parquet_info/seedxedit_multi.json
+vlm/images/N.png, vlm/llava_ov_si.jsonl
+text/text.jsonl                       {"text": ...}; ours, only where asked for
+dataset.yaml                          groups, weights, transforms and where the data lies
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from tqdm import tqdm
+
+from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.text import captions, draw_edit, questions
+from megatron_bagel.sample_world.world import World, draw_scene, pick, render, to_png
+
+T2I_SCHEMA = pa.schema([("image", pa.binary()), ("captions", pa.string())])
+EDIT_SCHEMA = pa.schema([
+    ("image_list", pa.list_(pa.field("element", pa.binary()))),
+    ("instruction_list", pa.list_(pa.field("element", pa.list_(pa.field("element", pa.string()))))),
+])  # fmt: skip
+
+VAE_STRIDE, VIT_STRIDE = 16, 14  # pixels of a token's side
+
+# Drawing from words needs the most examples; an editing example has three images and costs as much as two others.
+WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.25, "vlm_sft": 0.5, "text": 0.25}
+
+
+@dataclass(frozen=True)
+class FolderSpec:
+    """How much of each kind to write, and how. Row i of a kind depends on (world, seed, i) alone, not on the counts."""
+
+    world: World
+    seed: int = 0
+    t2i: int = 1000
+    edit: int = 1000
+    vlm: int = 1000
+    text: int = 0
+    captions_per_image: int = 2
+    questions_per_image: int = 2
+    edit_steps: int = 1
+    edit_kinds: tuple[str, ...] | None = None
+    #: How often each kind is drawn, in the order of WEIGHTS.
+    weights: tuple[float, ...] = tuple(WEIGHTS.values())
+    #: Longest side at which the vision tower sees pictures; None for their own.
+    vit_side: int | None = None
+    rows_per_file: int = 500
+    rows_per_group: int = 100
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for counts that make no data set, naming the flag."""
+        if min(self.t2i, self.edit, self.vlm, self.text) < 0 or self.t2i + self.edit + self.vlm + self.text == 0:
+            raise ValueError("--t2i, --edit, --vlm and --text are counts of samples: not negative, and not all zero")
+        if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
+            raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
+        if self.vit_side is not None and self.vit_side < VIT_STRIDE:
+            raise ValueError(f"--vit-image-size must be {VIT_STRIDE} or more, one patch of the vision tower, not {self.vit_side}")
+        at_least_one = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
+
+
+def t2i_row(spec: FolderSpec, i: int) -> dict:
+    """Row i of the text-to-image data: a picture and its captions."""
+    scene = draw_scene(spec.world, keyed_generator(spec.seed, "t2i", i))
+    wordings = captions(scene, spec.world)[: spec.captions_per_image]
+    named = {f"caption_{n}" if n else "caption": text for n, text in enumerate(wordings)}
+    return {"image": to_png(render(scene)), "captions": json.dumps(named)}
+
+
+def edit_row(spec: FolderSpec, i: int) -> dict:
+    """Row i of the editing data: 2 to `edit_steps` + 1 pictures and the instruction for each step."""
+    rng = keyed_generator(spec.seed, "edit", i)
+    scene = draw_scene(spec.world, rng)
+    images, instructions = [to_png(render(scene))], []
+    for _ in range(int(rng.integers(1, spec.edit_steps + 1))):
+        edit = draw_edit(scene, spec.world, rng, spec.edit_kinds)
+        scene = edit.after
+        images.append(to_png(render(scene)))
+        instructions.append(list(edit.instructions))
+    return {"image_list": images, "instruction_list": instructions}
+
+
+def vlm_row(spec: FolderSpec, i: int) -> tuple[dict, np.ndarray]:
+    """Line i of the conversations, and its picture: some questions about it with their answers, each asked once."""
+    rng = keyed_generator(spec.seed, "vlm", i)
+    scene = draw_scene(spec.world, rng)
+    asked = questions(scene, spec.world)
+    chosen = [asked[k] for k in rng.permutation(len(asked))[: spec.questions_per_image]]
+    turns = []
+    for n, (question, answer) in enumerate(chosen):
+        turns.append({"from": "human", "value": question if n else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": i, "image": f"{i}.png", "conversations": turns}, render(scene)
+
+
+def text_row(spec: FolderSpec, i: int) -> dict:
+    """Line i of the plain text: a caption without its picture."""
+    rng = keyed_generator(spec.seed, "text", i)
+    return {"text": pick(rng, captions(draw_scene(spec.world, rng), spec.world))}
+
+
+def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
+    """Writes the data under `root` for a life at `final` (paths inside the files name the latter); returns the dataset YAML."""
+    dataset: dict = {}
+    where: dict = {}
+    size = _transform_sizes(spec.world, spec.vit_side)
+    if spec.t2i:
+        counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
+        args = {"image_transform_args": dict(size["vae"])}
+        dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], **args, **_weight(spec, "t2i_pretrain", [len(counts)])}
+        where["t2i_pretrain"] = {"t2i": {"data_dir": str(final / "t2i"), "num_files": len(counts), "num_total_samples": spec.t2i}}
+    if spec.edit:
+        counts = _write_parquet(root / "editing/seedxedit_multi", EDIT_SCHEMA, edit_row, spec, spec.edit, "edit")
+        folder, info = final / "editing/seedxedit_multi", final / "editing/parquet_info/seedxedit_multi.json"
+        table = {str(folder / name): {"num_row_groups": groups, "num_rows": rows} for name, groups, rows in counts}
+        (root / "editing/parquet_info").mkdir(parents=True)
+        (root / "editing/parquet_info/seedxedit_multi.json").write_text(json.dumps(table, indent=1) + "\n")
+        dataset["unified_edit"] = {
+            "dataset_names": ["seedxedit_multi"],
+            "image_transform_args": dict(size["vae"]),
+            "vit_image_transform_args": dict(size["vit"]),
+            **_weight(spec, "unified_edit", [len(counts)]),
+        }
+        where["unified_edit"] = {"seedxedit_multi": {
+            "data_dir": str(folder), "num_files": len(counts), "num_total_samples": spec.edit, "parquet_info_path": str(info),
+        }}  # fmt: skip
+    if spec.vlm:
+        _write_conversations(root / "vlm", spec)
+        dataset["vlm_sft"] = {
+            "dataset_names": ["llava_ov"], "image_transform_args": dict(size["vit"]),
+            "shuffle_lines": True, "shuffle_seed": 0, **_weight(spec, "vlm_sft", [spec.vlm]),
+        }  # fmt: skip
+        where["vlm_sft"] = {"llava_ov": {
+            "data_dir": str(final / "vlm/images"), "jsonl_path": str(final / "vlm/llava_ov_si.jsonl"), "num_total_samples": spec.vlm,
+        }}  # fmt: skip
+    if spec.text:
+        (root / "text").mkdir()
+        _write_lines(root / "text/text.jsonl", (text_row(spec, i) for i in _progress(spec.text, "text")))
+        dataset["text"] = {"dataset_names": ["text"], **_weight(spec, "text", [spec.text])}
+        where["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
+    return {**dataset, "dataset_info": where}
+
+
+def write_yaml(content: dict, path: Path, comment: str) -> None:
+    """A YAML file in the order of `content`, with a comment on top."""
+    path.write_text(f"# {comment}\n" + yaml.safe_dump(content, sort_keys=False))
+
+
+def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict:
+    return {"is_mandatory": True, "num_used_data": num_used_data, "weight": spec.weights[list(WEIGHTS).index(group)]}
+
+
+def _transform_sizes(world: World, vit_side: int | None) -> dict[str, dict[str, int]]:
+    """Transform settings that leave the pictures' sizes as near as the strides allow, or shrink the longest to `vit_side` for the ViT."""
+    sides = [side for size in world.picture_sizes for side in size]
+
+    def args(stride: int, longest_side: int) -> dict[str, int]:
+        wanted = (longest_side, min(sides) * longest_side / max(sides))
+        longest, shortest = (max(stride, math.ceil(side / stride) * stride) for side in wanted)
+        return {"image_stride": stride, "max_image_size": longest, "min_image_size": shortest}
+
+    return {"vae": args(VAE_STRIDE, max(sides)), "vit": args(VIT_STRIDE, vit_side or max(sides))}
+
+
+def _progress(count: int, what: str) -> Iterable[int]:
+    return tqdm(range(count), desc=what, unit="row", disable=None)
+
+
+def _write_parquet(
+    folder: Path, schema: pa.Schema, make: Callable[[FolderSpec, int], dict], spec: FolderSpec, count: int, what: str
+) -> list[tuple[str, int, int]]:
+    """Rows 0..count-1 in files of `rows_per_file`; (file name, row groups, rows) of each. Holds one row group in memory."""
+    folder.mkdir(parents=True)
+    written = []
+    with tqdm(total=count, desc=what, unit="row", disable=None) as bar:
+        for number, start in enumerate(range(0, count, spec.rows_per_file)):
+            stop = min(start + spec.rows_per_file, count)
+            name, groups = f"{number:04d}.parquet", 0
+            with pq.ParquetWriter(folder / name, schema) as writer:
+                for first in range(start, stop, spec.rows_per_group):
+                    rows = [make(spec, i) for i in range(first, min(first + spec.rows_per_group, stop))]
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=len(rows))
+                    groups += 1
+                    bar.update(len(rows))
+            written.append((name, groups, stop - start))
+    return written
+
+
+def _write_conversations(folder: Path, spec: FolderSpec) -> None:
+    (folder / "images").mkdir(parents=True)
+
+    def lines() -> Iterator[dict]:
+        for i in _progress(spec.vlm, "vlm"):
+            line, pixels = vlm_row(spec, i)
+            (folder / "images" / line["image"]).write_bytes(to_png(pixels))
+            yield line
+
+    _write_lines(folder / "llava_ov_si.jsonl", lines())
+
+
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row) + "\n")

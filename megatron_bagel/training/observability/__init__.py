@@ -1,0 +1,1 @@
+"""What a run writes about itself: log lines, metrics, timers, traces, pictures."""

@@ -1,0 +1,243 @@
+"""Where a run's numbers and pictures go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, W&B and Prometheus on request.
+Rank 0 only.
+
+Other ranks hold a ``RunLog`` too and call the same methods, which do nothing there, so the loop has no rank test of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_bagel.training.observability.contact_sheet import SheetRow, contact_sheet
+from megatron_bagel.training.observability.metrics import StepMetrics, jsonable, log_line
+from megatron_bagel.training.observability.metrics_file import MetricsFile, read_history
+from megatron_bagel.training.observability.plots import plot_losses
+from megatron_bagel.training.observability.prometheus import PrometheusSink
+
+_LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+_MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """The guide's W&B flags. ``run_id`` and ``resume`` let a restarted run continue its curves."""
+
+    project: str = "bagel"
+    name: str = "run"
+    run_id: str = "0"
+    resume: str = "allow"
+    offline: bool = False
+
+
+class WandbSink:
+    """Sends each record under the original's names. Raises ValueError if wandb is not installed."""
+
+    def __init__(self, settings: WandbSettings, results_dir: Path, run_config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "W&B logging was asked for, but the package wandb is not installed: pip install 'megatron-bagel[logging]', or turn "
+                "W&B off (metrics.jsonl and TensorBoard are written either way)."
+            ) from error
+        # The original's id: name and run id together, so that two runs of one name do not overwrite each other.
+        self._run = wandb.init(
+            project=settings.project,
+            id=f"{settings.name}-run{settings.run_id}",
+            name=settings.name,
+            resume=settings.resume,
+            dir=str(results_dir),
+            config=dict(run_config),
+            mode="offline" if settings.offline else "online",
+        )
+
+    def write(self, metrics: StepMetrics) -> None:
+        """One record; memory in MB as the original, everything else as in ``metrics.jsonl``."""
+        record = {
+            "mse": metrics.mse,
+            "ce": metrics.ce,
+            "loss": metrics.loss,
+            "lr": metrics.lr,
+            "total_norm": metrics.grad_norm,
+            "total_ce_tokens": metrics.ce_tokens,
+            "total_mse_tokens": metrics.mse_tokens,
+            "total_samples": metrics.step_samples,
+            "tokens_per_sec": metrics.tokens_per_s,
+            "tokens_per_step": metrics.step_tokens,
+            "actual_tflops": metrics.tflops,
+            "mfu": metrics.mfu,
+            "mem_allocated": metrics.peak_mem_bytes / _MEBIBYTE,
+            "consumed_samples": metrics.consumed_samples,
+            "consumed_tokens": metrics.consumed_tokens,
+            **metrics.by_dataset,
+            **metrics.observed,
+        }
+        self._run.log(record, step=metrics.step)
+
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Held-out losses, each under ``validation/``."""
+        self._run.log({f"validation/{name}": value for name, value in numbers.items()}, step=step)
+
+    def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
+        """One picture of samples."""
+        import wandb
+
+        self._run.log({f"samples/{name}": wandb.Image(sheet)}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files under ``results_dir/tensorboard``; steps from ``next_step`` on of an earlier run are hidden."""
+
+    def __init__(self, results_dir: Path, next_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(results_dir / "tensorboard"), purge_step=next_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """One scalar per field, at the step."""
+        for name, value in metrics.as_json().items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(f"train/{name}", value, metrics.step)
+
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One scalar per held-out loss, at the step."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
+
+    def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
+        """One picture of samples."""
+        self._writer.add_image(f"samples/{name}", np.asarray(sheet), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+
+class RunLog:
+    """All outputs of one run. ``next_step`` is the first step this process will log (resume: the step after the checkpoint's)."""
+
+    def __init__(
+        self,
+        results_dir: str | Path,
+        rank: int,
+        next_step: int,
+        run_config: Mapping[str, Any] | None = None,
+        tensorboard: bool = True,
+        wandb: WandbSettings | None = None,
+        prometheus: str | None = None,
+    ) -> None:
+        self.results_dir = Path(results_dir)
+        self._active = rank == 0
+        self._sinks: list[TensorBoardSink | WandbSink | PrometheusSink] = []
+        if not self._active:
+            return
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
+        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
+        # An evaluation is logged after its step: one of step n belongs to the first n steps.
+        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1)
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(self.results_dir, next_step))
+        if wandb is not None:
+            self._sinks.append(WandbSink(wandb, self.results_dir, run_config or {}))
+        if prometheus is not None:
+            self._sinks.append(PrometheusSink(prometheus, self.results_dir))
+
+    def info(self, text: str) -> None:
+        """One line on the console and in ``log.txt``, with the time."""
+        if self._active:
+            self._logger.info(text)
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write one step everywhere."""
+        if self._active:
+            self._logger.info(log_line(metrics))
+            self._metrics.write(metrics.as_json())
+            for sink in self._sinks:
+                sink.write(metrics)
+
+    def log_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write held-out losses after ``step`` steps: ``validation.jsonl``, the loggers, and one line on the console."""
+        if not self._active:
+            return
+        shown = [f"{name} {numbers[name]:.4f}" for name in ("model/ce", "model/mse", "ema/ce", "ema/mse") if name in numbers]
+        seconds = sum(value for name, value in numbers.items() if name.startswith("seconds_"))
+        self._logger.info(f"(step={step:07d}) Validation {', '.join(shown)}, {seconds:.1f} s")
+        self._validation.write({"step": step, **jsonable(numbers)})
+        for sink in self._sinks:
+            sink.write_validation(step, numbers)
+
+    def log_samples(self, step: int, rows: Mapping[str, Sequence[SheetRow]], texts: Sequence[Mapping[str, Any]]) -> None:
+        """Write pictures, one sheet per name, and texts into ``samples/``, and the sheets to the loggers."""
+        if not self._active:
+            return
+        folder = self.results_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        for name, found in rows.items():
+            sheet = contact_sheet(found)
+            sheet.save(folder / f"{step:07d}_{name}.png")
+            for sink in self._sinks:
+                sink.write_sheet(step, name, sheet)
+        if texts:
+            lines = [json.dumps(dict(text), ensure_ascii=False) + "\n" for text in texts]
+            (folder / f"{step:07d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def close(self, plot: bool = True) -> None:
+        """Draw ``loss.png`` (if any step was logged) and close every file. Also safe after an error of the loop."""
+        if not self._active:
+            return
+        self._metrics.close()
+        self._validation.close()
+        history = read_history(self._metrics.path)
+        if plot and history:
+            plot_losses(history, self.results_dir / "loss.png")
+        for sink in self._sinks:
+            sink.close()
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def package_log(results_dir: str | Path, rank: int) -> Iterator[None]:
+    """Within the block what the package logs (weights loaded, checkpoints passed over, saves) is on console and in ``log.txt``.
+
+    On rank 0; other ranks' warnings go where Python sends them.
+    """
+    if rank:
+        yield
+        return
+    Path(results_dir).mkdir(parents=True, exist_ok=True)
+    logger, handlers = _console_and_file(Path(results_dir) / "log.txt", "megatron_bagel")
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _console_and_file(path: Path, name: str = "megatron_bagel.run") -> tuple[logging.Logger, list[logging.Handler]]:
+    """The run's own logger, apart from the root one, which libraries configure as they like."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    for handler in handlers:
+        handler.setFormatter(_LINE)
+        logger.addHandler(handler)
+    return logger, handlers

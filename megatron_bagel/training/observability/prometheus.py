@@ -1,0 +1,100 @@
+"""The newest numbers of a run as a text file in Prometheus' format, for the textfile collector of node_exporter.
+
+A pull through a file needs no port and no library, and cannot slow training down. The file is replaced as a whole, so a scrape never
+sees half of it. What a metric's name holds after a slash (a dataset, a phase) becomes a label, so that one query shows all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_bagel.training.observability.metrics import StepMetrics
+
+_PREFIX = "megatron_bagel"
+#: First part of a name with a slash -> (name of the metric, name of the label).
+_LABELLED = {
+    "ce": ("dataset_ce", "dataset"),
+    "mse": ("dataset_mse", "dataset"),
+    "time": ("phase_seconds", "phase"),
+    "time_min": ("phase_seconds_min", "phase"),
+    "task_tokens": ("task_tokens", "task"),
+    "task_samples": ("task_samples", "task"),
+    "expert_tokens": ("expert_tokens", "expert"),
+    "imbalance": ("imbalance_ratio", "of"),
+    "memory": ("memory", "of"),
+}
+Row = tuple[str, Mapping[str, str], float]
+
+
+class PrometheusSink:
+    """Writes the file at every logged step and evaluation. ``running`` in it is 1 until the run ends by itself; of a killed run the
+    collector's own ``node_textfile_mtime_seconds`` tells the age."""
+
+    def __init__(self, path: str | Path, results_dir: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._run = {"run": str(results_dir)}
+        self._step: list[Row] = []
+        self._validation: list[Row] = []
+        self._write(running=1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """The numbers of a logged step."""
+        self._step = [_row(name, value) for name, value in metrics.as_json().items()]
+        self._write(running=1)
+
+    def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Held-out losses; they stay in the file until the next evaluation."""
+        self._validation = [("validation_step", {}, step), *(("validation", {"of": name}, value) for name, value in numbers.items())]
+        self._write(running=1)
+
+    def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
+        """Pictures have no place in such a file."""
+
+    def close(self) -> None:
+        """Say that the run is over."""
+        self._write(running=0)
+
+    def _write(self, running: int) -> None:
+        rows = [("running", {}, running), *self._step, *self._validation]
+        unfinished = self.path.with_name(f".{self.path.name}.tmp")  # not read: it does not end in .prom
+        unfinished.write_text(exposition((name, {**self._run, **labels}, value) for name, labels, value in rows), encoding="utf-8")
+        # node_exporter is another user's.
+        unfinished.chmod(0o644)
+        os.replace(unfinished, self.path)
+
+
+def exposition(rows: Iterable[Row]) -> str:
+    """Gauges in the text format: the rows of a name stand together under its TYPE line, in the order of their first row."""
+    by_name: dict[str, list[str]] = {}
+    for name, labels, value in rows:
+        full = f"{_PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
+        inside = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+        by_name.setdefault(full, []).append(f"{full}{{{inside}}} {_number(value)}\n")
+    return "".join(f"# TYPE {name} gauge\n{''.join(lines)}" for name, lines in by_name.items())
+
+
+def _row(name: str, value: float | None) -> Row:
+    first, slash, rest = name.partition("/")
+    metric, label = _LABELLED.get(first, (first, "of"))
+    return (metric, {label: rest}, _float(value)) if slash else (name, {}, _float(value))
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return ("+Inf" if value > 0 else "-Inf") if math.isinf(value) else repr(float(value))

@@ -1,0 +1,1 @@
+"""Optimizer, averages and learning rate."""

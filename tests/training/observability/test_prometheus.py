@@ -1,0 +1,74 @@
+"""Prometheus' text file: read back by the rules of its format, whole at every moment, and over when the run is."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bagel.training.observability.logging_sinks import RunLog
+from megatron_bagel.training.observability.prometheus import exposition
+from tests.training.observability.test_metrics import metrics
+
+LINE = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)\{((?:[a-z]+=\"(?:[^\"\\\n]|\\.)*\",?)*)\} (NaN|[+-]Inf|[0-9.e+-]+)")
+LABEL = re.compile(r"([a-z]+)=\"((?:[^\"\\\n]|\\.)*)\"")
+ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+
+
+def parse(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(name, labels) -> value. Every line must be of the format, every name declared once, before its lines, which stand together."""
+    found, declared, current = {}, set(), None
+    for line in text.split("\n")[:-1]:
+        if line.startswith("# TYPE "):
+            _, _, current, kind = line.split(" ")
+            assert kind == "gauge" and current not in declared
+            declared.add(current)
+            continue
+        match = LINE.fullmatch(line)
+        assert match and match[1] == current, line
+        labels = tuple((name, re.sub(r"\\.", lambda escape: ESCAPES[escape[0]], value)) for name, value in LABEL.findall(match[2]))
+        assert (match[1], labels) not in found
+        found[match[1], labels] = float(match[3])
+    return found
+
+
+#: Line ends of Unicode are data inside a label; only reading them back by lines here would trip over them.
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\x85\u2028\u2029\x0b\x0c\x1c\x1d\x1e"), max_size=6)
+NAMES = st.from_regex(r"[a-z_/]{1,5}", fullmatch=True)
+
+
+@given(st.dictionaries(st.tuples(NAMES, TEXTS), st.floats(), max_size=12))
+def test_every_value_and_label_is_read_back(rows: dict[tuple[str, str], float]) -> None:
+    distinct = {(name.replace("/", "_"), label): value for (name, label), value in rows.items()}
+    read = parse(exposition((name, {"of": label}, value) for (name, label), value in distinct.items()))
+    assert len(read) == len(distinct)
+    for (name, label), value in distinct.items():
+        back = read["megatron_bagel_" + name, (("of", label),)]
+        assert back == value or (math.isnan(back) and math.isnan(value))
+
+
+def test_a_run_writes_its_newest_numbers_and_says_when_it_is_over(tmp_path: Path) -> None:
+    path = tmp_path / "collector/bagel.prom"
+    log = RunLog(tmp_path / "results", rank=0, next_step=0, tensorboard=False, prometheus=str(path))
+    run = ("run", str(tmp_path / "results"))
+    assert parse(path.read_text()) == {("megatron_bagel_running", (run,)): 1.0}
+    log.log(metrics(3, ce=math.nan))
+    log.log(metrics(4, by_dataset={"ce/vlm": 0.5, "ce/vlm/llava": 0.25}, observed={"time/encode": 0.125, "pack_fill": 0.75}))
+    log.log_validation(5, {"model/ce": 2.0})
+    read = parse(path.read_text())
+    assert read["megatron_bagel_step", (run,)] == 4 and read["megatron_bagel_pack_fill", (run,)] == 0.75
+    assert read["megatron_bagel_dataset_ce", (run, ("dataset", "vlm/llava"))] == 0.25
+    assert read["megatron_bagel_phase_seconds", (run, ("phase", "encode"))] == 0.125
+    assert read["megatron_bagel_validation", (run, ("of", "model/ce"))] == 2.0
+    assert read["megatron_bagel_running", (run,)] == 1
+    log.close()
+    assert parse(path.read_text())["megatron_bagel_running", (run,)] == 0
+    assert [file.name for file in path.parent.iterdir()] == ["bagel.prom"] and path.stat().st_mode & 0o004
+
+
+def test_other_ranks_write_none(tmp_path: Path) -> None:
+    RunLog(tmp_path, rank=1, next_step=0, prometheus=str(tmp_path / "bagel.prom")).close()
+    assert not list(tmp_path.iterdir())
