@@ -1,27 +1,8 @@
-"""Plan a run before it has a machine: ``python -m megatron_bagel.plan --model bagel-7b-mot --gpus 64 [flags of training]``."""
-
-from __future__ import annotations
+"""Run ``python -m megatron_bagel.plan``; the command itself is ``cli/plan.py``."""
 
 import sys
-from collections.abc import Sequence
 
-from megatron_bagel.config.parser import parse_with
-from megatron_bagel.config.plan_arguments import PlanArguments
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the settings, then print the plan or the best layouts. Returns the process's exit code."""
-    try:
-        config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, "python -m megatron_bagel.plan")
-        # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
-        from megatron_bagel.planning.command import answer
-
-        print(answer(config, wanted))
-    except ValueError as error:
-        print(f"megatron_bagel.plan: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from megatron_bagel.cli.plan import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -66,9 +66,9 @@ def run_config(world: Path, results: Path, ranks: int = 1, **flags: Any) -> Conf
 
 
 def _execute(config: Config) -> None:
-    from megatron_bagel.training import loop
+    from megatron_bagel.training.setup import set_up as setup
 
-    loop.execute(config)
+    setup.execute(config)
 
 
 def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:

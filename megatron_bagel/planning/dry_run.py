@@ -1,6 +1,6 @@
 """A rehearsal of one rank of a run of any size: its modules, buffers, optimizer, packs, layout and checkpoint, without memory or ranks.
 
-Everything is made by the functions of a real run (training/loop.py, training/setup/build.py, data/loading/loader.py,
+Everything is made by the functions of a real run (training/setup/set_up.py, training/setup/build.py, data/loading/loader.py,
 checkpoint/dist/state.py); only tensors lie on the meta device and the process group is fake. What a step would issue and hold is then
 counted from the packs planned.
 """
@@ -37,7 +37,7 @@ from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
 from megatron_bagel.platform.device import peak_memory_bytes
 from megatron_bagel.platform.launch.fake_world import MetaCountsAsCuda, fake_world
-from megatron_bagel.training import loop
+from megatron_bagel.training.setup import set_up as setup
 from megatron_bagel.training.setup.build import build_trainable
 from megatron_bagel.training.step import Trainable
 
@@ -107,7 +107,7 @@ def dry_run(config: Config, rank: int, world_size: int) -> DryRunReport:
     layout = resolve(config, world_size, has_gpu=True)
     with fake_world(rank, world_size):
         with _timed(seconds, "groups"):
-            loop.initialize_parallel(config)
+            setup.initialize_parallel(config)
             check_rank_order()
             place = coordinates_of(dist.get_rank())
             arch, tokenizer = run_model(config)
@@ -119,7 +119,7 @@ def dry_run(config: Config, rank: int, world_size: int) -> DryRunReport:
             loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place.data, layout.data_parallel_size, share)
             plans = loader.plan_next()
             packs = [loader.reader.layout(plan) for plan in plans]
-            settings = loop.step_settings(config, layout)
+            settings = setup.step_settings(config, layout)
             tokens = [
                 rank_tokens(
                     pack, place.context, config.megatron.context_parallel_size,

@@ -29,12 +29,13 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
     """Pipeline stage of this rank, and what it holds after a step, in the memory model's terms."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training import loop
     from megatron_bagel.training.optim.optimizer import leaf_optimizers
+    from megatron_bagel.training.setup import set_up as setup
+    from megatron_bagel.training.step import train_step
 
-    loop.initialize_parallel(config)
-    run = loop.set_up(config)
-    loop.train_step(run.trainable, next(run.loader), run.settings)
+    setup.initialize_parallel(config)
+    run = setup.set_up(config)
+    train_step(run.trainable, next(run.loader), run.settings)
     parameters = [parameter for part in run.trained.modules.values() for parameter in part.parameters()]
     # Sharded weights are views of one buffer, padding included.
     weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in parameters}

@@ -40,11 +40,11 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
     """Stage of this rank, the pack of its first microbatch, and the bytes of storages that its forward pass keeps, by chunk."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training import loop
+    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import microbatches
 
-    loop.initialize_parallel(config)
-    run = loop.set_up(config)
+    setup.initialize_parallel(config)
+    run = setup.set_up(config)
     batch = next(run.loader)
     run.loader.close()
     shard = microbatches(batch.packs, run.trainable.stage, run.settings)[0]

@@ -31,14 +31,15 @@ def issued(config: Config) -> tuple[int, int, list[Any], Counter]:
     """Stage and context-parallel place of this rank, its packs, and the calls of its second step."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training import loop
+    from megatron_bagel.training.setup import set_up as setup
+    from megatron_bagel.training.step import train_step
 
-    loop.initialize_parallel(config)
-    run = loop.set_up(config)
-    loop.train_step(run.trainable, next(run.loader), run.settings)
+    setup.initialize_parallel(config)
+    run = setup.set_up(config)
+    train_step(run.trainable, next(run.loader), run.settings)
     batch = next(run.loader)
     with Recorder() as recorder:
-        loop.train_step(run.trainable, batch, run.settings)
+        train_step(run.trainable, batch, run.settings)
     run.loader.close()
     place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()
     return *place, [loaded.pack for loaded in batch.packs], recorder.calls

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bagel.cli.train import main
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.validate import validate_settings
-from megatron_bagel.train import main
 from tests.costs.test_memory import held
 from tests.distributed import fork, run_ranks
 from tests.runs import run_config
@@ -36,11 +36,11 @@ def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tup
     from megatron.core import parallel_state
 
     from megatron_bagel.planning.dry_run import checkpoint_share
-    from megatron_bagel.training import loop
+    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import microbatches
 
-    loop.initialize_parallel(config)
-    run = loop.set_up(config)
+    setup.initialize_parallel(config)
+    run = setup.set_up(config)
     batch = next(run.loader)
     shards = microbatches(batch.packs, run.trainable.stage, run.settings)
     slots = [number for shard in shards for number in (shard.length, shard.n_text, shard.n_vit, shard.n_vae, len(shard.labels))]

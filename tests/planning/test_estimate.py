@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bagel.cli.plan import main
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.costs.flops import StepWork, mfu_flops, utilization, work_flops
-from megatron_bagel.plan import main
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.command import problem_of
 from megatron_bagel.planning.estimate import recomputed_flops

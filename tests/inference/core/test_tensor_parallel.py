@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_bagel.generate import collect_prompts
+from megatron_bagel.cli.generate import collect_prompts
 from megatron_bagel.inference.batch.arguments import parse_arguments
 from megatron_bagel.inference.batch.requests import Request, answer
 from megatron_bagel.inference.batch.run import run_prompts

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bagel import generate
+from megatron_bagel.cli import generate
 from megatron_bagel.inference.batch.requests import Answer, Request, answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_bagel import generate
+from megatron_bagel.cli import generate
 
 
 def test_without_gradio_it_says_what_to_install(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,10 +44,10 @@ def both_ways(config: Any) -> list[tuple[str, Any, Any]]:
     from megatron_bagel.inference.batch.requests import Request, answer
     from megatron_bagel.inference.core.engine import Engine
     from megatron_bagel.inference.core.sampling import TextSampling
-    from megatron_bagel.training import loop
+    from megatron_bagel.training.setup import set_up as setup
 
-    loop.initialize_parallel(config)
-    run = loop.set_up(config)
+    setup.initialize_parallel(config)
+    run = setup.set_up(config)
     decoder = run.trained.modules["decoder"]
     with torch.no_grad():
         # Zero in a fresh model, which would make every velocity zero.

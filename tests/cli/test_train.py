@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bagel import train
+from megatron_bagel.cli import train
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork
 from tests.runs import make_world

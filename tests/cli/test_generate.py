@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_bagel.generate import main
+from megatron_bagel.cli.generate import main
 from tests.inference.tiny_model import write_tiny_model
 
 QUICK = ["--num-timesteps", "3", "--vae-transform", "32", "16", "--vit-transform", "42", "14", "--max-length", "6"]

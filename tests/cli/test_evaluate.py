@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_bagel.evaluate import main
+from megatron_bagel.cli.evaluate import main
 from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
 from tests.inference.tiny_model import write_tiny_model
 

@@ -1,0 +1,52 @@
+"""Pictures from prompts, edited pictures, answers about pictures: ``python -m megatron_bagel.generate --help``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron_bagel import platform
+from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
+from megatron_bagel.inference.batch.prompts import Prompt, make_prompt, read_prompts
+from megatron_bagel.inference.batch.run import run_prompts
+from megatron_bagel.inference.web.serve import serve
+from megatron_bagel.platform.launch.process_group import launched_rank, shutdown_distributed
+
+
+def collect_prompts(args: Namespace) -> list[Prompt]:
+    """Prompts of the command line or of ``--input``; ValueError for none, or for both."""
+    size = parse_size(args.image_size) if args.image_size else None
+    common = {"think": args.think, "system_prompt": args.system_prompt, "size": size}
+    terms: list[tuple[str, str]] = getattr(args, "terms", None) or []
+    if args.system_prompt and not args.think:
+        raise ValueError("--system-prompt replaces the prompt of --think; pass --think as well")
+    if args.input:
+        if terms:
+            raise ValueError("give either --input or --prompt and --image, not both")
+        return read_prompts(args.input, args.task, common)
+    if args.task == "interleave":
+        return [make_prompt("00000", "interleave", (), (), terms, args.output, **common)]
+    texts, images = ([value for kind, value in terms if kind == wanted] for wanted in ("text", "image"))
+    if not texts:
+        raise ValueError("there is nothing to do: give --prompt TEXT or --input FILE")
+    return [make_prompt(f"{i:05d}", args.task, [text], images, (), args.output, **common) for i, text in enumerate(texts)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; mistakes of the user end with one sentence and status 2."""
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    platform.install()
+    try:
+        if args.serve:
+            serve(args)
+            return 0
+        count = run_prompts(args, collect_prompts(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutdown_distributed()
+    if launched_rank() == 0:
+        print(f"{count} answers in {args.out}/results.jsonl")
+    return 0
