@@ -23,6 +23,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.60",
     "matplotlib>=3.7",
     "packaging>=23",
+    "filelock>=4",
+    "prometheus_client>=0.17",
     # Megatron-Core imports psutil when it saves a torch_dist checkpoint, without declaring it.
     "psutil>=5.9",
     # So does einops, when optimizer state is replicated (several instances of the distributed optimizer).

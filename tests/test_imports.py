@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
 #: Room -> its floors, lower ones first. Parts of one floor do not import each other. The empty name is the package itself.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("config", "platform"), ("layout", "parallel"), ("model", "data", "checkpoint"), ("encoders",), ("costs",), ("assembly",),
-        ("inference", "sample_world"), ("training",), ("planning",), ("cli",), ("train", "generate", "evaluate", "plan"),
+        ("common",), ("config", "platform"), ("layout", "parallel"), ("model", "data", "checkpoint"), ("encoders",), ("costs",),
+        ("assembly",), ("inference", "sample_world"), ("training",), ("planning",), ("cli",), ("train", "generate", "evaluate", "plan"),
     ),
     "checkpoint": (("hf",), ("dist",), ("convert", "command_line")),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),

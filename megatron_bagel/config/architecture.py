@@ -5,25 +5,13 @@ Everything that builds modules, maps weights or counts FLOPs reads these classes
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_files import read_json
+
 LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError that begins with ``what``, the flag or thing the file belongs to."""
-    if not path.is_file():
-        raise ValueError(f"{what}: there is no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what}: {path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{what}: {path} holds a {type(content).__name__}, expected an object of settings")
-    return content
 
 
 def _require(config: dict[str, Any], names: tuple[str, ...], what: str) -> None:

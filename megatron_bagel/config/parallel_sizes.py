@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
+from megatron_bagel.common.wording import listed
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 
@@ -29,7 +29,7 @@ def check_tensor_parallel(size: int, llm: LLMArch) -> None:
     if _tensor_obstacle(size, llm) is None:
         return
     fitting = [other for other in range(1, llm.num_attention_heads + 1) if _tensor_obstacle(other, llm) is None]
-    raise ValueError(f"--tensor_model_parallel_size {size}: {_tensor_obstacle(size, llm)}; sizes that work: {_listed(fitting)}")
+    raise ValueError(f"--tensor_model_parallel_size {size}: {_tensor_obstacle(size, llm)}; sizes that work: {listed(fitting)}")
 
 
 def _tensor_obstacle(size: int, llm: LLMArch) -> str | None:
@@ -67,7 +67,7 @@ def virtual_stages(megatron: MegatronArguments, layers: int) -> int | None:
         if per_chunk < 1 or layers % megatron.pipeline_model_parallel_size or stage % per_chunk:
             raise ValueError(
                 f"--num_layers_per_virtual_pipeline_stage {per_chunk} does not divide the {layers} layers over "
-                f"{megatron.pipeline_model_parallel_size} stages; sizes that work: {_listed(_divisors(max(stage, 1)))}"
+                f"{megatron.pipeline_model_parallel_size} stages; sizes that work: {listed(_divisors(max(stage, 1)))}"
             )
         if chunks is not None and chunks != stage // per_chunk:
             raise ValueError(
@@ -87,7 +87,7 @@ def check_pipeline(megatron: MegatronArguments, layers: int) -> None:
             fitting = [size for size in _divisors(layers) if layers % (size * chunks) == 0]
             raise ValueError(
                 f"--pipeline_model_parallel_size {stages}: {layers} layers cannot be dealt evenly to {stages} stages of {chunks} "
-                f"chunk(s); sizes that work: {_listed(fitting)}, or give --num_layers_in_first_pipeline_stage and "
+                f"chunk(s); sizes that work: {listed(fitting)}, or give --num_layers_in_first_pipeline_stage and "
                 "--num_layers_in_last_pipeline_stage"
             )
         return
@@ -101,7 +101,7 @@ def check_pipeline(megatron: MegatronArguments, layers: int) -> None:
     sizes = [*given, *([rest // between] if between else [])]
     if any(size % chunks for size in sizes):
         raise ValueError(
-            f"{chunks} chunks per stage do not divide stages of {_listed(sizes)} layers; change "
+            f"{chunks} chunks per stage do not divide stages of {listed(sizes, 'and')} layers; change "
             "--virtual_pipeline_model_parallel_size or the layers of the first and the last stage"
         )
 
@@ -117,13 +117,9 @@ def check_context_parallel(megatron: MegatronArguments, llm: LLMArch) -> None:
         raise ValueError(
             f"--cp_comm_type a2a gives each of --context_parallel_size {size} ranks a share of the heads, but the {heads} heads and "
             f"{groups} key/value heads of a tensor-parallel rank cannot be divided by {size}; sizes that work: "
-            f"{_listed(_divisors(math.gcd(heads, groups)))}, or use --cp_comm_type all_gather, which takes any size"
+            f"{listed(_divisors(math.gcd(heads, groups)))}, or use --cp_comm_type all_gather, which takes any size"
         )
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _listed(sizes: Iterable[int]) -> str:
-    return ", ".join(map(str, sizes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from megatron_bagel.common.files import write_whole
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
@@ -67,9 +67,7 @@ class Config:
         """Write as YAML that ``--config`` accepts, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 class _Parser(HfArgumentParser):

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch, read_json
+from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.wording import listed
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.original_flags import SHARDING_STRATEGIES
 from megatron_bagel.config.parser import Config
@@ -86,7 +88,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
         product = " x ".join(f"--{name} {size}" for name, size in axes.items())
         raise ValueError(
             f"{product} = {model_ranks} ranks per replica do not divide the {world_size} ranks of this run; "
-            f"their product can be {_listed(_divisors(world_size))}"
+            f"their product can be {listed(_divisors(world_size))}"
         )
     return world_size // model_ranks
 
@@ -115,7 +117,7 @@ def _check_ramp(sizes: BatchSizes, data_parallel: int) -> None:
     uneven = [size for size in sizes.steps if size % data_parallel]
     if uneven:
         raise ValueError(
-            f"--rampup_batch_size: global batches of {_listed(uneven)} packs are no multiples of the {data_parallel} data-parallel "
+            f"--rampup_batch_size: global batches of {listed(uneven)} packs are no multiples of the {data_parallel} data-parallel "
             f"replicas; let START ({sizes.start}) and INCREMENT ({sizes.increment}) be multiples"
         )
 
@@ -148,7 +150,7 @@ def _optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
     if instances < 1 or data_parallel % instances:
         raise ValueError(
             f"{instances} optimizer instances (--num_distributed_optimizer_instances, --num_replicate) do not divide the "
-            f"{data_parallel} data-parallel ranks; {_listed(_divisors(data_parallel))} would"
+            f"{data_parallel} data-parallel ranks; {listed(_divisors(data_parallel))} would"
         )
     if instances > 1 and not sharded:
         raise ValueError("more than one optimizer instance (--num_replicate) needs --use_distributed_optimizer True")
@@ -229,7 +231,3 @@ def tokenizer_path(config: Config) -> str:
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

@@ -12,16 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-
-# Names listed in an error before the rest is only counted.
-MAX_NAMES_IN_ERROR = 8
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - MAX_NAMES_IN_ERROR
-    return ", ".join(names[:MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_tensors(path: Path, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
@@ -30,7 +23,7 @@ def _check_tensors(path: Path, found: dict[str, torch.Size], expected: dict[str,
     shared = sorted(found.keys() & expected.keys())
     wrong = [f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in shared if found[name] != expected[name]]
     problems = [
-        f"{label}: {_some(names)}"
+        f"{label}: {shorten(names)}"
         for label, names in (("missing tensors", missing), ("left-over tensors", left_over), ("wrong shapes", wrong))
         if names
     ]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bagel.data.index.format import Manifest, dataset_folder, write_durably
+from megatron_bagel.common.files import digest, write_whole
+from megatron_bagel.data.index.format import Manifest, dataset_folder
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cache_key
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
-from megatron_bagel.data.index.verify import file_digest
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -67,7 +67,7 @@ def write_latent_cache(
 
     The job that finishes last writes the manifest. Raises ValueError when ``output`` holds the cache of something else.
     """
-    key = cache_key(index.manifest, groups, options.dtype, file_digest(weights))
+    key = cache_key(index.manifest, groups, options.dtype, digest(weights).sha256)
     _prepare(output, key, autoencoder)
     work = [
         _ShardWork(index.reader(group, entry), group, number)
@@ -80,7 +80,7 @@ def write_latent_cache(
     if not all(_done(output, shard).is_file() for shard in work):
         return False
     files = {shard.name: json.loads(_done(output, shard).read_text()) for shard in work}
-    write_durably(output / CACHE_MANIFEST, json.dumps({**key, "files": files}, indent=1) + "\n")
+    write_whole(output / CACHE_MANIFEST, json.dumps({**key, "files": files}, indent=1) + "\n")
     return True
 
 
@@ -101,8 +101,8 @@ def _prepare(output: Path, key: dict, autoencoder: AutoEncoder) -> None:
         )
     if there and path.name not in there:
         raise ValueError(f"{output} holds something else than a latent cache; give another --output")
-    write_durably(path, json.dumps(key))
-    write_durably(output / "ae_config.json", json.dumps(autoencoder.arch.to_dict(), indent=1) + "\n")
+    write_whole(path, json.dumps(key))
+    write_whole(output / "ae_config.json", json.dumps(autoencoder.arch.to_dict(), indent=1) + "\n")
 
 
 def _done(output: Path, shard: _ShardWork) -> Path:
@@ -158,7 +158,7 @@ def _write_shard(output: Path, shard: _ShardWork, autoencoder: AutoEncoder, opti
             progress(writer.add(shard.reader.image_bytes(row, image), partial(_pixels, shard, row, image)))
     progress(writer.flush())
     builder.finalize(str(done.with_suffix(".idx")))
-    write_durably(done, json.dumps({ending: done.with_suffix(f".{ending}").stat().st_size for ending in ("bin", "idx")}))
+    write_whole(done, json.dumps({ending: done.with_suffix(f".{ending}").stat().st_size for ending in ("bin", "idx")}))
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:

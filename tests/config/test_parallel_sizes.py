@@ -28,22 +28,22 @@ def llm(**sizes: int) -> LLMArch:
 @pytest.mark.parametrize(
     ("arch", "sizes", "message"),
     [
-        (RELEASED, {TP: 8}, r"--tensor_model_parallel_size 8: the model's 28 attention heads .* sizes that work: 1, 2, 4$"),
+        (RELEASED, {TP: 8}, r"--tensor_model_parallel_size 8: the model's 28 attention heads .* sizes that work: 1, 2 or 4$"),
         (llm(intermediate_size=98), {TP: 4}, r"98 channels of the MLP"),
         (
             llm(num_attention_heads=12, num_key_value_heads=4, hidden_size=96, vocab_size=72),
             {TP: 6},
             r"neither a divisor nor a multiple of the model's 4",
         ),
-        (RELEASED, {PP: 3}, r"28 layers cannot be dealt evenly to 3 stages .* sizes that work: 1, 2, 4, 7, 14, 28"),
+        (RELEASED, {PP: 3}, r"28 layers cannot be dealt evenly to 3 stages .* sizes that work: 1, 2, 4, 7, 14 or 28"),
         (llm(), {PP: 2, VPP: 3}, r"2 stages of 3 chunk\(s\)"),
-        (llm(), {PP: 2, "num_layers_per_virtual_pipeline_stage": 3}, r"does not divide .* sizes that work: 1, 2, 4"),
+        (llm(), {PP: 2, "num_layers_per_virtual_pipeline_stage": 3}, r"does not divide .* sizes that work: 1, 2 or 4"),
         (llm(), {PP: 2, VPP: 4, "num_layers_per_virtual_pipeline_stage": 2}, r"contradict each other"),
         (llm(), {PP: 4, FIRST: 1}, r"leave 7 of 8 layers for 3 other stages"),
         (llm(), {PP: 2, FIRST: 1, LAST: 6}, r"leave 1 of 8 layers for 0 other stages"),
-        (RELEASED, {CP: 8, COMM: "a2a"}, r"28 heads and 4 key/value heads .* sizes that work: 1, 2, 4, or use --cp_comm_type all_gather"),
+        (RELEASED, {CP: 8, COMM: "a2a"}, r"28 heads and 4 key/value heads .* sizes that work: 1, 2 or 4, or use --cp_comm_type all_gather"),
         (llm(), {TP: 2, CP: 2, COMM: "a2a"}, r"4 heads and 1 key/value heads of a tensor-parallel rank .* sizes that work: 1, or use"),
-        (llm(), {PP: 3, VPP: 2, FIRST: 2, LAST: 3}, r"2 chunks per stage do not divide stages of 2, 3, 3 layers"),
+        (llm(), {PP: 3, VPP: 2, FIRST: 2, LAST: 3}, r"2 chunks per stage do not divide stages of 2, 3 and 3 layers"),
     ],
 )
 def test_impossible_sizes_are_refused_with_those_that_work(arch: LLMArch, sizes: dict[str, int], message: str) -> None:

@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 
 from data_tools.cache_latents import main
+from megatron_bagel.common.files import write_whole
 from megatron_bagel.data.index.build import BuildOptions, build_index
-from megatron_bagel.data.index.format import read_manifest, write_durably
+from megatron_bagel.data.index.format import read_manifest
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.sources.dataset_config import load_groups
@@ -149,7 +150,7 @@ def test_ways_to_encode_are_refused_with_a_cache(world: Path, tmp_path: Path, fl
 
 def _write_often(path: Path) -> None:
     for number in range(200):
-        write_durably(path, json.dumps({"number": number}))
+        write_whole(path, json.dumps({"number": number}))
 
 
 def test_jobs_that_start_at_the_same_moment_do_not_disturb_each_other(world: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_bagel.checkpoint.convert import Companions, write_first_weights
         from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights
         from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
-        from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch, read_json
+        from megatron_bagel.common.json_files import read_json
+        from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
         from megatron_bagel.data.tokenizer import load_tokenizer
 
         if args.vae is not None and not args.vae.is_file():

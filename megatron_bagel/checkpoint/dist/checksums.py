@@ -6,40 +6,27 @@ them; the first rank adds the small common files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.files import digest, write_whole
+
 CHECKSUM_FILE = "checksums.json"
 _PART = ".sums-"
-_CHUNK = 1 << 22
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, read in pieces."""
-    found = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            found.update(piece)
-            size += len(piece)
-    return {"bytes": size, "sha256": found.hexdigest()}
 
 
 def digests(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """`digest` of several files of one folder by file name, on a few threads (hashing releases Python's lock)."""
+    """Sizes and SHA-256 of several files of one folder by file name, on a few threads (hashing releases Python's lock)."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
+        return {path.name: {"bytes": size, "sha256": sha256} for path, (size, sha256) in zip(paths, pool.map(digest, paths), strict=True)}
 
 
 def write_part(folder: Path, rank: int, known: dict[str, dict[str, Any]] | None = None) -> None:
     """Sum the tensor files that `rank` has written into `folder` (unless their sums are `known`), for `write_checksums` to collect."""
     mine = sorted(folder.glob(f"__{rank}_*.distcp")) if known is None else []
-    unfinished = folder / f".unfinished{_PART}{rank}"
-    unfinished.write_text(json.dumps(known or digests(mine)), encoding="utf-8")
-    unfinished.replace(folder / f"{_PART}{rank}")
+    write_whole(folder / f"{_PART}{rank}", json.dumps(known or digests(mine)))
 
 
 def write_checksums(folder: Path) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.checkpoint.dist.checksums import digest
+from megatron_bagel.checkpoint.dist.checksums import digests
+from megatron_bagel.common.files import write_whole
 
 _NAME = re.compile(r"iter_(\d+)_\d+_local(\.dirty)?\.(pt|json|json\.new)")
 
@@ -32,9 +33,7 @@ class RankFiles:
     def write_note(self, step: int, head: Mapping[str, Any]) -> None:
         """After the file of a step was written. Raises OSError."""
         note = self.file(step).with_suffix(".json")
-        unfinished = note.with_suffix(".json.new")
-        unfinished.write_text(json.dumps({"head": head, "sum": digest(self.file(step))}), encoding="utf-8")
-        unfinished.replace(note)
+        write_whole(note, json.dumps({"head": head, "sum": _sum(self.file(step))}))
 
     def read_head(self, step: int) -> dict[str, Any]:
         """What was said of a step when it was written. Raises ValueError where its file is not the one that was written then."""
@@ -42,7 +41,7 @@ class RankFiles:
         try:
             note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             head, wanted = note["head"], note["sum"]
-            found = digest(path)
+            found = _sum(path)
         except OSError as error:
             raise ValueError(f"{path}: its save did not finish ({error})") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -60,3 +59,7 @@ class RankFiles:
             if found and (found[2] or found[3] == "json.new" or unwanted(int(found[1]))):
                 # The manager removes old files too, in a thread of its own.
                 path.unlink(missing_ok=True)
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    return digests([path])[path.name]

@@ -28,6 +28,7 @@ from megatron_bagel.checkpoint.dist import unpickle_guard, step_folders
 from megatron_bagel.checkpoint.dist.optimizer_state import load_optimizer_state, optimizer_state
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, matches
+from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def load_weights_only(
                 assign(parameter, absent(entry), entry)
     if dist.get_rank() == 0:
         unused = sorted(WeightMap(BagelArch.from_dict(state["arch"])).entries.keys() - {key.removeprefix("ema.") for key in asked})
-        logger.info("%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(asked), weights, _few(unused))
+        logger.info("%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(asked), weights, shorten(unused))
     for name in sorted(lacking):
         logger.info("%s: %s is absent and allowed to be: it starts from its seeded value", folder, name)
 
@@ -233,7 +234,7 @@ def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], l
         result = module.load_state_dict(loaded["model"].get(name, {}), strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         if result.unexpected_keys or (missing and not lacking):
-            raise ValueError(f"module {name} got no value for {_few(missing)}, and has no place for {_few(result.unexpected_keys)}")
+            raise ValueError(f"module {name} got no value for {shorten(missing)}, and has no place for {shorten(result.unexpected_keys)}")
 
 
 def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = True) -> set[str]:
@@ -251,13 +252,13 @@ def _check_contents(folder: Path, wanted: Mapping[str, Any], all_of_it: bool = T
     surplus = sorted(present.keys() - asked.keys()) if all_of_it else []
     if missing or surplus:
         raise ValueError(
-            f"{folder} does not hold what this run trains: missing {_few(missing)}; left over {_few(surplus)}. Freeze flags, "
+            f"{folder} does not hold what this run trains: missing {shorten(missing)}; left over {shorten(surplus)}. Freeze flags, "
             "--use-distributed-optimizer and EMA must be as in the run that saved it; to start afresh from its weights pass "
             "--resume_model_only True"
         )
     wrong = [f"{key}: {present[key]} there, {shape} here" for key, (shape, free) in asked.items() if present[key][free:] != shape[free:]]
     if wrong:
-        raise ValueError(f"{folder} holds tensors of other shapes: {_few(wrong)}")
+        raise ValueError(f"{folder} holds tensors of other shapes: {shorten(wrong)}")
     return set(asked)
 
 
@@ -296,8 +297,3 @@ def _flat(arch: Mapping[str, Any]) -> dict[str, Any]:
     for part, value in arch.items():
         flat |= {f"{part}.{key}": setting for key, setting in value.items()} if isinstance(value, Mapping) else {part: value}
     return flat
-
-
-def _few(items: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(items[:most])
-    return (shown or "nothing") + (f", ... ({len(items) - most} more)" if len(items) > most else "")

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.common.dtypes import SHORT
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_KINDS = ("ema", "model")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = SHORT
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",

@@ -20,6 +20,7 @@ from torch import nn
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.hf.shard import take_shard
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.common.wording import by_prefix, shorten
 from megatron_bagel.config.architecture import BagelArch
 
 logger = logging.getLogger(__name__)
@@ -50,14 +51,15 @@ class LoadReport:
 
     def lines(self, path: object) -> list[str]:
         """Sentences for the log; silence means everything matched."""
-        said = [f"{path}: {len(self.loaded)} tensors loaded"]
+        lines = [f"{path}: {len(self.loaded)} tensors loaded"] if self.loaded else []
         if self.missing:
-            said.append(f"{path}: {len(self.missing)} tensors absent and allowed to be, values as initialised: {_some(self.missing)}")
+            parts = shorten([f"{prefix} ({count})" for prefix, count in by_prefix(self.missing).items()])
+            lines.append(f"{path}: {len(self.missing)} absent tensors start from their initial values: {parts}")
         if self.left_over:
-            said.append(f"{path}: {len(self.left_over)} tensors not used by this model: {_some(self.left_over)}")
+            lines.append(f"{path}: {len(self.left_over)} tensors not used by this model: {shorten(self.left_over)}")
         if self.recomputed:
-            said.append(f"{path}: position tables computed for this run's sizes instead of read: {', '.join(self.recomputed)}")
-        return said
+            lines.append(f"{path}: position tables computed for this run's sizes instead of read: {', '.join(self.recomputed)}")
+        return lines
 
 
 def named_weights(modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
@@ -83,7 +85,7 @@ def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[
     parameters = named_weights(modules)
     unknown = sorted(set(parameters) - set(weight_map.entries))
     if unknown:
-        raise ValueError(f"the modules have parameters that the weight map does not name: {_some(unknown)}; add rows to weight_map.ROWS")
+        raise ValueError(f"the modules have parameters that the weight map does not name: {shorten(unknown)}; add rows to weight_map.ROWS")
     for name, parameter in parameters.items():
         yield weight_map.entries[name], parameter
 
@@ -140,7 +142,7 @@ def check_against(
     refused = [name for name in report.missing if not matches(name, allow_missing)]
     if refused:
         raise ValueError(
-            f"{source.path} lacks {len(refused)} tensors this model needs: {_some(refused)}. Check layer_module, llm_qk_norm, "
+            f"{source.path} lacks {len(refused)} tensors this model needs: {shorten(refused)}. Check layer_module, llm_qk_norm, "
             "tie_word_embeddings and the config files beside the weights; to train those from their initial values on purpose, pass "
             "--allow_missing PATTERN"
         )
@@ -158,7 +160,7 @@ def _check_left_over(source: TensorSource, weight_map: WeightMap, allowed: Seque
     refused = [name for name in strangers if not matches(name, allowed)]
     if refused:
         raise ValueError(
-            f"{source.path} holds {len(refused)} tensors that this model has no place for: {_some(refused)}. Check layer_module, "
+            f"{source.path} holds {len(refused)} tensors that this model has no place for: {shorten(refused)}. Check layer_module, "
             "num_hidden_layers, vit_select_layer and tie_word_embeddings against the folder's config files"
         )
     report.left_over = strangers
@@ -198,8 +200,3 @@ def _tensor_parallel_place() -> tuple[int, int]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a Hugging Face name fits one of the shell patterns of `--allow_missing`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return shown + (f", ... ({len(names) - most} more)" if len(names) > most else "")

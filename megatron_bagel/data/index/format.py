@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,13 +137,3 @@ def read_manifest(folder: Path) -> Manifest:
 def dataset_folder(index: Path, group: str, name: str) -> Path:
     """Where the shards of a dataset lie."""
     return index / group / name
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut, and when several processes write it at once."""
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_bagel.common.dtypes import LONG
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.data.index.format import Manifest, dataset_folder
 from megatron_bagel.data.index.reader import OPENING, DatasetReader, open_indexed
@@ -26,7 +27,7 @@ from megatron_bagel.data.sources.dataset_config import GroupConfig
 
 CACHE_VERSION = 1
 CACHE_MANIFEST = "latents.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = LONG
 
 
 def cache_key(manifest: Manifest, groups: Sequence[GroupConfig], dtype: str, autoencoder: str) -> dict[str, Any]:

@@ -12,17 +12,18 @@ The jobs of a build have a build folder each, ``OUTPUT.job-00002-of-00008``; mer
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from megatron_bagel.common.files import write_whole
 from megatron_bagel.data.index.format import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -35,7 +36,6 @@ from megatron_bagel.data.index.format import (
     dataset_folder,
     read_manifest,
     shard_from_dict,
-    write_durably,
 )
 
 PLAN, STATE, INDEX = "plan.json", "state", "index"
@@ -78,7 +78,7 @@ def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
         _write_skipped(build, plan)
         _refuse_empty(datasets, build / INDEX / SKIPPED)
         settings = (plan["build_key"], plan["tokenizer_fingerprint"], plan["tokenizer_path"], plan["vocabulary_size"])
-        write_durably(build / INDEX / MANIFEST, Manifest(SCHEMA_VERSION, *settings, datasets).to_json())
+        write_whole(build / INDEX / MANIFEST, Manifest(SCHEMA_VERSION, *settings, datasets).to_json())
     manifest = read_manifest(build / INDEX)
     if output.exists():
         shutil.rmtree(build / "old", ignore_errors=True)
@@ -115,30 +115,17 @@ def merge_jobs(output: Path, parts: Sequence[Path], overwrite: bool = False) -> 
 def locked(build: Path) -> Iterator[None]:
     """Keep a second process out of a build folder. Raises ValueError when another one is in it."""
     build.parent.mkdir(parents=True, exist_ok=True)
-    path = build.with_name(f"{build.name}.lock")
-    give_up = time.monotonic() + _PATIENCE
-    while (file := _exclusive(path)) is None:
-        if time.monotonic() > give_up:
-            raise ValueError(f"another process is building in {build}; wait for it, or end it and run this again")
-        time.sleep(0.05)
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _exclusive(path: Path) -> IO[str] | None:
-    """The lock file, locked, or None when another process holds it."""
-    file = open(path, "w")  # noqa: SIM115
+    lock = FileLock(build.with_name(f"{build.name}.lock"), timeout=_PATIENCE, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            return file
-    except BlockingIOError:
-        pass
-    file.close()  # or its owner has just removed the file
-    return None
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process is building in {build}; wait for it, or end it and run this again") from None
+    try:
+        yield
+    finally:
+        # While it is still ours: whoever waits for it notices that the name is gone, and makes the file anew.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_bagel.common.files import digest, write_whole
 from megatron_bagel.data.index.format import (
     IMAGE_MODE,
     PLANNING_SCHEMA,
@@ -21,7 +21,6 @@ from megatron_bagel.data.index.format import (
     TEXT_MODE,
     ShardInfo,
     dataset_folder,
-    write_durably,
 )
 from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
@@ -101,7 +100,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     columns.write(Path(f"{stem}.arrow"))
     files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in SHARD_FILES}
     info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
-    write_durably(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
+    write_whole(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
     return info
 
 
@@ -116,8 +115,5 @@ def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: To
 def _checksum(path: Path) -> tuple[int, str]:
     """(bytes, sha256) of a file, which is also pushed to disk."""
     with open(path, "rb+") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
         os.fsync(file.fileno())
-    return path.stat().st_size, digest.hexdigest()
+    return digest(path)

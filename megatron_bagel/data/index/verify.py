@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from megatron_bagel.common.files import digest
 from megatron_bagel.data.index.format import SHARD_FILES, DatasetInfo, Manifest, ShardInfo, dataset_folder
 from megatron_bagel.data.index.reader import Shard
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, forms_per_instruction
 from megatron_bagel.data.transforms import decode_rgb
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard: ShardInfo, decode: bool = True) -> Iterator[str]:
@@ -35,7 +26,7 @@ def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard:
         yield f"{where}: {error}"
         return
     for ending in SHARD_FILES:
-        if file_digest(folder / f"{shard.name}.{ending}") != shard.files[ending][1]:
+        if digest(folder / f"{shard.name}.{ending}").sha256 != shard.files[ending][1]:
             yield f"{where}: {shard.name}.{ending} does not have the checksum of the manifest; copy or build the index again"
     found = {"samples": len(data.source_row), "texts": len(data.text_tokens.values), "images": len(data.width.values)}
     wrong = {name: count for name, count in found.items() if count != getattr(shard, name)}

@@ -6,13 +6,13 @@ is read once per replica.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from megatron_bagel.common.assignment import longest_first
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.planner.cost_model import CostModel
 from megatron_bagel.layout.items import Sample
@@ -89,12 +89,8 @@ def deal_images(packs: Sequence[Sequence[EncodedImage]], ranks: int, costs: Enco
         for image in images:
             key = (number, image.sample, image.image)
             work[key] = work.get(key, 0.0) + costs.image(image)
-    loads = [(0.0, rank) for rank in range(ranks)]
-    owners: dict[tuple[int, int, int], int] = {}
-    for key in sorted(work, key=lambda key: (-work[key], key)):
-        load, rank = loads[0]
-        heapq.heapreplace(loads, (load + work[key], rank))
-        owners[key] = rank
+    keys = sorted(work)
+    owners = dict(zip(keys, longest_first([work[key] for key in keys], ranks), strict=True))
     return [
         np.array([owners[number, image.sample, image.image] for image in images], dtype=np.int64) for number, images in enumerate(packs)
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_bagel.common.assignment import longest_first
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,6 @@ def deal(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
             f"a global batch of {len(packs)} packs cannot be dealt evenly to {replicas} data-parallel replicas; "
             "make --global_batch_size a multiple of the number of replicas"
         )
-    each = len(packs) // replicas
-    hands: list[list[PackPlan]] = [[] for _ in range(replicas)]
-    # Replicas with room, least work first.
-    lightest = [(0.0, replica) for replica in range(replicas)]
-    for pack in sorted(packs, key=lambda pack: (-pack.cost, pack.number)):
-        work, replica = heapq.heappop(lightest)
-        hands[replica].append(pack)
-        if len(hands[replica]) < each:
-            heapq.heappush(lightest, (work + pack.cost, replica))
-    return [sorted(hand, key=lambda pack: pack.number) for hand in hands]
+    in_order = sorted(packs, key=lambda pack: pack.number)
+    owners = longest_first([pack.cost for pack in in_order], replicas, room=len(packs) // replicas)
+    return [[pack for pack, owner in zip(in_order, owners, strict=True) if owner == replica] for replica in range(replicas)]

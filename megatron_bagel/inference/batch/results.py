@@ -7,13 +7,14 @@ run that goes on makes the others; what they were made with is kept in ``setting
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from megatron_bagel.common.files import write_whole
+from megatron_bagel.common.json_files import whole_lines
 from megatron_bagel.inference.batch.prompts import Prompt
 from megatron_bagel.inference.batch.requests import Answer
 
@@ -31,10 +32,10 @@ class AnswerWriter:
         kept: list[dict[str, Any]] = []
         if resume and path.is_file():
             _check_same(json.loads(path.read_text(encoding="utf-8")), settings, path)
-            kept = list(_whole_lines(self.folder / RESULTS))
+            kept = _answered(self.folder / RESULTS)
         self.done = {record["id"]: record for record in kept}
-        _write_whole(self.folder / RESULTS, (json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-        _write_whole(path, [json.dumps(settings, indent=1, ensure_ascii=False) + "\n"])
+        write_whole(self.folder / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         self._lines = (self.folder / RESULTS).open("a", encoding="utf-8")
 
     def __enter__(self) -> AnswerWriter:
@@ -77,18 +78,6 @@ def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) 
         raise ValueError(f"--resume: {path} says the answers there were made with other settings: {told}; give another --out")
 
 
-def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Records of the lines that are whole: the last one may be torn. Raises ValueError for a broken line elsewhere."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the file to start again") from error
-
-
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+def _answered(path: Path) -> list[dict[str, Any]]:
+    """Return the records of an interrupted run. Raises ValueError for a broken line before the last."""
+    return [record for _, record in whole_lines(path, "remove the file to start again")] if path.is_file() else []

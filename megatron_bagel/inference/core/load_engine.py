@@ -18,6 +18,7 @@ from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.common.dtypes import SHORT
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
@@ -35,7 +36,7 @@ from megatron_bagel.platform.launch.process_group import init_distributed, launc
 # (longest side, shortest side) in pixels of input images, BAGEL's own.
 VAE_SIDES = (1024, 512)
 VIT_SIDES = (980, 224)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = SHORT
 
 
 @dataclass(frozen=True)

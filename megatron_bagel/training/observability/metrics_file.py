@@ -8,19 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.files import write_whole
+from megatron_bagel.common.json_files import whole_lines
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of complete lines. A last line torn by a kill is dropped; a broken line elsewhere is a ValueError."""
-    with path.open(encoding="utf-8") as file:
-        lines = file.readlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); move the file away or repair that line.") from error
-        if not isinstance(record, dict) or "step" not in record:
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the step records of complete lines. Raises ValueError for a broken line, and for one that is no step record."""
+    for number, record in whole_lines(path, "move the file away or repair that line."):
+        if "step" not in record:
             raise ValueError(f"{path}, line {number} is not a step record: it has no 'step'. Is this file from something else?")
         yield record
 
@@ -30,7 +25,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no {path}: has the run logged a step yet?")
-    return list(_whole_lines(path))
+    return list(_records(path))
 
 
 class MetricsFile:
@@ -48,13 +43,8 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def _truncate(self, next_step: int) -> None:
-        kept = [record for record in _whole_lines(self.path) if record["step"] < next_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        kept = [record for record in _records(self.path) if record["step"] < next_step]
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record (plain JSON values; floats keep all their digits)."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from types import TracebackType
 
 from torch.profiler import profile
 
+from megatron_bagel.common.files import replacing
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.platform.device import profiled_activities
 
@@ -60,8 +60,6 @@ class ProfilerWindow:
         profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank{self._rank}_steps{first}-{end - 1}.json.gz"
-        # The profiler compresses by the name's end. Whole or not there: somebody may be copying traces meanwhile.
-        unfinished = path.with_name(f".{path.name}")
-        profiler.export_chrome_trace(str(unfinished))
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:  # somebody may be copying traces meanwhile
+            profiler.export_chrome_trace(str(unfinished))
         logger.info("steps %d to %d of rank %d are profiled in %s", first, end - 1, self._rank, path)

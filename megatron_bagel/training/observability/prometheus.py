@@ -1,18 +1,20 @@
 """The newest numbers of a run as a text file in Prometheus' format, for the textfile collector of node_exporter.
 
-A pull through a file needs no port and no library, and cannot slow training down. The file is replaced as a whole, so a scrape never
+A pull through a file needs no port and cannot slow training down. The file is replaced as a whole, so a scrape never
 sees half of it. What a metric's name holds after a slash (a dataset, a phase) becomes a label, so that one query shows all of them.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
+from prometheus_client import CollectorRegistry, write_to_textfile
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from megatron_bagel.training.observability.metrics import StepMetrics
 
@@ -63,21 +65,26 @@ class PrometheusSink:
 
     def _write(self, running: int) -> None:
         rows = [("running", {}, running), *self._step, *self._validation]
-        unfinished = self.path.with_name(f".{self.path.name}.tmp")  # not read: it does not end in .prom
-        unfinished.write_text(exposition((name, {**self._run, **labels}, value) for name, labels, value in rows), encoding="utf-8")
-        # node_exporter is another user's.
-        unfinished.chmod(0o644)
-        os.replace(unfinished, self.path)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Gauges((name, {**self._run, **labels}, value) for name, labels, value in rows))
+        # Written beside the file under a name that does not end in .prom, which node_exporter would read, and renamed.
+        write_to_textfile(str(self.path), registry)
+        self.path.chmod(0o644)  # node_exporter runs as another user
 
 
-def exposition(rows: Iterable[Row]) -> str:
-    """Gauges in the text format: the rows of a name stand together under its TYPE line, in the order of their first row."""
-    by_name: dict[str, list[str]] = {}
-    for name, labels, value in rows:
-        full = f"{_PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
-        inside = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
-        by_name.setdefault(full, []).append(f"{full}{{{inside}}} {_number(value)}\n")
-    return "".join(f"# TYPE {name} gauge\n{''.join(lines)}" for name, lines in by_name.items())
+class Gauges(Collector):
+    """The rows of one moment, as gauges of a registry: rows of one name share a family, whose labels are those of its first row."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._families: dict[str, GaugeMetricFamily] = {}
+        for name, labels, value in rows:
+            full = f"{_PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
+            family = self._families.setdefault(full, GaugeMetricFamily(full, "", labels=list(labels)))
+            family.add_metric(list(labels.values()), value)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Return the gauges in the order of their first rows."""
+        return self._families.values()
 
 
 def _row(name: str, value: float | None) -> Row:
@@ -88,13 +95,3 @@ def _row(name: str, value: float | None) -> Row:
 
 def _float(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return ("+Inf" if value > 0 else "-Inf") if math.isinf(value) else repr(float(value))

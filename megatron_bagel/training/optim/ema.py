@@ -7,8 +7,7 @@ together are taken on the bit patterns as integers, where all but one rank hold 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_bagel.common.assignment import longest_first
 from megatron_bagel.training.optim.optimizer import OwnedSlice, main_weight_slice, owned_slices, synced_parameters
 
 Sharded = ShardedTensor | ShardedTensorFactory
@@ -161,7 +161,7 @@ class ShardedEma:
         owners = [0] * len(self._entries)
         for group in {entry.owned.group for entry in self._entries}:
             mine = [index for index, entry in enumerate(self._entries) if entry.owned.group == group]
-            dealt = deal_by_size([self._entries[index].parameter.numel() for index in mine], dist.get_world_size(group))
+            dealt = longest_first([self._entries[index].parameter.numel() for index in mine], dist.get_world_size(group))
             for index, owner in zip(mine, dealt, strict=True):
                 owners[index] = owner
         return owners
@@ -170,17 +170,6 @@ class ShardedEma:
 def _over_world(group_size: int) -> bool:
     """Whether a group is larger than the decoder's data-parallel ones: its module is whole on all model-parallel ranks too."""
     return group_size > dist.get_world_size(parallel_state.get_data_parallel_group(with_context_parallel=True))
-
-
-def deal_by_size(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Owner of each item, an integer below ``ranks``: largest first, each to the least loaded rank."""
-    # A heap: with thousands of ranks a search of all for every item takes seconds.
-    loads = [(0, rank) for rank in range(ranks)]
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        load, owners[index] = loads[0]
-        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
-    return owners
 
 
 def _single_replica(replica_id: int | tuple[int, ...], instance: int) -> int | tuple[int, ...]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import megatron_bagel
 from megatron_bagel import platform
+from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.parser import SECTIONS, Config
 from megatron_bagel.parallel.rank_coordinates import rank_list
 
@@ -71,9 +72,8 @@ def _differences(digests: list[tuple[int, ...]], everyone: list[tuple[str, Mappi
     for digest, ranks in odd.items():
         host, state = everyone[digests.index(digest)]
         keys = [key for key in {**expected, **state} if expected.get(key) != state.get(key)]
-        shown = [f"{key} is {state.get(key)} there and {expected.get(key)} elsewhere" for key in keys[:_FEW]]
-        more = f", and {len(keys) - _FEW} more" if len(keys) > _FEW else ""
-        parts.append(f"{rank_list(ranks)} (on {host}): {'; '.join(shown)}{more}")
+        differing = [f"{key} is {state.get(key)} there and {expected.get(key)} elsewhere" for key in keys]
+        parts.append(f"{rank_list(ranks)} (on {host}): {shorten(differing, _FEW, '; ')}")
     return (
         f"not all ranks run the same: {' | '.join(parts)}. Start every rank with the same flags, and with the same version "
         "installed on every host"

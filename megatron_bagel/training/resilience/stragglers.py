@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bagel import platform
+from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.platform.device import synchronize
 from megatron_bagel.training.resilience.events import EventFile
@@ -82,6 +83,5 @@ def describe(times: Sequence[OwnTime], factor: float) -> str:
     slow.sort(key=lambda rank: -times[rank].total)
     if not slow:
         return ""
-    named = [f"rank {rank} {times[rank].total:.3f} s ({times[rank].data:.3f} of them waiting for data)" for rank in slow[:_WORST]]
-    more = f", and {len(slow) - _WORST} more" if len(slow) > _WORST else ""
-    return f"slow ranks, of {len(times)} with a median of {usual:.3f} s of their own: {', '.join(named)}{more}"
+    named = [f"rank {rank} {times[rank].total:.3f} s ({times[rank].data:.3f} of them waiting for data)" for rank in slow]
+    return f"slow ranks, of {len(times)} with a median of {usual:.3f} s of their own: {shorten(named, _WORST)}"

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_bagel.training.observability.logging_sinks import RunLog
-from megatron_bagel.training.observability.prometheus import exposition
+from megatron_bagel.training.observability.prometheus import Gauges
 from tests.training.observability.test_metrics import metrics
-
-LINE = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)\{((?:[a-z]+=\"(?:[^\"\\\n]|\\.)*\",?)*)\} (NaN|[+-]Inf|[0-9.e+-]+)")
-LABEL = re.compile(r"([a-z]+)=\"((?:[^\"\\\n]|\\.)*)\"")
-ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
 
 
 def parse(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """(name, labels) -> value. Every line must be of the format, every name declared once, before its lines, which stand together."""
-    found, declared, current = {}, set(), None
-    for line in text.split("\n")[:-1]:
-        if line.startswith("# TYPE "):
-            _, _, current, kind = line.split(" ")
-            assert kind == "gauge" and current not in declared
-            declared.add(current)
-            continue
-        match = LINE.fullmatch(line)
-        assert match and match[1] == current, line
-        labels = tuple((name, re.sub(r"\\.", lambda escape: ESCAPES[escape[0]], value)) for name, value in LABEL.findall(match[2]))
-        assert (match[1], labels) not in found
-        found[match[1], labels] = float(match[3])
-    return found
+    """(name, labels) -> value, by Prometheus' own parser. Every sample is a gauge, and no sample stands there twice."""
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert all(family.type == "gauge" for family in text_string_to_metric_families(text))
+    read = {(sample.name, tuple(sample.labels.items())): sample.value for sample in samples}
+    assert len(read) == len(samples)
+    return read
 
 
 #: Line ends of Unicode are data inside a label; only reading them back by lines here would trip over them.
@@ -43,7 +32,9 @@ NAMES = st.from_regex(r"[a-z_/]{1,5}", fullmatch=True)
 @given(st.dictionaries(st.tuples(NAMES, TEXTS), st.floats(), max_size=12))
 def test_every_value_and_label_is_read_back(rows: dict[tuple[str, str], float]) -> None:
     distinct = {(name.replace("/", "_"), label): value for (name, label), value in rows.items()}
-    read = parse(exposition((name, {"of": label}, value) for (name, label), value in distinct.items()))
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Gauges((name, {"of": label}, value) for (name, label), value in distinct.items()))
+    read = parse(generate_latest(registry).decode())
     assert len(read) == len(distinct)
     for (name, label), value in distinct.items():
         back = read["megatron_bagel_" + name, (("of", label),)]

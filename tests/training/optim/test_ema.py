@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_bagel.training.optim.ema import ShardedEma, deal_by_size
+from megatron_bagel.common.assignment import longest_first
+from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.optimizer import OptimizerSettings, synced_parameters
 from tests.distributed import run_ranks
 from tests.training.toy import GROUPS_READY, Run, reference
@@ -131,7 +132,7 @@ def test_checkpoint_continues_on_other_layouts(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 8))
 def test_dealing_is_balanced(sizes: list[int], ranks: int) -> None:
-    owners = deal_by_size(sizes, ranks)
+    owners = longest_first(sizes, ranks)
     load = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
     # Largest first to the least loaded: no rank is more than one tensor above the mean.
     assert max(load) <= sum(sizes) / ranks + max(sizes, default=0)

@@ -1,0 +1,1 @@
+"""Small helpers that know nothing of models or training: files, lists in sentences, assignment by size."""

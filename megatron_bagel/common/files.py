@@ -1,0 +1,61 @@
+"""Files that exist whole or not at all, and digests of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+_CHUNK = 1 << 22
+
+
+class FileDigest(NamedTuple):
+    """Size in bytes and hexadecimal SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which becomes ``path`` when the block ends without an error.
+
+    The bytes are on disk before the name is, so a power cut leaves the old file or the new one. The temporary name is unique per host
+    and process, so several writers of one file cannot tear each other's; after an error it is removed.
+    """
+    # The ending stays: some writers choose their format by it.
+    unfinished = path.with_name(f".{secrets.token_hex(4)}-{socket.gethostname()}-{os.getpid()}.{path.name}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file so that it exists whole or not at all.
+
+    Args:
+        path: Where the file appears; its folder must exist.
+        content: Text, which is encoded as UTF-8, or bytes.
+    """
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def digest(path: Path) -> FileDigest:
+    """Return size and SHA-256 of a file, read in pieces. Raises OSError."""
+    summed, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            summed.update(piece)
+            size += len(piece)
+    return FileDigest(size, summed.hexdigest())
