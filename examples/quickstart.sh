@@ -7,6 +7,8 @@
 # from its last checkpoint. PYTHON=... uses an environment you already have instead of installing one into .venv, PROCESSES=... trains on
 # another number of processes.
 set -euo pipefail
+# torch warns of an old package at every import, the launcher's included, which only the environment reaches.
+export PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 
 START_DIR=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,6 +6,8 @@
 #
 # OUTPUT_FOLDER is one that run.sh has made: its data, index and latents are used, and what is trained here goes to OUTPUT_FOLDER/layouts.
 set -euo pipefail
+# torch warns of an old package at every import, the launcher's included, which only the environment reaches.
+export PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then
   echo "usage: bash examples/small_world/layouts.sh OUTPUT_FOLDER [flags of megatron_bagel.train]" >&2

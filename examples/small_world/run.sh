@@ -8,6 +8,8 @@
 # PROCESSES, T2I, EDIT, VLM, WEIGHTS and DATA_SEED in the environment change how many processes train, how much data of each kind is made
 # and how often it is drawn, QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
 set -euo pipefail
+# torch warns of an old package at every import, the launcher's included, which only the environment reaches.
+export PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then
   echo "usage: bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train]" >&2

@@ -1,1 +1,5 @@
 """The console commands: they parse, resolve a run once, and hand settings to the rooms below."""
+
+from megatron_bagel.cli.console import quiet
+
+quiet()  # before the commands import torch

@@ -86,7 +86,7 @@ class FirstWeights:
         What those folders cannot have is seeded: generation expert, adapters, and QK-norm where the LLM has none. Raises ValueError for
         folders that are not there or have no weights.
         """
-        view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None) or "no folder")
+        view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None) or "initial weights")
         kept = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
         if llm_path is None:
             kept.append("language_model.*")
