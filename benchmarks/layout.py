@@ -26,7 +26,7 @@ from megatron_bagel.assembly.training_modules import run_model  # noqa: E402
 from megatron_bagel.config.parser import parse_config  # noqa: E402
 from megatron_bagel.data.loading.build import open_loader  # noqa: E402
 from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
-from megatron_bagel.layout.cp_partition import context_orders  # noqa: E402
+from megatron_bagel.layout.cp_partition import concatenated, context_orders  # noqa: E402
 from megatron_bagel.layout.items import Sample  # noqa: E402
 from megatron_bagel.layout.mask import PackMask  # noqa: E402
 from megatron_bagel.layout.order import expert_order  # noqa: E402
@@ -37,14 +37,19 @@ SIZES = (2, 4, 8, 16)
 
 
 def measure_dealing(pack: Pack, ranks: int) -> dict[str, Any]:
-    """How a pack falls on ``ranks`` context-parallel ranks: tokens, and the largest share of the mask area over the mean."""
+    """How a pack falls on ``ranks`` context-parallel ranks: tokens, and the largest share of the mask area over the mean.
+
+    ``block_mask_seconds`` is for the block mask of the first rank's queries against the keys of all.
+    """
     areas, orders = PackMask.of(pack).row_areas(), context_orders(pack, ranks)
+    keys = concatenated(orders)
     counts = [len(order.positions) for order in orders]
     loads = np.array([areas[order.positions].sum() for order in orders])
     return {
         "tokens": [min(counts), max(counts)],
         "area_imbalance": float(loads.max() / loads.mean()),
         "seconds": quickest(lambda: context_orders(pack, ranks)),
+        "block_mask_seconds": quickest(lambda: block_occupancy(PackMask.of(pack), orders[0], keys, block=BLOCK)),
     }
 
 

@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next temporary instead of handing it back and faulting it in again.
 
     A quarter of the autoencoder's time went there. Blocks of 32 MiB and more (glibc's limit) still go back at once. Other C libraries,
-    and settings of the user, are left alone.
+    and settings of the user, are left alone. A freed block is not always the one that is used next: when a small block has taken part
+    of its place, the next temporary faults in new memory once (``benchmarks.page_faults``).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name in os.environ for name in _MALLOC_SETTINGS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,16 @@ from megatron_bagel.training.resilience.error_report import ErrorReport, RankErr
 from tests.distributed import run_ranks
 
 
-def _fail(folder: Path, wrong: dict[int, tuple[float, str, str]]) -> int | None:
-    """Each rank raises what ``wrong`` says after so many seconds; the exit code it would leave with."""
+def _fail(folder: Path, wrong: dict[int, tuple[bool, str, str]], quiet: float) -> int | None:
+    """Each rank raises what ``wrong`` says, after the first report has arrived if it says so; the exit code it would leave with."""
     import torch.distributed as dist
 
-    error_report.QUIET = 1.0
-    delay, kind, text = wrong.get(dist.get_rank(), (0, "", ""))
+    error_report.QUIET = quiet
+    follows, kind, text = wrong.get(dist.get_rank(), (False, "", ""))
     try:
-        with ErrorReport(folder):
-            time.sleep(delay)
+        with ErrorReport(folder) as report:
+            if follows:
+                report._store.wait(["error/1"])
             if kind:
                 raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind](text)
     except SystemExit as leaving:
@@ -32,8 +32,9 @@ def _fail(folder: Path, wrong: dict[int, tuple[float, str, str]]) -> int | None:
 
 @pytest.mark.distributed
 def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    wrong = {1: (0.0, "RuntimeError", "out of memory"), 0: (0.5, "RuntimeError", "peer closed"), 2: (0.5, "RuntimeError", "peer closed")}
-    assert run_ranks(_fail, 4, tmp_path, wrong) == [1, 1, 1, None]
+    closed = (True, "RuntimeError", "peer closed")
+    wrong = {1: (False, "RuntimeError", "out of memory"), 0: closed, 2: closed}
+    assert run_ranks(_fail, 4, tmp_path, wrong, 3.0) == [1, 1, 1, None]
     printed = capfd.readouterr().err
     assert printed.count("megatron_bagel.train: error") == 1 and "Traceback (" not in printed
     assert "error: rank 1 (" in printed and "RuntimeError: out of memory" in printed
@@ -44,8 +45,8 @@ def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pyt
 
 @pytest.mark.distributed
 def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    wrong = {rank: (0.0, "ValueError", "--lr is wrong") for rank in range(3)}
-    assert run_ranks(_fail, 3, tmp_path, wrong) == [2, 2, 2]
+    wrong = {rank: (False, "ValueError", "--lr is wrong") for rank in range(3)}
+    assert run_ranks(_fail, 3, tmp_path, wrong, error_report.MOST) == [2, 2, 2]
     assert "megatron_bagel.train: error: --lr is wrong\n" in capfd.readouterr().err
 
 

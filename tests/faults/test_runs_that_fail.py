@@ -64,7 +64,7 @@ def test_a_signal_saves_and_leaves_with_0(
 
 
 def _slow_steps(rank: int) -> None:
-    """So that a signal finds a run that still has steps to go, on any machine."""
+    """So that a signal or a kill finds a run that still has steps to go, on any machine."""
     after_gradients(lambda model, computation: time.sleep(0.5))
 
 
@@ -82,7 +82,7 @@ def test_too_little_time_for_a_save_is_told_before_the_signal(world: Path, tmp_p
 
 
 def _kill_one(config: Config, moment: float, victim: int) -> Ranks:
-    ranks = start_ranks(config, 2)
+    ranks = start_ranks(config, 2, fault=_slow_steps)
     wait_for_steps(config, 1, ranks)
     time.sleep(moment)
     ranks.send(signal.SIGKILL, victim)

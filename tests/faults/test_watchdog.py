@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience.hang_watchdog import EXIT_CODE, Beat, Limits, Watchdog, hang_report, stack_position, watching
 from tests.distributed import run_ranks
+from tests.waiting import eventually
 
 LIMITS = Limits(step=9, slow=600)
 #: What the first rank ends with that ends: by its own watchdog, or because one that did so closed their connection.
@@ -28,7 +29,7 @@ def _hang(folder: Path, how: str) -> None:
         dist.barrier()
         watchdog.progress(41)
         if dist.get_rank() == 1:
-            time.sleep(2 * LIMITS.interval)  # for a beat of this step
+            eventually(lambda: watchdog._read()[1].step == 41)
             os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(600)
         dist.all_reduce(torch.zeros(1))
 
@@ -68,7 +69,7 @@ def _long_phases(folder: Path) -> list[int]:
         time.sleep(3)
     quiet = list(ended)
     watchdog.progress(2)
-    time.sleep(6)
+    eventually(lambda: ended)
     watchdog.close()
     return [*quiet, -1, *ended[:1]]
 

@@ -1,4 +1,4 @@
-"""Dealing gives every context-parallel rank as many tokens and as much attention work as the others, quickly."""
+"""Dealing gives every context-parallel rank as many tokens and as much attention work as the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.long_packs import KINDS, LONG, TOKENS, quickest
+from benchmarks.long_packs import KINDS, LONG, TOKENS
 from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.cp_partition import concatenated, context_orders, deal, imbalance, padded_length
 from megatron_bagel.layout.items import Sample
@@ -34,12 +34,6 @@ def test_long_packs_are_even(plan: list[Sample], ranks: int) -> None:
     assert loads.max() / loads.mean() <= 1.05
 
 
-@pytest.mark.parametrize("ranks", [2, 16])
-def test_layout_of_a_long_pack_is_quick(plan: list[Sample], ranks: int) -> None:
-    """From samples to every rank's order."""
-    assert quickest(lambda: context_orders(build_pack(plan, LONG), ranks)) < 0.05
-
-
 def _dense_blocks(pack: Pack, queries: np.ndarray, keys: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """(some, full) of every block by evaluating the mask, one row of blocks at a time."""
     mask, some, full = PackMask.of(pack), [], []
@@ -54,7 +48,7 @@ def _dense_blocks(pack: Pack, queries: np.ndarray, keys: np.ndarray, block: int)
 
 
 @pytest.mark.parametrize("plan", KINDS[:3], ids=lambda kind: kind.__name__, indirect=True)
-def test_block_masks_of_long_packs_equal_the_oracle_and_are_quick(plan: list[Sample]) -> None:
+def test_block_masks_of_long_packs_equal_the_oracle(plan: list[Sample]) -> None:
     """128 x 128 blocks: all of one rank alone, and a rank's queries against the keys of sixteen."""
     pack = build_pack(plan, LONG)
     mask, whole, orders = PackMask.of(pack), expert_order(pack), context_orders(pack, 16)
@@ -64,7 +58,6 @@ def test_block_masks_of_long_packs_equal_the_oracle_and_are_quick(plan: list[Sam
         some, full = _dense_blocks(pack, queries.positions, asked.positions, 128)
         np.testing.assert_array_equal(found.some, some)
         np.testing.assert_array_equal(found.full, full)
-        assert quickest(lambda queries=queries, asked=asked: block_occupancy(mask, queries, asked), tries=2) < 0.3
 
 
 @settings(max_examples=60, deadline=None)

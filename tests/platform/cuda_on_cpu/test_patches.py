@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -90,28 +86,6 @@ def test_peak_memory_counts_bytes():
     before = platform.peak_memory_bytes()
     block = torch.ones(max(before, 1) // 4 + 16_000_000)
     assert platform.peak_memory_bytes() >= block.numel() * 4 > 64_000_000
-
-
-def test_large_temporaries_come_in_huge_pages():
-    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not modes.exists() or "[never]" in modes.read_text():
-        pytest.skip("this kernel gives no huge pages")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 26)
-    # 64 Mi floats are 65,536 small pages, or 128 huge ones.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
-
-
-def test_freed_memory_is_taken_again():
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("not glibc")
-    block = torch.ones(6 << 20)  # 24 MiB at the top of the heap
-    del block
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(6 << 20)
-    # Twenty times 6,144 small pages, or 12 huge ones, if each came anew.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
 def test_clipping_scales_in_place(single_rank):

@@ -65,7 +65,7 @@ def _fail_on_last() -> None:
 
 def test_error_of_one_rank_is_raised_with_its_traceback():
     with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed:.*_fail_on_last.*the last rank has no such file"):
-        run_ranks(_fail_on_last, 2, timeout=30)
+        run_ranks(_fail_on_last, 2)
     assert not multiprocessing.active_children()
 
 
@@ -77,7 +77,7 @@ def _die() -> None:
 
 def test_death_of_a_rank_is_reported():
     with pytest.raises(AssertionError, match=r"rank 0 with exit code 7|rank 1 of 2 failed"):
-        run_ranks(_die, 2, timeout=30)
+        run_ranks(_die, 2)
     assert not multiprocessing.active_children()
 
 
@@ -90,7 +90,7 @@ def _wait() -> None:
 
 def test_ranks_that_hang_are_named_and_ended():
     with pytest.raises(AssertionError, match=r"no answer in time from rank 0 of 2"):
-        run_ranks(_wait, 2, timeout=5)
+        run_ranks(_wait, 2, timeout=10)
     assert not multiprocessing.active_children()
 
 

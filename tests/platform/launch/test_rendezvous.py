@@ -37,4 +37,4 @@ def test_every_round_has_a_name_of_its_own(sizes: list[int], order: object) -> N
 def test_a_rank_of_an_earlier_round_is_not_taken_for_one_that_came(tmp_path: Path) -> None:
     _meet(tmp_path / "store", [0, 1, 2], 3)
     with pytest.raises(TimeoutError, match=r"1 of 3 ranks did not come to the rendezvous, among them \[2\]"):
-        _meet(tmp_path / "store", [0, 1], 3, seconds=1)
+        _meet(tmp_path / "store", [0, 1], 3, seconds=3)
