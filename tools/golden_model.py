@@ -28,7 +28,7 @@ from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.data.planner.planner import PackPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.pack import Pack, PackImage
@@ -117,13 +117,13 @@ class GoldenModel:
         return parts
 
 
-class RecordedStage(ImageEncoder):
+class RecordedImageEncoder(ImageEncoder):
     """The pre-pipeline stage with the original's noise and its padded encoding."""
 
     def __init__(
         self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, batches: Sequence[GoldenBatch]
     ) -> None:
-        super().__init__(arch, tower, autoencoder, StageSettings(seed=0, pad_images=True, device=platform.device()))
+        super().__init__(arch, tower, autoencoder, ImageEncoderSettings(seed=0, pad_images=True, device=platform.device()))
         self._recorded = {id(batch.pack): batch.expected for batch in batches}
 
     def flow_noise(self, pack: Pack) -> Tensor:

@@ -14,7 +14,7 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
 from tools.golden_common import ELEMENT_ABS, ELEMENT_REL, NORM_REL, Comparison
-from tools.golden_model import GoldenBatch, Parts, RecordedStage
+from tools.golden_model import GoldenBatch, Parts, RecordedImageEncoder
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Outcome:
 def run(
     parts: Parts,
     batches: Sequence[GoldenBatch],
-    stage: RecordedStage,
+    stage: RecordedImageEncoder,
     totals: Sequence[LossTotals] | None = None,
     weights: LossWeights | None = None,
     backend: str = "sdpa",

@@ -25,7 +25,7 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_common import CaseResult, Comparison
-from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedStage, load_batch, read_json
+from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedImageEncoder, load_batch, read_json
 from tools.golden_optimizer import learning_rate_case, optimizer_case
 from tools.golden_run import Outcome, compare_gradients, compare_losses, compare_totals, compare_untouched, run
 
@@ -47,10 +47,10 @@ class TrainCases:
         """The whole model, for every case that leaves it as it is."""
         return self.model.parts()
 
-    def stage(self, parts: Parts, *batches: GoldenBatch) -> RecordedStage:
+    def stage(self, parts: Parts, *batches: GoldenBatch) -> RecordedImageEncoder:
         """Encodes these batches for these parts."""
         autoencoder = self.model.autoencoder if parts.arch.autoencoder is not None else None
-        return RecordedStage(parts.arch, parts.tower, autoencoder, batches)
+        return RecordedImageEncoder(parts.arch, parts.tower, autoencoder, batches)
 
     def run(self, parts: Parts, *names: str, **settings: Any) -> Outcome:
         """``run`` over batches by name."""

@@ -21,7 +21,7 @@ from megatron_bagel.model.flow import patchify, shift_timesteps
 
 
 @dataclass(frozen=True)
-class StageSettings:
+class ImageEncoderSettings:
     """``seed`` names all noise. ``pad_images`` encodes each pack's images padded to their largest size, ``bf16`` lets the autoencoder
     compute under bf16 autocast; the original does both."""
 
@@ -35,7 +35,9 @@ class ImageEncoder:
     """Encodes a replica's packs. ``tower`` and ``autoencoder`` are None without image understanding or generation, and on
     pipeline stages that do not need what they make."""
 
-    def __init__(self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: StageSettings) -> None:
+    def __init__(
+        self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: ImageEncoderSettings
+    ) -> None:
         self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
         self._output: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None

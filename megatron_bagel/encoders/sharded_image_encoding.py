@@ -16,7 +16,7 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
 
@@ -49,7 +49,7 @@ class ShardedImageEncoder(ImageEncoder):
         arch: BagelArch,
         tower: torch.nn.Module | None,
         autoencoder: AutoEncoder | None,
-        settings: StageSettings,
+        settings: ImageEncoderSettings,
         replica: Replica,
         share: EncodingShare,
     ) -> None:
@@ -64,12 +64,12 @@ class ShardedImageEncoder(ImageEncoder):
         if output is None or route is None:
             return
         gradient = output.new_zeros((0, output.shape[1]))
-        if self.replica.rank in self.replica.first_leads:
+        if self.replica.rank in self.replica.first_stage_leads:
             # Tensor-parallel ranks have equal gradients: the first one's count.
             gradient = output.new_zeros((sum(route.counts), output.shape[1]))
             if leaf is not None and leaf.grad is not None:
                 gradient[route.places.to(gradient.device)] = leaf.grad
-        torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_leads, self.replica.group))
+        torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.tower is None:
@@ -77,11 +77,11 @@ class ShardedImageEncoder(ImageEncoder):
         owners = self._owners(packs)
         route = self._route(packs, owners, "vit")
         output = self._own_vit(packs, owners)
-        received = send_rows(output, route.counts, self.replica.first, self.replica.group)
+        received = send_rows(output, route.counts, self.replica.first_stage_ranks, self.replica.group)
         if output.requires_grad:
             # Kept also where no image was encoded: every rank runs the tower's backward pass, whose reductions are collective.
             self._output, self._way_back = output, route
-        if self.replica.rank not in self.replica.first:
+        if self.replica.rank not in self.replica.first_stage_ranks:
             return None
         features = received[route.places.to(received.device)]
         if output.requires_grad:
@@ -110,8 +110,8 @@ class ShardedImageEncoder(ImageEncoder):
         for loaded, ranks in zip(packs, owners, strict=True):
             mine = list(self._own(loaded, ranks, "vae"))
             own.append(self._encoded(loaded, [image for _, image, _ in mine], [pixels for _, _, pixels in mine]))
-        received = send_rows(torch.cat(own), route.counts, self.replica.ends, self.replica.group)
-        if self.replica.rank not in self.replica.ends:
+        received = send_rows(torch.cat(own), route.counts, self.replica.boundary_ranks, self.replica.group)
+        if self.replica.rank not in self.replica.boundary_ranks:
             return None
         return torch.split(received[route.places.to(received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
 

@@ -13,7 +13,7 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.loader import PackReader, StepPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.parallel.replica import make_replica
@@ -38,7 +38,7 @@ def _compare(read_all: bool) -> int:
     torch.manual_seed(0)
     tower, autoencoder = VisionTower(ARCH), AutoEncoder(ARCH.autoencoder).requires_grad_(False)
     tower.reset_parameters()
-    settings, source = StageSettings(seed=3), Pictures()
+    settings, source = ImageEncoderSettings(seed=3), Pictures()
     packs = plans(source)
     alone = ImageEncoder(ARCH, copy.deepcopy(tower), autoencoder, settings)
     whole = [PackReader([source], SPEC, seed=9)[plan] for plan in packs]

@@ -82,7 +82,7 @@ def test_block_masks_of_long_packs_are_quick(kind: Callable[[], list[Sample]]) -
     mask, order = PackMask.of(pack), expert_order(pack)
     assert quickest(lambda: block_mask(mask, order, "cpu")) < 0.3
     blocks = block_mask(mask, order, "cpu").to_dense()
-    assert torch.equal(blocks[0, 0].bool(), torch.from_numpy(block_occupancy(mask, order).some))
+    assert torch.equal(blocks[0, 0].bool(), torch.from_numpy(block_occupancy(mask, order).occupied))
 
 
 def test_unknown_backend_is_refused() -> None:
