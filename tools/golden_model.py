@@ -1,7 +1,7 @@
 """The recorded model and batches as the product's own objects: the folder read by its loader, batches as loaded packs.
 
 Nothing is computed here that training would compute: a batch's pixels, patches and integers go in, and what the original drew
-(posterior noise, flow noise) replaces the keyed draws of the pre-pipeline stage.
+(posterior noise, flow noise) replaces the keyed draws of the image encoder.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class GoldenModel:
 
 
 class RecordedImageEncoder(ImageEncoder):
-    """The pre-pipeline stage with the original's noise and its padded encoding."""
+    """The image encoder with the original's noise and its padded encoding."""
 
     def __init__(
         self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, batches: Sequence[GoldenBatch]

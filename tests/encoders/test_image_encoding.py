@@ -1,4 +1,4 @@
-"""The pre-pipeline stage on one process: what its settings change."""
+"""The image encoder on one process: what its settings change."""
 
 from __future__ import annotations
 

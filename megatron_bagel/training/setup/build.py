@@ -75,7 +75,7 @@ def build_trainable(
         config=tcfg,
         decoder=wrapped[: len(modules.decoder)],
         tower=wrapped[-1] if tower_trains else None,
-        stage=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
+        image_encoder=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, schedule),
         ema=ema,
