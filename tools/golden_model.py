@@ -79,7 +79,7 @@ class Parts:
         found: dict[str, Tensor | None] = {}
         for entry, parameter in entries_of(self.modules, self.weight_map):
             whole = value(parameter)
-            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.split(whole.cpu()), strict=True))
+            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.unfuse(whole.cpu()), strict=True))
         return found
 
 
@@ -113,7 +113,7 @@ class GoldenModel:
         device = platform.device()
         decoder = build_decoder(arch, transformer_config(arch.llm, on_cpu=not platform.has_gpu()), freeze_und=freeze_und)
         parts = Parts(arch, decoder.to(device), VisionTower(arch).to(device) if vision else None)
-        load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_left_over=unused)
+        load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_unexpected=unused)
         return parts
 
 

@@ -68,7 +68,7 @@ class OptimizerRun:
         found: dict[str, Tensor] = self.tables()
         for name, whole in self.trainable.ema.named_full_tensors():
             entry = self.parts.weight_map.entries[name.split(".", 1)[1]]
-            found.update(zip(entry.hf, entry.split(whole.cpu()), strict=True))
+            found.update(zip(entry.hf, entry.unfuse(whole.cpu()), strict=True))
         return found
 
     def tables(self) -> dict[str, Tensor]:
