@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs  # noqa: E402
 from benchmarks.data_reading import measure_fill, measure_loader, measure_start  # noqa: E402
 from benchmarks.data_scale import measure_opening, measure_planning  # noqa: E402
-from megatron_bagel.data.planner.assign import deal  # noqa: E402
+from megatron_bagel.data.planner.assign import assign_packs  # noqa: E402
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def measure(mix: str, packs: int, replicas: int, window: int) -> dict[str, objec
     started = time.perf_counter()
     planner.batch(0)
     first = time.perf_counter() - started
-    steps = [deal(planner.batch(step), replicas) for step in range(packs // replicas)]
+    steps = [assign_packs(planner.batch(step), replicas) for step in range(packs // replicas)]
     seconds = time.perf_counter() - started
     plans = [pack for step in steps for hand in step for pack in hand]
     greedy = [greedy_packs(source, rank, replicas, packs // replicas) for rank in range(replicas)]

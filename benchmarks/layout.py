@@ -64,8 +64,8 @@ def measure_block_mask(pack: Pack) -> dict[str, Any]:
     blocks = block_occupancy(mask, order, block=BLOCK)
     return {
         "seconds": quickest(lambda: block_mask(mask, order, "cpu")),
-        "blocks": int(blocks.some.size),
-        "blocks_computed": int(blocks.some.sum()),
+        "blocks": int(blocks.occupied.size),
+        "blocks_computed": int(blocks.occupied.sum()),
         "blocks_without_mask": int(blocks.full.sum()),
     }
 

@@ -1,7 +1,7 @@
 """The recorded model and batches as the product's own objects: the folder read by its loader, batches as loaded packs.
 
 Nothing is computed here that training would compute: a batch's pixels, patches and integers go in, and what the original drew
-(posterior noise, flow noise) replaces the keyed draws of the pre-pipeline stage.
+(posterior noise, flow noise) replaces the keyed draws of the image encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.data.planner.planner import PackPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.pack import Pack, PackImage
@@ -79,7 +79,7 @@ class Parts:
         found: dict[str, Tensor | None] = {}
         for entry, parameter in entries_of(self.modules, self.weight_map):
             whole = value(parameter)
-            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.split(whole.cpu()), strict=True))
+            found.update(zip(entry.hf, [None] * len(entry.hf) if whole is None else entry.unfuse(whole.cpu()), strict=True))
         return found
 
 
@@ -113,17 +113,17 @@ class GoldenModel:
         device = platform.device()
         decoder = build_decoder(arch, transformer_config(arch.llm, on_cpu=not platform.has_gpu()), freeze_und=freeze_und)
         parts = Parts(arch, decoder.to(device), VisionTower(arch).to(device) if vision else None)
-        load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_left_over=unused)
+        load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_unexpected=unused)
         return parts
 
 
-class RecordedStage(ImageEncoder):
-    """The pre-pipeline stage with the original's noise and its padded encoding."""
+class RecordedImageEncoder(ImageEncoder):
+    """The image encoder with the original's noise and its padded encoding."""
 
     def __init__(
         self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, batches: Sequence[GoldenBatch]
     ) -> None:
-        super().__init__(arch, tower, autoencoder, StageSettings(seed=0, pad_images=True, device=platform.device()))
+        super().__init__(arch, tower, autoencoder, ImageEncoderSettings(seed=0, pad_images=True, device=platform.device()))
         self._recorded = {id(batch.pack): batch.expected for batch in batches}
 
     def flow_noise(self, pack: Pack) -> Tensor:

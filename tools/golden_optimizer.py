@@ -47,9 +47,9 @@ class OptimizerRun:
     def step(self, cases: TrainCases, name: str) -> StepResult:
         """Train on one batch."""
         batch = cases.batch(name)
-        stage = cases.stage(self.parts, batch)
-        stage.tower = self.trainable.tower
-        self.trainable.stage = stage
+        image_encoder = cases.image_encoder(self.parts, batch)
+        image_encoder.tower = self.trainable.tower
+        self.trainable.image_encoder = image_encoder
         settings = StepSettings(LossWeights(), cases.backend, batch.pack.sequence_length, platform.device())
         result = train_step(self.trainable, StepBatch([batch.loaded], [batch.loaded.plan]), settings)
         # Clipping scaled the gradients in place; the threshold is about those before it.
@@ -68,7 +68,7 @@ class OptimizerRun:
         found: dict[str, Tensor] = self.tables()
         for name, whole in self.trainable.ema.named_full_tensors():
             entry = self.parts.weight_map.entries[name.split(".", 1)[1]]
-            found.update(zip(entry.hf, entry.split(whole.cpu()), strict=True))
+            found.update(zip(entry.hf, entry.unfuse(whole.cpu()), strict=True))
         return found
 
     def tables(self) -> dict[str, Tensor]:

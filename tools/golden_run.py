@@ -14,7 +14,7 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
 from tools.golden_common import ELEMENT_ABS, ELEMENT_REL, NORM_REL, Comparison
-from tools.golden_model import GoldenBatch, Parts, RecordedStage
+from tools.golden_model import GoldenBatch, Parts, RecordedImageEncoder
 
 
 @dataclass
@@ -36,19 +36,19 @@ class Outcome:
 def run(
     parts: Parts,
     batches: Sequence[GoldenBatch],
-    stage: RecordedStage,
+    image_encoder: RecordedImageEncoder,
     totals: Sequence[LossTotals] | None = None,
     weights: LossWeights | None = None,
     backend: str = "sdpa",
     backward: bool = True,
 ) -> Outcome:
-    """Microbatches of one step, through the pre-pipeline stage, the decoder and the losses. ``totals``: of each microbatch's step."""
+    """Microbatches of one step, through the image encoder, the decoder and the losses. ``totals``: of each microbatch's step."""
     totals = totals or [LossTotals.of(batch.pack for batch in batches)] * len(batches)
     outcome = Outcome([], [], [], {})
     for module in parts.modules:
         module.zero_grad(set_to_none=True)
     with torch.set_grad_enabled(backward):
-        features = stage.encode([batch.loaded for batch in batches])
+        features = image_encoder.encode([batch.loaded for batch in batches])
         for batch, encoded, total in zip(batches, features, totals, strict=True):
             microbatch = make_microbatch(batch.pack, expert_order(batch.pack), encoded, backend, platform.device())
             ce, mse = parts.decoder(microbatch)
@@ -59,7 +59,7 @@ def run(
             outcome.ce.append(ce.detach())
             outcome.mse.append(mse.detach())
     if backward:
-        stage.backward()
+        image_encoder.backward()
         outcome.gradients = parts.by_recorded_name(lambda parameter: parameter.grad)
     return outcome
 

@@ -25,7 +25,7 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_common import CaseResult, Comparison
-from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedStage, load_batch, read_json
+from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedImageEncoder, load_batch, read_json
 from tools.golden_optimizer import learning_rate_case, optimizer_case
 from tools.golden_run import Outcome, compare_gradients, compare_losses, compare_totals, compare_untouched, run
 
@@ -47,15 +47,15 @@ class TrainCases:
         """The whole model, for every case that leaves it as it is."""
         return self.model.parts()
 
-    def stage(self, parts: Parts, *batches: GoldenBatch) -> RecordedStage:
+    def image_encoder(self, parts: Parts, *batches: GoldenBatch) -> RecordedImageEncoder:
         """Encodes these batches for these parts."""
         autoencoder = self.model.autoencoder if parts.arch.autoencoder is not None else None
-        return RecordedStage(parts.arch, parts.tower, autoencoder, batches)
+        return RecordedImageEncoder(parts.arch, parts.tower, autoencoder, batches)
 
     def run(self, parts: Parts, *names: str, **settings: Any) -> Outcome:
         """``run`` over batches by name."""
         batches = [self.batch(name) for name in names]
-        return run(parts, batches, self.stage(parts, *batches), **{"backend": self.backend, **settings})
+        return run(parts, batches, self.image_encoder(parts, *batches), **{"backend": self.backend, **settings})
 
     def results(self) -> Iterator[CaseResult]:
         """One result per key, in the order of the file."""
@@ -76,12 +76,12 @@ def batch_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, 
     pack = batch.pack
     whole = bool(len(pack.vit_positions)) and bool(len(pack.vae_positions))
     parts = cases.parts if whole else cases.model.parts(vision=bool(len(pack.vit_positions)), generation=bool(len(pack.vae_positions)))
-    stage = cases.stage(parts, batch)
-    outcome = run(parts, [batch], stage, backend=cases.backend)
+    image_encoder = cases.image_encoder(parts, batch)
+    outcome = run(parts, [batch], image_encoder, backend=cases.backend)
     compare_losses(check, outcome.shares[0], want["losses"])
     if "losses_reweighted" in want:
         reweighted = LossWeights(ce_loss_reweighting=True)
-        again = run(parts, [batch], stage, weights=reweighted, backend=cases.backend, backward=False)
+        again = run(parts, [batch], image_encoder, weights=reweighted, backend=cases.backend, backward=False)
         compare_losses(check, again.shares[0], want["losses_reweighted"])
     compare_totals(check, LossTotals.of([pack]), want)
     if "ce" in batch.expected:
@@ -89,7 +89,7 @@ def batch_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, 
     if "mse" in batch.expected:
         check.close("mse of each channel", outcome.mse[0], batch.expected["mse"])
     if "padded_latent" in batch.expected:
-        check.close("latents", stage.encode([batch.loaded])[0].latents, recorded_latents(batch, parts.arch.latent_patch_size))
+        check.close("latents", image_encoder.encode([batch.loaded])[0].latents, recorded_latents(batch, parts.arch.latent_patch_size))
     compare_vision(check, parts, batch)
     check.same("sequence length", pack.sequence_length, want.get("sequence_length", pack.sequence_length))
     gradients = want.get("grads", want)
@@ -142,7 +142,7 @@ def hidden_case(cases: TrainCases, check: Comparison, name: str, want: dict[str,
     """Hidden states after the embedding, after every layer and after the final norms."""
     batch, decoder = cases.batch(MAIN), cases.parts.decoder
     order = expert_order(batch.pack)
-    [features] = cases.stage(cases.parts, batch).encode([batch.loaded])
+    [features] = cases.image_encoder(cases.parts, batch).encode([batch.loaded])
     microbatch = make_microbatch(batch.pack, order, features, device=platform.device())
     states: dict[str, Tensor] = {"input": decoder.embed(microbatch)}
     hooks = [

@@ -20,9 +20,9 @@ from torch import nn
 from megatron_bagel import platform
 from megatron_bagel.assembly.meta_init import materialize, on_meta
 from megatron_bagel.checkpoint.dist.state import load_weights_only
-from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, lost
+from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
 from megatron_bagel.checkpoint.hf.folder import HFFolder
-from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights, initial_value
+from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
 from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -154,10 +154,10 @@ def weight_source(config: Config, damaged: Sequence[Path] = ()) -> WeightSource:
     """
     training = config.training
     if training.auto_resume:
-        newest = latest_checkpoint(training.checkpoint_dir, without=damaged)
+        newest = latest_checkpoint(training.checkpoint_dir, excluded=damaged)
         if newest is not None:
             return WeightSource(checkpoint=newest)
-        gone = {*damaged, *lost(training.checkpoint_dir)}
+        gone = {*damaged, *unusable_only(training.checkpoint_dir)}
         if gone:
             raise ValueError(
                 f"no checkpoint in {training.checkpoint_dir} can be used: {', '.join(sorted(map(str, gone)))}. Copy one of them again, or "
@@ -197,7 +197,7 @@ def load_first_weights(config: Config, source: WeightSource, modules: Modules, a
     model = config.model
     llm, vit = (None, None) if model.init_random else (model.llm_path, model.vit_path)
     training = config.training
-    FirstWeights.of(arch, training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe).fill(parts)
+    InitialWeights.of(arch, training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe).fill(parts)
 
 
 def average_source(source: WeightSource) -> str | None:
@@ -216,4 +216,4 @@ def load_folder(config: Config, folder: Path, weights: str, modules: Modules, ar
         load_weights_only(folder, modules.named, arch, weights, config.model.allow_missing, seeded)
         return
     parts = list(modules.named.values())
-    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, config.model.allow_missing, absent=seeded)
+    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, config.model.allow_missing, initial_value=seeded)

@@ -1,4 +1,4 @@
-"""What the commands of tools/checkpoint_convert share: which weights, sizes, readable errors and the exit status."""
+"""What the checkpoint commands share: which weights, sizes, readable errors and the exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def run(name: str, work: Callable[[], None]) -> int:
-    """Do `work`; an error that a user can cause ends in one sentence and status 1."""
+    """Run ``work`` and return the exit status. An error that a user can cause prints one sentence and returns 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     install_for_streaming()
     try:
@@ -31,20 +31,20 @@ def run(name: str, work: Callable[[], None]) -> int:
 
 
 def install_for_streaming() -> None:
-    """The platform for work that passes through many tensors once: freed memory goes back, where training keeps it for its next step."""
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # the C library's default; that it is set is what counts
+    """Install the platform for work that handles many tensors once, so freed memory returns to the system at once."""
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # the C library's default; setting it at all has the effect
     platform.install()
 
 
 def step_folder(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest complete one inside it. Raises ValueError naming what is wrong with it."""
+    """Return ``path`` if it is a checkpoint, else the newest complete one inside it. Raises ValueError if there is none."""
     folder = path if step_folders.is_complete(path) else step_folders.latest_checkpoint(path) or path
     step_folders.read_state(folder)
     return folder
 
 
 def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
-    """The shape in a JSON file given by --autoencoder-config."""
+    """Read the autoencoder's architecture from the JSON file of --autoencoder-config."""
     if path is None:
         return None
     if not path.is_file():
@@ -53,11 +53,11 @@ def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
 
 
 def size(text: str) -> int:
-    """Bytes of "5GB", "200MB" or a number, as an argparse type."""
+    """Parse "5GB", "200MB" or a number into bytes, as an argparse type."""
     for unit, factor in SIZE_UNITS.items():
         if text.upper().endswith(unit):
             return int(float(text[: -len(unit)]) * factor)
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 200MB or a number of bytes") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB, 200MB or a number of bytes") from None

@@ -1,6 +1,6 @@
-"""Between training checkpoints and Hugging Face folders, tensor by tensor: the work behind tools/checkpoint_convert and exports.
+"""Converts between training checkpoints and Hugging Face folders, tensor by tensor: the work behind the converters and exports.
 
-No process group and no model: peak memory is a few tensors whatever the size of the model.
+It needs neither process group nor model, and peak memory is a few tensors for a model of any size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
-from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights, initial_value
+from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Companions:
-    """What a model folder holds besides trained weights: `tokenizer` (folder or `.model` file) and `autoencoder` (weight file)."""
+    """A model folder's files besides trained weights: ``tokenizer`` (folder or ``.model`` file) and ``autoencoder`` (weight file)."""
 
     tokenizer: Path | None
     autoencoder: Path | None
 
 
 def companions_of(config: Mapping[str, Any]) -> Companions:
-    """Where a run took tokenizer and autoencoder from, read from its saved config (sections of flags, or flags directly)."""
+    """Return where a run took tokenizer and autoencoder from, by its saved config (sections of flags, or flags directly)."""
     flags: dict[str, Any] = {}
     for key, value in config.items():
         flags |= value if isinstance(value, Mapping) else {key: value}
@@ -55,24 +55,37 @@ def export_checkpoint(
     untrained_from: HFFolder | None = None,
     shard_bytes: int | None = None,
 ) -> Path:
-    """Write the training checkpoint `folder` as a folder in the released layout; returns `out`.
+    """Write the training checkpoint ``folder`` as a folder in the released format.
 
-    `weights`: any of "ema" and "model"; `dtype`: "bf16", "fp32" or "keep" (each tensor as it is stored); `companions`: by default those
-    the run used; `untrained_from`: a folder that gives the parts the run was trained without (vision tower, image generation);
-    `shard_bytes`: largest size of one weight file. The size is logged before anything is written. Raises ValueError when the checkpoint,
-    the weights asked for, or a companion's file is not there.
+    The size is logged before anything is written.
+
+    Args:
+        folder: The checkpoint.
+        out: The folder to write.
+        table: Computes position tables.
+        weights: Any of "ema" and "model".
+        dtype: "bf16", "fp32" or "keep" (each tensor's stored type).
+        companions: Tokenizer and autoencoder; None means those of the run.
+        untrained_from: A folder that provides parts the run was trained without (vision tower, image generation).
+        shard_bytes: The largest size of one weight file.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
     checkpoint = CheckpointWeights(folder)
-    absent = [kind for kind in weights if kind not in checkpoint.kinds()]
-    if absent or not weights:
+    missing_kinds = [kind for kind in weights if kind not in checkpoint.kinds()]
+    if missing_kinds or not weights:
         raise ValueError(f"{folder} holds {' and '.join(checkpoint.kinds())} weights; asked for: {', '.join(weights) or 'none'}")
     if companions is None:
         companions = companions_of(checkpoint.state["run"].get("config", {}))
     arch = checkpoint.arch
-    rest: TensorSource | None = None
+    other_source: TensorSource | None = None
     if untrained_from is not None:
-        arch, rest, companions = _with_parts_of(untrained_from, arch, companions)
-    files = {kind: _Export(checkpoint, kind, WeightMap(arch), rest).file(dtype) for kind in weights}
+        arch, other_source, companions = _with_parts_of(untrained_from, arch, companions)
+    files = {kind: _Export(checkpoint, kind, WeightMap(arch), other_source).file(dtype) for kind in weights}
     size = sum(file.bytes(WeightMap(arch)) for file in files.values())
     logger.info("step %d: writing %s, %.2f GB together, to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
     return write_folder(
@@ -81,55 +94,57 @@ def export_checkpoint(
 
 
 def _with_parts_of(folder: HFFolder, arch: BagelArch, companions: Companions) -> tuple[BagelArch, TensorSource, Companions]:
-    """`arch` with the vision tower and image generation it lacks taken from `folder`, the folder's weights, and its autoencoder."""
+    """Add the vision tower and image generation of ``folder`` that ``arch`` lacks; also return its weights and its autoencoder."""
     kinds = folder.available_weights()
     if not kinds:
         raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
-    there = folder.arch
-    if arch.vit is None and there.vit is not None:
+    folder_arch = folder.arch
+    if arch.vit is None and folder_arch.vit is not None:
         settings = ("vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "vit_rope")
-        arch = replace(arch, vit=there.vit, **{name: getattr(there, name) for name in settings})
-    if arch.autoencoder is None and there.autoencoder is not None:
-        size = folder.stored_latent_size(kinds[0]) or there.max_latent_size
-        settings = {name: getattr(there, name) for name in ("latent_patch_size", "timestep_shift")}
-        arch = replace(arch, autoencoder=there.autoencoder, max_latent_size=size, **settings)
+        arch = replace(arch, vit=folder_arch.vit, **{name: getattr(folder_arch, name) for name in settings})
+    if arch.autoencoder is None and folder_arch.autoencoder is not None:
+        size = folder.stored_latent_size(kinds[0]) or folder_arch.max_latent_size
+        settings = {name: getattr(folder_arch, name) for name in ("latent_patch_size", "timestep_shift")}
+        arch = replace(arch, autoencoder=folder_arch.autoencoder, max_latent_size=size, **settings)
         companions = replace(companions, autoencoder=folder.path / "ae.safetensors")
     return arch, folder.weights(kinds[0]), companions
 
 
 @dataclass(frozen=True)
 class _Export:
-    """One weight file's tensors: the checkpoint's, and `rest` for what the checkpoint does not have."""
+    """The tensors of one weight file: the checkpoint's, and ``other_source`` for those that the checkpoint lacks."""
 
     checkpoint: CheckpointWeights
     kind: str
     weight_map: WeightMap
-    rest: TensorSource | None
+    other_source: TensorSource | None
 
     @cached_property
-    def _own(self) -> frozenset[str]:
+    def _checkpoint_names(self) -> frozenset[str]:
         return frozenset(WeightMap(self.checkpoint.arch).entries)
 
     def file(self, dtype: str) -> WeightFile:
-        given = [name for name in self.weight_map.entries if name not in self._own]
-        for name in given:
+        other_names = [name for name in self.weight_map.entries if name not in self._checkpoint_names]
+        for name in other_names:
             entry = self.weight_map.entries[name]
-            if self.rest is None or any(hf not in self.rest or self.rest.spec(hf)[0] != shape for hf, shape in _parts(entry)):
+            if self.other_source is None or any(
+                hf not in self.other_source or self.other_source.spec(hf)[0] != shape for hf, shape in _parts(entry)
+            ):
                 raise ValueError(f"{name} is neither in {self.checkpoint.folder} nor, in this shape, in the folder of untrained parts")
-        if given:
-            logger.info("%d parameters were not trained and are taken as they are", len(given))
+        if other_names:
+            logger.info("%d parameters were not trained and are copied unchanged", len(other_names))
         return WeightFile(self._get, dtype, self._stored_type)
 
     def _get(self, name: str) -> torch.Tensor:
-        if name in self._own:
+        if name in self._checkpoint_names:
             return self.checkpoint.read(self.checkpoint.key(name, self.kind))
         entry = self.weight_map.entries[name]
-        return entry.fuse([self.rest.get(hf) for hf in entry.hf])
+        return entry.fuse([self.other_source.get(hf) for hf in entry.hf])
 
     def _stored_type(self, name: str) -> torch.dtype:
-        if name in self._own:
+        if name in self._checkpoint_names:
             return self.checkpoint.spec(self.checkpoint.key(name, self.kind))[1]
-        return self.rest.spec(self.weight_map.entries[name].hf[0])[1]
+        return self.other_source.spec(self.weight_map.entries[name].hf[0])[1]
 
 
 def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
@@ -139,22 +154,34 @@ def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
 def import_folder(
     folder: str | Path, directory: str | Path, weights: Sequence[str] = ("ema",), allow_missing: Sequence[str] = (), **overrides: Any
 ) -> Path:
-    """Write a folder in the released layout as a checkpoint of 0 steps under `directory`; returns the checkpoint's folder.
+    """Write a folder in the released format as a checkpoint of 0 steps under ``directory``.
 
-    Model weights come from "model" if given, else from "ema"; tensors keep their types. With "ema" alone the weights are stored once and
-    serve as average, too. There is no optimizer state: train from the result with `--resume_model_only True`. Weights that the folder
-    lacks and `allow_missing` (shell patterns of their names there) lets it lack get the values that seed 0 gives them, and are logged.
-    `overrides` are settings of `BagelArch` that win over the folder's. Raises ValueError when other tensors are missing, when some are
-    left over or of another shape, and for a `max_latent_size` that is not the one of the weights.
+    Tensors keep their types. Model weights come from "model" if given, else from "ema"; with "ema" alone the weights are stored once
+    and also serve as the average. There is no optimizer state: train from the result with ``--resume_model_only True``.
+
+    Args:
+        folder: The folder to import.
+        directory: The folder of checkpoints.
+        weights: Any of "ema" and "model".
+        allow_missing: Shell patterns of names that the folder may lack. Such weights get seed 0's values, and are logged.
+        overrides: Settings of ``BagelArch`` that replace the folder's.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: If other tensors are missing, any is unexpected or of another shape, or ``max_latent_size`` is not the stored one.
     """
     if not weights:
         raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
-    source = _sized_as_trained(folder, weights[0], overrides)
+    source = _with_stored_latent_size(folder, weights[0], overrides)
     weight_map = WeightMap(source.arch)
     readers = {kind: source.weights(kind) for kind in weights}
     for reader in readers.values():
-        if absent := check_against(reader, weight_map, allow_missing).missing:
-            logger.info("%s lacks %d tensors, which start from seeded values: %s", reader.path, len(absent), ", ".join(absent))
+        if missing_names := check_against(reader, weight_map, allow_missing).missing:
+            logger.info(
+                "%s lacks %d tensors, which start from seeded values: %s", reader.path, len(missing_names), ", ".join(missing_names)
+            )
     plan: dict[str, tuple[TensorSource, Entry]] = {}
     for prefix, reader in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
         if reader is not None:
@@ -176,37 +203,47 @@ def import_folder(
     return write_checkpoint(directory, 0, source.arch, specs, get, head)
 
 
-def _sized_as_trained(folder: str | Path, kind: str, overrides: Mapping[str, Any]) -> HFFolder:
-    """The folder, with the `max_latent_size` of its stored position table, whatever its config.json says or leaves out."""
-    source, asked = HFFolder(folder, **overrides), overrides.get("max_latent_size")
-    stored = source.stored_latent_size(kind)
-    if stored is None or stored == source.arch.max_latent_size:
+def _with_stored_latent_size(folder: str | Path, kind: str, overrides: Mapping[str, Any]) -> HFFolder:
+    """Open the folder with the ``max_latent_size`` of its stored position table, whatever its config.json says."""
+    source, requested = HFFolder(folder, **overrides), overrides.get("max_latent_size")
+    stored_size = source.stored_latent_size(kind)
+    if stored_size is None or stored_size == source.arch.max_latent_size:
         return source
-    if asked is not None:
+    if requested is not None:
         raise ValueError(
-            f"{folder} was trained with max_latent_size {stored}, as its position table has {stored} x {stored} rows; --max-latent-size "
-            f"says {asked}. Leave the flag out; a run that starts from the checkpoint may choose another --max_latent_size"
+            f"{folder} was trained with max_latent_size {stored_size}, the side of its position table, but --max-latent-size says "
+            f"{requested}. Leave the flag out; a run that starts from the checkpoint may choose another --max_latent_size"
         )
-    return HFFolder(folder, **{**overrides, "max_latent_size": stored})
+    return HFFolder(folder, **{**overrides, "max_latent_size": stored_size})
 
 
-def write_first_weights(first: FirstWeights, directory: str | Path, companions: Companions) -> Path:
-    """Write the weights a run would start from (pretrained parts, seeded values) as a checkpoint of 0 steps; returns its folder.
+def write_initial_weights(initial_weights: InitialWeights, directory: str | Path, companions: Companions) -> Path:
+    """Write the weights that a run would start from (pretrained parts, seeded values) as a checkpoint of 0 steps.
 
-    Tensors of a folder keep their types, seeded ones are fp32. Raises ValueError when a folder lacks what it must have.
+    Tensors of a folder keep their types, and seeded ones are fp32.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: If a folder lacks a required tensor.
     """
-    for line in first.check().lines(first.found.path):
+    for line in initial_weights.check().lines(initial_weights.pretrained.path):
         logger.info(line)
-    entries = WeightMap(first.arch).entries
+    entries = WeightMap(initial_weights.arch).entries
     specs: dict[str, TensorSpec] = {
-        name: (entry.shape, first.found.spec(entry.hf[0])[1] if entry.hf[0] in first.found else torch.float32)
+        name: (entry.shape, initial_weights.pretrained.spec(entry.hf[0])[1] if entry.hf[0] in initial_weights.pretrained else torch.float32)
         for name, entry in entries.items()
     }
 
     def get(name: str) -> torch.Tensor:
         entry = entries[name]
-        return entry.fuse([first.found.get(hf) for hf in entry.hf]) if entry.hf[0] in first.found else first.seeded(entry)
+        return (
+            entry.fuse([initial_weights.pretrained.get(hf) for hf in entry.hf])
+            if entry.hf[0] in initial_weights.pretrained
+            else initial_weights.seeded(entry)
+        )
 
     flags = {"llm_path": companions.tokenizer, "vae_path": companions.autoencoder}
     config = {name: str(path.resolve()) for name, path in flags.items() if path is not None}
-    return write_checkpoint(directory, 0, first.arch, specs, get, {"run": {"config": config}, "ema_is_model": True})
+    return write_checkpoint(directory, 0, initial_weights.arch, specs, get, {"run": {"config": config}, "ema_is_model": True})

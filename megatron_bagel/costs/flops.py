@@ -1,9 +1,9 @@
-"""Two counts of floating-point operations, named apart: the original's MFU formula, and the work a step really does.
+"""Two counts of floating-point operations under separate names: the original's MFU formula, and the work that a step really does.
 
-``mfu_flops`` repeats the original's formula so that its published percentages can be compared: it counts one expert, the
+``mfu_flops`` repeats the original's formula so that its published percentages can be compared. It counts one expert, the
 embedding as if it were a matrix product, full-square attention, and neither ViT nor autoencoder. ``work_flops`` counts what
-runs: exact mask area, loss heads only where there is a loss, ViT, connector, autoencoder. Recomputed activations count in
-neither. A multiply-add is two operations.
+runs: the exact mask area, loss heads only for loss tokens, ViT, connector and autoencoder. Neither counts recomputed
+activations. A multiply-add is two operations.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
 
-# Dense bf16 peak in TFLOP/s by device name, as the original lists them, and B200 (NVIDIA's data sheet) besides; the first name found
-# in the device's own name wins, so longer names come before their prefixes.
+# Dense bf16 peak in TFLOP/s by device name: the original's list, and B200 from NVIDIA's data sheet. The first name contained in the
+# device's name applies, so longer names precede their prefixes.
 PEAK_TFLOPS = {
     "MI300X": 1336.0,
     "H100": 989.0,
@@ -35,7 +35,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str, flag: float = 0.0) -> float:
-    """Peak of one device in TFLOP/s: ``--peak_device_tflops`` if given, else by name, else 0 (MFU is then reported as 0)."""
+    """Return a device's peak in TFLOP/s: ``flag`` (--peak_device_tflops) if positive, else by name, else 0 (MFU is then 0)."""
     if flag > 0:
         return flag
     return next((peak for name, peak in PEAK_TFLOPS.items() if name.lower() in device_name.lower()), 0.0)
@@ -43,7 +43,7 @@ def peak_tflops(device_name: str, flag: float = 0.0) -> float:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one or more packs ask of the model. Additive, so packs of a global batch are summed."""
+    """The work of one or more packs in counts. They are additive, so the packs of a global batch can be summed."""
 
     tokens: int = 0
     sum_len_squared: int = 0
@@ -58,7 +58,7 @@ class StepWork:
 
     @classmethod
     def of(cls, pack: Pack) -> StepWork:
-        """Counts of one pack (no padding)."""
+        """Return the counts of one pack (without padding)."""
         vit = np.array([image.tokens for image in pack.images if image.kind == "vit"], dtype=np.int64)
         pixels = np.array([image.height * image.width for image in pack.images if image.kind == "vae"], dtype=np.int64)
         return cls(
@@ -79,14 +79,14 @@ class StepWork:
 
 
 def layer_matrix_elements(llm: LLMArch) -> int:
-    """Matrix elements one token meets in one decoder layer; both experts have the same sizes."""
+    """Return the matrix elements that one token meets in a decoder layer; both experts have the same sizes."""
     head_dim = int(llm.extra.get("head_dim") or llm.head_dim)
     query, key_value = llm.num_attention_heads * head_dim, llm.num_key_value_heads * head_dim
     return 3 * llm.hidden_size * llm.intermediate_size + llm.hidden_size * 2 * (query + key_value)
 
 
 def mfu_flops(llm: LLMArch, work: StepWork) -> float:
-    """The original's formula: 6 N tokens + 12 d H L sum(len^2), N = L (3 D I + D (q + k + v + q)) + 2 V D."""
+    """Return the original's count: 6 N tokens + 12 d H L sum(len^2), N = L (3 D I + D (q + k + v + q)) + 2 V D."""
     head_dim = int(llm.extra.get("head_dim") or llm.head_dim)
     elements = llm.num_hidden_layers * layer_matrix_elements(llm) + 2 * llm.vocab_size * llm.hidden_size
     attention = 12 * head_dim * llm.num_attention_heads * llm.num_hidden_layers
@@ -95,7 +95,7 @@ def mfu_flops(llm: LLMArch, work: StepWork) -> float:
 
 @dataclass(frozen=True)
 class WorkFlops:
-    """Operations of a step by part, forward and backward (the autoencoder: forward only)."""
+    """Operations of a step by part, forward and backward (the autoencoder only forward)."""
 
     decoder_linear: float
     decoder_attention: float
@@ -105,15 +105,15 @@ class WorkFlops:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.decoder_linear + self.decoder_attention + self.heads + self.vit + self.autoencoder
 
 
 def work_flops(arch: BagelArch, work: StepWork, freeze_llm: bool = False, freeze_vit: bool = False) -> WorkFlops:
-    """Operations that the step does, without recomputation.
+    """Return the operations of a step without recomputation.
 
-    Per matrix element and token: 2 forward, 2 for the gradient of the input, 2 for the gradient of the weight if it trains.
-    Attention: two products forward and four backward over the exact mask area, 12 d H per visible pair and layer.
+    A matrix element costs, per token, 2 operations forward, 2 for the gradient of the input, and 2 for that of the weight if it
+    trains. Attention has two products forward and four backward over the exact mask area: 12 d H per visible pair and layer.
     """
     llm, train = arch.llm, 4 if freeze_llm else 6
     width = arch.latent_patch_size**2 * (arch.autoencoder.z_channels if arch.autoencoder else 0)
@@ -130,7 +130,7 @@ def work_flops(arch: BagelArch, work: StepWork, freeze_llm: bool = False, freeze
 
 
 def _vit_flops(vit: ViTArch, layers: int, llm_width: int, work: StepWork, frozen: bool) -> float:
-    """A frozen ViT runs forward only; the connector trains either way."""
+    """Return the operations of ViT and connector. A frozen ViT runs only forward, while the connector always trains."""
     dim = vit.hidden_size
     layer = 4 * dim * dim + 2 * dim * vit.intermediate_size
     patch = vit.num_channels * vit.patch_size**2 * dim
@@ -141,7 +141,7 @@ def _vit_flops(vit: ViTArch, layers: int, llm_width: int, work: StepWork, frozen
 
 
 def autoencoder_encode_flops(ae: AutoencoderArch, work: StepWork) -> float:
-    """Forward pass of the encoder: its convolutions per pixel at each resolution, and the middle attention."""
+    """Return the operations of the encoder's forward pass: convolutions per pixel at each resolution, and the middle attention."""
 
     def res_block(inputs: int, outputs: int) -> int:
         return 9 * inputs * outputs + 9 * outputs * outputs + (inputs * outputs if inputs != outputs else 0)
@@ -160,7 +160,7 @@ def autoencoder_encode_flops(ae: AutoencoderArch, work: StepWork) -> float:
 
 
 def utilization(flops: float, seconds: float, peak_tflops_per_device: float, devices: int) -> tuple[float, float]:
-    """(TFLOP/s over all devices, fraction of their peak); the fraction is 0 when the peak is unknown (0)."""
+    """Return TFLOP/s over all devices and the fraction of their peak, which is 0 if the peak is unknown (0)."""
     achieved = flops / seconds / 1e12 if seconds > 0 else 0.0
     peak = peak_tflops_per_device * devices
     return achieved, achieved / peak if peak > 0 else 0.0

@@ -1,7 +1,7 @@
 """How many bytes one rank holds between steps, from sizes alone: weights, gradients, optimizer state, average, autoencoder.
 
-The formula is that of docs/parallelism.md; tests hold it against the buffers of real runs. Activations are not part of it. The shapes
-come from the weight map, so that no module is built and any layout of any model is answered in milliseconds.
+docs/parallelism.md gives the formula, and tests compare it with the buffers of real runs. It does not include activations. The
+shapes come from the weight map, so it needs no module and answers within milliseconds for any model and any parallel sizes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from megatron_bagel.costs.freezing import TOWER_PARTS, is_frozen
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 FP32 = 4
-#: Megatron-Core begins every tensor of a sharded gradient buffer at a multiple of so many elements.
+#: Megatron-Core starts every tensor of a sharded gradient buffer at a multiple of this number of elements.
 ALIGNMENT = 64
-#: A sharded buffer (or bucket) ends at a multiple of this and of the ranks that share it.
+#: A sharded buffer (or bucket) ends at a multiple of this number and of the number of ranks that share it.
 BUFFER_ALIGNMENT = 128
-_CUT_BY_TENSOR_PARALLEL = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
+_TENSOR_PARALLEL_PARTS = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
 _FIRST_STAGE = ("embedding.", "vae2llm.", "time_embedder.")
 _LAST_STAGE = ("final_layernorm.", "output_layer.", "llm2vae.")
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, and its numbers of parameters (``trained`` of which have gradients)."""
+    """Bytes of one rank, and its numbers of parameters (``trained`` of them have gradients)."""
 
     parameters: int
     trained: int
@@ -48,13 +48,13 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Everything but activations."""
+        """Return the bytes of everything except activations."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes + self.autoencoder_bytes
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One parameter as a tensor-parallel rank holds it: ``numel`` elements, ``layer`` of the decoder (None outside of it)."""
+    """One parameter as a tensor-parallel rank holds it: ``numel`` elements, and its decoder layer (None outside the decoder)."""
 
     name: str
     numel: int
@@ -63,26 +63,26 @@ class _Tensor:
 
     @property
     def is_tower(self) -> bool:
-        """Of the vision tower, which is never cut."""
+        """Return whether it belongs to the vision tower, which tensor parallelism never shards."""
         return self.name.startswith(TOWER_PARTS)
 
 
 def stage_layers(megatron: MegatronArguments, layers: int) -> list[int]:
-    """Decoder layers of each pipeline stage, all its chunks together. The sizes must have passed ``check_pipeline``."""
+    """Return the decoder layers of each pipeline stage over all its chunks. The sizes must have passed ``check_pipeline``."""
     stages = megatron.pipeline_model_parallel_size
-    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
-    between = stages - (first is not None) - (last is not None)
-    each = (layers - (first or 0) - (last or 0)) // between if between else 0
-    counts = [each] * stages
-    if first is not None:
-        counts[0] = first
-    if last is not None:
-        counts[-1] = last
+    first_stage_layers, last_stage_layers = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    other_stages = stages - (first_stage_layers is not None) - (last_stage_layers is not None)
+    layers_per_stage = (layers - (first_stage_layers or 0) - (last_stage_layers or 0)) // other_stages if other_stages else 0
+    counts = [layers_per_stage] * stages
+    if first_stage_layers is not None:
+        counts[0] = first_stage_layers
+    if last_stage_layers is not None:
+        counts[-1] = last_stage_layers
     return counts
 
 
 class MemoryModel:
-    """Tensors of a model cut for the tensor-parallel size of ``config``, asked for by pipeline stage."""
+    """The tensors of a model, sharded for the tensor-parallel size of ``config``, by pipeline stage."""
 
     def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun) -> None:
         """``layout`` is what ``resolve`` made of ``config``; the sizes must have passed ``validate_architecture``."""
@@ -90,12 +90,12 @@ class MemoryModel:
         training = config.training
         tp, divisor = config.megatron.tensor_model_parallel_size, config.megatron.make_vocab_size_divisible_by
         rows = padded_vocabulary(arch.llm.vocab_size, tp, divisor)
-        # Rows that pad the vocabulary are held like any other.
+        # Rows that pad the vocabulary take memory like any other.
         entries = WeightMap(replace(arch, llm=replace(arch.llm, vocab_size=rows))).entries
         self._tensors = [
             _Tensor(
                 name,
-                prod(entry.shape) // (tp if _is_cut(name) else 1),
+                prod(entry.shape) // (tp if _is_sharded(name) else 1),
                 int(name.split(".")[2]) if name.startswith("decoder.layers.") else None,
                 is_frozen(name, entries, arch.llm.tie_word_embeddings, training.freeze_llm, training.freeze_vit, training.freeze_und),
             )
@@ -104,47 +104,55 @@ class MemoryModel:
         self._autoencoder_bytes = _autoencoder_bytes(arch.autoencoder) if arch.autoencoder is not None else 0
 
     def rank(self, stage: int) -> RankMemory:
-        """Memory of a rank of pipeline stage ``stage``; all tensor-, context- and data-parallel ranks of a stage are alike."""
-        held = RankMemory(0, 0, 0, 0, 0, 0, 0)
+        """Return the memory of any rank of pipeline stage ``stage``; all its tensor-, context- and data-parallel ranks are alike."""
+        memory = RankMemory(0, 0, 0, 0, 0, 0, 0)
         for _, buffer in self.buffers(stage):
-            held += buffer
+            memory += buffer
         encodes = encoders_on_all_ranks(self.megatron) or stage in (0, self.megatron.pipeline_model_parallel_size - 1)
-        return replace(held, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
+        return replace(memory, autoencoder_bytes=self._autoencoder_bytes if encodes else 0)
 
     def buffers(self, stage: int) -> list[tuple[bool, RankMemory]]:
-        """The same by gradient buffer, and whether it is the vision tower's; weights without gradients are in the buffer of their part."""
+        """Return a stage's memory by gradient buffer, each with whether it is the vision tower's.
+
+        Weights without gradients count with the buffer of their part.
+        """
         layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
         replicas = layout.data_parallel_size * self.megatron.context_parallel_size
         shards = replicas // layout.distributed_optimizer_instances
         tower = [tensor for tensor in self._tensors if tensor.is_tower and (everywhere or stage == 0)]
-        # A tower on every rank is data-parallel over the world, its state sharded once.
-        found = [(True, self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards)))]
-        return found + [(False, self._bytes(buffer, replicas, shards)) for buffer in self._buffers(stage)]
+        # A tower on every rank is data-parallel over the world, and its state is sharded over all ranks.
+        tower_memory = [(True, self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards)))]
+        return tower_memory + [(False, self._bytes(buffer, replicas, shards)) for buffer in self._buffers(stage)]
 
     def norm_gradients(self, stage: int) -> int:
-        """Elements of the gradients that tensor-parallel ranks sum besides: norms, each of which saw some of the tokens or heads."""
+        """Return the elements of norm gradients that tensor-parallel ranks sum, because each saw only some tokens or heads."""
         names = ("q_layernorm.", "k_layernorm.")
         if self.megatron.sequence_parallel:
             names += ("input_layernorm.", "pre_mlp_layernorm.", "final_layernorm.")
-        held = (tensor for tensor in self._tensors if not tensor.is_tower and not tensor.frozen and self._holds(stage, tensor))
-        return sum(tensor.numel for tensor in held if any(name in tensor.name for name in names))
+        stage_tensors = (
+            tensor for tensor in self._tensors if not tensor.is_tower and not tensor.frozen and self._is_on_stage(stage, tensor)
+        )
+        return sum(tensor.numel for tensor in stage_tensors if any(name in tensor.name for name in names))
 
     def embedding_gradients(self) -> int:
-        """Elements of the token embedding's gradient on a rank, 0 when it is frozen."""
+        """Return the elements of the token embedding's gradient on a rank, 0 if it is frozen."""
         return sum(tensor.numel for tensor in self._tensors if tensor.name.startswith("embedding.") and not tensor.frozen)
 
     def stages(self) -> list[RankMemory]:
-        """Memory of a rank of every stage."""
+        """Return the memory of a rank of every stage."""
         return [self.rank(stage) for stage in range(self.megatron.pipeline_model_parallel_size)]
 
     def _buffers(self, stage: int) -> list[list[_Tensor]]:
-        """Tensors of the decoder on a stage by gradient buffer: one per chunk, and a tied embedding apart."""
-        held = [tensor for tensor in self._tensors if not tensor.is_tower and self._holds(stage, tensor)]
-        chunks, layers = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1, sorted({t.layer for t in held} - {None})
+        """Return a stage's decoder tensors by gradient buffer: one per chunk, and a separate one for a tied embedding."""
+        stage_tensors = [tensor for tensor in self._tensors if not tensor.is_tower and self._is_on_stage(stage, tensor)]
+        chunks, layers = (
+            virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1,
+            sorted({t.layer for t in stage_tensors} - {None}),
+        )
         chunk_of = {layer: number * chunks // len(layers) for number, layer in enumerate(layers)}
         buffers: list[list[_Tensor]] = [[] for _ in range(chunks + 1)]
         shared = self.arch.llm.tie_word_embeddings and self.megatron.pipeline_model_parallel_size > 1
-        for tensor in held:
+        for tensor in stage_tensors:
             if shared and tensor.name.startswith("embedding."):
                 buffers[-1].append(tensor)
             elif tensor.layer is not None:
@@ -153,45 +161,45 @@ class MemoryModel:
                 buffers[0 if tensor.name.startswith(_FIRST_STAGE) else chunks - 1].append(tensor)
         return buffers
 
-    def _holds(self, stage: int, tensor: _Tensor) -> bool:
-        last = self.megatron.pipeline_model_parallel_size - 1
+    def _is_on_stage(self, stage: int, tensor: _Tensor) -> bool:
+        last_stage = self.megatron.pipeline_model_parallel_size - 1
         if tensor.layer is not None:
-            before = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)
-            # Which of the equal layers a stage has makes no difference, how many does.
-            return sum(before[:stage]) <= tensor.layer < sum(before[: stage + 1])
+            layer_counts = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)
+            # The layers are equal, so only their number per stage matters.
+            return sum(layer_counts[:stage]) <= tensor.layer < sum(layer_counts[: stage + 1])
         if tensor.name.startswith(_LAST_STAGE):
-            return stage == last
+            return stage == last_stage
         tied = self.arch.llm.tie_word_embeddings and tensor.name.startswith("embedding.")
-        return stage == 0 or (tied and stage == last)
+        return stage == 0 or (tied and stage == last_stage)
 
-    def _bytes(self, held: Sequence[_Tensor], replicas: int, shards: int) -> RankMemory:
-        """Of tensors that ``replicas`` ranks hold alike, with optimizer state sharded over ``shards`` of them."""
+    def _bytes(self, tensors: Sequence[_Tensor], replicas: int, shards: int) -> RankMemory:
+        """Return the memory of tensors that ``replicas`` ranks hold alike, with optimizer state sharded over ``shards`` of them."""
         bf16, sharded = self.layout.bf16, self.layout.use_distributed_optimizer
-        trained = [tensor.numel for tensor in held if not tensor.frozen]
-        total, training = sum(tensor.numel for tensor in held), sum(trained)
-        padded = training
+        trained_sizes = [tensor.numel for tensor in tensors if not tensor.frozen]
+        total, trained_count = sum(tensor.numel for tensor in tensors), sum(trained_sizes)
+        padded = trained_count
         if sharded:
-            end = lcm(shards, BUFFER_ALIGNMENT)
-            padded = -(-sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained) // end) * end
-        # Two moments, and a main weight where the model's own is not fp32.
+            alignment = lcm(shards, BUFFER_ALIGNMENT)
+            padded = -(-sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in trained_sizes) // alignment) * alignment
+        # Two moments, and a main weight if the model's weight is not fp32.
         state = (3 if bf16 else 2) * FP32
         return RankMemory(
             parameters=total,
-            trained=training,
-            weight_bytes=(total - training + padded) * (2 if bf16 else FP32),
+            trained=trained_count,
+            weight_bytes=(total - trained_count + padded) * (2 if bf16 else FP32),
             gradient_bytes=padded * FP32,
-            # A rank's share of what is real; padding has no state.
-            optimizer_bytes=training * state // shards if sharded else training * state,
-            average_bytes=training * FP32 // (shards if sharded else replicas),
+            # The optimizer has no state for padding.
+            optimizer_bytes=trained_count * state // shards if sharded else trained_count * state,
+            average_bytes=trained_count * FP32 // (shards if sharded else replicas),
             autoencoder_bytes=0,
         )
 
 
-def _is_cut(name: str) -> bool:
-    return not name.startswith(TOWER_PARTS) and any(part in name for part in _CUT_BY_TENSOR_PARALLEL)
+def _is_sharded(name: str) -> bool:
+    return not name.startswith(TOWER_PARTS) and any(part in name for part in _TENSOR_PARALLEL_PARTS)
 
 
 def _autoencoder_bytes(arch: AutoencoderArch) -> int:
-    """Encoder and decoder, which are fp32 whatever the run's precision."""
+    """Return the bytes of the autoencoder, which is fp32 in every run."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoEncoder(arch).parameters()) * FP32

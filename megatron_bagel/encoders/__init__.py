@@ -1,1 +1,1 @@
-"""The pre-pipeline stage: SigLIP NaViT with its connector, and the FLUX autoencoder."""
+"""The image encoder: SigLIP NaViT with its connector, and the FLUX autoencoder."""

@@ -1,7 +1,7 @@
-"""The FLUX autoencoder between pixels and latents: frozen in training, so its job here is to be exact and cheap.
+"""The FLUX autoencoder between pixels and latents. It is frozen in training, so here it has to be exact and cheap.
 
-Posterior noise always comes from the caller (keyed by sample), and images are encoded at their own size: never padded to a
-common one, which would change the latents through GroupNorm, the attention and the borders.
+Posterior noise always comes from the caller (keyed by sample). Images are encoded at their own size, because padding them to a
+common size would change the latents through GroupNorm, the attention and the borders.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder_blocks import Decoder, Encoder
 
-# Pixels in one batched call of `encode_many`; keeps the widest activation of the released size (ch 128) within about 0.5 GB.
+# Pixels in one batched call of ``encode_many``; the widest activation of the released size (ch 128) then stays within about 0.5 GB.
 MAX_PIXELS_PER_CALL = 1 << 20
 
 
 class AutoEncoder(nn.Module):
-    """FLUX's autoencoder of any width, with the parameter names of the released `ae.safetensors`.
+    """FLUX's autoencoder of any width, with the parameter names of the released ``ae.safetensors``.
 
-    Runs in the contiguous format: torch's channels_last GroupNorm on CPU takes its variance as E[x^2] - E[x]^2, which cost
-    two digits of the latents, and its convolutions were only 10 % faster. Images are [b, 3, H, W] in [-1, 1] with H and W
-    multiples of `arch.downsample`; latents are [b, z_channels, H/downsample, W/downsample].
+    It runs in the contiguous memory format. On CPUs torch computes the variance of a channels_last GroupNorm as
+    E[x^2] - E[x]^2, which cost two digits of the latents, and the convolutions were only 10 % faster. Images are [b, 3, H, W] in
+    [-1, 1] with H and W multiples of ``arch.downsample``; latents are [b, z_channels, H/downsample, W/downsample].
     """
 
     def __init__(self, arch: AutoencoderArch) -> None:
@@ -35,10 +35,10 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(arch.ch, mult, arch.num_res_blocks, arch.out_ch, arch.z_channels)
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log variance, each [b, z, h, w], unscaled.
+        """Return the unscaled posterior mean and log variance, each [b, z, h, w].
 
         Raises:
-            ValueError: if height or width is not a multiple of the downsampling factor.
+            ValueError: If height or width is not a multiple of the downsampling factor.
         """
         factor = self.arch.downsample
         height, width = images.shape[-2:]
@@ -51,18 +51,18 @@ class AutoEncoder(nn.Module):
         return mean, logvar
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """The latent the model sees: scale * (mean + exp(logvar / 2) * noise - shift). All [..., z, h, w]; noise is N(0, 1)."""
+        """Return the model's latent: scale * (mean + exp(logvar / 2) * noise - shift), all [..., z, h, w]; noise is N(0, 1)."""
         return self.arch.scale_factor * (mean + torch.exp(0.5 * logvar) * noise - self.arch.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents as `sample` returns them [b, z, h, w] -> images [b, 3, h*downsample, w*downsample], not clamped."""
+        """Decode latents as ``sample`` returns them [b, z, h, w] to images [b, 3, h*downsample, w*downsample], not clamped."""
         z = latents / self.arch.scale_factor + self.arch.shift_factor
         return self.decoder(z)
 
     def encode_many(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """`encode_moments` for images [3, H, W] of any sizes, in their order; images of equal size share a call.
+        """Apply ``encode_moments`` to images [3, H, W] of any sizes, in their order; images of equal size share a call.
 
-        The result of an image does not depend on the others (up to float rounding of the batched kernels).
+        The result of an image does not depend on the other images (up to float rounding of the batched kernels).
         """
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
@@ -78,15 +78,15 @@ class AutoEncoder(nn.Module):
         return [m for m in moments if m is not None]
 
     def encode_padded(self, images: Sequence[Tensor], size: tuple[int, int] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Like `encode_many`, but as the original does it: every image is padded with zeros (mid-grey) on the right and bottom to
-        `size` (height, width; the largest among `images` unless given), encoded so, and its own part of the moments cut out.
+        """Encode like ``encode_many``, but with the images padded as in the original, for comparison with it.
 
-        An image's moments then depend on which others are in its pack; only for comparing with the original.
+        Every image is padded with zeros (mid-grey) on the right and bottom to ``size`` (height and width; default: the largest of
+        ``images``), and its moments are cropped from the result. An image's moments then depend on the other images of its pack.
         """
         if not images:
             return []
         height, width = size or (max(image.shape[-2] for image in images), max(image.shape[-1] for image in images))
         padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
         factor = self.arch.downsample
-        cuts = [(..., slice(image.shape[-2] // factor), slice(image.shape[-1] // factor)) for image in images]
-        return [(mean[cut], logvar[cut]) for (mean, logvar), cut in zip(self.encode_many(padded), cuts, strict=True)]
+        crops = [(..., slice(image.shape[-2] // factor), slice(image.shape[-1] // factor)) for image in images]
+        return [(mean[crop], logvar[crop]) for (mean, logvar), crop in zip(self.encode_many(padded), crops, strict=True)]

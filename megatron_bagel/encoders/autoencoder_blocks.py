@@ -1,4 +1,4 @@
-"""The pieces of the FLUX autoencoder: residual and attention blocks, encoder and decoder, with the released parameter names."""
+"""The parts of the FLUX autoencoder: residual and attention blocks, encoder and decoder, with the released parameter names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU(GroupNorm(x)); without gradients the activation overwrites the fresh norm output and saves one pass of memory."""
+    """Return SiLU(GroupNorm(x)). Without gradients the activation overwrites the norm's output, which saves a pass over memory."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 def _linear_1x1(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A 1x1 convolution applied to tokens [b, h*w, c] as the matrix product it is."""
+    """Apply a 1x1 convolution to tokens [b, h*w, c] as a matrix product."""
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class ResnetBlock(nn.Module):
-    """norm-silu-conv twice plus a shortcut, which is a 1x1 convolution where the width changes. [b, c, h, w] -> [b, c', h, w]."""
+    """norm-silu-conv twice plus a shortcut, a 1x1 convolution if the width changes. Maps [b, c, h, w] to [b, c', h, w]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head full attention over the pixels of each image, with a residual. [b, c, h, w] -> same."""
+    """Single-head full attention over the pixels of each image, with a residual, on [b, c, h, w]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class AttentionBlock(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = (_linear_1x1(layer, tokens).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        out = _linear_1x1(self.proj_out, out)
-        return x + out.view(b, h, w, c).permute(0, 3, 1, 2)
+        output = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        output = _linear_1x1(self.proj_out, output)
+        return x + output.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Halves height and width; the zero border is on the right and bottom only, as in the released weights."""
+    """Halve height and width. Only the right and the bottom have a zero border, as in the released weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then a 3x3 convolution."""
+    """Double height and width by repeating pixels, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """The bottom of both halves: residual, attention, residual."""
+    """The bottom of encoder and decoder: residual, attention, residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,12 +104,12 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then (not on the last level) a change of resolution."""
+    """Residual blocks at one resolution, followed by a change of resolution except on the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, resample: str | None) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks))
-        # The attribute is the parameter name in the released file, so it differs between the two directions.
+        # The attribute is the parameter name in the released file, so it differs between encoder and decoder.
         if resample == "down":
             self.downsample = Downsample(out_channels)
         elif resample == "up":
@@ -125,15 +125,15 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image [b, in_channels, H, W] -> posterior mean and log variance side by side [b, 2*z, H/f, W/f]."""
+    """Encode images [b, in_channels, H, W] as posterior mean and log variance, concatenated [b, 2*z, H/f, W/f]."""
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, in_channels: int, z_channels: int) -> None:
         super().__init__()
         widths = [ch * m for m in ch_mult]
-        last = len(widths) - 1
+        last_level = len(widths) - 1
         self.conv_in = _conv3(in_channels, ch)
         self.down = nn.ModuleList(
-            Level(widths[i - 1] if i else ch, widths[i], num_res_blocks, "down" if i < last else None) for i in range(len(widths))
+            Level(widths[i - 1] if i else ch, widths[i], num_res_blocks, "down" if i < last_level else None) for i in range(len(widths))
         )
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
@@ -147,16 +147,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [b, z, h, w] -> image [b, out_ch, h*f, w*f]. Levels are numbered by resolution, 0 the finest, and run from last to 0."""
+    """Decode latents [b, z, h, w] to images [b, out_ch, h*f, w*f]. Level 0 is the finest, and levels run from the last to 0."""
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, out_ch: int, z_channels: int) -> None:
         super().__init__()
         widths = [ch * m for m in ch_mult]
-        last = len(widths) - 1
+        last_level = len(widths) - 1
         self.conv_in = _conv3(z_channels, widths[-1])
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
-            Level(widths[min(i + 1, last)], widths[i], num_res_blocks + 1, "up" if i > 0 else None) for i in range(len(widths))
+            Level(widths[min(i + 1, last_level)], widths[i], num_res_blocks + 1, "up" if i > 0 else None) for i in range(len(widths))
         )
         self.norm_out = _norm(widths[0])
         self.conv_out = _conv3(widths[0], out_ch)

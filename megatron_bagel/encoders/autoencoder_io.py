@@ -1,6 +1,6 @@
-"""Reading and writing `ae.safetensors`, closed against wrong files: nothing missing, nothing left over, every shape right.
+"""Reads and writes ``ae.safetensors`` and refuses wrong files: no tensor may be missing, unexpected or of another shape.
 
-A file may store bf16 or fp16 to be small; the module is fp32 whatever the file holds.
+A file may store bf16 or fp16 to be small; the module is always fp32.
 """
 
 from __future__ import annotations
@@ -17,33 +17,41 @@ from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 
-def _check_tensors(path: Path, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    left_over = sorted(found.keys() - expected.keys())
-    shared = sorted(found.keys() & expected.keys())
-    wrong = [f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in shared if found[name] != expected[name]]
+def _check_tensors(path: Path, actual_shapes: dict[str, torch.Size], expected_shapes: dict[str, torch.Size]) -> None:
+    missing_names = sorted(expected_shapes.keys() - actual_shapes.keys())
+    unexpected_names = sorted(actual_shapes.keys() - expected_shapes.keys())
+    shared_names = sorted(actual_shapes.keys() & expected_shapes.keys())
+    shape_errors = [
+        f"{name} is {list(actual_shapes[name])}, expected {list(expected_shapes[name])}"
+        for name in shared_names
+        if actual_shapes[name] != expected_shapes[name]
+    ]
     problems = [
         f"{label}: {shorten(names)}"
-        for label, names in (("missing tensors", missing), ("left-over tensors", left_over), ("wrong shapes", wrong))
+        for label, names in (
+            ("missing tensors", missing_names),
+            ("unexpected tensors", unexpected_names),
+            ("wrong shapes", shape_errors),
+        )  # fmt: skip
         if names
     ]
     if problems:
         raise ValueError(
-            f"autoencoder: {path} does not fit this architecture; {'; '.join(problems)}. Widths and depths other than FLUX's are "
+            f"autoencoder: {path} does not match this architecture; {'; '.join(problems)}. Widths and depths other than FLUX's are "
             f"read from an ae_config.json beside the weights ({path.parent / 'ae_config.json'})"
         )
 
 
 def load_autoencoder(path: str | Path, arch: AutoencoderArch | None = None, flag: str = "--vae_path") -> AutoEncoder:
-    """The autoencoder of a safetensors file: fp32, in eval mode, without gradients.
+    """Load the autoencoder from a safetensors file: fp32, in eval mode, without gradients.
 
     Args:
-        path: the weights, usually `ae.safetensors`.
-        arch: its shape; None reads `ae_config.json` beside the file and falls back to FLUX's.
-        flag: what the user set to get here, for error messages.
+        path: The weights, usually ``ae.safetensors``.
+        arch: The architecture; None reads ``ae_config.json`` beside the file and falls back to FLUX's.
+        flag: The flag that set the path, for error messages.
 
     Raises:
-        ValueError: no such file, not safetensors, or any tensor missing, left over or of another shape.
+        ValueError: If the file does not exist or is not safetensors, or any tensor is missing, unexpected or of another shape.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,7 +68,7 @@ def load_autoencoder(path: str | Path, arch: AutoencoderArch | None = None, flag
 
 
 def save_autoencoder(model: AutoEncoder, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the weights as `dtype` and, beside them, `ae_config.json` with the architecture. Makes the folder."""
+    """Write the weights as ``dtype`` and, beside them, ``ae_config.json`` with the architecture. Creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}, path)

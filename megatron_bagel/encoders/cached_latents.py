@@ -1,4 +1,4 @@
-"""Stands where the autoencoder stands in training when its posteriors were stored beforehand (`data/index/latent_cache.py`)."""
+"""Replaces the autoencoder in training when its posteriors come from a latent cache (``data/index/latent_cache.py``)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 
 class CachedPosterior(nn.Module):
-    """The part of `AutoEncoder` that training uses, over images that are posteriors already. It has no weights."""
+    """The part of ``AutoEncoder`` that training uses, for images that already are posteriors. It has no weights."""
 
     def __init__(self, arch: AutoencoderArch) -> None:
         super().__init__()
         self.arch = arch
 
     def encode_many(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and log variance, each [z, h, w], of posteriors [2 * z, h, w]."""
+        """Cut posteriors [2 * z, h, w] into mean and log variance, each [z, h, w]."""
         return [tuple(image.chunk(2, dim=0)) for image in images]
 
     sample = AutoEncoder.sample

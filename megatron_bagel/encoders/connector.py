@@ -1,4 +1,4 @@
-"""The two-layer MLP that brings ViT features to the decoder's width."""
+"""The two-layer MLP that maps ViT features to the decoder's width."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Connector(nn.Module):
-    """[n, in_dim] -> [n, out_dim]: Linear, tanh-GELU, Linear."""
+    """Map [n, in_dim] to [n, out_dim]: Linear, tanh-GELU, Linear."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The pre-pipeline stage: pixels become features before the pipeline schedule starts, and ViT gradients come back after it.
+"""The image encoder: pixels become features before the pipeline schedule starts, and ViT gradients return after it.
 
-All images of a rank's microbatches are encoded together, each at its own size. The schedule sees ViT features as leaves; what it
-leaves in their gradient is sent through the vision tower once, when all microbatches are done. The autoencoder is frozen.
+All images of a rank's microbatches are encoded together, each at its own size. The schedule sees ViT features as leaves. When all
+microbatches are done, the gradient of these leaves goes through the vision tower once. The autoencoder is frozen.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from megatron_bagel.model.flow import patchify, shift_timesteps
 
 
 @dataclass(frozen=True)
-class StageSettings:
-    """``seed`` names all noise. ``pad_images`` encodes each pack's images padded to their largest size, ``bf16`` lets the autoencoder
-    compute under bf16 autocast; the original does both."""
+class ImageEncoderSettings:
+    """Settings of the image encoder.
+
+    ``seed`` keys all noise. ``pad_images`` pads each pack's images to their largest size before encoding, and ``bf16`` runs the
+    autoencoder under bf16 autocast; the original does both.
+    """
 
     seed: int
     pad_images: bool = False
@@ -32,34 +35,39 @@ class StageSettings:
 
 
 class ImageEncoder:
-    """Encodes a replica's packs. ``tower`` and ``autoencoder`` are None without image understanding or generation, and on
-    pipeline stages that do not need what they make."""
+    """Encodes the images of a replica's packs.
 
-    def __init__(self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: StageSettings) -> None:
+    ``tower`` and ``autoencoder`` are None without image understanding or generation, and on pipeline stages that do not read
+    their output.
+    """
+
+    def __init__(
+        self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: ImageEncoderSettings
+    ) -> None:
         self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
         self._output: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None
 
     def encode(self, packs: Sequence[LoadedPack]) -> list[Features]:
-        """Features of each pack, in sequence order of its tokens."""
+        """Return the features of each pack, in sequence order of its tokens."""
         vit, latents = self._vit_features(packs), self._latents(packs)
         return [
             self._features(pack, vit[number] if vit else None, latents[number] if latents else None) for number, pack in enumerate(packs)
         ]
 
     def backward(self) -> None:
-        """Send the gradient that the schedule left in the ViT features through the tower; does nothing when there is none."""
+        """Send the gradient that the schedule left in the ViT features through the tower, if there is one."""
         output, leaf = self._output, self._leaf
         self._output = self._leaf = None
         if output is not None and leaf is not None and leaf.grad is not None:
             torch.autograd.backward(output, leaf.grad)
 
     def flow_noise(self, pack: Pack) -> torch.Tensor:
-        """Noise of every VAE token, [n_vae, channels]. Replaying recorded noise means to override this and ``posterior_noise``."""
+        """Return the noise of every VAE token, [n_vae, channels]. Override this and ``posterior_noise`` to replay recorded noise."""
         return flow_noise(pack, self.settings.seed, self.arch.latent_token_dim)
 
     def posterior_noise(self, pack: Pack, images: Sequence[PackImage] | None = None) -> list[torch.Tensor]:
-        """Noise of the latents of ``images`` (all VAE images of the pack), each [z, H / downsample, W / downsample]."""
+        """Return the noise of the latents of ``images`` (default: all VAE images), each [z, H / downsample, W / downsample]."""
         ae = self.arch.autoencoder
         return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample, images)
 
@@ -72,26 +80,26 @@ class ImageEncoder:
         lengths = [image.tokens for pack in packs for image in pack.pack.images_of("vit")]
         output = self.tower(patches, ids, lengths)
         if output.requires_grad:
-            # A leaf of its own, so that several backward passes (one per microbatch) end here and the tower runs back once.
+            # Each microbatch's backward pass ends at this leaf, so the tower runs backward only once.
             self._output, output = output, output.detach().requires_grad_()
             self._leaf = output
         return torch.split(output, [len(pack.pack.vit_positions) for pack in packs])
 
     def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
-        """Latents of each pack, [n_vae, channels]; None where nothing makes them."""
+        """Return the latents of each pack, [n_vae, channels], or None without an autoencoder."""
         if self.autoencoder is None:
             return None
         return [self._encoded(loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
 
     def _encoded(self, loaded: LoadedPack, images: Sequence[PackImage], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Latents of some VAE images of a pack, one after the other, [tokens, channels]."""
+        """Return the latents of VAE images of a pack, one after the other, [tokens, channels]."""
         device = self.settings.device
         if not images:
             return torch.zeros(0, self.arch.latent_token_dim, device=device)
         size = None
         if self.settings.pad_images:
-            everyone = loaded.pack.images_of("vae")
-            size = max(image.height for image in everyone), max(image.width for image in everyone)
+            vae_images = loaded.pack.images_of("vae")
+            size = max(image.height for image in vae_images), max(image.width for image in vae_images)
         noises = self.posterior_noise(loaded.pack, images)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bf16):
             return encode_latents(self.autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
@@ -99,9 +107,9 @@ class ImageEncoder:
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device
         if latents is None:
-            # No latents in the data, or on a stage between first and last, which only counts them.
-            nothing = torch.zeros(len(pack.vae_positions), self.arch.latent_token_dim, device=device)
-            return Features(vit=vit, latents=nothing, noise=nothing, timesteps=torch.zeros(len(nothing), device=device))
+            # The model has no autoencoder, or a middle stage only counts the latents.
+            zeros = torch.zeros(len(pack.vae_positions), self.arch.latent_token_dim, device=device)
+            return Features(vit=vit, latents=zeros, noise=zeros, timesteps=torch.zeros(len(zeros), device=device))
         counts = torch.from_numpy(pack.latent_shapes.prod(1))
         raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
         return Features(
@@ -120,10 +128,15 @@ def encode_latents(
     patch: int,
     padded_to: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Images [3, H, W] in [-1, 1] -> latent tokens of all of them, [tokens, patch * patch * z].
+    """Encode images [3, H, W] in [-1, 1] as latent tokens, [tokens, patch * patch * z].
 
-    ``noises`` [z, H / downsample, W / downsample] sample the posterior. With ``padded_to`` (height, width) the images are encoded
-    zero-padded to that size and cut out of the result, which changes them (docs/differences.md).
+    Args:
+        autoencoder: The autoencoder.
+        images: The images.
+        noises: Noise that samples each posterior, [z, H / downsample, W / downsample].
+        patch: The side of a latent patch.
+        padded_to: Height and width that the images are zero-padded to before encoding; the result is cropped to each image. This
+            changes the latents (docs/differences.md).
     """
     moments = autoencoder.encode_padded(images, padded_to) if padded_to else autoencoder.encode_many(images)
     tokens = [

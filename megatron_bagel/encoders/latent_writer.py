@@ -1,6 +1,6 @@
-"""Fills a latent cache: every image of the generation groups, transformed as in training, through the autoencoder's encoder.
+"""Fills a latent cache: encodes every image of the generation groups, transformed as in training, with the autoencoder.
 
-Shards of the index are written one by one, each complete or not there, so jobs can share the work and a killed one goes on.
+Shards of the index are written one by one. Each is complete or absent, so jobs can share the work and continue after a kill.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 _BATCH = 64  # images in memory at a time
-_WRITTEN = 1024  # images at most between two writes, where most are known already
-_REMEMBERED = 256 << 20  # bytes of posteriors kept: equal pictures of a shard (the same one with many captions) are encoded once
+_MAX_PENDING = 1024  # images between two writes, if most of them are already encoded
+_REMEMBERED_BYTES = 256 << 20  # posteriors kept in memory, so that equal pictures of a shard (one with many captions) are encoded once
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """``dtype`` of the stored numbers: "float32" trains with the losses of encoding, "bfloat16" takes half the room. Of ``num_jobs``
-    jobs this one, ``job_index``, writes its share of the shards."""
+    """Options of one job that writes a latent cache.
+
+    ``dtype`` is that of the stored numbers: "float32" reproduces the losses of encoding, "bfloat16" takes half the space. This job is
+    number ``job_index`` of ``num_jobs`` and writes its share of the shards.
+    """
 
     dtype: str = "float32"
     device: torch.device | str = "cpu"
@@ -63,9 +66,22 @@ def write_latent_cache(
     index: IndexedSamples, groups: Sequence[GroupConfig], weights: Path, autoencoder: AutoEncoder, output: Path, options: CacheOptions,
     progress: Callable[[int], None] = lambda _: None,
 ) -> bool:  # fmt: skip
-    """Write this job's shards of the cache at ``output``; whether the cache is complete now. ``progress`` gets numbers of images.
+    """Write this job's shards of a latent cache. The job that finishes last writes the manifest.
 
-    The job that finishes last writes the manifest. Raises ValueError when ``output`` holds the cache of something else.
+    Args:
+        index: The index of the samples.
+        groups: The dataset groups.
+        weights: The file of the autoencoder's weights, whose digest is part of the cache's key.
+        autoencoder: The autoencoder.
+        output: The folder of the cache.
+        options: Options of this job.
+        progress: Receives the number of images after each write.
+
+    Returns:
+        Whether the cache is complete now.
+
+    Raises:
+        ValueError: If ``output`` holds another cache or something else.
     """
     key = cache_key(index.manifest, groups, options.dtype, digest(weights).sha256)
     _prepare(output, key, autoencoder)
@@ -75,17 +91,17 @@ def write_latent_cache(
         for entry in group.datasets for number in range(len(index.reader(group, entry).info.shards))
     ]  # fmt: skip
     for shard in work[options.job_index :: options.num_jobs]:
-        if not _done(output, shard).is_file():
+        if not _marker(output, shard).is_file():
             _write_shard(output, shard, autoencoder, options, progress)
-    if not all(_done(output, shard).is_file() for shard in work):
+    if not all(_marker(output, shard).is_file() for shard in work):
         return False
-    files = {shard.name: json.loads(_done(output, shard).read_text()) for shard in work}
+    files = {shard.name: json.loads(_marker(output, shard).read_text()) for shard in work}
     write_whole(output / CACHE_MANIFEST, json.dumps({**key, "files": files}, indent=1) + "\n")
     return True
 
 
 def total_images(manifest: Manifest, groups: Sequence[GroupConfig]) -> int:
-    """Images that a complete cache of these groups holds."""
+    """Return the number of images in a complete cache of these groups."""
     names = {f"{group.name}/{entry.name}" for group in groups if group.makes_images for entry in group.datasets}
     return sum(shard.images for dataset in manifest.datasets if dataset.key in names for shard in dataset.shards)
 
@@ -93,72 +109,74 @@ def total_images(manifest: Manifest, groups: Sequence[GroupConfig]) -> int:
 def _prepare(output: Path, key: dict, autoencoder: AutoEncoder) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "key.json"
-    # Jobs may start at the same moment: what another one is about to call key.json is nothing else than a cache.
-    there = {file.name for file in output.iterdir() if not file.name.startswith(f"{path.name}.partial")}
-    if path.name in there and json.loads(path.read_text()) != key:
+    # Jobs may start at the same moment, and another job's key.json.partial... is then part of this cache.
+    names = {file.name for file in output.iterdir() if not file.name.startswith(f"{path.name}.partial")}
+    if path.name in names and json.loads(path.read_text()) != key:
         raise ValueError(
-            f"{output} holds latents of another index, autoencoder, dtype or other image transforms; remove it, or give another --output"
+            f"{output} holds latents of another index, autoencoder, dtype or image transform; remove it or give another --output"
         )
-    if there and path.name not in there:
-        raise ValueError(f"{output} holds something else than a latent cache; give another --output")
+    if names and path.name not in names:
+        raise ValueError(f"{output} is not a latent cache; give another --output")
     write_whole(path, json.dumps(key))
     write_whole(output / "ae_config.json", json.dumps(autoencoder.arch.to_dict(), indent=1) + "\n")
 
 
-def _done(output: Path, shard: _ShardWork) -> Path:
+def _marker(output: Path, shard: _ShardWork) -> Path:
     info = shard.reader.info
     return dataset_folder(output, info.group, info.name) / f"{info.shards[shard.number].name}.json"
 
 
 class _Writer:
-    """Encodes and writes images in order. Equal pictures (one with many captions, say) are decoded and encoded once, as far as
-    the posteriors of the last ones are remembered."""
+    """Encodes and writes images in order.
+
+    Equal pictures, such as one with many captions, are decoded and encoded once while the posterior is remembered.
+    """
 
     def __init__(self, builder: IndexedDatasetBuilder, autoencoder: AutoEncoder, options: CacheOptions) -> None:
         self._builder, self._autoencoder, self._options = builder, autoencoder, options
-        self._order: list[bytes] = []  # hashes of the pictures to be written
-        self._pixels: dict[bytes, torch.Tensor] = {}  # those of them to be encoded
-        self._stored: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # bytes as written, the ones used last at the end
-        self._size = 0
+        self._order: list[bytes] = []  # hashes of the pictures to write
+        self._pixels: dict[bytes, torch.Tensor] = {}  # the ones to encode
+        self._posteriors: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # bytes as written, most recently used last
+        self._stored_bytes = 0
 
     def add(self, data: bytes, pixels: Callable[[], torch.Tensor]) -> int:
-        """The next image, by its encoded bytes; how many were written."""
+        """Add the next image, keyed by its encoded bytes, and return the number of images written."""
         name = hashlib.sha256(data).digest()
         self._order.append(name)
-        if name not in self._stored and name not in self._pixels:
+        if name not in self._posteriors and name not in self._pixels:
             self._pixels[name] = pixels()
-        return self.flush() if len(self._pixels) == _BATCH or len(self._order) == _WRITTEN else 0
+        return self.flush() if len(self._pixels) == _BATCH or len(self._order) == _MAX_PENDING else 0
 
     @torch.no_grad()
     def flush(self) -> int:
-        """Write all that was added; how many."""
+        """Write all added images and return their number."""
         moments = self._autoencoder.encode_many([image.to(self._options.device) for image in self._pixels.values()])
         for name, (mean, logvar) in zip(self._pixels, moments, strict=True):
-            stored = torch.cat([mean, logvar]).to("cpu", DTYPES[self._options.dtype]).contiguous().view(torch.uint8).reshape(-1)
-            self._stored[name] = stored
-            self._size += len(stored)
+            posterior = torch.cat([mean, logvar]).to("cpu", DTYPES[self._options.dtype]).contiguous().view(torch.uint8).reshape(-1)
+            self._posteriors[name] = posterior
+            self._stored_bytes += len(posterior)
         for name in self._order:
-            self._builder.add_document(self._stored[name], [len(self._stored[name])])
-            self._stored.move_to_end(name)
-        written = len(self._order)
+            self._builder.add_document(self._posteriors[name], [len(self._posteriors[name])])
+            self._posteriors.move_to_end(name)
+        num_written = len(self._order)
         self._order.clear()
         self._pixels.clear()
-        while self._size > _REMEMBERED:
-            self._size -= len(self._stored.popitem(last=False)[1])
-        return written
+        while self._stored_bytes > _REMEMBERED_BYTES:
+            self._stored_bytes -= len(self._posteriors.popitem(last=False)[1])
+        return num_written
 
 
 def _write_shard(output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], None]) -> None:
-    done = _done(output, shard)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(str(done.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
+    marker = _marker(output, shard)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    builder = IndexedDatasetBuilder(str(marker.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
     writer = _Writer(builder, autoencoder, options)
     for row in shard.reader.shard_rows(shard.number):
         for image in range(len(shard.reader.record(row).widths)):
             progress(writer.add(shard.reader.image_bytes(row, image), partial(_pixels, shard, row, image)))
     progress(writer.flush())
-    builder.finalize(str(done.with_suffix(".idx")))
-    write_whole(done, json.dumps({ending: done.with_suffix(f".{ending}").stat().st_size for ending in ("bin", "idx")}))
+    builder.finalize(str(marker.with_suffix(".idx")))
+    write_whole(marker, json.dumps({suffix: marker.with_suffix(f".{suffix}").stat().st_size for suffix in ("bin", "idx")}))
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
@@ -173,9 +191,9 @@ def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
 
 
 def clear_latent_cache(output: Path) -> None:
-    """Remove a cache, or nothing where there is none. Raises ValueError when ``output`` is something else."""
+    """Remove a cache if it exists. Raises ValueError when ``output`` is something else."""
     if not output.exists():
         return
     if not (output / "key.json").is_file():
-        raise ValueError(f"{output} is no latent cache; remove it yourself, or give another --output")
+        raise ValueError(f"{output} is not a latent cache; remove it yourself or give another --output")
     shutil.rmtree(output)

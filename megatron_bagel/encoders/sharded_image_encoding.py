@@ -1,7 +1,7 @@
-"""The pre-pipeline stage on all ranks of a replica: each encodes its share of the images, and features travel to where they are read.
+"""The image encoder on all ranks of a replica: each rank encodes its share of the images and sends features to their readers.
 
 ViT features go to the ranks of the first pipeline stage, latents to those of the first and the last. The gradient of a ViT feature
-goes back to the rank that made it, so that the tower is data-parallel over the whole world.
+returns to the rank that encoded it, so that the tower is data-parallel over all ranks of the world.
 """
 
 from __future__ import annotations
@@ -16,87 +16,89 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
 
 
 @dataclass(frozen=True)
 class _Route:
-    """How the rows of one kind of image lie when they arrive in rank order: ``counts`` rows of each rank, ``places`` [n] of the
-    rows in sequence order, pack after pack."""
+    """The order in which the rows of one kind of image arrive: ``counts`` rows of each rank, in rank order.
+
+    ``rows`` [n] are the arriving rows in sequence order, pack after pack.
+    """
 
     counts: list[int]
-    places: torch.Tensor
+    rows: torch.Tensor
 
 
 def _route(images: Sequence[PackImage], owners: np.ndarray, ranks: int) -> _Route:
     tokens = np.array([image.tokens for image in images], dtype=np.int64)
     counts = np.bincount(owners, weights=tokens, minlength=ranks).astype(np.int64)
     starts = np.cumsum(counts) - counts
-    places = []
+    rows = []
     for size, owner in zip(tokens, owners, strict=True):
-        places.append(np.arange(starts[owner], starts[owner] + size))
+        rows.append(np.arange(starts[owner], starts[owner] + size))
         starts[owner] += size
-    return _Route(counts.tolist(), torch.from_numpy(np.concatenate(places) if places else np.zeros(0, dtype=np.int64)))
+    return _Route(counts.tolist(), torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)))
 
 
 class ShardedImageEncoder(ImageEncoder):
-    """`ImageEncoder` of a replica of several ranks, all of which have a tower and an autoencoder and call it together."""
+    """An ``ImageEncoder`` for a replica of several ranks. All of them have a tower and an autoencoder and call it together."""
 
     def __init__(
         self,
         arch: BagelArch,
         tower: torch.nn.Module | None,
         autoencoder: AutoEncoder | None,
-        settings: StageSettings,
+        settings: ImageEncoderSettings,
         replica: Replica,
         share: EncodingShare,
     ) -> None:
         super().__init__(arch, tower, autoencoder, settings)
         self.replica, self.share = replica, share
-        self._way_back: _Route | None = None
+        self._vit_route: _Route | None = None
 
     def backward(self) -> None:
-        """Collective over the replica: gradients return to the ranks that encoded, and go through their towers."""
-        output, leaf, route = self._output, self._leaf, self._way_back
-        self._output = self._leaf = self._way_back = None
+        """Return gradients to the ranks that encoded and send them through their towers. Collective over the replica."""
+        output, leaf, route = self._output, self._leaf, self._vit_route
+        self._output = self._leaf = self._vit_route = None
         if output is None or route is None:
             return
         gradient = output.new_zeros((0, output.shape[1]))
-        if self.replica.rank in self.replica.first_leads:
-            # Tensor-parallel ranks have equal gradients: the first one's count.
+        if self.replica.rank in self.replica.first_stage_leads:
+            # Tensor-parallel ranks have equal gradients, so only the first of them sends its gradient.
             gradient = output.new_zeros((sum(route.counts), output.shape[1]))
             if leaf is not None and leaf.grad is not None:
-                gradient[route.places.to(gradient.device)] = leaf.grad
-        torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_leads, self.replica.group))
+                gradient[route.rows.to(gradient.device)] = leaf.grad
+        torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.tower is None:
             return None
         owners = self._owners(packs)
         route = self._route(packs, owners, "vit")
-        output = self._own_vit(packs, owners)
-        received = send_rows(output, route.counts, self.replica.first, self.replica.group)
-        if output.requires_grad:
-            # Kept also where no image was encoded: every rank runs the tower's backward pass, whose reductions are collective.
-            self._output, self._way_back = output, route
-        if self.replica.rank not in self.replica.first:
+        local_output = self._local_vit(packs, owners)
+        received = send_rows(local_output, route.counts, self.replica.first_stage_ranks, self.replica.group)
+        if local_output.requires_grad:
+            # Every rank runs the tower's backward pass, even without images, because its reductions are collective.
+            self._output, self._vit_route = local_output, route
+        if self.replica.rank not in self.replica.first_stage_ranks:
             return None
-        features = received[route.places.to(received.device)]
-        if output.requires_grad:
+        features = received[route.rows.to(received.device)]
+        if local_output.requires_grad:
             self._leaf = features.requires_grad_()
         return torch.split(features, [len(loaded.pack.vit_positions) for loaded in packs])
 
-    def _own_vit(self, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> torch.Tensor:
-        """What this rank's tower makes of its images, [tokens, h]."""
+    def _local_vit(self, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> torch.Tensor:
+        """Run this rank's tower on its images; the result is [tokens, h]."""
         patches, ids, lengths = [torch.zeros(0, 3 * self.arch.vit.patch_size**2)], [torch.zeros(0, dtype=torch.long)], []
         for loaded, ranks in zip(packs, owners, strict=True):
             pack = loaded.pack
-            ends = np.cumsum([image.tokens for image in pack.images_of("vit")])
-            for number, image, pixels in self._own(loaded, ranks, "vit"):
+            image_ends = np.cumsum([image.tokens for image in pack.images_of("vit")])
+            for number, image, pixels in self._local_images(loaded, ranks, "vit"):
                 patches.append(pixels)
-                ids.append(torch.from_numpy(pack.vit_position_ids[ends[number] - image.tokens : ends[number]]))
+                ids.append(torch.from_numpy(pack.vit_position_ids[image_ends[number] - image.tokens : image_ends[number]]))
                 lengths.append(image.tokens)
         return self.tower(torch.cat(patches).to(self.settings.device), torch.cat(ids).to(self.settings.device), lengths)
 
@@ -106,30 +108,30 @@ class ShardedImageEncoder(ImageEncoder):
             return None
         owners = self._owners(packs)
         route = self._route(packs, owners, "vae")
-        own = []
+        local_latents = []
         for loaded, ranks in zip(packs, owners, strict=True):
-            mine = list(self._own(loaded, ranks, "vae"))
-            own.append(self._encoded(loaded, [image for _, image, _ in mine], [pixels for _, _, pixels in mine]))
-        received = send_rows(torch.cat(own), route.counts, self.replica.ends, self.replica.group)
-        if self.replica.rank not in self.replica.ends:
+            local_images = list(self._local_images(loaded, ranks, "vae"))
+            local_latents.append(self._encoded(loaded, [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]))
+        received = send_rows(torch.cat(local_latents), route.counts, self.replica.boundary_ranks, self.replica.group)
+        if self.replica.rank not in self.replica.boundary_ranks:
             return None
-        return torch.split(received[route.places.to(received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
+        return torch.split(received[route.rows.to(received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
 
     def _owners(self, packs: Sequence[LoadedPack]) -> list[np.ndarray]:
         return self.share.owners([loaded.pack.images for loaded in packs])
 
     def _route(self, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray], kind: str) -> _Route:
         images = [image for loaded in packs for image in loaded.pack.images]
-        chosen = [number for number, image in enumerate(images) if image.kind == kind]
-        return _route([images[number] for number in chosen], np.concatenate(owners)[chosen], self.replica.size)
+        numbers = [number for number, image in enumerate(images) if image.kind == kind]
+        return _route([images[number] for number in numbers], np.concatenate(owners)[numbers], self.replica.size)
 
-    def _own(self, loaded: LoadedPack, owners: np.ndarray, kind: str) -> Iterator[tuple[int, PackImage, torch.Tensor]]:
-        """Number among the pack's images of ``kind``, image and pixels of each that this rank encodes."""
-        mine = [owner for owner, image in zip(owners, loaded.pack.images, strict=True) if image.kind == kind]
-        read = iter(loaded.vit_images() if kind == "vit" else loaded.vae_images())
-        for number, (image, held) in enumerate(zip(loaded.pack.images_of(kind), loaded.held_of(kind), strict=True)):
-            pixels = next(read) if held else None
-            if mine[number] != self.replica.rank:
+    def _local_images(self, loaded: LoadedPack, owners: np.ndarray, kind: str) -> Iterator[tuple[int, PackImage, torch.Tensor]]:
+        """Yield the number among the pack's images of ``kind``, the image and the pixels of each that this rank encodes."""
+        image_owners = [owner for owner, image in zip(owners, loaded.pack.images, strict=True) if image.kind == kind]
+        decoded_images = iter(loaded.vit_images() if kind == "vit" else loaded.vae_images())
+        for number, (image, is_read) in enumerate(zip(loaded.pack.images_of(kind), loaded.held_of(kind), strict=True)):
+            pixels = next(decoded_images) if is_read else None
+            if image_owners[number] != self.replica.rank:
                 continue
             if pixels is None:
                 raise ValueError(f"pack {loaded.plan.number}: image {image.image} of sample {image.sample} was not read by its encoder")

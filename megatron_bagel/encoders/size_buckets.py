@@ -10,34 +10,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ImageGroups:
-    """Runs of images of equal length after reordering.
+class SizeBuckets:
+    """Buckets of images of equal length, and the token order that puts each bucket's images side by side.
 
-    `groups` holds (number of images, tokens of each) in grouped order; `order` [n] takes packed tokens to grouped order
-    and `inverse` [n] takes them back. Both are None where images of equal length are neighbours already.
+    ``buckets`` holds (number of images, tokens of each) in bucket order. ``order`` [n] takes packed tokens to bucket order
+    and ``inverse`` [n] takes them back. Both are None if images of equal length already are neighbours.
     """
 
-    groups: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
     order: Tensor | None
     inverse: Tensor | None
 
     @property
     def run_lengths(self) -> list[int]:
-        """Tokens of each group."""
-        return [images * length for images, length in self.groups]
+        """Return the number of tokens of each bucket."""
+        return [images * length for images, length in self.buckets]
 
 
-def group_by_length(seqlens: Sequence[int], device: torch.device) -> ImageGroups:
-    """Groups images by their number of tokens; within a group images keep their order."""
+def bucket_by_length(seqlens: Sequence[int], device: torch.device) -> SizeBuckets:
+    """Put images with the same number of tokens into one bucket; within a bucket images keep their order."""
     by_length: dict[int, list[int]] = {}
     for image, length in enumerate(seqlens):
         by_length.setdefault(length, []).append(image)
-    groups = tuple((len(members), length) for length, members in by_length.items())
+    buckets = tuple((len(members), length) for length, members in by_length.items())
     sequence = [image for members in by_length.values() for image in members]
     if sequence == list(range(len(seqlens))):
-        return ImageGroups(groups, None, None)
+        return SizeBuckets(buckets, None, None)
     starts = torch.tensor([0, *seqlens]).cumsum(0)
     order = torch.cat([torch.arange(starts[image], starts[image + 1]) for image in sequence])
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))
-    return ImageGroups(groups, order.to(device), inverse.to(device))
+    return SizeBuckets(buckets, order.to(device), inverse.to(device))

@@ -1,7 +1,6 @@
-"""What a sample is made of, before any tensor exists: an ordered list of items, each a text or an image.
+"""What a sample consists of before any tensor exists: an ordered list of items, each a text or an image.
 
-An item carries integers only (token ids, pixel sizes, choices already drawn), so that every rank can hold the plan of
-every sample.
+An item carries only integers (token ids, pixel sizes, draws), so that every rank can hold the plan of every sample.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ ITEM_KINDS = ("text", "vit", "vae")
 
 
 class Mode(IntEnum):
-    """Attention mode of a split. Noise splits are invisible to everything outside themselves."""
+    """Attention mode of a split. Only a noise split itself can see its tokens."""
 
     CAUSAL = 0
     FULL = 1
@@ -26,10 +25,10 @@ class Mode(IntEnum):
 class Item:
     """One entry of a sample's plan, in sequence order.
 
-    ``kind`` is "text", "vit" (image for understanding) or "vae" (clean condition, or noised target when ``loss``).
-    ``dropped`` marks a condition removed by dropout: a dropped image still advances the rope position by one.
+    ``kind`` is "text", "vit" (image for understanding) or "vae" (clean condition, or noised target if ``loss``).
+    ``dropped`` marks a condition that dropout removed; a dropped image still advances the rope position by one.
     ``height`` and ``width`` are pixels after the image transform of the item's kind. ``special_token_label`` adds a
-    cross-entropy target of weight 1 at the item's closing token. ``split_start`` / ``split_end`` let several images
+    cross-entropy target of weight 1 at the item's closing token. ``split_start`` and ``split_end`` let several images
     (frames of a clip) share one split; ``frame_delta`` is then the rope distance to the next frame.
     """
 
@@ -56,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """A training example: where it comes from (the key of all its random draws) and its items."""
+    """A training example: its origin, which keys all its random draws, and its items."""
 
     dataset: str
     index: int

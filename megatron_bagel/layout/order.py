@@ -1,7 +1,7 @@
-"""Expert-sorted order: where each token of a pack lies on a rank, decided once so that every layer only slices.
+"""Expert-sorted order: the slot of each token of a pack on a rank, decided once so that every layer only slices.
 
 A rank holds its tokens as [text | ViT | VAE | padding]: the understanding expert's tokens first, then the generation
-expert's. All later bookkeeping (losses, positions, attention) is done in these slots.
+expert's. Losses, positions and attention all refer to these slots.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_bagel.layout.pack import Pack
 class TokenOrder:
     """Order of one rank's tokens.
 
-    ``positions`` [n_text + n_vit + n_vae] are the places in the sequence, slot by slot; ``length`` is the padded number of
-    slots; ``slots`` [sequence_length] is the inverse, -1 for tokens held elsewhere. ``text_rows``, ``vit_rows`` and
-    ``vae_rows`` index the pack's own lists of text, ViT and VAE tokens.
+    ``positions`` [n_text + n_vit + n_vae] are sequence positions, slot by slot. ``length`` is the padded number of slots.
+    ``slots`` [sequence_length] is the inverse of ``positions``, -1 for tokens of other ranks. ``text_rows``, ``vit_rows`` and
+    ``vae_rows`` index the pack's lists of text, ViT and VAE tokens.
     """
 
     positions: np.ndarray
@@ -31,19 +31,25 @@ class TokenOrder:
 
     @property
     def n_und(self) -> int:
-        """Tokens of the understanding expert."""
+        """Return the number of tokens of the understanding expert."""
         return len(self.text_rows) + len(self.vit_rows)
 
     @property
     def n_gen(self) -> int:
-        """Tokens of the generation expert."""
+        """Return the number of tokens of the generation expert."""
         return len(self.vae_rows)
 
 
 def expert_order(pack: Pack, keep: np.ndarray | None = None, length: int | None = None) -> TokenOrder:
-    """Sort the tokens of a pack (those where boolean ``keep`` [sequence_length] holds) by expert.
+    """Sort the tokens of a pack by expert.
 
-    ``length`` pads the slots; raises ValueError when the tokens do not fit.
+    Args:
+        pack: The pack.
+        keep: Boolean [sequence_length]; only tokens where it is True are included. None includes all.
+        length: The padded number of slots; None adds no padding.
+
+    Raises:
+        ValueError: If the tokens exceed ``length`` slots.
     """
     rows = []
     for positions in (pack.text_positions, pack.vit_positions, pack.vae_positions):

@@ -1,7 +1,7 @@
-"""From samples to one pack: every integer the step needs, in sequence order, without touching a pixel.
+"""From samples to one pack: every integer that a step needs, in sequence order, without reading a pixel.
 
-The fields are those of the original's packed batch (same order, same values), so they can be compared one by one; the
-padding document of its flex mode is not part of a pack, padding belongs to the order of a rank (layout/order.py).
+The fields have the order and values of the original's packed batch, so they can be compared one by one. The padding
+document of its flex mode is not part of a pack: padding belongs to the order of a rank (``layout/order.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_bagel.layout.items import Item, Mode, Sample
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """The few settings a layout depends on. ``vae_downsample`` is pixels per latent token side (latent_patch_size * 8)."""
+    """The settings that a layout depends on. ``vae_downsample`` is pixels per latent token side (latent_patch_size * 8)."""
 
     bos: int
     eos: int
@@ -31,7 +31,7 @@ class LayoutSpec:
 
 @dataclass(frozen=True)
 class PackImage:
-    """One encoded image of a pack. ``draw`` numbers the timestep draws inside the sample: frames of one clip share one."""
+    """One encoded image of a pack. ``draw`` numbers the timestep draws inside the sample; frames of one clip share one."""
 
     kind: str
     sample: int
@@ -45,11 +45,11 @@ class PackImage:
 
 @dataclass(frozen=True)
 class Pack:
-    """One pack in sequence order; all arrays int64 unless said otherwise.
+    """One pack in sequence order; arrays are int64 unless noted.
 
-    ``text_positions``, ``vae_positions``, ``vit_positions``, ``ce_positions`` and ``mse_positions`` are places in the
-    sequence; ``position_ids`` [sequence_length] are RoPE positions; ``latent_shapes`` and ``vit_shapes`` [images, 2]
-    are (rows, columns) of tokens; ``ce_weights`` is float32.
+    ``text_positions``, ``vae_positions``, ``vit_positions``, ``ce_positions`` and ``mse_positions`` are indices into the
+    sequence. ``position_ids`` [sequence_length] are RoPE positions. ``latent_shapes`` and ``vit_shapes`` [images, 2] are
+    (rows, columns) of tokens. ``ce_weights`` is float32.
     """
 
     sequence_length: int
@@ -73,22 +73,23 @@ class Pack:
     samples: tuple[Sample, ...] = ()
 
     def images_of(self, kind: str) -> list[PackImage]:
-        """Images of one kind, in sequence order."""
+        """Return the images of one kind, in sequence order."""
         return [image for image in self.images if image.kind == kind]
 
     def sample_numbers(self, positions: np.ndarray) -> np.ndarray:
-        """Which of ``samples`` the tokens at ``positions`` [n] of the sequence belong to, int64 [n]."""
+        """Return which of ``samples`` the tokens at sequence ``positions`` [n] belong to, int64 [n]."""
         documents = np.searchsorted(np.cumsum(self.sample_lens), positions, side="right")
         if len(self.samples) in (0, len(self.sample_lens)):
             return documents
-        # sample_lens leaves out samples of which nothing is left.
+        # ``sample_lens`` leaves out samples whose items are all dropped.
         return np.flatnonzero([any(not item.dropped for item in sample.items) for sample in self.samples])[documents]
 
 
 def grid_position_ids(rows: int, cols: int, side: int, interpolate: bool) -> np.ndarray:
-    """Ids [rows * cols] into a [side, side] position table, row-major.
+    """Return row-major ids [rows * cols] into a [side, side] position table.
 
-    ``interpolate`` spreads rows and columns over ``side`` equal bins (nearest bin), else ids are row * side + column.
+    With ``interpolate``, rows and columns are spread over ``side`` equal bins (nearest bin). Otherwise an id is
+    row * side + column.
     """
     r, c = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
     if interpolate:
@@ -97,13 +98,13 @@ def grid_position_ids(rows: int, cols: int, side: int, interpolate: bool) -> np.
 
 
 def item_grid(item: Item, spec: LayoutSpec) -> tuple[int, int]:
-    """(rows, columns) of the tokens of an image item."""
+    """Return (rows, columns) of the tokens of an image item."""
     stride = spec.vit_patch if item.kind == "vit" else spec.vae_downsample
     return item.height // stride, item.width // stride
 
 
 def item_tokens(item: Item, spec: LayoutSpec) -> int:
-    """Sequence length of an item with its two border tokens, 0 when dropped."""
+    """Return the sequence length of an item with its two border tokens, or 0 if it is dropped."""
     if item.dropped:
         return 0
     if item.kind == "text":
@@ -113,13 +114,13 @@ def item_tokens(item: Item, spec: LayoutSpec) -> int:
 
 
 def sample_tokens(sample: Sample, spec: LayoutSpec) -> int:
-    """Sequence length of a sample."""
+    """Return the sequence length of a sample."""
     return sum(item_tokens(item, spec) for item in sample.items)
 
 
 @dataclass
 class _Builder:
-    """The running state of packing: one list per field, and three counters."""
+    """The running state of packing: one list per field, and four counters."""
 
     spec: LayoutSpec
     cursor: int = 0
@@ -148,7 +149,7 @@ class _Builder:
         for token_id in (self.spec.bos, *ids):
             self.token(token_id)
         if item.loss:
-            # A text of n + 1 shifted tokens weighs (n + 1) ** -0.5 per token.
+            # Each of the n + 1 shifted tokens of a text weighs (n + 1) ** -0.5.
             self.ce(np.arange(start, self.cursor), [*ids, self.spec.eos], (len(ids) + 1) ** -0.5)
         self.closing(self.spec.eos, item.special_token_label)
         length = self.cursor - start
@@ -182,7 +183,7 @@ class _Builder:
         self.advance_rope(item)
 
     def advance_rope(self, item: Item) -> None:
-        """RoPE step after an image: a noised target shares its position with the clean copy that follows it."""
+        """Advance the RoPE position after an image. A noised target shares its position with the clean copy that follows it."""
         if item.frame_delta is not None:
             self.rope += item.frame_delta
         elif not (item.kind == "vae" and item.loss):
@@ -192,7 +193,7 @@ class _Builder:
         begin, self.rope, self.draws = self.cursor, 0, 0
         for item in sample.items:
             if item.dropped:
-                # A dropped image leaves its place in the positions, a dropped text leaves nothing.
+                # A dropped image still takes a RoPE position, and a dropped text takes none.
                 self.rope += item.kind != "text"
                 continue
             if item.split_start:
@@ -214,11 +215,11 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def split_mode(first: Item) -> Mode:
-    """Attention mode of the split that ``first`` opens: a noised clip (``frame_delta``) is full, a noised image noise."""
-    if first.kind == "text":
+def split_mode(first_item: Item) -> Mode:
+    """Return the attention mode of the split that ``first_item`` opens: noised clips (``frame_delta``) are full, noised images noise."""
+    if first_item.kind == "text":
         return Mode.CAUSAL
-    if first.kind == "vae" and first.loss and first.frame_delta is None:
+    if first_item.kind == "vae" and first_item.loss and first_item.frame_delta is None:
         return Mode.NOISE
     return Mode.FULL
 

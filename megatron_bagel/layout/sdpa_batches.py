@@ -1,4 +1,4 @@
-"""Documents of similar length put side by side, so that one attention call serves many of them.
+"""Documents of similar length in one batch, so that one SDPA call serves many of them.
 
 Only tokens of one sample see each other, so a dense [s, s] mask would be mostly empty. Padding a few documents to a common
 length costs little arithmetic and saves a kernel launch per document.
@@ -15,12 +15,11 @@ from megatron_bagel.layout.order import TokenOrder
 
 
 @dataclass(frozen=True)
-class AttentionGroup:
-    """Some documents, padded to one size: slots of ``queries`` [documents, q] and ``keys`` [documents, k], ``mask`` bool
-    [documents, q, k].
+class SdpaBatch:
+    """Documents padded to one size, for one SDPA call.
 
-    Padding repeats the first slot of its row. A padded query sees that first key, so that no softmax row is empty; its result
-    is never read.
+    ``queries`` [documents, q] and ``keys`` [documents, k] are slots; ``mask`` is bool [documents, q, k]. Padding repeats the
+    first slot of its row. A padded query sees that first key, so that no softmax row is empty; its result is never read.
     """
 
     queries: np.ndarray
@@ -28,63 +27,74 @@ class AttentionGroup:
     mask: np.ndarray
 
 
-# A group may spend this share of its useful area on padding, or this many pairs, whatever is more.
+# A batch may spend this share of its useful area on padding, or this many pairs, whichever is more.
 WASTE_SHARE, WASTE_PAIRS = 0.25, 128 * 128
 
 
-def group_sizes(queries: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
-    """Partition documents with so many queries and keys [documents] (numbers, most keys first), so that padding stays cheap."""
-    groups: list[list[int]] = []
-    used = most_queries = most_keys = 0
+def batch_documents(queries: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
+    """Partition documents into batches so that padding stays cheap.
+
+    Args:
+        queries: The number of queries of each document, [documents].
+        keys: The number of keys of each document, [documents].
+
+    Returns:
+        Document numbers per batch, the documents with the most keys first.
+    """
+    batches: list[list[int]] = []
+    used_pairs = max_queries = max_keys = 0
     for document in np.lexsort((np.arange(len(keys)), -queries, -keys)):
         rows, columns = int(queries[document]), int(keys[document])
-        if groups:
-            new_queries, new_used = max(most_queries, rows), used + rows * columns
-            padded = (len(groups[-1]) + 1) * new_queries * most_keys
-            if padded - new_used <= max(WASTE_SHARE * new_used, WASTE_PAIRS):
-                groups[-1].append(int(document))
-                used, most_queries = new_used, new_queries
+        if batches:
+            new_max_queries, new_pairs = max(max_queries, rows), used_pairs + rows * columns
+            padded_pairs = (len(batches[-1]) + 1) * new_max_queries * max_keys
+            if padded_pairs - new_pairs <= max(WASTE_SHARE * new_pairs, WASTE_PAIRS):
+                batches[-1].append(int(document))
+                used_pairs, max_queries = new_pairs, new_max_queries
                 continue
-        groups.append([int(document)])
-        used, most_queries, most_keys = rows * columns, rows, columns
-    return [np.array(group) for group in groups]
+        batches.append([int(document)])
+        used_pairs, max_queries, max_keys = rows * columns, rows, columns
+    return [np.array(batch) for batch in batches]
 
 
-def attention_groups(mask: PackMask, queries: TokenOrder, keys: TokenOrder | None = None) -> list[AttentionGroup]:
-    """Groups covering every query token of a rank.
+def build_sdpa_batches(mask: PackMask, queries: TokenOrder, keys: TokenOrder | None = None) -> list[SdpaBatch]:
+    """Return batches that cover every query token of a rank.
 
-    ``keys`` (the rank's own slots unless given) must hold every token of each document that has a query.
+    Args:
+        mask: The mask of the pack.
+        queries: The rank's order.
+        keys: The order of the keys (default: ``queries``). It must hold every token of each document that has a query.
     """
     keys = queries if keys is None else keys
     starts = np.cumsum(mask.sample_lens) - mask.sample_lens
-    # Inside a document any order serves; slot order keeps the gathers close to sequential.
-    asked = _places(mask, queries, starts)
-    present = np.flatnonzero([len(places) for places in asked])
-    counts = np.array([len(asked[document]) for document in present], dtype=np.int64)
-    groups = []
-    for members in group_sizes(counts, mask.sample_lens[present]):
+    # Any order works inside a document; slot order keeps the gathers close to sequential.
+    query_positions = _positions_by_document(mask, queries, starts)
+    present = np.flatnonzero([len(positions) for positions in query_positions])
+    counts = np.array([len(query_positions[document]) for document in present], dtype=np.int64)
+    batches = []
+    for members in batch_documents(counts, mask.sample_lens[present]):
         documents = present[members]
         shape = (len(documents), int(counts[members].max()), int(mask.sample_lens[documents].max()))
         query_slots, key_slots = np.zeros(shape[:2], dtype=np.int64), np.zeros((shape[0], shape[2]), dtype=np.int64)
-        allowed = np.zeros(shape, dtype=bool)
-        allowed[:, :, 0] = True
+        allowed_pairs = np.zeros(shape, dtype=bool)
+        allowed_pairs[:, :, 0] = True
         for row, document in enumerate(documents):
-            rows = asked[document]
+            rows = query_positions[document]
             columns = starts[document] + np.arange(mask.sample_lens[document])
             columns = columns[np.argsort(keys.slots[columns])]
             _fill(query_slots[row], queries.slots[rows])
             _fill(key_slots[row], keys.slots[columns])
-            allowed[row, : len(rows), : len(columns)] = mask.allowed(rows, columns)
-        groups.append(AttentionGroup(query_slots, key_slots, allowed))
-    return groups
+            allowed_pairs[row, : len(rows), : len(columns)] = mask.allowed(rows, columns)
+        batches.append(SdpaBatch(query_slots, key_slots, allowed_pairs))
+    return batches
 
 
-def _places(mask: PackMask, order: TokenOrder, starts: np.ndarray) -> list[np.ndarray]:
-    """Positions that a rank holds of each document, in slot order."""
+def _positions_by_document(mask: PackMask, order: TokenOrder, starts: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of each document that a rank holds, in slot order."""
     sample = np.searchsorted(starts, order.positions, side="right") - 1
     by_sample = np.argsort(sample, kind="stable")
-    ends = np.cumsum(np.bincount(sample, minlength=len(starts)))
-    return np.split(order.positions[by_sample], ends[:-1]) if len(starts) else []
+    document_ends = np.cumsum(np.bincount(sample, minlength=len(starts)))
+    return np.split(order.positions[by_sample], document_ends[:-1]) if len(starts) else []
 
 
 def _fill(row: np.ndarray, slots: np.ndarray) -> None:

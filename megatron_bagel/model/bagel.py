@@ -1,4 +1,4 @@
-"""The decoder of BAGEL as one pipeline stage: embeddings, Megatron-Core's TransformerBlock over MoT layers, two heads."""
+"""One pipeline stage of BAGEL's decoder: embeddings, Megatron-Core's ``TransformerBlock`` over MoT layers, two heads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_bagel.model.positions import sincos_2d
 
 
 class BagelModel(MegatronModule):
-    """One stage of the decoder. ``pre_process`` stages embed, ``post_process`` stages hold the final norms and the heads.
+    """One pipeline stage of the decoder. ``pre_process`` stages embed; ``post_process`` stages hold the final norms and the heads.
 
     Without an autoencoder in ``arch`` (``--visual_gen False``) the latent modules do not exist.
     """
@@ -55,78 +55,78 @@ class BagelModel(MegatronModule):
         self.arch, self.freeze_und, self.vp_stage = arch, freeze_und, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = arch.llm.tie_word_embeddings
-        hidden, draws = config.hidden_size, arch.autoencoder is not None
+        hidden, has_latents = config.hidden_size, arch.autoencoder is not None
         self.vocab_rows = padded_vocabulary(arch.llm.vocab_size, config.tensor_model_parallel_size, vocab_divisor)
         if pre_process or (post_process and self.share_embeddings_and_output_weights):
             self.embedding = MegatronModule(config)
             self.embedding.word_embeddings = VocabParallelEmbedding(self.vocab_rows, hidden, init_method=config.init_method, config=config)
-        if pre_process and draws:
+        if pre_process and has_latents:
             self.vae2llm = nn.Linear(arch.latent_token_dim, hidden)
             self.time_embedder = TimestepEmbedder(hidden)
             table = sincos_2d(hidden, arch.max_latent_size)
             self.register_buffer("latent_pos_embed", table, persistent=False)
-        # The final norms need the expert split, which TransformerBlock's own final norm would not get.
+        # The final norms need the expert split, which the final norm of TransformerBlock would not receive.
         self.decoder = TransformerBlock(
             config, spec, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         if post_process:
-            self._build_heads(draws)
+            self._build_heads(has_latents)
         self._mark_shared_embedding()
         self.model_type = ModelType.encoder_or_decoder
 
-    def _build_heads(self, draws: bool) -> None:
+    def _build_heads(self, has_latents: bool) -> None:
         config, arch = self.config, self.arch
-        two = arch.llm.has_gen_mlp
-        self.final_layernorm = ExpertPair(config, lambda: RMSNorm(config, config.hidden_size, config.layernorm_epsilon), two)
+        two_experts = arch.llm.has_gen_mlp
+        self.final_layernorm = ExpertPair(config, lambda: RMSNorm(config, config.hidden_size, config.layernorm_epsilon), two_experts)
         self.output_layer = ColumnParallelLinear(
             config.hidden_size, self.vocab_rows, config=config, init_method=config.init_method, bias=False,
             skip_weight_param_allocation=self.share_embeddings_and_output_weights,
         )  # fmt: skip
-        # Loss tokens are gathered from all ranks before the head, so the head itself works on whole rows.
+        # Loss tokens are gathered from all ranks before the head, so the head sees complete rows.
         self.output_layer.sequence_parallel = False
         self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
-        if draws:
+        if has_latents:
             self.llm2vae = nn.Linear(config.hidden_size, arch.latent_token_dim)
-            # Zero at first, so that an untrained head predicts no motion (the original's initialisation).
+            # An untrained head predicts no motion, as in the original's initialisation.
             nn.init.zeros_(self.llm2vae.weight)
             nn.init.zeros_(self.llm2vae.bias)
 
     def _mark_shared_embedding(self) -> None:
-        """Tied embeddings on different stages: Megatron sums their gradients, and counts only the first stage's in norms."""
+        """Mark tied embeddings on different stages: Megatron sums their gradients, and only the first stage's count in norms."""
         weight = self.shared_embedding_or_output_weight()
         if weight is None or (self.pre_process and self.post_process):
             return
-        # A bucket of its own, so that both stages cut it over the data-parallel ranks in the same places.
+        # The mark gives the weight a separate bucket, so that both stages shard it identically over the data-parallel ranks.
         weight.shared_embedding = True
         weight.shared = self.post_process
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Megatron's schedules hand the previous stage's hidden states here."""
+        """Receive the previous stage's hidden states from Megatron's schedules."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """The weight that first and last stage share when embeddings are tied; Megatron sums its gradients."""
+        """Return the weight that the first and the last stage share if embeddings are tied; Megatron sums its gradients."""
         if self.share_embeddings_and_output_weights and hasattr(self, "embedding"):
             return self.embedding.word_embeddings.weight
         return None
 
     def embed_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """[n] -> [n, h]."""
+        """Embed token ids [n] as [n, h]."""
         return self.embedding.word_embeddings(ids)
 
     def embed_latents(self, x_t: torch.Tensor, t: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Latent tokens ``x_t`` [n, p * p * z] at timesteps ``t`` [n] and table rows ``position_ids`` [n] -> [n, h]."""
+        """Embed latent tokens ``x_t`` [n, p * p * z] at timesteps ``t`` [n] and table rows ``position_ids`` [n] as [n, h]."""
         dtype = self.vae2llm.weight.dtype
         return self.vae2llm(x_t.to(dtype)) + self.time_embedder(t) + self.latent_pos_embed[position_ids].to(dtype)
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states of all slots, [length, h]."""
+        """Return the hidden states of all slots, [length, h]."""
         und = self.embed_text(batch.text_ids)
         if batch.vit_features is not None:
             und = torch.cat([und, batch.vit_features.to(und.dtype)])
         gen = und[:0]
         if self.freeze_und:
-            # Not quite cut off: a tied embedding gets (zero) gradients on a stage without the head, where reduction waits for them.
+            # A tied embedding on a stage without the head still gets (zero) gradients, because gradient reduction waits for them.
             und = und * 0 + und.detach() if self.share_embeddings_and_output_weights and not self.post_process else und.detach()
         if self.arch.autoencoder is not None:
             x_t = interpolate(batch.latents, batch.noise, batch.timesteps)
@@ -136,7 +136,18 @@ class BagelModel(MegatronModule):
     def decode(
         self, hidden: torch.Tensor | None, n_und: int, n_gen: int, position_ids: torch.Tensor, attention: AttentionPlan
     ) -> torch.Tensor:
-        """Run this stage's layers: [length, h] (None on later stages) -> [length (or its share), 1, h], before the final norm."""
+        """Run this stage's layers; the final norm is not applied.
+
+        Args:
+            hidden: Hidden states [length, h], or None on later stages.
+            n_und: Tokens of the understanding expert.
+            n_gen: Tokens of the generation expert.
+            position_ids: RoPE positions of the slots, [length].
+            attention: The attention plan of the pack.
+
+        Returns:
+            Hidden states [length, 1, h], or this rank's share of the rows under sequence parallelism.
+        """
         llm = self.arch.llm
         dtype = self.config.params_dtype
         context = PackContext.of(n_und, n_gen, position_ids, attention, llm.head_dim, llm.rope_theta, dtype)
@@ -147,47 +158,47 @@ class BagelModel(MegatronModule):
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
 
     def final_norm(self, hidden: torch.Tensor, n_und: int, n_gen: int) -> torch.Tensor:
-        """Each expert's final norm; rows [n_und + n_gen, h], whole on every tensor-parallel rank."""
+        """Apply each expert's final norm; return rows [n_und + n_gen, h], complete on every tensor-parallel rank."""
         hidden = hidden.squeeze(1)
-        first = 0
+        first_slot = 0
         if self.config.sequence_parallel:
-            first = parallel_state.get_tensor_model_parallel_rank() * hidden.shape[0]
-        und, gen = per_expert(self.final_layernorm, *PackContext.split_rows(hidden, first, n_und, n_gen))
+            first_slot = parallel_state.get_tensor_model_parallel_rank() * hidden.shape[0]
+        und, gen = per_expert(self.final_layernorm, *PackContext.split_rows(hidden, first_slot, n_und, n_gen))
         normed = join([und.detach() if self.freeze_und else und, gen], hidden.shape[0])
         if self.config.sequence_parallel:
-            # The heads' input gradients are whole on every rank already: they must be cut, not summed.
+            # The heads' input gradients are already complete on every rank, so the backward pass slices instead of summing.
             normed = gather_from_sequence_parallel_region(normed, tensor_parallel_output_grad=False)
         return normed[: n_und + n_gen]
 
     def run_decoder(self, hidden: torch.Tensor, n_und: int, position_ids: torch.Tensor, attention: AttentionPlan) -> torch.Tensor:
-        """All layers and the final norms on an unpadded [n, h], for inference."""
+        """Run all layers and the final norms on unpadded hidden states [n, h], for inference."""
         n_gen = hidden.shape[0] - n_und
         return self.final_norm(self.decode(hidden, n_und, n_gen, position_ids, attention), n_und, n_gen)
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> this rank's share of the logits, [n, V / tp]. Those of rows that pad the vocabulary are -inf: no token is there."""
+        """Return this rank's share of the logits of ``hidden`` [n, h], [n, V / tp]. Rows that pad the vocabulary give -inf."""
         weight = self.shared_embedding_or_output_weight()
         if weight is not None and not self.pre_process:
-            # Called for its hooks alone: overlapped parameter gathering waits there for the weight that the head is about to read.
+            # Called only for its hooks: overlapped parameter gathering waits there for the weight that the head reads next.
             self.embedding.word_embeddings(torch.zeros(0, dtype=torch.long, device=hidden.device))
         logits = self.output_layer(hidden, weight=weight)[0]
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        tokens = min(max(self.arch.llm.vocab_size - first, 0), logits.shape[-1])
+        first_token = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        tokens = min(max(self.arch.llm.vocab_size - first_token, 0), logits.shape[-1])
         return F.pad(logits[..., :tokens], (0, logits.shape[-1] - tokens), value=float("-inf")) if tokens < logits.shape[-1] else logits
 
     def all_text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> logits of the whole vocabulary, [n, V], on every tensor-parallel rank: all of them choose the next token."""
+        """Return the logits of the full vocabulary, [n, V], on every tensor-parallel rank: each chooses the next token."""
         return gather_from_tensor_model_parallel_region(self.text_logits(hidden))
 
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, h] -> predicted velocity, [n, p * p * z]."""
+        """Predict the velocity of hidden states [n, h], [n, p * p * z]."""
         return self.llm2vae(hidden)
 
     def losses(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unreduced cross entropy [n_ce] and squared velocity error [n_mse, p * p * z], both fp32.
+        """Return the unreduced cross entropy [n_ce] and squared velocity error [n_mse, p * p * z], both fp32.
 
-        Without loss tokens the results are empty but still hang on the heads: every parameter gets a (zero) gradient on every
-        rank, which overlapped gradient reduction waits for.
+        Without loss tokens the results are empty but stay connected to the heads. Every parameter then gets a (zero) gradient
+        on every rank, which overlapped gradient reduction waits for.
         """
         logits, predicted = self.predictions(hidden, batch)
         ce = cross_entropy(logits, batch.labels)
@@ -197,7 +208,7 @@ class BagelModel(MegatronModule):
         return ce, (predicted - target.float()) ** 2
 
     def predictions(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the losses are about: logits [n_ce, V / tp] and velocities [n_mse, p * p * z], both fp32."""
+        """Return the logits [n_ce, V / tp] and velocities [n_mse, p * p * z] of the loss tokens, both fp32."""
         normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
         logits = self.text_logits(normed.index_select(0, batch.ce_slots)).float()
         if self.arch.autoencoder is None:
@@ -205,7 +216,7 @@ class BagelModel(MegatronModule):
         return logits, self.velocity(normed.index_select(0, batch.mse_slots)).float()
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Losses (or predictions) on the last stage, hidden states [length, 1, h] elsewhere."""
+        """Return losses (or predictions) on the last stage, and hidden states [length, 1, h] on the others."""
         hidden = self.embed(batch) if self.pre_process else None
         hidden = self.decode(hidden, batch.n_und, batch.n_vae, batch.position_ids, batch.attention)
         if not self.post_process:
@@ -213,21 +224,21 @@ class BagelModel(MegatronModule):
         return self.predictions(hidden, batch) if batch.predict else self.losses(hidden, batch)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Every parameter of the stage, for dist_checkpointing."""
+        """Shard every parameter of the stage for dist_checkpointing."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         head = f"{prefix}output_layer.weight"
         if head in state:
-            # As Megatron-Core does for embeddings: how many rows pad the vocabulary depends on the layout.
+            # Megatron-Core does the same for embeddings: the rows that pad the vocabulary depend on the parallel sizes.
             state[head] = replace(state[head], allow_shape_mismatch=True)
         key = f"{prefix}embedding.word_embeddings.weight"
         if key in state and not self.pre_process:
-            # The last stage's copy of tied embeddings: the first stage's is the one that is saved.
+            # With tied embeddings the first stage's copy is saved, and this copy on the last stage is a replica.
             state[key] = replace(state[key], replica_id=(1, *state[key].replica_id[1:]))
         return state
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Unreduced cross entropy [n] of fp32 logits [n, V / tp]."""
+    """Return the unreduced cross entropy [n] of fp32 logits [n, V / tp]."""
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return F.cross_entropy(logits, labels, reduction="none")
     return vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)).squeeze(1)

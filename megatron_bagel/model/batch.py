@@ -1,4 +1,4 @@
-"""One microbatch as the decoder takes it: a rank's tokens in expert-sorted order, with features instead of pixels."""
+"""One microbatch in the decoder's form: a rank's tokens in expert-sorted order, with features instead of pixels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_bagel.model.pack_context import AttentionPlan
 
 @dataclass
 class MicroBatch:
-    """Slots are [text | ViT | VAE | padding], ``length`` of them.
+    """The tokens of a rank, in slots [text | ViT | VAE | padding], ``length`` of them.
 
     ``text_ids`` [n_text]; ``position_ids`` [length] (0 for padding); ``vit_features`` [n_vit, h] or None (connector output with
     its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``timesteps`` [n_vae] in [0, 1], 0 for clean images;
-    ``latent_position_ids`` [n_vae]; ``ce_slots``, ``labels``, ``ce_weights`` [n_ce]; ``mse_slots`` [n_mse] and the rows of
-    ``latents`` they belong to, ``mse_rows``; ``ce_samples`` [n_ce] and ``mse_samples`` [n_mse] number the pack's sample of each
-    loss token, ``datasets`` names the dataset of each sample. With ``predict`` the model returns what it predicts at these
-    tokens, not its losses.
+    ``latent_position_ids`` [n_vae]; ``ce_slots``, ``labels``, ``ce_weights`` [n_ce]; ``mse_slots`` [n_mse] and ``mse_rows``, their
+    rows of ``latents``; ``ce_samples`` [n_ce] and ``mse_samples`` [n_mse] number the pack's sample of each loss token;
+    ``datasets`` names the dataset of each sample. With ``predict`` the model returns its predictions at these tokens instead of
+    its losses.
     """
 
     n_text: int
@@ -50,13 +50,13 @@ class MicroBatch:
 
     @property
     def n_und(self) -> int:
-        """Tokens of the understanding expert."""
+        """Return the number of tokens of the understanding expert."""
         return self.n_text + self.n_vit
 
 
 @dataclass
 class Features:
-    """What the pre-pipeline stage made for a whole pack, in sequence order of its tokens (see MicroBatch for shapes)."""
+    """The image encoder's output for a pack, in sequence order of its tokens (``MicroBatch`` gives the shapes)."""
 
     vit: torch.Tensor | None
     latents: torch.Tensor
@@ -65,7 +65,7 @@ class Features:
 
 
 def attention_backend(name: str) -> Callable[..., AttentionPlan]:
-    """Plan class of backend ``name``: sdpa, flex or dense; ValueError for others."""
+    """Return the plan class of backend ``name``: sdpa, flex or dense. Raises ValueError for any other name."""
     if name == "sdpa":
         from megatron_bagel.model.attention.sdpa import SdpaPlan
 
@@ -82,13 +82,13 @@ def attention_backend(name: str) -> Callable[..., AttentionPlan]:
 
 
 def attention_plan(
-    name: str, mask: PackMask, order: TokenOrder, device: torch.device | str, place: CPContext | None = None
+    name: str, mask: PackMask, order: TokenOrder, device: torch.device | str, cp_context: CPContext | None = None
 ) -> AttentionPlan:
-    """How the tokens of ``order`` attend on backend ``name``; with ``place``, together with those of the other ranks there."""
+    """Return how the tokens of ``order`` attend on backend ``name``, with those of the other ranks of ``cp_context`` if given."""
     backend = attention_backend(name)
-    if place is None or place.size == 1:
+    if cp_context is None or cp_context.size == 1:
         return backend(mask, order, device)
-    return context_plan(backend, mask, place, device)
+    return context_plan(backend, mask, cp_context, device)
 
 
 def make_microbatch(
@@ -97,41 +97,46 @@ def make_microbatch(
     features: Features,
     backend: str = "sdpa",
     device: torch.device | str = "cpu",
-    place: CPContext | None = None,
+    cp_context: CPContext | None = None,
 ) -> MicroBatch:
-    """Put a pack into a rank's order. Losses belong to the rank that holds their token.
+    """Put a pack into a rank's order. A loss belongs to the rank that holds its token.
 
-    Under context parallelism ``order`` is the rank's own of ``place.orders``. ``features`` are those of the whole pack, of which the
-    rank takes its tokens' rows.
+    Args:
+        pack: The pack, in sequence order.
+        order: The rank's order; under context parallelism its entry of ``cp_context.orders``.
+        features: Features of the full pack, of which the rank takes its tokens' rows.
+        backend: The attention backend: sdpa, flex or dense.
+        device: The device of the result.
+        cp_context: The ranks that share the pack, if any.
     """
 
-    def put(array) -> torch.Tensor:
+    def to_device(array) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     position_ids = torch.zeros(order.length, dtype=torch.long)
     position_ids[: len(order.positions)] = torch.from_numpy(pack.position_ids[order.positions])
     ce_slots, mse_slots = order.slots[pack.ce_positions], order.slots[pack.mse_positions]
-    ce_here, mse_here = ce_slots >= 0, mse_slots >= 0
-    vae_rows = put(order.vae_rows)
+    local_ce, local_mse = ce_slots >= 0, mse_slots >= 0
+    vae_rows = to_device(order.vae_rows)
     return MicroBatch(
         n_text=len(order.text_rows),
         n_vit=len(order.vit_rows),
         n_vae=len(order.vae_rows),
         length=order.length,
-        text_ids=put(pack.text_ids[order.text_rows]),
+        text_ids=to_device(pack.text_ids[order.text_rows]),
         position_ids=position_ids.to(device),
-        vit_features=None if features.vit is None else features.vit.index_select(0, put(order.vit_rows)),
+        vit_features=None if features.vit is None else features.vit.index_select(0, to_device(order.vit_rows)),
         latents=features.latents.index_select(0, vae_rows),
         noise=features.noise.index_select(0, vae_rows),
         timesteps=features.timesteps.index_select(0, vae_rows),
-        latent_position_ids=put(pack.latent_position_ids[order.vae_rows]),
-        ce_slots=put(ce_slots[ce_here]),
-        labels=put(pack.labels[ce_here]),
-        ce_weights=put(pack.ce_weights[ce_here]),
-        mse_slots=put(mse_slots[mse_here]),
-        mse_rows=put(mse_slots[mse_here] - order.n_und),
-        ce_samples=put(pack.sample_numbers(pack.ce_positions[ce_here])),
-        mse_samples=put(pack.sample_numbers(pack.mse_positions[mse_here])),
-        attention=attention_plan(backend, PackMask.of(pack), order, device, place),
+        latent_position_ids=to_device(pack.latent_position_ids[order.vae_rows]),
+        ce_slots=to_device(ce_slots[local_ce]),
+        labels=to_device(pack.labels[local_ce]),
+        ce_weights=to_device(pack.ce_weights[local_ce]),
+        mse_slots=to_device(mse_slots[local_mse]),
+        mse_rows=to_device(mse_slots[local_mse] - order.n_und),
+        ce_samples=to_device(pack.sample_numbers(pack.ce_positions[local_ce])),
+        mse_samples=to_device(pack.sample_numbers(pack.mse_positions[local_mse])),
+        attention=attention_plan(backend, PackMask.of(pack), order, device, cp_context),
         datasets=tuple(sample.dataset for sample in pack.samples),
     )

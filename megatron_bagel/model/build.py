@@ -1,4 +1,4 @@
-"""Builds a pipeline stage of the decoder from an architecture and a Megatron TransformerConfig."""
+"""The one function that builds a pipeline stage of the decoder from an architecture and a Megatron ``TransformerConfig``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def build_decoder(
     transformer_impl: str = "local",
     vocab_divisor: int = 1,
 ) -> BagelModel:
-    """One stage; weights are Megatron's random ones until a checkpoint is loaded. ``vocab_divisor``: see ``padded_vocabulary``."""
+    """Build one pipeline stage with Megatron's random weights. ``padded_vocabulary`` explains ``vocab_divisor``."""
     spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und)
     return BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor)

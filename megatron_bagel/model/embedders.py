@@ -1,4 +1,4 @@
-"""The small replicated modules that bring latents into and out of the decoder."""
+"""The small replicated modules that embed latents for the decoder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FREQUENCIES = 256
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1] -> [n, hidden]: sinusoid of 256 dimensions [cos | sin], f_i = exp(-ln(10000) i / 128), then Linear-SiLU-Linear.
+    """Embed timesteps in [0, 1] [n] as [n, hidden]: a sinusoid of 256 dimensions, then Linear, SiLU, Linear.
 
-    t is not multiplied by 1000.
+    The sinusoid is [cos | sin] with frequencies f_i = exp(-ln(10000) i / 128). Timesteps are not multiplied by 1000.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -22,13 +22,13 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def sinusoid(t: torch.Tensor) -> torch.Tensor:
-        """[n] -> [n, 256], fp32."""
+        """Return the sinusoid of timesteps [n], fp32 [n, 256]."""
         half = FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)[None, :]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Tokens of one image share a timestep, so the MLP runs once per distinct value."""
-        values, where = torch.unique(t, return_inverse=True)
-        return self.mlp(self.sinusoid(values).to(self.mlp[0].weight.dtype))[where]
+        """Embed timesteps. Tokens of one image share a timestep, so the MLP runs once per distinct value."""
+        values, value_of_token = torch.unique(t, return_inverse=True)
+        return self.mlp(self.sinusoid(values).to(self.mlp[0].weight.dtype))[value_of_token]

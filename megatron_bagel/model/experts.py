@@ -1,4 +1,4 @@
-"""The weights that exist once per expert, and the exchange around them.
+"""The weights that exist once per expert, and the tensor-parallel exchange around them.
 
 ``und`` serves text and ViT tokens, ``gen`` serves VAE tokens. Where a layer kind shares a part, only ``und`` exists and
 serves both slices.
@@ -30,40 +30,40 @@ Build = Callable[[], torch.nn.Module]
 
 
 class ExpertPair(MegatronModule):
-    """One part of a layer, once (``und``) or twice (``und`` and ``gen``)."""
+    """One part of a layer, built once (``und``) or twice (``und`` and ``gen``)."""
 
-    def __init__(self, config: TransformerConfig, build: Build, two: bool) -> None:
+    def __init__(self, config: TransformerConfig, build: Build, two_experts: bool) -> None:
         super().__init__(config=config)
         self.und = build()
-        if two:
+        if two_experts:
             self.gen = build()
 
     @property
-    def two(self) -> bool:
-        """Whether the experts have weights of their own."""
+    def two_experts(self) -> bool:
+        """Return whether each expert has separate weights."""
         return hasattr(self, "gen")
 
     @property
     def modules_of_both(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """The understanding expert's module and the generation expert's, which may be the same."""
-        return self.und, self.gen if self.two else self.und
+        """Return the understanding expert's module and the generation expert's, which may be the same module."""
+        return self.und, self.gen if self.two_experts else self.und
 
     def parts(self, und: torch.Tensor, gen: torch.Tensor) -> list[tuple[torch.nn.Module, torch.Tensor]]:
-        """(module, its rows) for both experts' rows."""
+        """Pair both experts' rows with the module that serves them."""
         return list(zip(self.modules_of_both, (und, gen), strict=True))
 
 
 class LinearPair:
-    """The same linear of both experts (or one that serves both), each on its own rows; a spec may bring a way of its own.
+    """The same linear of both experts (or one that serves both), each applied to its expert's rows.
 
-    No module: the linears stay where they are in the tree.
+    A spec may replace this class. It is not a module, so the linears keep their names in the module tree.
     """
 
     def __init__(self, und: torch.nn.Module, gen: torch.nn.Module) -> None:
         self.und, self.gen = und, gen
 
     def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
-        """[n_und, in], [n_gen, in] -> [n_und, out], [n_gen, out]."""
+        """Map [n_und, in] and [n_gen, in] to [n_und, out] and [n_gen, out]."""
         return tuple(
             rows.new_empty((0, module.weight.shape[0])) if idle(module, rows) else module(rows)
             for module, rows in ((self.und, und), (self.gen, gen))
@@ -71,31 +71,31 @@ class LinearPair:
 
 
 def idle(module: torch.nn.Module, rows: torch.Tensor) -> bool:
-    """Whether an expert may be left out: it has no rows, and no gradient of its weights (zero, then) is waited for.
+    """Return whether an expert can be skipped: it has no rows, and nothing waits for the (zero) gradients of its weights.
 
-    Text is written by one expert, a token at a time, and what is launched there, not what is computed, takes the time.
+    Text generation uses one expert, a token at a time. There the time goes into kernel launches, not into arithmetic.
     """
     return not len(rows) and not module.weight.requires_grad and not torch.is_grad_enabled()
 
 
 def per_expert(pair: ExpertPair, und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
-    """Each expert's norm on its own rows; an expert without rows gives an empty result of the right width."""
+    """Apply each expert's norm to its rows; an expert without rows gives an empty result of the right width."""
     return [rows if idle(module, rows) else module(rows) for module, rows in pair.parts(und, gen)]
 
 
 class ExpertExchange:
-    """Tensor-parallel communication of half a layer, once for both experts."""
+    """The tensor-parallel communication of half a layer, done once for both experts."""
 
     def __init__(self, config: TransformerConfig) -> None:
         self.sequence_parallel = config.sequence_parallel
         self.world = config.tensor_model_parallel_size
 
     def first_slot(self, local_rows: int) -> int:
-        """Slot of the first row held here."""
+        """Return the slot of this rank's first row."""
         return parallel_state.get_tensor_model_parallel_rank() * local_rows if self.sequence_parallel else 0
 
     def enter(self, parts: Sequence[torch.Tensor], local_rows: int, context: PackContext) -> Sequence[torch.Tensor]:
-        """Rows of both experts, whole on every tensor-parallel rank."""
+        """Return the rows of both experts, complete on every tensor-parallel rank."""
         if self.world == 1:
             return parts
         hidden = join(parts, local_rows)
@@ -104,7 +104,7 @@ class ExpertExchange:
         return context.split(copy_to_tensor_model_parallel_region(hidden))
 
     def leave(self, parts: Sequence[torch.Tensor], context: PackContext) -> torch.Tensor:
-        """Sum of the ranks' partial results, [local rows, h]."""
+        """Return the sum of the ranks' partial results, [local rows, h]."""
         hidden = join(parts, context.length)
         if self.world == 1:
             return hidden
@@ -114,16 +114,16 @@ class ExpertExchange:
 
 
 def join(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-    """Both experts' rows and zeros for padding, [rows, ...]."""
-    missing = rows - sum(part.shape[0] for part in parts)
-    # An expert without rows is joined all the same: it keeps its weights in the graph.
-    padding = [parts[0].new_zeros((missing, *parts[0].shape[1:]))] if missing else []
+    """Concatenate both experts' rows and zeros for padding, [rows, ...]."""
+    padding_rows = rows - sum(part.shape[0] for part in parts)
+    # An expert without rows is joined as well, which keeps its weights in the graph.
+    padding = [parts[0].new_zeros((padding_rows, *parts[0].shape[1:]))] if padding_rows else []
     return torch.cat([*parts, *padding])
 
 
 @dataclass
 class MLPSubmodules:
-    """Linears of one expert's MLP, and how those of both experts are applied."""
+    """Linears of one expert's MLP, and the class that applies those of both experts."""
 
     linear_fc1: ModuleSpec | type
     linear_fc2: ModuleSpec | type
@@ -131,7 +131,7 @@ class MLPSubmodules:
 
 
 class SwiGLU(MegatronModule):
-    """Weights of one expert's MLP; `MLPExperts` applies both."""
+    """Weights of one expert's MLP; ``MLPExperts`` applies both."""
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
         super().__init__(config=config)
@@ -145,7 +145,7 @@ class SwiGLU(MegatronModule):
         )  # fmt: skip
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Gate and up are cut separately, as in Megatron-Core's MLP."""
+        """Shard gate and up separately, as Megatron-Core's MLP does."""
         state = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
         key = f"{prefix}linear_fc1.weight"
         state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
@@ -153,17 +153,17 @@ class SwiGLU(MegatronModule):
 
 
 class MLPExperts(ExpertPair):
-    """Both experts' MLPs: fc2(silu(gate) * up), [s, h] -> [s, h] each, partial sums under tensor parallelism.
+    """The MLPs of both experts: fc2(silu(gate) * up), [s, h] to [s, h], partial sums under tensor parallelism.
 
-    Megatron-Core's MLP reduces its own output; here both experts are reduced together.
+    Megatron-Core's MLP reduces its output at once; here both experts are reduced together.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, two: bool) -> None:
-        super().__init__(config, lambda: SwiGLU(config, submodules), two)
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, two_experts: bool) -> None:
+        super().__init__(config, lambda: SwiGLU(config, submodules), two_experts)
         und, gen = self.modules_of_both
         self.fc1 = submodules.linear_pair(und.linear_fc1, gen.linear_fc1)
         self.fc2 = submodules.linear_pair(und.linear_fc2, gen.linear_fc2)
 
     def forward(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rows of each expert, whole on every tensor-parallel rank."""
+        """Apply the MLPs to the rows of each expert, which are complete on every tensor-parallel rank."""
         return tuple(self.fc2(*map(swiglu, self.fc1(und, gen))))

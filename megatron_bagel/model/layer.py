@@ -1,7 +1,7 @@
 """One decoder layer of a Mixture-of-Transformers: two slices of tokens, two sets of weights, one attention.
 
-All three layer kinds are this class; the kind says which parts exist twice. No token is gathered or scattered inside a layer,
-because a rank's tokens are sorted by expert before the first one.
+All three layer kinds are this class; the kind decides which parts exist twice. No layer gathers or scatters tokens, because a
+rank's tokens are sorted by expert before the first layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_bagel.model.self_attention import AttentionSubmodules, SelfAttenti
 
 @dataclass
 class MoTLayerSubmodules:
-    """Parts of a layer. ``two_attentions`` and ``two_mlps`` say what exists once per expert."""
+    """Parts of a layer. ``two_attentions`` and ``two_mlps`` tell whether each expert has its attention and its MLP."""
 
     norm: ModuleSpec | type
     attention: AttentionSubmodules
@@ -35,7 +35,7 @@ class MoTLayerSubmodules:
 
 
 class MoTLayer(MegatronModule, BaseTransformerLayer):
-    """norm -> attention -> add -> norm -> MLP -> add, each weight chosen by the token's expert."""
+    """norm -> attention -> add -> norm -> MLP -> add, with the weights of each token's expert."""
 
     def __init__(
         self,
@@ -64,18 +64,18 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         self.recompute_mlp = recomputes(config, "mlp")
 
     def forward(self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **_: Any) -> tuple[torch.Tensor, None]:
-        """``hidden_states`` [s (or s / tp under sequence parallelism), 1, h] -> same shape.
+        """Run the layer on ``hidden_states`` [s (or s / tp under sequence parallelism), 1, h]; the result has the same shape.
 
-        The pack's context travels as ``packed_seq_params``; the other arguments TransformerBlock passes (masks, rotary tensors)
-        are unused, since the context holds them.
+        ``packed_seq_params`` is the context of the pack. TransformerBlock also passes masks and rotary tensors, which are ignored
+        because the context holds them.
         """
         context, hidden = packed_seq_params, hidden_states.squeeze(1)
         rows = hidden.shape[0]
-        first = self.exchange.first_slot(rows)
-        normed = per_expert(self.input_layernorm, *context.split(hidden, first))
+        first_slot = self.exchange.first_slot(rows)
+        normed = per_expert(self.input_layernorm, *context.split(hidden, first_slot))
         hidden = hidden + self.self_attention(normed, rows, context)
-        normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first))
-        whole = self.exchange.enter(normed, rows, context)
-        und, gen = recomputed(self.mlp, *whole) if self.recompute_mlp else self.mlp(*whole)
+        normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first_slot))
+        expert_rows = self.exchange.enter(normed, rows, context)
+        und, gen = recomputed(self.mlp, *expert_rows) if self.recompute_mlp else self.mlp(*expert_rows)
         hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)
         return hidden.unsqueeze(1), None

@@ -1,7 +1,7 @@
-"""Tensor-parallel linears that do not communicate: the layer gathers and reduces once for both experts together.
+"""Tensor-parallel linears that do not communicate, because the layer gathers and reduces once for both experts together.
 
-Megatron-Core's ColumnParallelLinear and RowParallelLinear would talk once per expert. Their weights, initialisation,
-partition marks and sharded state are used; only the product is done here.
+Megatron-Core's ``ColumnParallelLinear`` and ``RowParallelLinear`` would communicate once per expert. These classes keep their
+weights, initialisation, partition marks and sharded state, and replace only the product.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from megatron_bagel.model.fused import linear
 
 
 class NoCommColumnLinear(ColumnParallelLinear):
-    """[s, in] -> [s, out / tp]; the input is already whole on every tensor-parallel rank."""
+    """Map [s, in] to [s, out / tp]. Every tensor-parallel rank already holds the full input."""
 
     def forward(self, input_: torch.Tensor, *_: Any) -> torch.Tensor:
         return linear(input_, self.weight, self.bias)
 
 
 class NoCommRowLinear(RowParallelLinear):
-    """[s, in / tp] -> [s, out], a partial sum that the layer reduces later."""
+    """Map [s, in / tp] to [s, out], a partial sum that the layer reduces later."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         return linear(input_, self.weight)

@@ -1,4 +1,4 @@
-"""RMSNorm that works under sequence parallelism: Megatron-Core's wrapper of torch's refuses it."""
+"""An RMSNorm that supports sequence parallelism, which Megatron-Core's wrapper of torch's norm refuses."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from megatron_bagel.model.fused import rms_norm
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension.
 
-    Statistics in fp32; the weight multiplies after the cast back to the input's dtype, as Qwen2 does it.
+    Statistics are fp32. The weight multiplies after the cast back to the input's dtype, as in Qwen2.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, sequence_parallel: bool | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums gradients of marked parameters over the tensor-parallel ranks, each of which saw some tokens only.
+        # Megatron sums the gradients of marked parameters over the tensor-parallel ranks; each rank saw only some tokens.
         self.weight.sequence_parallel = config.sequence_parallel if sequence_parallel is None else sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [..., hidden_size], same shape out."""
+        """Normalise ``x`` [..., hidden_size]; the result has the same shape."""
         if platform.has_gpu():
-            # torch's own kernel does this in one launch there.
+            # On GPUs torch's own kernel does this in one launch.
             return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
         return rms_norm(x, self.weight, self.eps)
 
 
 class NormWeight(RMSNorm):
-    """A norm that its owner computes together with others. It is called for its weight, not read, because overlapped parameter
-    gathering waits for weights in hooks on calls."""
+    """The weight of a norm that its owner computes together with other norms.
+
+    Callers call this module for its weight instead of reading the attribute: overlapped parameter gathering waits for weights
+    in hooks on calls.
+    """
 
     def forward(self) -> torch.Tensor:
         return self.weight

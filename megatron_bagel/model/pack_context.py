@@ -1,4 +1,4 @@
-"""What a decoder layer needs to know about the pack, handed through Megatron's TransformerBlock as ``packed_seq_params``."""
+"""What a decoder layer needs to know about the pack; Megatron's ``TransformerBlock`` carries it as ``packed_seq_params``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from megatron_bagel.model.rope import rotary_table
 
 
 class AttentionPlan(Protocol):
-    """How the tokens of a rank attend; made once per pack and used by every layer."""
+    """How the tokens of a rank attend. A plan is made once per pack and every layer uses it."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
-        """``q`` [s, heads, head_dim], ``k`` and ``v`` [s, kv_heads, head_dim] -> [s, heads * head_dim]."""
+        """Attend with ``q`` [s, heads, head_dim], ``k`` and ``v`` [s, kv_heads, head_dim]; return [s, heads * head_dim]."""
 
 
 @dataclass
 class PackContext:
-    """Expert split and positions of a pack: slots [0, n_und) are understanding tokens, [n_und, n_und + n_gen) generation
-    tokens, the rest padding. ``cos`` and ``sin`` are [s, 1, 1, head_dim / 2], in the dtype of the hidden states."""
+    """Expert split and rotary angles of a pack.
+
+    Slots [0, n_und) are understanding tokens, [n_und, n_und + n_gen) generation tokens, and the rest padding. ``cos`` and
+    ``sin`` are [s, 1, 1, head_dim / 2] in the dtype of the hidden states.
+    """
 
     n_und: int
     n_gen: int
@@ -33,19 +36,19 @@ class PackContext:
     def of(
         cls, n_und: int, n_gen: int, position_ids: torch.Tensor, attention: AttentionPlan, head_dim: int, theta: float, dtype: torch.dtype
     ) -> PackContext:
-        """Context of the slots whose RoPE positions are ``position_ids`` [s]."""
-        # Both halves of a row are equal; the angles are made in fp32 and rounded once.
+        """Build the context of the slots whose RoPE positions are ``position_ids`` [s]."""
+        # Both halves of a row are equal; the angles are computed in fp32 and rounded once.
         cos, sin = (table[:, None, None, : head_dim // 2].to(dtype) for table in rotary_table(position_ids, head_dim, theta))
         return cls(n_und, n_gen, len(position_ids), cos, sin, attention)
 
-    def split(self, hidden: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Understanding and generation rows of ``hidden`` [rows, ...], which holds the slots from ``first`` on."""
-        return self.split_rows(hidden, first, self.n_und, self.n_gen)
+    def split(self, hidden: torch.Tensor, first_slot: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the understanding and the generation rows of ``hidden`` [rows, ...], whose first row is slot ``first_slot``."""
+        return self.split_rows(hidden, first_slot, self.n_und, self.n_gen)
 
     @staticmethod
-    def split_rows(hidden: torch.Tensor, first: int, n_und: int, n_gen: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for given counts."""
-        und = min(max(n_und - first, 0), hidden.shape[0])
-        real = min(max(n_und + n_gen - first, 0), hidden.shape[0])
+    def split_rows(hidden: torch.Tensor, first_slot: int, n_und: int, n_gen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same rows for explicit token counts."""
+        und_rows = min(max(n_und - first_slot, 0), hidden.shape[0])
+        valid_rows = min(max(n_und + n_gen - first_slot, 0), hidden.shape[0])
         # One split instead of two slices: its backward pass is one concatenation, not two padded copies and a sum.
-        return hidden.split([und, real - und, hidden.shape[0] - real])[:2]
+        return hidden.split([und_rows, valid_rows - und_rows, hidden.shape[0] - valid_rows])[:2]

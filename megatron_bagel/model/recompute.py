@@ -1,4 +1,4 @@
-"""Selective recompute: parts of a layer whose results are dropped after the forward pass and computed again in the backward pass."""
+"""Selective recompute: some parts of a layer drop their results after the forward pass and compute them again in the backward pass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def recomputes(config: TransformerConfig, module: str) -> bool:
-    """Whether ``module`` ("core_attn", "mlp") is among the recomputed ones."""
+    """Return whether ``module`` ("core_attn", "mlp") is recomputed under ``config``."""
     return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
 
 
 def recomputed(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-    """``function(*tensors)``, of which only the inputs are kept. Without gradients there is nothing to save, and it is just called."""
+    """Return ``function(*tensors)`` and keep only the inputs for the backward pass. Without gradients it is a plain call."""
     if not torch.is_grad_enabled():
         return function(*tensors)
     return tensor_parallel.checkpoint(function, False, *tensors)

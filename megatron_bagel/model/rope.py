@@ -6,9 +6,10 @@ import torch
 
 
 def rotary_table(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [tokens, head_dim], of angles position * theta ** (-2 i / head_dim); half-split convention.
+    """Return the cosine and sine tables of the rotary angles, both fp32 [tokens, head_dim], in the half-split convention.
 
-    Frequencies stay fp32 whatever the training dtype (the original rounds them to bf16 while training).
+    The angle of channel i is position * theta ** (-2 i / head_dim). Frequencies stay fp32 in every training dtype; the
+    original rounds them to bf16 while training.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
     angles = position_ids.float()[:, None] * (1.0 / theta**exponent)[None, :]

@@ -1,4 +1,4 @@
-"""The projections around attention, once per expert: tokens meet only inside the shared core attention."""
+"""The projections around attention, one set per expert. Tokens of different experts meet only inside the shared core attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_bagel.parallel.kv_sharing import gather_columns, kv_sharing_group
 
 @dataclass
 class AttentionSubmodules:
-    """Parts of one expert's attention, the core they share, and how the linears of both experts are applied."""
+    """Parts of one expert's attention, the core that both experts share, and the class that applies the linears of both."""
 
     linear_qkv: ModuleSpec | type
     linear_proj: ModuleSpec | type
@@ -34,10 +34,10 @@ class AttentionExpert(MegatronModule):
         super().__init__(config=config)
         tp = config.tensor_model_parallel_size
         self.head_dim = config.kv_channels
-        # More ranks than key/value heads: ``sharing`` ranks work on the query heads of one group.
-        self.sharing = max(1, tp // config.num_query_groups)
+        # With more ranks than key/value heads, ``ranks_per_group`` ranks share the query heads of one group.
+        self.ranks_per_group = max(1, tp // config.num_query_groups)
         self.groups = max(1, config.num_query_groups // tp)
-        self.heads_per_group = config.num_attention_heads // (config.num_query_groups * self.sharing)
+        self.heads_per_group = config.num_attention_heads // (config.num_query_groups * self.ranks_per_group)
         query = config.kv_channels * config.num_attention_heads
         self.linear_qkv = build_module(
             submodules.linear_qkv, config.hidden_size, query + 2 * config.kv_channels * config.num_query_groups, config=config,
@@ -48,31 +48,31 @@ class AttentionExpert(MegatronModule):
             bias=False, input_is_parallel=True, skip_bias_add=False,
         )  # fmt: skip
         if submodules.qk_layernorm is not None:
-            # Every tensor-parallel rank norms heads of its own, so gradients of these replicated weights are summed over the ranks.
+            # Every tensor-parallel rank normalises different heads, so the gradients of these replicated weights are summed over ranks.
             norm = {"config": config, "hidden_size": config.kv_channels, "eps": config.layernorm_epsilon, "sequence_parallel": tp > 1}
             self.q_layernorm = build_module(submodules.qk_layernorm, **norm)
             self.k_layernorm = build_module(submodules.qk_layernorm, **norm)
 
     def heads(self, mixed: torch.Tensor) -> torch.Tensor:
-        """What ``linear_qkv`` gave -> per KV group its queries, key and value, [s, groups, heads_per_group + 2, head_dim]."""
-        if self.sharing > 1:
-            mixed = self._own_queries(mixed)
+        """Reshape the output of ``linear_qkv`` to KV groups (queries, key, value), [s, groups, heads_per_group + 2, head_dim]."""
+        if self.ranks_per_group > 1:
+            mixed = self._local_queries(mixed)
         return mixed.view(mixed.shape[0], self.groups, self.heads_per_group + 2, self.head_dim)
 
     def head_weights(self) -> torch.Tensor:
-        """QK-norm weights per head of a group: its query heads, then its key, [heads_per_group + 1, head_dim]."""
+        """Return the QK-norm weights of a group's query heads, then its key, [heads_per_group + 1, head_dim]."""
         return torch.cat([self.q_layernorm().expand(self.heads_per_group, -1), self.k_layernorm()[None]])
 
-    def _own_queries(self, mixed: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of a group's [q..q k v] -> its own queries, and the key and value it shares."""
+    def _local_queries(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Return this rank's queries and the key and value it shares, from its columns of a group's [q..q k v]."""
         group = kv_sharing_group()
         columns = gather_columns(mixed, group).unflatten(-1, (-1, self.head_dim))
-        first = group.rank() * self.heads_per_group
-        return torch.cat([columns[:, first : first + self.heads_per_group], columns[:, -2:]], dim=1)
+        first_head = group.rank() * self.heads_per_group
+        return torch.cat([columns[:, first_head : first_head + self.heads_per_group], columns[:, -2:]], dim=1)
 
 
 class CoreAttention(MegatronModule):
-    """Softmax attention under the pack's mask; which kernel does it is the plan's choice."""
+    """Softmax attention under the pack's mask. The attention plan chooses the kernel."""
 
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
         super().__init__(config=config)
@@ -80,7 +80,7 @@ class CoreAttention(MegatronModule):
         self.recompute = recomputes(config, "core_attn")
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: PackContext) -> torch.Tensor:
-        """[s, heads, d] and [s, groups, d] -> [s, heads * d]."""
+        """Attend with queries [s, heads, d] and keys and values [s, groups, d]; return [s, heads * d]."""
 
         def attend(*qkv: torch.Tensor) -> torch.Tensor:
             return context.attention.attend(*qkv, self.layer_number)
@@ -89,24 +89,26 @@ class CoreAttention(MegatronModule):
 
 
 class SelfAttention(MegatronModule):
-    """Attention of a layer: per-expert projections around one core over all tokens."""
+    """Attention of a layer: the projections of each expert around one core over all tokens."""
 
-    def __init__(self, config: TransformerConfig, submodules: AttentionSubmodules, layer_number: int, two: bool, freeze_und: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: AttentionSubmodules, layer_number: int, two_experts: bool, freeze_und: bool
+    ) -> None:
         super().__init__(config=config)
         self.freeze_und = freeze_und
-        pair = ExpertPair(config, lambda: AttentionExpert(config, submodules), two)
+        pair = ExpertPair(config, lambda: AttentionExpert(config, submodules), two_experts)
         self.und = pair.und
-        if pair.two:
+        if pair.two_experts:
             self.gen = pair.gen
         self.qkv, self.proj = (
             submodules.linear_pair(*(getattr(expert, name) for expert in pair.modules_of_both)) for name in ("linear_qkv", "linear_proj")
         )
         self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number)
-        # Kept out of the module tree: a second path to the same weights would appear twice in the state.
+        # Kept out of the module tree, where a second path to the same weights would appear twice in the state.
         self.__dict__["exchange"] = ExpertExchange(config)
 
     def forward(self, parts: list[torch.Tensor], local_rows: int, context: PackContext) -> torch.Tensor:
-        """Normed rows of both experts held here -> [local rows, h]."""
+        """Attend with the normed rows of both experts that this rank holds; return [local rows, h]."""
         und, gen = self.exchange.enter(parts, local_rows, context)
         experts = (self.und, self.gen if hasattr(self, "gen") else self.und)
         und_rows, gen_rows = (expert.heads(rows) for expert, rows in zip(experts, self.qkv(und, gen), strict=True))
@@ -120,7 +122,7 @@ class SelfAttention(MegatronModule):
     def _norm_and_rotate(
         self, query_key: torch.Tensor, experts: tuple[AttentionExpert, AttentionExpert], context: PackContext
     ) -> torch.Tensor:
-        """QK-norm, by each token's expert, and rotary positions; queries and keys in one go."""
+        """Apply QK-norm, by each token's expert, and rotary positions to queries and keys together."""
         rows = query_key.shape[0]
         cos, sin = context.cos[:rows], context.sin[:rows]
         if not hasattr(experts[0], "q_layernorm"):

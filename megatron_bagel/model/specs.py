@@ -1,4 +1,4 @@
-"""Which modules a decoder layer is made of: one builder, two sets of linears and norms.
+"""Which modules a decoder layer consists of: one builder, two sets of linears and norms.
 
 ``local`` is plain torch under Megatron-Core's tensor-parallel weights and runs everywhere; ``transformer_engine`` swaps the
 linears and norms for Transformer Engine's, and applies the linears of both experts as one grouped linear.
@@ -32,7 +32,7 @@ LOCAL = SpecModules(NoCommColumnLinear, NoCommRowLinear, RMSNorm)
 
 
 def spec_modules(transformer_impl: str) -> SpecModules:
-    """Parts for ``--transformer-impl``; raises ValueError when Transformer Engine is asked for and absent."""
+    """Return the parts for ``--transformer-impl``. Raises ValueError for an unknown name or a missing Transformer Engine."""
     if transformer_impl == "local":
         return LOCAL
     if transformer_impl == "transformer_engine":
@@ -43,7 +43,7 @@ def spec_modules(transformer_impl: str) -> SpecModules:
 
 
 def layer_spec(arch: LLMArch, modules: SpecModules = LOCAL, freeze_und: bool = False) -> ModuleSpec:
-    """Spec of one decoder layer of the architecture's ``layer_module`` kind."""
+    """Return the spec of one decoder layer of the architecture's ``layer_module`` kind."""
     attention = AttentionSubmodules(
         linear_qkv=modules.column_linear,
         linear_proj=modules.row_linear,

@@ -1,8 +1,8 @@
-"""Transformer Engine's linears and norm in the shape our specs expect. GPU only; imported when asked for, and nowhere else.
+"""Transformer Engine's linears and norm in the shape our specs expect. They need a GPU, so only ``--transformer-impl`` imports them.
 
 The linears run with ``parallel_mode=None``: like the local ones they leave communication to the layer, which gathers and reduces
-once for both experts. Where both experts have the linear, the two are one grouped product, with the experts as its groups. Weights stay in
-the experts' own linears, so names and checkpoints are those of the local spec.
+once for both experts. Where both experts have a linear, one grouped product computes both. The weights stay in the experts' own
+linears, so names and checkpoints are those of the local spec.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from megatron_bagel.model.experts import LinearPair
 
 
 def _mark(weight: torch.Tensor, dim: int, stride: int) -> None:
-    """Megatron's marks of a weight that tensor parallelism cuts. Its own function refuses weights that have some already, and
-    Transformer Engine marks its weights as whole."""
+    """Set Megatron's marks on a weight that tensor parallelism shards.
+
+    Megatron's own function refuses weights that already have marks, and Transformer Engine marks its weights as unsharded.
+    """
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, stride
 
 
 def te_modules() -> tuple[type, type, type, type[LinearPair]]:
-    """(column linear, row linear, norm, pair of linears) classes; ValueError when Transformer Engine is not installed."""
+    """Return the classes (column linear, row linear, norm, linear pair). Raises ValueError without Transformer Engine."""
     try:
         import transformer_engine.pytorch as te
     except ImportError as error:
@@ -36,7 +38,7 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
         ) from error
 
     class TELinear(te.Linear):
-        """A linear cut along ``partition_dim`` over the tensor-parallel ranks, without communication of its own."""
+        """A linear sharded along ``partition_dim`` over the tensor-parallel ranks. It does not communicate."""
 
         partition_dim = 0
 
@@ -61,11 +63,11 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
                 _mark(self.bias, 0, stride)
 
         def forward(self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-            """The product with the weight, or another ``product``, when this module's hooks have run."""
+            """Return the product with the weight, or ``product(x)``, after this module's hooks have run."""
             return super().forward(x) if product is None else product(x)
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-            """Same keys and cuts as the local linears, so checkpoints do not depend on the implementation."""
+            """Shard the state with the keys of the local linears, so checkpoints do not depend on the implementation."""
             state = {name: value for name, value in self.state_dict(prefix="", keep_vars=True).items() if "_extra_state" not in name}
             return make_sharded_tensors_for_checkpoint(
                 state,
@@ -77,10 +79,10 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             )
 
     class TEColumn(TELinear):
-        """[s, in] -> [s, out / tp]."""
+        """Map [s, in] to [s, out / tp]."""
 
     class TERow(TELinear):
-        """[s, in / tp] -> [s, out], a partial sum."""
+        """Map [s, in / tp] to [s, out], a partial sum."""
 
         partition_dim = 1
 
@@ -92,25 +94,25 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             self.weight.sequence_parallel = config.sequence_parallel if sequence_parallel is None else sequence_parallel
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """As RMSNorm. Transformer Engine's kernel refuses no rows; the product keeps the weight in the graph."""
+            """Normalise like ``RMSNorm``. The kernel refuses zero rows; the product then keeps the weight in the graph."""
             return super().forward(x) if len(x) else x * self.weight
 
     class TELinearPair(LinearPair):
-        """Two experts' linears as the groups of one grouped linear, which borrows their weights."""
+        """The linears of two experts as one grouped linear, which borrows their weights."""
 
         def __init__(self, und: torch.nn.Module, gen: torch.nn.Module) -> None:
             super().__init__(und, gen)
             self.grouped = None
             if und is not gen:
                 outputs, inputs = und.weight.shape
-                # On "meta": it would hold weights of its own until the first call otherwise.
+                # Built on "meta", because otherwise it would allocate weights that the first call replaces.
                 self.grouped = te.GroupedLinear(
                     2, inputs, outputs, bias=isinstance(und.bias, torch.nn.Parameter), params_dtype=und.weight.dtype,
                     parallel_mode=None, device="meta",
                 )  # fmt: skip
 
         def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
-            # A grouped linear makes gradients for all of its weights or for none, as the first one has it: not when one expert is frozen.
+            # A grouped linear computes gradients for all of its weights or for none. That rules it out if one expert is frozen.
             if self.grouped is None or self.und.weight.requires_grad != self.gen.weight.requires_grad:
                 return super().__call__(und, gen)
             for number, linear in enumerate((self.und, self.gen)):
@@ -122,7 +124,7 @@ def te_modules() -> tuple[type, type, type, type[LinearPair]]:
             def with_gen(und: torch.Tensor) -> torch.Tensor:
                 return self.gen(gen, lambda gen: self.grouped(torch.cat([und, gen]), rows))
 
-            # Through both modules, because Megatron's overlap waits for gathered weights in the hooks of the modules that own them.
+            # The call goes through both modules because Megatron's overlap waits for gathered weights in the hooks of their owners.
             return self.und(und, with_gen).split(rows)
 
     return TEColumn, TERow, TENorm, TELinearPair

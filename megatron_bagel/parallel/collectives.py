@@ -1,7 +1,6 @@
-"""Exchanges between ranks that gradients flow through. They move rows and know no model.
+"""Exchanges of rows between ranks that gradients flow through, independent of any model.
 
-Every rank of a group must call them in the same order, also one that has nothing of its own to send, and the backward pass
-communicates as well.
+Every rank of a group must call them in the same order, even a rank with nothing to send. The backward pass communicates as well.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-        return gathered
+        all_rows = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(all_rows, rows.contiguous(), group=group)
+        return all_rows
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         size = ctx.group.size()
-        own = gradient.new_empty((gradient.shape[0] // size, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-        return own, None
+        rows_gradient = gradient.new_empty((gradient.shape[0] // size, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(rows_gradient, gradient.contiguous(), group=ctx.group)
+        return rows_gradient, None
 
 
 class _ExchangeParts(torch.autograd.Function):
@@ -46,13 +45,13 @@ def _all_to_all(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[n, ...] of every rank -> [ranks * n, ...], in rank order. ``n`` must be the same everywhere.
+    """Gather [n, ...] of every rank to [ranks * n, ...], in rank order. ``n`` must be equal on all ranks.
 
-    The gradient of a rank's rows is the sum over the ranks of what each of them did with the rows (reduce-scatter).
+    The gradient of a rank's rows is the sum over ranks of the gradients of these rows (reduce-scatter).
     """
     return _GatherRows.apply(rows, group)
 
 
 def exchange_parts(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[ranks, ...] -> [ranks, ...]: part i goes to rank i, and what comes back is each rank's part for this one (all-to-all)."""
+    """Exchange parts [ranks, ...]: part i goes to rank i, and the result holds every rank's part for this one (all-to-all)."""
     return _ExchangeParts.apply(parts, group)

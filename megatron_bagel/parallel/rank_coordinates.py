@@ -1,4 +1,4 @@
-"""Where a rank stands on every axis, by Megatron's numbering: known of all ranks without asking them, however many there are."""
+"""Where a rank is on every parallel axis, by Megatron's numbering: any rank can compute it for all ranks without communication."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """A rank's numbers on the axes; tensor-parallel ranks are neighbours, then context, data and pipeline ("tp-cp-ep-dp-pp")."""
+    """A rank's index on each axis. Tensor-parallel ranks are neighbours, then context, data and pipeline ("tp-cp-ep-dp-pp")."""
 
     tensor: int
     context: int
@@ -19,7 +19,7 @@ class RankCoordinates:
 
 
 def coordinates_of(rank: int) -> RankCoordinates:
-    """RankCoordinates of any rank of the world. Megatron-Core's groups must exist."""
+    """Return the coordinates of any rank of the world. Megatron-Core's process groups must exist."""
     numbers = []
     for size in (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -32,7 +32,7 @@ def coordinates_of(rank: int) -> RankCoordinates:
 
 
 def check_rank_order() -> None:
-    """Raises RuntimeError where Megatron-Core numbers this rank in another order than `coordinates_of`."""
+    """Check that Megatron-Core numbers this rank as ``coordinates_of`` does. Raises RuntimeError if it does not."""
     megatron = RankCoordinates(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
@@ -44,12 +44,12 @@ def check_rank_order() -> None:
 
 
 def rank_list(ranks: list[int]) -> str:
-    """ "rank 3", "ranks 0-2, 5"."""
+    """Format ranks as "rank 3" or "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    listed = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+    run_texts = ", ".join(f"{first_rank}-{last_rank}" if last_rank > first_rank else f"{first_rank}" for first_rank, last_rank in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {run_texts}"

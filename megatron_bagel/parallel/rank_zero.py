@@ -1,4 +1,4 @@
-"""What one rank does to the file system and all must know: a failure there is an error on every rank, not a wait for a lost one."""
+"""Run an action on one rank and share its result: a failure becomes an error on every rank, and no rank waits for a lost one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ T = TypeVar("T")
 
 
 def on_first_rank(action: Callable[[], T], purpose: str) -> T:
-    """Let rank 0 do `action`; its (picklable) result on all ranks. Collective; also works without a process group.
+    """Run ``action`` on rank 0 and return its picklable result on all ranks. Collective; also works without a process group.
 
-    Raises ValueError on every rank, beginning with `purpose`, when the file system or a check refused.
+    Raises:
+        ValueError: On every rank, with a message that begins with ``purpose``, if ``action`` raises OSError or ValueError.
     """
-    answer: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            answer[0] = action()
+            result_and_error[0] = action()
         except (OSError, ValueError) as error:
-            answer[1] = f"{purpose}: {error}"
+            result_and_error[1] = f"{purpose}: {error}"
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(result_and_error, src=0)
+    if result_and_error[1] is not None:
+        raise ValueError(result_and_error[1])
+    return result_and_error[0]
 
 
 def from_all_ranks(findings: list[str]) -> list[str]:
-    """The findings of all ranks, in rank order. Collective."""
+    """Return the findings of all ranks in rank order. Collective."""
     if not dist.is_initialized():
         return findings
-    everyone: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, findings)
-    return [finding for part in everyone for finding in part or []]
+    findings_by_rank: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings_by_rank, findings)
+    return [finding for rank_findings in findings_by_rank for finding in rank_findings or []]

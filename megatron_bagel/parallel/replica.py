@@ -1,6 +1,7 @@
-"""The ranks of one model replica, and rows that travel among them: from those that made them to those that read them, and back.
+"""The ranks of one model replica, and the rows they exchange: from the ranks that computed them to those that read them, and back.
 
-The replica's tensor-, context- and pipeline-parallel ranks share one set of packs, so work outside of the decoder can be dealt to all.
+The replica's tensor-, context- and pipeline-parallel ranks share one set of packs, so work outside the decoder can be divided
+among all of them.
 """
 
 from __future__ import annotations
@@ -17,63 +18,84 @@ from megatron_bagel.parallel.rank_coordinates import check_rank_order, coordinat
 
 @dataclass(frozen=True)
 class Replica:
-    """``group`` holds the replica's ranks in the order of the world; all other numbers are ranks inside it.
+    """A model replica. ``group`` holds its ranks in world order; all other numbers are ranks inside the group.
 
-    ``first`` and ``last`` are those of the first and the last pipeline stage; ``first_leads`` those of the first stage that come
-    first in their tensor-parallel group.
+    ``first_stage_ranks`` and ``last_stage_ranks`` belong to the first and the last pipeline stage. ``first_stage_leads`` are the
+    ranks of the first stage that come first in their tensor-parallel group.
     """
 
     group: dist.ProcessGroup
     rank: int
     size: int
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-    first_leads: tuple[int, ...]
+    first_stage_ranks: tuple[int, ...]
+    last_stage_ranks: tuple[int, ...]
+    first_stage_leads: tuple[int, ...]
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """Ranks of the first or the last stage."""
-        return tuple(sorted({*self.first, *self.last}))
+    def boundary_ranks(self) -> tuple[int, ...]:
+        """Return the ranks of the first or the last stage."""
+        return tuple(sorted({*self.first_stage_ranks, *self.last_stage_ranks}))
 
 
 def make_replica() -> Replica:
-    """The replica of this rank. Collective over the world; Megatron-Core's groups must exist."""
+    """Create the replica of this rank. Collective over the world; Megatron-Core's process groups must exist."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     check_rank_order()
-    own = coordinates_of(dist.get_rank())
+    own_coordinates = coordinates_of(dist.get_rank())
     members_of: list[list[int]] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
     for rank in range(dist.get_world_size()):
         members_of[coordinates_of(rank).data].append(rank)
     groups = [dist.new_group(members) for members in members_of]
-    group, members = groups[own.data], members_of[own.data]
-    inside = [coordinates_of(rank) for rank in members]
+    group, members = groups[own_coordinates.data], members_of[own_coordinates.data]
+    member_coordinates = [coordinates_of(rank) for rank in members]
     return Replica(
         group=group,
         rank=members.index(dist.get_rank()),
         size=len(members),
-        first=tuple(rank for rank, place in enumerate(inside) if place.pipeline == 0),
-        last=tuple(rank for rank, place in enumerate(inside) if place.pipeline == stages - 1),
-        first_leads=tuple(rank for rank, place in enumerate(inside) if place.pipeline == place.tensor == 0),
+        first_stage_ranks=tuple(rank for rank, coordinates in enumerate(member_coordinates) if coordinates.pipeline == 0),
+        last_stage_ranks=tuple(rank for rank, coordinates in enumerate(member_coordinates) if coordinates.pipeline == stages - 1),
+        first_stage_leads=tuple(
+            rank for rank, coordinates in enumerate(member_coordinates) if coordinates.pipeline == coordinates.tensor == 0
+        ),
     )
 
 
 def send_rows(rows: torch.Tensor, counts: Sequence[int], readers: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's ``rows`` [counts[rank], n] to all ``readers``: [sum(counts), n] in rank order there, no row elsewhere.
+    """Send rows to readers.
 
-    Every rank of the group calls it with the same ``counts`` and ``readers``. Nothing is recorded for a backward pass.
+    Every rank of the group calls this with the same ``counts`` and ``readers``. Nothing is recorded for a backward pass.
+
+    Args:
+        rows: This rank's rows, [counts[rank], n].
+        counts: The number of rows of every rank.
+        readers: The ranks that receive all rows.
+        group: The process group.
+
+    Returns:
+        The rows of all ranks in rank order, [sum(counts), n], on the readers; no row elsewhere.
     """
-    sent = [counts[group.rank()] if rank in readers else 0 for rank in range(group.size())]
-    received = list(counts) if group.rank() in readers else [0] * len(counts)
-    output = rows.new_empty((sum(received), rows.shape[1]))
-    dist.all_to_all_single(output, rows.detach().repeat(len(readers), 1), received, sent, group=group)
+    send_counts = [counts[group.rank()] if rank in readers else 0 for rank in range(group.size())]
+    receive_counts = list(counts) if group.rank() in readers else [0] * len(counts)
+    output = rows.new_empty((sum(receive_counts), rows.shape[1]))
+    dist.all_to_all_single(output, rows.detach().repeat(len(readers), 1), receive_counts, send_counts, group=group)
     return output
 
 
 def return_rows(rows: torch.Tensor, counts: Sequence[int], readers: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The way back: ``rows`` [sum(counts), n] of every reader (none elsewhere) -> their sum over readers, [counts[rank], n]."""
-    own = counts[group.rank()]
-    sent = list(counts) if group.rank() in readers else [0] * len(counts)
-    received = [own if rank in readers else 0 for rank in range(group.size())]
-    output = rows.new_empty((own * len(readers), rows.shape[1]))
-    dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
-    return output.view(len(readers), own, rows.shape[1]).sum(0)
+    """Return rows from the readers to their owners, the reverse of ``send_rows``.
+
+    Args:
+        rows: Every reader's rows, [sum(counts), n]; no row elsewhere.
+        counts: The number of rows of every rank.
+        readers: The ranks that hold rows.
+        group: The process group.
+
+    Returns:
+        The sum over readers of this rank's rows, [counts[rank], n].
+    """
+    own_rows = counts[group.rank()]
+    send_counts = list(counts) if group.rank() in readers else [0] * len(counts)
+    receive_counts = [own_rows if rank in readers else 0 for rank in range(group.size())]
+    output = rows.new_empty((own_rows * len(readers), rows.shape[1]))
+    dist.all_to_all_single(output, rows.contiguous(), receive_counts, send_counts, group=group)
+    return output.view(len(readers), own_rows, rows.shape[1]).sum(0)

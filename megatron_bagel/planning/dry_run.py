@@ -160,7 +160,7 @@ def built_bytes(trainable: Trainable, trained: Trained) -> dict[str, int]:
     own = {id(parameter) for parameter in parameters}
     mains = _main_weights(trainable)
     apart = any(parameter.dtype != torch.float32 for parameter in parameters)
-    autoencoder = trainable.stage.autoencoder
+    autoencoder = trainable.image_encoder.autoencoder
     return {
         "weight_bytes": weights,
         "gradient_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),

@@ -11,7 +11,7 @@ from megatron_bagel.layout.cp_partition import concatenated, context_orders, pad
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import Pack, PackImage
-from megatron_bagel.layout.sdpa_batches import group_sizes
+from megatron_bagel.layout.sdpa_batches import batch_documents
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def rank_tokens(pack: Pack, rank: int, ranks: int, capacity: int | None = None, 
 
 
 def _documents(mask: PackMask, order: TokenOrder) -> tuple[tuple[int, int, int], ...]:
-    """The batches that `layout.groups.attention_groups` makes of a rank's queries, as sizes alone: their masks would be dense."""
+    """The batches that ``layout.sdpa_batches.build_sdpa_batches`` makes of a rank's queries, as sizes alone: their masks would be dense."""
     ends = np.cumsum(mask.sample_lens)
     counts = np.bincount(np.searchsorted(ends, order.positions, side="right"), minlength=len(mask.sample_lens))
     present = np.flatnonzero(counts)
     queries, keys = counts[present], mask.sample_lens[present]
-    return tuple((len(group), int(queries[group].max()), int(keys[group].max())) for group in group_sizes(queries, keys))
+    return tuple((len(group), int(queries[group].max()), int(keys[group].max())) for group in batch_documents(queries, keys))
 
 
 def largest(tokens: Sequence[RankTokens]) -> RankTokens:

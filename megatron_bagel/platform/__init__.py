@@ -10,9 +10,9 @@ __all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "
 
 
 def install() -> None:
-    """Make Megatron-Core run on this machine: CPU stand-ins where there is no GPU, and an Adam it can checkpoint.
+    """Make Megatron-Core run on this machine: CPU replacements without a GPU, and an Adam that it can checkpoint.
 
-    With a GPU no function of torch.cuda is replaced. Calling it again does nothing more than enter the calling thread.
+    With a GPU no function of torch.cuda is replaced. A second call only enters the calling thread.
     """
     from megatron_bagel.platform import megatron_compat
     from megatron_bagel.platform.cuda_on_cpu import fused_adam, patches

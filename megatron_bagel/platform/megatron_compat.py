@@ -1,4 +1,4 @@
-"""Differences between Megatron-Core 0.16.1 and 0.19, answered in one place each."""
+"""Differences between Megatron-Core 0.16.1 and 0.19, each handled in one function here."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def check_versions() -> None:
 
 
 def torch_dist_save_strategy() -> Any:
-    """The strategy that writes a torch_dist checkpoint; 0.17 dropped its version argument."""
+    """Return the strategy that writes a torch_dist checkpoint; 0.17 dropped its version argument."""
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
     return get_default_save_sharded_strategy("torch_dist")
 
 
 def async_save_arguments() -> dict[str, str]:
-    """Arguments by which ``dist_checkpointing.save`` writes in the background with Megatron-Core's own writer.
+    """Return the arguments that make ``dist_checkpointing.save`` write in the background with Megatron-Core's writer.
 
-    0.19 defaults to ``nvrx``, a package that is not a dependency; 0.16 has only its own writer and no such argument.
+    0.19 defaults to ``nvrx``, a package that is not a dependency. 0.16 has only its writer and no such argument.
     """
     return {"async_strategy": "mcore"} if Version("0.19") <= Version(MEGATRON_VERSION.base_version) else {}
 
 
 def destroy_model_parallel() -> None:
-    """``parallel_state.destroy_model_parallel`` without 0.16's left-overs.
+    """Destroy Megatron-Core's groups, including two that 0.16's ``parallel_state.destroy_model_parallel`` keeps.
 
-    It forgets to let go of two groups, whose threads live on; a process forked later crashes when it replaces them.
+    The threads of these two groups live on, and a process forked later crashes when it replaces them.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -52,10 +52,10 @@ def destroy_model_parallel() -> None:
 
 
 def collect_save_results_in_process() -> None:
-    """Let a save that the caller waits for hand its results over inside this process.
+    """Let a synchronous save pass its results inside this process.
 
-    Megatron-Core otherwise starts a helper process per rank at the first save, which imports everything anew (seconds) and
-    outlives a killed rank.
+    Otherwise Megatron-Core starts a helper process per rank at the first save. The helper takes seconds to import everything
+    again, and outlives a killed rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -63,17 +63,17 @@ def collect_save_results_in_process() -> None:
 
 
 class _FileOfResults:
-    """A queue of one entry from a forked process to its parent. A pipe would block the child when the entry is large."""
+    """A queue of one entry from a forked process to its parent. A pipe would block the child if the entry is large."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it has been read
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - get_nowait closes it
 
     def put(self, result: Any) -> None:
         self._file.write(pickle.dumps(result))
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Raises queue.Empty when the writer died before it had a result."""
+        """Return the entry. Raises queue.Empty if the writer died before it had a result."""
         self._file.seek(0)
         content = self._file.read()
         self._file.close()
@@ -83,7 +83,7 @@ class _FileOfResults:
 
 
 def collect_save_results_by_file() -> None:
-    """Let the next save in the background hand its results over in an unnamed file instead of by a helper process."""
+    """Let the next background save pass its results in an unnamed file instead of through a helper process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = _FileOfResults()
@@ -91,15 +91,15 @@ def collect_save_results_by_file() -> None:
 
 @contextmanager
 def padded_buckets(optimizer: Any) -> Iterator[None]:
-    """Within the block a fully reshardable state of the distributed optimizer is cut in the right places.
+    """Make a fully reshardable state of the distributed optimizer cut parameters at the right offsets within the block.
 
-    Every supported Megatron-Core joins the buckets of a gradient buffer without the padding between them, but cuts parameters out
-    at offsets that count it: with a second bucket, weights and moments would be saved shifted. With the padding counted as content
-    both agree.
+    Every supported Megatron-Core joins the buckets of a gradient buffer without the padding between them, but cuts parameters at
+    offsets that include it. With a second bucket, weights and moments would be saved shifted. Counting the padding as content
+    makes both agree.
     """
     leaves = getattr(optimizer, "chained_optimizers", [optimizer])
     buffers = [buffer for leaf in leaves for buffer in getattr(leaf, "buffers", [])]
-    kept = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
+    saved_counts = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
     for buffer in buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
@@ -107,5 +107,5 @@ def padded_buckets(optimizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, numel in kept:
+        for part, numel in saved_counts:
             part.numel_unpadded = numel

@@ -1,7 +1,7 @@
-"""How long work takes on this process's device, without waiting for the device while it works.
+"""How long work takes on this process's device, measured without waiting for the device while it works.
 
-A GPU runs behind the program that feeds it, so a clock read there would time the feeding. Marks are put into its queue instead (CUDA
-events) and read when somebody asks, which waits for nothing once the work is done. On CPU the program is the device.
+A GPU runs behind the program that feeds it, so the program's clock would time the feeding. These stopwatches put marks (CUDA events)
+into the GPU's queue and read them later, which needs no wait once the work is done. On CPUs the program is the device.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class Stopwatch(Protocol):
         """Begin an interval."""
 
     def stop(self) -> None:
-        """End the interval that was begun last."""
+        """End the latest interval."""
 
     def read(self) -> float:
-        """Seconds since the last reading, and start again from zero. Waits for the device if the last interval is not over there."""
+        """Return the seconds since the last reading and reset to zero. Waits for the device to finish the last interval."""
 
 
 class HostStopwatch:
-    """Reads the clock of the program: exact on CPU; of a GPU it sees only what the program waits for."""
+    """Reads the program's clock: exact on CPUs. Of a GPU it sees only the time that the program waits."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._total = self._began = 0.0
+        self._total = self._start_time = 0.0
 
     def start(self) -> None:
-        self._began = self._clock()
+        self._start_time = self._clock()
 
     def stop(self) -> None:
-        self._total += self._clock() - self._began
+        self._total += self._clock() - self._start_time
 
     def read(self) -> float:
         total, self._total = self._total, 0.0
@@ -47,9 +47,9 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Marks in the current CUDA stream. Pairs are read in bulk, so that a run that seldom logs does not collect them without end."""
+    """Puts marks into the current CUDA stream. It reads the pairs in bulk, so that a run that seldom logs does not pile them up."""
 
-    _MOST = 512
+    _MAX_PAIRS = 512
 
     def __init__(self) -> None:
         self._total = 0.0
@@ -62,7 +62,7 @@ class CudaStopwatch:
 
     def stop(self) -> None:
         self._pairs[-1][1].record()
-        if len(self._pairs) >= self._MOST:
+        if len(self._pairs) >= self._MAX_PAIRS:
             self._collect()
 
     def read(self) -> float:
@@ -78,5 +78,5 @@ class CudaStopwatch:
 
 
 def device_stopwatch() -> Stopwatch:
-    """One for work on this process's device."""
+    """Return a stopwatch for work on this process's device."""
     return CudaStopwatch() if has_gpu() else HostStopwatch()

@@ -42,7 +42,7 @@ class Trainable:
     config: TransformerConfig
     decoder: list[DistributedDataParallel]
     tower: DistributedDataParallel | None
-    stage: ImageEncoder
+    image_encoder: ImageEncoder
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     ema: ShardedEma
@@ -114,9 +114,9 @@ def global_counts(
     return totals, work, int(values[fixed - 1]), TaskCounts.from_list(values[fixed:], tasks) if tasks else None
 
 
-def microbatches(packs: Sequence[LoadedPack], stage: ImageEncoder, settings: StepSettings) -> list[MicroBatch]:
+def microbatches(packs: Sequence[LoadedPack], image_encoder: ImageEncoder, settings: StepSettings) -> list[MicroBatch]:
     """Encode the packs and put this rank's share of their tokens into its order."""
-    features = stage.encode(packs)
+    features = image_encoder.encode(packs)
     group = parallel_state.get_context_parallel_group()
     made = []
     for pack, encoded in zip(packs, features, strict=True):
@@ -195,7 +195,7 @@ def _gradients(
     if table is not None:
         table.clear()
     with timed("encode"):
-        shards = microbatches(batch.packs, trainable.stage, settings)
+        shards = microbatches(batch.packs, trainable.image_encoder, settings)
     chunks = trainable.decoder
     with timed("forward_backward"):
         outputs = get_forward_backward_func()(
@@ -210,7 +210,7 @@ def _gradients(
             forward_only=False,
         )
     with timed("encode_backward"):
-        trainable.stage.backward()
+        trainable.image_encoder.backward()
     shares = [output["shares"] for output in outputs]
     own = _own_numbers(trainable, shares) if watch is not None and watch.bad_steps.compares else torch.zeros(0)
     if watch is not None:

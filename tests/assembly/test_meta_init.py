@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_bagel.assembly.meta_init import materialize, on_meta
 from megatron_bagel.checkpoint.hf.folder import WeightFile, write_folder
-from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights
+from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights
 from megatron_bagel.checkpoint.hf.load import load_weights, named_weights
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -77,7 +77,7 @@ def _peak_of_a_start(folder: Path | None, megatron: MegatronArguments) -> tuple[
     for module in modules:
         materialize(module, torch.device("cpu"), torch.float32)
     if folder is None:
-        FirstWeights.of(arch, 1, None, None, copy_init_moe=True).fill(modules)
+        InitialWeights.of(arch, 1, None, None, copy_init_moe=True).fill(modules)
     else:
         load_weights(SafetensorsReader(folder / "ema.safetensors"), weight_map, modules)
         assert all((parameter == 1).all() for parameter in named_weights(modules).values())

@@ -56,8 +56,8 @@ def test_the_released_size_has_the_recorded_names_and_shapes(goldens: Path) -> N
         modules = [build_decoder(arch, transformer_config_of_a_run(llm)), VisionTower(arch)]
     shapes: dict[str, tuple[int, ...]] = {name: table.shape for name, table in weight_map.tables.items()}
     for entry, parameter in entries_of(modules, weight_map):
-        assert parameter.is_meta and tuple(parameter.shape) == entry.shape, entry.ours
-        shapes |= {name: tuple(part.shape) for name, part in zip(entry.hf, entry.split(parameter), strict=True)}
+        assert parameter.is_meta and tuple(parameter.shape) == entry.shape, entry.name
+        shapes |= {name: tuple(part.shape) for name, part in zip(entry.hf, entry.unfuse(parameter), strict=True)}
     # The file lists layer 0 of each stack; the others repeat it.
     listed = {name: list(shape) for name, shape in shapes.items() if ".layers." not in name or ".layers.0." in name}
     assert listed == recorded["model"]
@@ -66,13 +66,13 @@ def test_the_released_size_has_the_recorded_names_and_shapes(goldens: Path) -> N
 
 def _random_file_round_trip(arch: BagelArch, path: Path) -> bool:
     weight_map, modules = WeightMap(arch), _modules(arch)
-    if {e.ours for e, _ in entries_of(modules, weight_map)} != set(weight_map.entries):
+    if {e.name for e, _ in entries_of(modules, weight_map)} != set(weight_map.entries):
         return False
     tensors = {name: torch.randn(shape) for name, shape in weight_map.hf_shapes().items()}
     save_file(tensors, path)
     load_weights(SafetensorsReader(path), weight_map, modules)
     named = named_weights(modules)
-    back = {n: t for e in weight_map.entries.values() for n, t in zip(e.hf, e.split(named[e.ours].detach()), strict=True)}
+    back = {n: t for e in weight_map.entries.values() for n, t in zip(e.hf, e.unfuse(named[e.name].detach()), strict=True)}
     return all(torch.equal(back[name], tensors[name]) for name in weight_map.by_hf)
 
 

@@ -43,7 +43,7 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
     mains = [main for optimizer in inner for group in optimizer.param_groups for main in group["params"]]
     state = [tensor for optimizer in inner for entry in optimizer.state.values() for tensor in entry.values() if torch.is_tensor(tensor)]
     state += [main for main in mains if main.untyped_storage().data_ptr() not in weights]
-    autoencoder = run.trainable.stage.autoencoder
+    autoencoder = run.trainable.image_encoder.autoencoder
     run.loader.close()
     return parallel_state.get_pipeline_model_parallel_rank(), {
         "parameters": sum(parameter.numel() for parameter in parameters),

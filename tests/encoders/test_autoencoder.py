@@ -178,7 +178,7 @@ def test_missing_left_over_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
     save_file(tensors, path)
     with pytest.raises(ValueError) as error:
         load_autoencoder(path)
-    for part in (str(path), "missing tensors: encoder.conv_in.bias", "left-over tensors: encoder.extra", "decoder.conv_out.bias is [4]"):
+    for part in (str(path), "missing tensors: encoder.conv_in.bias", "unexpected tensors: encoder.extra", "decoder.conv_out.bias is [4]"):
         assert part in str(error.value)
 
 

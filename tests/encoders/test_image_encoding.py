@@ -1,4 +1,4 @@
-"""The pre-pipeline stage on one process: what its settings change."""
+"""The image encoder on one process: what its settings change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from megatron_bagel.data.loading.loader import PackReader
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from tests.data.loading.test_encoder_assignment import plans
 from tests.data.loading.test_loader import SPEC, Pictures
 from tests.encoders.test_sharded_image_encoding import ARCH
@@ -19,7 +19,7 @@ def test_bf16_latents_are_near_those_of_fp32() -> None:
     torch.manual_seed(0)
     autoencoder, source = AutoEncoder(ARCH.autoencoder).requires_grad_(False), Pictures()
     packs = [PackReader([source], SPEC, seed=9)[plan] for plan in plans(source)]
-    settings = StageSettings(seed=3)
+    settings = ImageEncoderSettings(seed=3)
     exact, rounded = (ImageEncoder(ARCH, None, autoencoder, replace(settings, bf16=bf16)).encode(packs) for bf16 in (False, True))
     assert any(len(one.latents) for one in exact)
     for one, other in zip(exact, rounded, strict=True):

@@ -13,7 +13,7 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMAr
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.loader import PackReader, StepPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.parallel.replica import make_replica
@@ -38,7 +38,7 @@ def _compare(read_all: bool) -> int:
     torch.manual_seed(0)
     tower, autoencoder = VisionTower(ARCH), AutoEncoder(ARCH.autoencoder).requires_grad_(False)
     tower.reset_parameters()
-    settings, source = StageSettings(seed=3), Pictures()
+    settings, source = ImageEncoderSettings(seed=3), Pictures()
     packs = plans(source)
     alone = ImageEncoder(ARCH, copy.deepcopy(tower), autoencoder, settings)
     whole = [PackReader([source], SPEC, seed=9)[plan] for plan in packs]
@@ -47,9 +47,9 @@ def _compare(read_all: bool) -> int:
     replica = make_replica()
     share = EncodingShare(replica.rank, replica.size, EncoderCosts.of(ARCH))
     reader = PackReader([source], SPEC, seed=9, share=share)
-    stage = ShardedImageEncoder(ARCH, tower, autoencoder, settings, replica, share)
+    image_encoder = ShardedImageEncoder(ARCH, tower, autoencoder, settings, replica, share)
     loaded = whole if read_all else [reader[StepPlan(packs, number)] for number in range(len(packs))]
-    features = stage.encode(loaded)
+    features = image_encoder.encode(loaded)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     for ours, theirs in zip(features, expected, strict=True):
@@ -65,7 +65,7 @@ def _compare(read_all: bool) -> int:
         if first or last:
             torch.testing.assert_close(ours.latents, theirs.latents)
             assert torch.equal(ours.noise, theirs.noise) and torch.equal(ours.timesteps, theirs.timesteps)
-    stage.backward()
+    image_encoder.backward()
     alone.backward()
     for mine, theirs in zip(tower.parameters(), alone.tower.parameters(), strict=True):
         dist.all_reduce(mine.grad, group=replica.group)

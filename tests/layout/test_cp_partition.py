@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from benchmarks.long_packs import KINDS, LONG, TOKENS
 from megatron_bagel.layout.blocks import block_occupancy
-from megatron_bagel.layout.cp_partition import concatenated, context_orders, deal, imbalance, padded_length
+from megatron_bagel.layout.cp_partition import assign_tokens, concatenated, context_orders, imbalance, padded_length
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack, build_pack
-from megatron_bagel.layout.sdpa_batches import attention_groups
+from megatron_bagel.layout.sdpa_batches import build_sdpa_batches
 from tests.strategies import SPEC, samples
 
 
@@ -56,8 +56,8 @@ def test_block_masks_of_long_packs_equal_the_oracle(plan: list[Sample]) -> None:
     for queries, asked in ((whole, whole), (orders[1], keys)):
         found = block_occupancy(mask, queries, asked)
         some, full = _dense_blocks(pack, queries.positions, asked.positions, 128)
-        np.testing.assert_array_equal(found.some, some)
-        np.testing.assert_array_equal(found.full, full)
+        np.testing.assert_array_equal(found.occupied, some)
+        np.testing.assert_array_equal(found.full_blocks, full)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +84,7 @@ def test_groups_and_blocks_of_a_rank_hold_its_part_of_the_mask(plan: list[Sample
     for order in orders:
         oracle = mask.allowed(order.positions, keys.positions)
         found = np.zeros_like(oracle)
-        for group in attention_groups(mask, order, keys):
+        for group in build_sdpa_batches(mask, order, keys):
             for queries, columns, allowed in zip(group.queries, group.keys, group.mask, strict=True):
                 real = len(np.unique(queries)), len(np.unique(columns))
                 found[np.ix_(queries[: real[0]], columns[: real[1]])] |= allowed[: real[0], : real[1]]
@@ -93,14 +93,14 @@ def test_groups_and_blocks_of_a_rank_hold_its_part_of_the_mask(plan: list[Sample
         if not len(order.positions):
             continue
         some, full = _dense_blocks(pack, order.positions, keys.positions, 4)
-        np.testing.assert_array_equal(occupancy.some[: len(some)], some)
-        np.testing.assert_array_equal(occupancy.full[: len(full)], full)
-        assert not occupancy.some[len(some) :].any()
+        np.testing.assert_array_equal(occupancy.occupied[: len(some)], some)
+        np.testing.assert_array_equal(occupancy.full_blocks[: len(full)], full)
+        assert not occupancy.occupied[len(some) :].any()
 
 
 def test_small_packs_are_dealt_as_evenly_as_they_allow() -> None:
-    assert imbalance(np.arange(64.0), deal(np.arange(64.0), 4), 4) < 1.01
-    assert sorted(deal(np.ones(3), 5).tolist()) == [0, 1, 2]
-    assert len(deal(np.zeros(0), 4)) == 0
+    assert imbalance(np.arange(64.0), assign_tokens(np.arange(64.0), 4), 4) < 1.01
+    assert sorted(assign_tokens(np.ones(3), 5).tolist()) == [0, 1, 2]
+    assert len(assign_tokens(np.zeros(0), 4)) == 0
     with pytest.raises(ValueError, match="context-parallel-size"):
-        deal(np.ones(3), 0)
+        assign_tokens(np.ones(3), 0)

@@ -14,7 +14,7 @@ from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder, expert_order
 from megatron_bagel.layout.pack import build_pack
-from megatron_bagel.layout.sdpa_batches import attention_groups
+from megatron_bagel.layout.sdpa_batches import build_sdpa_batches
 from tests.strategies import SPEC, samples
 
 
@@ -57,7 +57,7 @@ def test_groups_hold_every_pair_of_the_mask(plan: list[Sample]) -> None:
     pack = build_pack(plan, SPEC)
     mask, order = PackMask.of(pack), expert_order(pack)
     found = np.zeros((order.length, order.length), dtype=bool)
-    for group in attention_groups(mask, order):
+    for group in build_sdpa_batches(mask, order):
         assert group.mask.any(-1).all(), "an empty softmax row"
         for queries, keys, allowed in zip(group.queries, group.keys, group.mask, strict=True):
             rows, columns = len(np.unique(queries)), len(np.unique(keys))
@@ -76,8 +76,8 @@ def test_block_occupancy_equals_the_oracle(plan: list[Sample], block: int, paddi
     dense[:real, :real] = mask.allowed(order.positions, order.positions)
     blocks = dense.reshape(side // block, block, side // block, block)
     occupancy = block_occupancy(mask, order, block=block)
-    np.testing.assert_array_equal(occupancy.some, blocks.any((1, 3)))
-    np.testing.assert_array_equal(occupancy.full, blocks.all((1, 3)))
+    np.testing.assert_array_equal(occupancy.occupied, blocks.any((1, 3)))
+    np.testing.assert_array_equal(occupancy.full_blocks, blocks.all((1, 3)))
 
 
 def test_block_occupancy_of_a_long_pack_holds_no_square_of_tokens() -> None:

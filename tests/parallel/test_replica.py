@@ -15,9 +15,9 @@ def _places() -> tuple:
     replica = make_replica()
     counts = [0, 3, 1, 2][: replica.size]
     rows = torch.full((counts[replica.rank], 2), float(replica.rank))
-    received = send_rows(rows, counts, replica.ends, replica.group)
-    back = return_rows(received * (replica.rank + 1), counts, replica.ends, replica.group)
-    return replica.rank, replica.first, replica.last, replica.first_leads, received, back
+    received = send_rows(rows, counts, replica.boundary_ranks, replica.group)
+    back = return_rows(received * (replica.rank + 1), counts, replica.boundary_ranks, replica.group)
+    return replica.rank, replica.first_stage_ranks, replica.last_stage_ranks, replica.first_stage_leads, received, back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,7 +47,7 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
     run = setup.set_up(config)
     batch = next(run.loader)
     run.loader.close()
-    shard = microbatches(batch.packs, run.trainable.stage, run.settings)[0]
+    shard = microbatches(batch.packs, run.trainable.image_encoder, run.settings)[0]
     weights = {p.untyped_storage().data_ptr() for chunk in run.trainable.decoder for p in chunk.parameters()}
     held: weakref.WeakSet[Kept] = weakref.WeakSet()
 

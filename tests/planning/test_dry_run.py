@@ -42,7 +42,7 @@ def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tup
     setup.initialize_parallel(config)
     run = setup.set_up(config)
     batch = next(run.loader)
-    shards = microbatches(batch.packs, run.trainable.stage, run.settings)
+    shards = microbatches(batch.packs, run.trainable.image_encoder, run.settings)
     slots = [number for shard in shards for number in (shard.length, shard.n_text, shard.n_vit, shard.n_vae, len(shard.labels))]
     share = checkpoint_share(run.trained)
     run.loader.close()

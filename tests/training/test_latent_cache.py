@@ -103,7 +103,7 @@ def test_equal_pictures_are_encoded_once_and_stored_for_every_row(
 ) -> None:
     """Pictures come back within a batch and after it; each row's posterior is that of its picture."""
     monkeypatch.setattr(latent_writer, "_BATCH", 3)
-    monkeypatch.setattr(latent_writer, "_REMEMBERED", remembered)
+    monkeypatch.setattr(latent_writer, "_REMEMBERED_BYTES", remembered)
     encoded = []
     autoencoder = load_autoencoder(world / "ae.safetensors")
     encode_many = autoencoder.encode_many
@@ -133,7 +133,7 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsy
         open_cache(world, cache)
     assert main(command(world, cache)) == 2 and "remove it, or give another --output" in capsys.readouterr().err
     assert main(command(world, cache, "--overwrite")) == 0
-    assert main(command(world, world)) == 2 and "something else than a latent cache" in capsys.readouterr().err
+    assert main(command(world, world)) == 2 and "is not a latent cache" in capsys.readouterr().err
     data = next(cache.rglob("*.bin"))
     data.write_bytes(data.read_bytes()[:-4])
     name = f"{data.parent.parent.name}/{data.parent.name}"

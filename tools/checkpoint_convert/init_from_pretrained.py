@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> None:
-        from megatron_bagel.checkpoint.convert import Companions, write_first_weights
-        from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights
+        from megatron_bagel.checkpoint.convert import Companions, write_initial_weights
+        from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights
         from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
         from megatron_bagel.common.json_files import read_json
         from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         tokenizer = args.tokenizer or args.llm
         arch = grown_vocabulary(arch, len(load_tokenizer(str(tokenizer))))
-        first = FirstWeights.of(arch, args.seed, args.llm, args.vit, args.allow_missing, not args.no_copy_init_moe)
-        print(write_first_weights(first, args.output, Companions(tokenizer, args.vae)))
+        first = InitialWeights.of(arch, args.seed, args.llm, args.vit, args.allow_missing, not args.no_copy_init_moe)
+        print(write_initial_weights(first, args.output, Companions(tokenizer, args.vae)))
 
     return command.run("init_from_pretrained", work)
 

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files: written with them, checked before they are loaded, so that damage is found and not trained on.
+"""Checksums of a checkpoint's files, written with them and checked before loading, so that damage is found instead of trained on.
 
-`checksums.json` in a checkpoint's folder: file name -> {"bytes": size, "sha256": hex}. Every rank sums the files it wrote where it wrote
-them; the first rank adds the small common files.
+``checksums.json`` in a checkpoint's folder maps a file name to {"bytes": size, "sha256": hex}. Every rank computes the sums of its files
+on its node; rank 0 adds the small common files.
 """
 
 from __future__ import annotations
@@ -15,33 +15,31 @@ from megatron_bagel.common.files import digest, write_whole
 
 CHECKSUM_FILE = "checksums.json"
 _PART = ".sums-"
-
-
 def digests(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Sizes and SHA-256 of several files of one folder by file name, on a few threads (hashing releases Python's lock)."""
+    """Return size and SHA-256 of files by file name, computed on a few threads (hashing releases Python's lock)."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return {path.name: {"bytes": size, "sha256": sha256} for path, (size, sha256) in zip(paths, pool.map(digest, paths), strict=True)}
 
 
-def write_part(folder: Path, rank: int, known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Sum the tensor files that `rank` has written into `folder` (unless their sums are `known`), for `write_checksums` to collect."""
-    mine = sorted(folder.glob(f"__{rank}_*.distcp")) if known is None else []
-    write_whole(folder / f"{_PART}{rank}", json.dumps(known or digests(mine)))
+def write_part(folder: Path, rank: int, sums: dict[str, dict[str, Any]] | None = None) -> None:
+    """Write the sums of the tensor files of ``rank`` in ``folder``, for ``write_checksums`` to collect. ``sums`` avoids computing them."""
+    paths = sorted(folder.glob(f"__{rank}_*.distcp")) if sums is None else []
+    write_whole(folder / f"{_PART}{rank}", json.dumps(sums or digests(paths)))
 
 
 def write_checksums(folder: Path) -> None:
-    """Put the parts of all ranks together, sum what is in no part, write `checksums.json`. One caller, after all ranks have written."""
+    """Merge the parts of all ranks, add the sums of the other files and write ``checksums.json``. One rank calls it after all writes."""
     sums: dict[str, Any] = {}
     for part in sorted(folder.glob(f"{_PART}*")):
         sums |= json.loads(part.read_text(encoding="utf-8"))
         part.unlink()
-    rest = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (*sums, CHECKSUM_FILE)]
-    sums |= digests(rest)
+    remaining_paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (*sums, CHECKSUM_FILE)]
+    sums |= digests(remaining_paths)
     (folder / CHECKSUM_FILE).write_text(json.dumps(sums, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The recorded sums, or None for a checkpoint without any. Raises ValueError when the record itself is damaged."""
+    """Return the recorded sums, or None for a checkpoint without any. Raises ValueError if the record is damaged."""
     path = folder / CHECKSUM_FILE
     if not path.is_file():
         return None
@@ -52,37 +50,43 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def missing_or_cut(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint as far as their names and sizes tell; reads no contents but the record's."""
+def file_problems(folder: Path) -> list[str]:
+    """List the problems that the names and sizes of a checkpoint's files show. Only the record's contents are read."""
     try:
         sums = read_checksums(folder)
     except ValueError as error:
         return [str(error)]
-    wrong = []
+    problems = []
     for name, entry in (sums or {}).items():
         path = folder / name
         if not path.is_file():
-            wrong.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes of {entry['bytes']}")
-    return wrong
+            problems.append(f"{name} has {path.stat().st_size} bytes of {entry['bytes']}")
+    return problems
 
 
 def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files, all contents read. With `parts` callers each checks its share, dealt by size.
+    """List the problems of a checkpoint's files after reading all contents.
 
-    Empty when all is well or the checkpoint has no checksums.
+    With several callers each checks its share, balanced by size. The list is empty for an undamaged checkpoint, and for one without
+    checksums.
+
+    Args:
+        folder: The checkpoint.
+        part: The number of this caller.
+        parts: The number of callers.
     """
-    wrong = missing_or_cut(folder)
-    if wrong:
-        return wrong if part == 0 else []
+    problems = file_problems(folder)
+    if problems:
+        return problems if part == 0 else []
     sums = read_checksums(folder) or {}
     load = [0] * parts
-    mine = []
+    names = []
     for name in sorted(sums, key=lambda name: (-sums[name]["bytes"], name)):
         caller = load.index(min(load))
         load[caller] += sums[name]["bytes"]
         if caller == part:
-            mine.append(name)
-    found = digests([folder / name for name in mine])
-    return [f"{name} does not have the checksum it was written with" for name in mine if found[name] != sums[name]]
+            names.append(name)
+    actual_sums = digests([folder / name for name in names])
+    return [f"{name} does not have the checksum it was written with" for name in names if actual_sums[name] != sums[name]]

@@ -1,7 +1,7 @@
-"""One rank's files of local checkpoints, and a note beside each: what it is, and its checksum. No function here waits for another rank.
+"""One rank's files of local checkpoints, each with a note: its contents and its checksum. No function here waits for another rank.
 
-<folder>/iter_0000005_0_local.pt          rank 0's share of step 5, written by nvidia-resiliency-ext under another name and renamed
-<folder>/iter_0000005_0_local.json        the note, written when the file is whole
+<folder>/iter_0000005_0_local.pt          rank 0's share of step 5, which nvidia-resiliency-ext writes under another name and renames
+<folder>/iter_0000005_0_local.json        the note, written once the file is complete
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ _NAME = re.compile(r"iter_(\d+)_\d+_local(\.dirty)?\.(pt|json|json\.new)")
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of `rank` in `folder`."""
+    """The files of ``rank`` in ``folder``."""
 
     folder: Path
     rank: int
 
     def file(self, step: int) -> Path:
-        """Where the share of a step lies."""
+        """Return the path of the rank's share of a step."""
         return self.folder / f"iter_{step:07d}_{self.rank}_local.pt"
 
     def write_note(self, step: int, head: Mapping[str, Any]) -> None:
-        """After the file of a step was written. Raises OSError."""
+        """Write the note of a step once its file is complete. Raises OSError."""
         note = self.file(step).with_suffix(".json")
         write_whole(note, json.dumps({"head": head, "sum": _sum(self.file(step))}))
 
     def read_head(self, step: int) -> dict[str, Any]:
-        """What was said of a step when it was written. Raises ValueError where its file is not the one that was written then."""
+        """Return the head that was saved with a step. Raises ValueError if its file has changed since or is incomplete."""
         path = self.file(step)
         try:
             note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            head, wanted = note["head"], note["sum"]
-            found = _sum(path)
+            head, recorded_sum = note["head"], note["sum"]
+            actual_sum = _sum(path)
         except OSError as error:
             raise ValueError(f"{path}: its save did not finish ({error})") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: the note beside it is damaged ({error})") from error
-        if found != wanted:
+            raise ValueError(f"{path}: its note is damaged ({error})") from error
+        if actual_sum != recorded_sum:
             raise ValueError(f"{path} does not have the checksum it was written with")
         return head
 
     def remove(self, unwanted: Callable[[int], bool]) -> None:
-        """Remove the files of unwanted steps, and what killed saves left. Raises OSError."""
+        """Remove the files of unwanted steps and the leftovers of killed saves. Raises OSError."""
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            found = _NAME.fullmatch(path.name)
-            if found and (found[2] or found[3] == "json.new" or unwanted(int(found[1]))):
-                # The manager removes old files too, in a thread of its own.
+            match = _NAME.fullmatch(path.name)
+            if match and (match[2] or match[3] == "json.new" or unwanted(int(match[1]))):
+                # The manager also removes old files, in a separate thread.
                 path.unlink(missing_ok=True)
 
 

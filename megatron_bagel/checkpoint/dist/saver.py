@@ -1,8 +1,8 @@
-"""Saves of a run, while it waits or in the background: at most one is under way, and each is published whole or not at all.
+"""Saves the state of a run, synchronously or in the background. At most one save is in progress, and it is published complete or never.
 
-In the background every rank copies what it must (GPU tensors to the host, gathered slices), forks, and trains on; the forked process sees
-the tensors as they were. Memory is therefore bounded by one copy of a rank's share, however slow the disk is: a save that comes before
-the last one has ended waits for it.
+In the background every rank copies what it must (GPU tensors to the host, gathered slices), forks, and trains on. The forked process sees
+the tensors as they were. One copy of a rank's share therefore bounds the memory for any disk: a save waits until the previous one has
+ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """`background`: train on while writing. `keep_last`, `keep_every`: which checkpoints stay (`step_folders.retain`)."""
+    """``background`` trains on while writing. ``keep_last`` and ``keep_every`` choose which checkpoints stay (``step_folders.retain``)."""
 
     background: bool = False
     keep_last: int = 0
@@ -43,9 +43,9 @@ class SaveSettings:
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of one run into `directory`. All methods but `clean` are collective.
+    """Writes the checkpoints of one run into ``directory``. All methods except ``clean`` are collective.
 
-    `published` is called on rank 0 with every finished folder; `protected` says there which folders must not be removed.
+    Rank 0 calls ``published`` with every finished folder, and ``protected`` for the folders that must not be removed.
     """
 
     directory: Path
@@ -55,45 +55,50 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._queue = AsyncCallsQueue()
-        self._began = 0.0
-        #: On rank 0, the seconds from the call of the newest save until its checkpoint was whole; None before the first.
+        self._start_time = 0.0
+        #: On rank 0, the seconds from the latest call of ``save`` until its checkpoint was complete; None before the first save.
         self.last_seconds: float | None = None
 
     def save(self, step: int, trained: Trained, run_state: Mapping[str, Any]) -> None:
-        """Save the state after `step` optimizer steps; in the background the folder appears at a later `poll` or `finish`.
+        """Save the state after ``step`` optimizer steps. A background save appears at a later ``poll`` or ``finish``.
 
-        `run_state` is everything that is not a tensor (schedule, planner, counters, config): JSON values only, equal on all ranks.
-        Raises ValueError on all ranks when the files cannot be written, naming the last checkpoint that could.
+        Args:
+            step: The number of optimizer steps.
+            trained: What the run trains.
+            run_state: Everything that is not a tensor (schedule, planner, counters, config): JSON values, equal on all ranks.
+
+        Raises:
+            ValueError: On all ranks, naming the last complete checkpoint, if the files cannot be written.
         """
         text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
-        self._began = time.perf_counter()
-        saving = on_first_rank(lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}")
-        with self._explained():
-            request = self._request(saving, text, trained)
+        self._start_time = time.perf_counter()
+        temporary_folder = on_first_rank(lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}")
+        with self._readable_errors():
+            request = self._request(temporary_folder, text, trained)
             if self.settings.background:
                 self._queue.schedule_async_request(request)
                 return
             request.execute_sync()
 
     def poll(self) -> None:
-        """Publish a save that has ended meanwhile. Call it after every step: no cost while none is under way."""
+        """Publish a save that has ended. Call it after every step; it costs nothing while no save is in progress."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if any, and publish it."""
+        """Wait for the save in progress, if any, and publish it."""
         self._finalize(blocking=True)
 
     def clean(self) -> None:
-        """Remove the checkpoints that need not stay. After every save; on one rank, and not collective."""
+        """Remove the checkpoints that need not stay. One rank calls it after every save; it is not collective."""
         step_folders.retain(self.directory, self.settings.keep_last, self.settings.keep_every, self.protected())
 
     def _finalize(self, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
-            with self._explained():
+            with self._readable_errors():
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, saving: Path, text: str, trained: Trained) -> AsyncRequest:
+    def _request(self, temporary_folder: Path, text: str, trained: Trained) -> AsyncRequest:
         if self.settings.background:
             megatron_compat.collect_save_results_by_file()
         else:
@@ -101,55 +106,55 @@ class Saver:
         strategy = FullyParallelSaveStrategyWrapper(megatron_compat.torch_dist_save_strategy(), data_parallel_group())
         request = dist_checkpointing.save(
             sharded_state(trained, is_loading=False),
-            str(saving),
+            str(temporary_folder),
             sharded_strategy=strategy,
             async_sharded_save=True,
             **megatron_compat.async_save_arguments(),
         )
-        finalize = [*request.finalize_fns, functools.partial(self._publish, saving, text)]
-        write = functools.partial(_write_and_sum, request.async_fn, saving) if request.async_fn is not None else None
+        finalize = [*request.finalize_fns, functools.partial(self._publish, temporary_folder, text)]
+        write = functools.partial(_write_and_sum, request.async_fn, temporary_folder) if request.async_fn is not None else None
         return request._replace(async_fn=write, finalize_fns=finalize)
 
-    def _publish(self, saving: Path, text: str) -> None:
-        def on_disk() -> Path:
-            (saving / step_folders.STATE_FILE).write_text(text, encoding="utf-8")
-            final = step_folders.publish(saving)
-            self.published(final)
+    def _publish(self, temporary_folder: Path, text: str) -> None:
+        def write_state_and_publish() -> Path:
+            (temporary_folder / step_folders.STATE_FILE).write_text(text, encoding="utf-8")
+            final_folder = step_folders.publish(temporary_folder)
+            self.published(final_folder)
             self.clean()
-            return final
+            return final_folder
 
-        final = on_first_rank(on_disk, f"cannot finish the checkpoint in {saving}")
+        final_folder = on_first_rank(write_state_and_publish, f"cannot finish the checkpoint in {temporary_folder}")
         if dist.get_rank() == 0:
-            self.last_seconds = time.perf_counter() - self._began
-            logger.info("saved %s", final)
+            self.last_seconds = time.perf_counter() - self._start_time
+            logger.info("saved %s", final_folder)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns Megatron's errors of a failed write into one sentence, on all ranks."""
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn Megatron's errors of a failed write into one sentence on all ranks."""
         try:
             yield
         except (CheckpointException, CheckpointingException, OSError) as error:
             failures = getattr(error, "failures", None) or {}
             reasons = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in failures.values()]
-            newest = step_folders.latest_checkpoint(self.directory)
-            # torch does not always pass the system's reason on: a full disk may be only "unexpected pos" there.
-            free = shutil.disk_usage(self.directory).free
+            newest_folder = step_folders.latest_checkpoint(self.directory)
+            # torch does not always report the system's reason: a full disk may appear only as "unexpected pos".
+            free_bytes = shutil.disk_usage(self.directory).free
             raise ValueError(
                 f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}; "
-                f"{free / 1e6:.1f} MB are free there); free some space or choose another --checkpoint_dir and start again: the run "
-                f"continues from {newest or 'its beginning'}"
+                f"the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again: the run "
+                f"continues from {newest_folder or 'its beginning'}"
             ) from error
 
 
 def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_state: Mapping[str, Any]) -> Path:
-    """Save once and wait; returns the checkpoint's folder. Parameters and errors are those of `Saver.save`."""
+    """Save once, wait, and return the checkpoint's folder. Parameters and errors are those of ``Saver.save``."""
     Saver(Path(directory)).save(step, trained, run_state)
     return step_folders.step_folder(directory, step)
 
 
-def _write_and_sum(write: Callable[..., None], saving: Path, rank: int, buckets: Any, results: Any) -> None:
-    """Megatron's writer, then the checksums of what it wrote; in the background both happen in the forked process."""
+def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:
+    """Run Megatron's writer and compute the checksums of its files; a background save does both in the forked process."""
     write(rank, buckets, results)
-    # Where this fails for want of space, so has the writing, which says so; a missing part is summed by the first rank.
+    # If the disk is full here, the writer has already failed with that message. Rank 0 computes the sums of an absent part.
     with contextlib.suppress(OSError):
-        checksums.write_part(saving, rank)
+        checksums.write_part(temporary_folder, rank)

@@ -1,7 +1,7 @@
-"""Checkpoint folders that are either complete or not there: written under another name, synced to disk, renamed, then pointed to.
+"""Checkpoint folders that are either complete or absent: written under another name, synced to disk, renamed, then pointed to.
 
 <directory>/0000200/                            a complete checkpoint after 200 optimizer steps
-<directory>/.saving-0000400-5f0c2a91/           being written, or torn by a kill: never loaded, removed by a later save
+<directory>/.saving-0000400-5f0c2a91/           unfinished: never loaded, and removed by a later save if its run was killed
 <directory>/latest_checkpointed_iteration.txt   "200", for people and tools; loading looks at the folders themselves
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from megatron_bagel.checkpoint.dist.checksums import missing_or_cut, write_checksums
+from megatron_bagel.checkpoint.dist.checksums import file_problems, write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -25,110 +25,110 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 FORMAT_VERSION = 1
 _SAVING = ".saving-"
 _REPLACED = ".replaced-"
-# Written by Megatron-Core: what the shards are, and which tensor lies where.
+# Megatron-Core writes the last two: what the shards are, and the file and offset of each tensor.
 _REQUIRED = (STATE_FILE, "metadata.json", ".metadata")
 
 
 def step_folder(directory: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Return the folder of the checkpoint after ``step`` optimizer steps."""
     return Path(directory) / f"{step:07d}"
 
 
 def step_of(folder: Path) -> int:
-    """The number of optimizer steps in the name of a checkpoint's folder."""
-    # A kill between the two renames of `publish` leaves the earlier save of a step under its other name.
+    """Return the number of optimizer steps from the name of a checkpoint's folder."""
+    # A kill between the two renames of ``publish`` leaves the earlier save of a step under its other name.
     return int(folder.name.removeprefix(_REPLACED))
 
 
 def newest_step(directory: Path) -> int:
-    """The highest step with a folder in `directory`, whole or not; 0 without any."""
+    """Return the highest step with a folder in ``directory``, complete or not; 0 without any."""
     names = [path.name.removeprefix(_REPLACED) for path in directory.iterdir()] if directory.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def begin(directory: str | Path, step: int) -> Path:
-    """An empty folder to write into. One rank calls this, with no other save under way; leftovers of killed saves go.
+    """Create an empty folder to write into. One rank calls this while no other save runs; leftovers of killed saves are removed.
 
-    Its name is used once: the writers of a killed run may outlive it, and must never write into a later save.
+    The folder's name is used once: writers of a killed run may outlive it and must never write into a later save.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for torn in directory.glob(f"{_SAVING}*"):
-        logger.info("removing %s, left by a save that did not finish", torn)
-        # Such a writer may still be adding files; what stays goes with the next save.
-        shutil.rmtree(torn, ignore_errors=True)
-    for replaced in directory.glob(f"{_REPLACED}*"):
-        original = directory / replaced.name.removeprefix(_REPLACED)
-        if original.exists():
-            shutil.rmtree(replaced)
+    for unfinished_folder in directory.glob(f"{_SAVING}*"):
+        logger.info("removing %s, left by a save that did not finish", unfinished_folder)
+        # Such a writer may still add files; the next save removes what stays.
+        shutil.rmtree(unfinished_folder, ignore_errors=True)
+    for replaced_folder in directory.glob(f"{_REPLACED}*"):
+        original_folder = directory / replaced_folder.name.removeprefix(_REPLACED)
+        if original_folder.exists():
+            shutil.rmtree(replaced_folder)
         else:
-            replaced.rename(original)
-    saving = directory / f"{_SAVING}{step:07d}-{uuid4().hex[:8]}"
-    saving.mkdir()
-    return saving
+            replaced_folder.rename(original_folder)
+    temporary_folder = directory / f"{_SAVING}{step:07d}-{uuid4().hex[:8]}"
+    temporary_folder.mkdir()
+    return temporary_folder
 
 
 def state_text(state: Mapping[str, Any]) -> str:
-    """The JSON text of what is not a tensor. Raises ValueError for a value JSON cannot hold; call it before writing anything."""
+    """Return the JSON text of everything that is not a tensor. Raises ValueError for other values; call it before any write."""
     try:
         return json.dumps(dict(state), indent=1)
     except TypeError as error:
         raise ValueError(f"the state of a checkpoint must be numbers, strings, lists and dictionaries: {error}") from error
 
 
-def publish(saving: Path) -> Path:
-    """Give a completely written folder its checksums and its name, and point to it. One rank calls this after all have written."""
-    write_checksums(saving)
-    for path in saving.rglob("*"):
+def publish(temporary_folder: Path) -> Path:
+    """Write the checksums of a complete folder, rename it and point to it. One rank calls this after all ranks have written."""
+    write_checksums(temporary_folder)
+    for path in temporary_folder.rglob("*"):
         _sync(path)
-    _sync(saving)
-    directory, final = saving.parent, saving.parent / saving.name.removeprefix(_SAVING).split("-")[0]
-    replaced = directory / f"{_REPLACED}{final.name}"
-    if final.exists():
-        final.rename(replaced)
-    saving.rename(final)
+    _sync(temporary_folder)
+    directory, final_folder = temporary_folder.parent, temporary_folder.parent / temporary_folder.name.removeprefix(_SAVING).split("-")[0]
+    replaced_folder = directory / f"{_REPLACED}{final_folder.name}"
+    if final_folder.exists():
+        final_folder.rename(replaced_folder)
+    temporary_folder.rename(final_folder)
     _sync(directory)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if replaced_folder.exists():
+        shutil.rmtree(replaced_folder)
     pointer = directory / f"{LATEST_FILE}.new"
-    pointer.write_text(str(int(final.name)), encoding="utf-8")
+    pointer.write_text(str(int(final_folder.name)), encoding="utf-8")
     _sync(pointer)
     pointer.replace(directory / LATEST_FILE)
     _sync(directory)
-    return final
+    return final_folder
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` holds a published training checkpoint."""
+    """Return whether ``folder`` holds a published training checkpoint."""
     return all((Path(folder) / name).is_file() for name in _REQUIRED)
 
 
-def latest_checkpoint(directory: str | Path, without: Collection[Path] = ()) -> Path | None:
-    """The complete checkpoint with the most steps that is not in `without`, or None.
+def latest_checkpoint(directory: str | Path, excluded: Collection[Path] = ()) -> Path | None:
+    """Return the complete checkpoint with the most steps that is not in ``excluded``, or None.
 
-    Torn, cut and foreign folders are passed over, all but the last with a log line; contents are not read (`checksums.damaged` does).
+    Unfinished, truncated and foreign folders are skipped with a log line. Contents are not read (``checksums.damaged`` reads them).
     """
-    found = checkpoints(directory)
-    for folder in reversed(found):
-        if folder not in without:
+    folders = checkpoints(directory)
+    for folder in reversed(folders):
+        if folder not in excluded:
             return folder
     return None
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
-    """All complete checkpoints of a run by rising step; what looks like one and is not is logged."""
-    found, unusable = look_through(directory)
-    for folder, wrong in unusable.items():
-        logger.warning("ignoring %s: %s", folder, ", ".join(wrong[:5]))
-    return found
+    """Return all complete checkpoints of a run by rising step. Folders that look like one but are unusable are logged."""
+    complete, unusable = look_through(directory)
+    for folder, problems in unusable.items():
+        logger.warning("ignoring %s: %s", folder, ", ".join(problems[:5]))
+    return complete
 
 
 def look_through(directory: str | Path) -> tuple[list[Path], dict[Path, list[str]]]:
-    """(complete checkpoints by rising step, what looks like one and is not, with what is wrong), by names and sizes of files."""
+    """Return the complete checkpoints by rising step, and unusable folders with their problems, by names and sizes of files."""
     directory = Path(directory)
     if not directory.is_dir():
         return [], {}
-    found: dict[int, Path] = {}
+    complete: dict[int, Path] = {}
     unusable: dict[Path, list[str]] = {}
     for folder in sorted(directory.iterdir()):
         if folder.name.startswith(_SAVING):
@@ -136,44 +136,47 @@ def look_through(directory: str | Path) -> tuple[list[Path], dict[Path, list[str
             continue
         if not (folder.is_dir() and folder.name.removeprefix(_REPLACED).isdigit()):
             continue
-        wrong = [f"{name} is missing" for name in _absent(folder)] or missing_or_cut(folder)
-        if wrong:
-            unusable[folder] = wrong
+        problems = [f"{name} is missing" for name in _absent_files(folder)] or file_problems(folder)
+        if problems:
+            unusable[folder] = problems
         else:
-            found[step_of(folder)] = folder
-    return [found[step] for step in sorted(found)], unusable
+            complete[step_of(folder)] = folder
+    return [complete[step] for step in sorted(complete)], unusable
 
 
-def lost(directory: str | Path) -> dict[Path, list[str]]:
-    """Published checkpoints of a directory whose files are not whole any more, when no other is left there; else nothing."""
-    found, unusable = look_through(directory)
-    return {} if found else {folder: wrong for folder, wrong in unusable.items() if not folder.name.startswith(_SAVING)}
+def unusable_only(directory: str | Path) -> dict[Path, list[str]]:
+    """Return published checkpoints with damaged files if the directory has no complete checkpoint, else nothing."""
+    complete, unusable = look_through(directory)
+    return {} if complete else {folder: problems for folder, problems in unusable.items() if not folder.name.startswith(_SAVING)}
 
 
 def retain(directory: str | Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints, those of steps divisible by `keep_every`, and `protected`; returns what went.
+    """Delete all checkpoints except the newest ``keep_last``, those of steps divisible by ``keep_every``, and ``protected``.
 
-    `keep_last` 0 keeps all; `keep_every` 0 means no such steps. One rank calls this, after a save.
+    ``keep_last`` 0 keeps all; ``keep_every`` 0 means no such steps. One rank calls this after a save.
+
+    Returns:
+        The deleted folders.
     """
-    old = checkpoints(directory)[:-keep_last] if keep_last else []
-    removed = [folder for folder in old if folder not in protected and not (keep_every and step_of(folder) % keep_every == 0)]
+    candidates = checkpoints(directory)[:-keep_last] if keep_last else []
+    removed = [folder for folder in candidates if folder not in protected and not (keep_every and step_of(folder) % keep_every == 0)]
     for folder in removed:
         logger.info("removing %s: keep_last is %d", folder, keep_last)
-        # Without this file it is no checkpoint any more, however far the deletion comes.
+        # Without this file the folder is no checkpoint, even if the deletion stops halfway.
         (folder / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     return removed
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint. Raises ValueError for a folder that is none, is torn, or was written by a newer version."""
+    """Read the JSON state of a checkpoint. Raises ValueError for any folder that is no complete checkpoint this version reads."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder} does not exist; nothing is trained from scratch by accident: correct the path")
+        raise ValueError(f"checkpoint {folder} does not exist; the run will not silently train from scratch, so correct the path")
     if not is_complete(folder):
-        found = latest_checkpoint(folder)
-        hint = f"; the newest checkpoint inside it is {found}" if found else ""
-        raise ValueError(f"{folder} is not a complete training checkpoint: it lacks {', '.join(_absent(folder))}{hint}")
+        newest_folder = latest_checkpoint(folder)
+        hint = f"; the newest checkpoint inside it is {newest_folder}" if newest_folder else ""
+        raise ValueError(f"{folder} is not a complete training checkpoint: it lacks {', '.join(_absent_files(folder))}{hint}")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -183,18 +186,18 @@ def read_state(folder: str | Path) -> dict[str, Any]:
             f"{folder} has checkpoint format {state['format_version']}, this version of megatron_bagel reads up to {FORMAT_VERSION}; "
             "update megatron_bagel"
         )
-    wrong = missing_or_cut(folder)
-    if wrong:
-        raise ValueError(f"{folder} is damaged: {', '.join(wrong[:5])}; copy it again, or use another step")
+    problems = file_problems(folder)
+    if problems:
+        raise ValueError(f"{folder} is damaged: {', '.join(problems[:5])}; copy it again, or use another step")
     return state
 
 
 def is_average(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's weights are averages themselves, as in one made from a released folder."""
+    """Return whether a checkpoint's weights are averages themselves, as after an import of a released folder."""
     return bool(state.get("ema_is_model", False))
 
 
-def _absent(folder: Path) -> list[str]:
+def _absent_files(folder: Path) -> list[str]:
     return [name for name in _REQUIRED if not (folder / name).is_file()]
 
 

@@ -1,7 +1,7 @@
-"""Single tensors out of a training checkpoint, without process group, model or Megatron: what exporting and inspecting need.
+"""Single tensors of a training checkpoint, without process group, model or Megatron, for exporting and inspecting.
 
-Whatever layout wrote the checkpoint, its tensors lie in model space under the weight map's names (state.py), so a full tensor is
-put together from its shards by name. Peak memory is one tensor.
+For any parallel sizes, a checkpoint's tensors are in model space under the weight map's names (state.py), so a full tensor is assembled
+from its shards by name. Peak memory is one tensor.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.config.architecture import BagelArch
 
-# Where an fp32 weight is kept, best first: Megatron's main weights (distributed optimizer, plain bf16 optimizer), then the model's own.
+# Keys of an fp32 weight, best first: Megatron's main weights (distributed optimizer, plain bf16 optimizer), then the model's weights.
 _MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 
 class _Reader(torch_checkpoint.FileSystemReader):
-    """Reads the table of contents once and as data; torch would read it again for every tensor, and run what it names."""
+    """Reads the table of contents once, as data. torch would read it again for every tensor, and run the code it names."""
 
     _metadata: Metadata | None = None
 
@@ -36,9 +36,9 @@ class _Reader(torch_checkpoint.FileSystemReader):
 
 
 class CheckpointWeights:
-    """Reads weights of one training checkpoint by our names.
+    """Reads weights of one training checkpoint by the weight map's names.
 
-    Attributes: `step`, `arch`, `state` (the JSON state). Raises ValueError for a folder that is no complete checkpoint.
+    ``step``, ``arch`` and ``state`` (the JSON state) describe the checkpoint. Raises ValueError for a folder that is no complete one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -51,42 +51,42 @@ class CheckpointWeights:
         self._stored = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 
     def keys(self) -> list[str]:
-        """Keys of all stored tensors."""
+        """Return the keys of all stored tensors."""
         return list(self._stored)
 
     def kinds(self) -> list[str]:
-        """Which weights can be exported: "model", and "ema" if one was kept."""
+        """Return which weights can be exported: "model", and "ema" if the run stored an average."""
         averaged = step_folders.is_average(self.state) or any(key.startswith("ema.") for key in self._stored)
         return ["model", *(["ema"] if averaged else [])]
 
     def model(self, name: str) -> torch.Tensor:
-        """The trained weight `name` (a name of weight_map.py), full, in fp32 where fp32 main weights were kept."""
+        """Return the full trained weight ``name`` (a name of weight_map.py), in fp32 if the run stored fp32 main weights."""
         return self.read(self.key(name, "model"))
 
     def ema(self, name: str) -> torch.Tensor:
-        """The average of `name`; of a weight that was frozen, the weight itself."""
+        """Return the average of ``name``; for a frozen weight it is the weight itself."""
         return self.read(self.key(name, "ema"))
 
     def key(self, name: str, kind: str) -> str:
-        """Under which key the weight `name`, or (`kind` "ema") its average, is stored. Raises ValueError when it is not."""
+        """Return the key of the weight ``name``, or of its average if ``kind`` is "ema". Raises ValueError if neither is stored."""
         prefixes = ("ema.", *_MAIN_WEIGHTS) if kind == "ema" else _MAIN_WEIGHTS
-        return self._first(f"{prefix}{name}" for prefix in prefixes)
+        return self._stored_key(f"{prefix}{name}" for prefix in prefixes)
 
     def spec(self, key: str) -> TensorSpec:
-        """Full shape and dtype of one stored tensor."""
+        """Return the full shape and the dtype of one stored tensor."""
         stored = self._stored[key]
         return tuple(stored.size), stored.properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
-        """One stored tensor, put together from its shards."""
+        """Return one stored tensor, assembled from its shards."""
         stored = self._stored[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
-    def _first(self, keys: Any) -> str:
-        tried = list(keys)
-        for key in tried:
+    def _stored_key(self, keys: Any) -> str:
+        candidates = list(keys)
+        for key in candidates:
             if key in self._stored:
                 return key
-        raise ValueError(f"{self.folder} holds no weight under any of {', '.join(tried)}: it is a checkpoint of another model")
+        raise ValueError(f"{self.folder} holds no weight under any of {', '.join(candidates)}: it is a checkpoint of another model")

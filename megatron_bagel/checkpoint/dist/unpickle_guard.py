@@ -1,7 +1,7 @@
-"""Checkpoints of others are read as data: nothing in them may run. torch_dist keeps its table of contents as a pickle, which can.
+"""Reads foreign checkpoints as data, so that nothing in them can run. torch_dist stores its table of contents as a pickle, which could.
 
-A pickle names the classes and functions it wants called. Those of a table of contents are few and known; any other name is refused before
-anything is called. Tensors, and the other objects of a checkpoint, are read by torch's own guarded loader (`weights_only`).
+A pickle names the classes and functions that it calls. A table of contents needs few and known ones; any other name is refused before
+anything is called. torch's guarded loader (``weights_only``) reads tensors and the other objects of a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
 }  # fmt: skip
 
 
-class _Data(pickle.Unpickler):
-    """Unpickles the classes of `_ALLOWED` and nothing else."""
+class _DataUnpickler(pickle.Unpickler):
+    """Unpickles the classes of ``_ALLOWED`` and refuses all others."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         super().__init__(io.BytesIO(content))
@@ -43,43 +43,46 @@ class _Data(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise ValueError(f"{self._path} wants to call {module}.{name}, which no checkpoint needs: it is not loaded")
+            raise ValueError(f"{self._path} would call {module}.{name}, which no checkpoint needs; it is not loaded")
         return super().find_class(module, name)
 
 
 def read_contents(folder: str | Path) -> Metadata:
-    """The table of contents of a torch_dist checkpoint. Raises ValueError when it is damaged or would run code."""
+    """Read the table of contents of a torch_dist checkpoint. Raises ValueError if it is damaged or would run code."""
     path = Path(folder) / _CONTENTS
     try:
-        contents = _Data(path.read_bytes(), path).load()
+        contents = _DataUnpickler(path.read_bytes(), path).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again, or use another step") from error
     if not isinstance(contents, Metadata):
-        raise ValueError(f"{path} holds a {type(contents).__name__}, no table of contents")
+        raise ValueError(f"{path} holds a {type(contents).__name__} instead of a table of contents")
     return contents
 
 
 def refuse_code(folder: str | Path) -> None:
-    """Raise ValueError when reading the checkpoint `folder` would run code of whoever wrote it.
+    """Check that reading the checkpoint ``folder`` runs no code of its writer.
 
-    Looks at everything that Megatron-Core unpickles: the table of contents, the common part, and stored objects that are no tensors.
+    The check covers all that Megatron-Core unpickles: the table of contents, the common part, and stored objects that are not tensors.
+
+    Raises:
+        ValueError: If reading it would run code.
     """
     folder = Path(folder)
     contents = read_contents(folder)
     if (folder / _COMMON).is_file():
-        _guarded(folder / _COMMON, (folder / _COMMON).read_bytes())
-    for index, place in (contents.storage_data or {}).items():
+        _check_object(folder / _COMMON, (folder / _COMMON).read_bytes())
+    for index, location in (contents.storage_data or {}).items():
         if isinstance(contents.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            path = folder / Path(place.relative_path).name
+            path = folder / Path(location.relative_path).name
             with path.open("rb") as file:
-                file.seek(place.offset)
-                _guarded(path, file.read(place.length))
+                file.seek(location.offset)
+                _check_object(path, file.read(location.length))
 
 
-def _guarded(path: Path, content: bytes) -> None:
+def _check_object(path: Path, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "global" in line.lower()), lines[0])
-        raise ValueError(f"{path} holds an object that torch does not load unseen ({reason}): it is not loaded") from error
+        raise ValueError(f"{path} holds an object that torch does not load as data ({reason}); it is not loaded") from error

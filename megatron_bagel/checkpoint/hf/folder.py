@@ -1,7 +1,7 @@
-"""The released folder layout of BAGEL, read and written: config files, weights, autoencoder, tokenizer.
+"""BAGEL's released folder format, read and written: config files, weights, autoencoder, tokenizer.
 
-Reading is strict (load.py). Writing gives exactly the released names, shapes and dtypes, into a temporary folder that gets its name when
-it is complete, one tensor at a time.
+Reading is strict (load.py). Writing gives exactly the released names, shapes and dtypes, one tensor at a time, into a temporary folder
+that is renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*
 
 
 class HFFolder:
-    """A model folder in the released layout.
+    """A model folder in the released format.
 
-    `arch` comes from the folder's JSON; `overrides` and `llm` are the flags that win over it (see `BagelArch.from_hf_folder`), and
-    `autoencoder` describes an autoencoder that no `ae_config.json` describes. Raises ValueError for a folder or file that is not there.
+    ``arch`` comes from the folder's JSON. ``overrides`` and ``llm`` are flags that replace its settings (see
+    ``BagelArch.from_hf_folder``), and ``autoencoder`` describes an autoencoder without an ``ae_config.json``. Raises ValueError for a
+    folder or file that does not exist.
     """
 
     def __init__(
@@ -64,20 +65,20 @@ class HFFolder:
             self.arch = replace(self.arch, autoencoder=autoencoder)
 
     def available_weights(self) -> list[str]:
-        """Which of "ema" and "model" the folder holds."""
+        """Return which of "ema" and "model" the folder holds."""
         return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
 
     def weights(self, kind: str = "ema") -> SafetensorsReader:
-        """The tensors of `ema.safetensors` or `model.safetensors`, single or sharded with an index."""
+        """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
         if kind not in self.available_weights():
-            there = ", ".join(self.available_weights()) or "none"
-            raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {there}")
+            kinds = ", ".join(self.available_weights()) or "none"
+            raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}")
         return SafetensorsReader(self._weight_file(kind))
 
     def stored_latent_size(self, kind: str) -> int | None:
-        """The `max_latent_size` the weights `kind` were trained with, by their stored position table; None where there is no table."""
+        """Return the ``max_latent_size`` that the weights ``kind`` were trained with, by their position table, or None without one."""
         source = self.weights(kind)
         return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
 
@@ -88,9 +89,9 @@ class HFFolder:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file to be written: `get` gives the full tensor of one of our names and is asked for one at a time.
+    """A weight file to write. ``get`` returns the full tensor of one of our names, one at a time.
 
-    `dtype`: "bf16", "fp32", or "keep": then `stored_type` says in which type each of our names is kept.
+    ``dtype`` is "bf16", "fp32" or "keep"; with "keep", ``stored_type`` returns the type of each name.
     """
 
     get: TensorGetter
@@ -98,12 +99,12 @@ class WeightFile:
     stored_type: Callable[[str], torch.dtype] | None = None
 
     def __post_init__(self) -> None:
-        known = (*DTYPES, *(["keep"] if self.stored_type is not None else []))
-        if self.dtype not in known:
-            raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(known)}")
+        choices = (*DTYPES, *(["keep"] if self.stored_type is not None else []))
+        if self.dtype not in choices:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(choices)}")
 
     def specs(self, weight_map: WeightMap) -> dict[str, TensorSpec]:
-        """Names, shapes and dtypes; the position tables are fp32 whatever `dtype` is, as in the released file."""
+        """Return names, shapes and dtypes. The position tables are always fp32, as in the released file."""
         specs: dict[str, TensorSpec] = {}
         for name, entry in weight_map.entries.items():
             dtype = DTYPES[self.dtype] if self.stored_type is None or self.dtype != "keep" else self.stored_type(name)
@@ -111,26 +112,26 @@ class WeightFile:
         return specs | {name: (table.shape, torch.float32) for name, table in weight_map.tables.items()}
 
     def bytes(self, weight_map: WeightMap) -> int:
-        """Size of the tensors."""
+        """Return the size of the tensors in bytes."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.specs(weight_map).values())
 
 
 def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: PositionTable, shard_bytes: int | None = None) -> None:
-    """Write one weight file, or with `shard_bytes` as many as it takes and their index, in the order of the weight map.
+    """Write one weight file in the order of the weight map, or with ``shard_bytes`` several files and their index.
 
-    A tensor larger than `shard_bytes` gets a file of its own.
+    A tensor larger than ``shard_bytes`` gets a separate file.
     """
     specs = file.specs(weight_map)
     names = list(weight_map.entries)
     with read_ahead(file.get, names) as get, ShardedWriter(path, specs, shard_bytes) as writer:
         for name in tqdm(names, unit="tensor", desc=path.name, mininterval=1.0, disable=None):
-            entry, full = weight_map.entries[name], get(name)
+            entry, tensor = weight_map.entries[name], get(name)
             if entry.vocabulary:
-                full = full[: entry.shape[0]]  # rows that only pad the vocabulary to a multiple of the tensor-parallel size
-            for hf_name, part in zip(entry.hf, entry.split(full), strict=True):
+                tensor = tensor[: entry.shape[0]]  # drops rows that pad the vocabulary for the tensor-parallel size
+            for hf_name, part in zip(entry.hf, entry.unfuse(tensor), strict=True):
                 writer.write(hf_name, part)
-        for name, fixed in weight_map.tables.items():
-            writer.write(name, table(fixed.width, fixed.side))
+        for name, position_table in weight_map.tables.items():
+            writer.write(name, table(position_table.width, position_table.side))
 
 
 def write_folder(
@@ -142,11 +143,22 @@ def write_folder(
     autoencoder: str | Path | None = None,
     shard_bytes: int | None = None,
 ) -> Path:
-    """Write a complete folder in the released layout.
+    """Write a complete folder in the released format.
 
-    `weights`: "ema" and/or "model" -> what to write; `table` computes a position table; `tokenizer` is a folder or a SentencePiece
-    `.model` file to copy; `autoencoder` a weight file to copy; `shard_bytes` cuts weight files.
-    Raises ValueError when `out` already holds something, cannot be written, or a file to copy is absent.
+    Args:
+        out: The folder to write; it must be absent or empty.
+        arch: The model.
+        weights: What to write as "ema" and/or "model".
+        table: Computes a position table.
+        tokenizer: A folder or a SentencePiece ``.model`` file to copy.
+        autoencoder: A weight file to copy.
+        shard_bytes: The largest size of one weight file.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If ``out`` holds something, cannot be written, or a file to copy does not exist.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -175,7 +187,7 @@ def write_folder(
 
 
 def copy_tokenizer(source: str | Path, out: Path) -> None:
-    """Copy a tokenizer (folder, or SentencePiece `.model` file) into the folder `out`."""
+    """Copy a tokenizer (folder, or SentencePiece ``.model`` file) into the folder ``out``."""
     source = Path(source)
     if source.is_file():
         _copy(source, out / "tokenizer.model")
@@ -188,7 +200,7 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
 
 
 def _stated_type(weights: Mapping[str, WeightFile]) -> str:
-    """What the configs say of the weights: with "keep", the type that takes the least; loaders of the folder choose their own."""
+    """Return the type that the configs state: with "keep" the smallest one. Loaders of the folder choose their type themselves."""
     return "float32" if weights and all(file.dtype == "fp32" for file in weights.values()) else "bfloat16"
 
 

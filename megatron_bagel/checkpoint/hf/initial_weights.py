@@ -1,7 +1,7 @@
-"""A model's first weights: what pretrained folders have, and seeded values by parameter name for the rest.
+"""A model's initial weights: those of pretrained folders, and seeded values by parameter name for the others.
 
-Initial values are keyed by (seed, parameter name), never by the order of construction: any parallel layout starts from the same numbers,
-and so does a converter that builds no model.
+Initial values are keyed by (seed, parameter name), not by the order of construction. Any parallel sizes start from the same numbers, and
+so does a converter that builds no model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
-    """Full fp32 start value of one parameter, a function of (seed, name) alone.
+    """Return the full fp32 start value of one parameter, a function of (seed, name) alone.
 
-    Norm weights 1, biases 0, `llm2vae` 0 (the original starts the velocity head at zero); decoder and embeddings normal with the LLM's
-    `initializer_range`; adapters (connector, vae2llm, time embedder) uniform in +-1/sqrt(fan in), torch's default for a Linear; vision
-    tower as SigLIP: patch embedding normal with variance 1/fan in, matrices Xavier-uniform. Its position embeddings differ on purpose:
-    SigLIP's variance of 1/width makes them a tenth of a patch of one colour, and a small tower then hardly ever learns where things are
-    (docs/small_world.md). They start with variance 1, as large as patches are.
+    Norm weights are 1, biases 0, and ``llm2vae`` 0 (the original starts the velocity head at zero). Decoder and embeddings are normal with
+    the LLM's ``initializer_range``. Adapters (connector, vae2llm, time embedder) are uniform in +-1/sqrt(fan in), torch's default for a
+    Linear. The vision tower is SigLIP's: patch embedding normal with variance 1/fan in, matrices Xavier-uniform. Only its position
+    embeddings differ: with SigLIP's variance of 1/width they are a tenth of a patch of one colour, and a small tower hardly ever
+    learns positions (docs/small_world.md). They start with variance 1, as large as patches.
     """
-    name = entry.ours
+    name = entry.name
     if name.startswith("llm2vae") or name.endswith(".bias"):
         return torch.zeros(entry.shape)
     if "norm" in name.split(".")[-2] or "layernorm" in name:
@@ -53,22 +53,22 @@ def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
 
 
 def initialise(modules: Sequence[nn.Module], weight_map: WeightMap, seed: int) -> None:
-    """Give every parameter of `modules` its seeded start value; the same on any layout."""
+    """Give every parameter of ``modules`` its seeded start value, which is the same for any parallel sizes."""
     for entry, parameter in entries_of(modules, weight_map):
         assign(parameter, initial_value(entry, weight_map.arch, seed), entry)
 
 
 @dataclass(frozen=True)
-class FirstWeights:
-    """The weights a run or a converter starts from: what the pretrained folders have (`found`, released names), seeded values for the rest.
+class InitialWeights:
+    """The weights that a run or a converter starts from: ``pretrained`` tensors of folders, and seeded values for the others.
 
-    With `copy_init_moe` the generation expert starts as the understanding one, parameter by parameter.
+    With ``copy_init_moe`` the generation expert starts as a copy of the understanding one, parameter by parameter.
     """
 
     arch: BagelArch
     seed: int
-    found: View
-    may_lack: tuple[str, ...]
+    pretrained: View
+    optional_patterns: tuple[str, ...]
     copy_init_moe: bool
 
     @classmethod
@@ -80,55 +80,57 @@ class FirstWeights:
         vit_path: str | Path | None,
         allow_missing: Sequence[str] = (),
         copy_init_moe: bool = False,
-    ) -> FirstWeights:
-        """From folders; a path of None leaves that part at its seeded values.
+    ) -> InitialWeights:
+        """Build the weights from folders; a path of None leaves that part at its seeded values.
 
-        What those folders cannot have is seeded: generation expert, adapters, and QK-norm where the LLM has none. Raises ValueError for
-        folders that are not there or have no weights.
+        Weights that those folders cannot have are seeded: generation expert, adapters, and QK-norm if the LLM has none.
+
+        Raises:
+            ValueError: If a folder does not exist or has no weights.
         """
         view = View(" + ".join(str(path) for path in (llm_path, vit_path) if path is not None) or "initial weights")
-        kept = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
+        optional_patterns = ["*_moe_gen.*", "time_embedder.*", "vae2llm.*", "llm2vae.*", "connector.*", *allow_missing]
         if llm_path is None:
-            kept.append("language_model.*")
+            optional_patterns.append("language_model.*")
         else:
             view.merge(llm_source(llm_path, arch, partial(initial_value, arch=arch, seed=seed)))
             if not any("q_norm" in name for name in view.keys()):  # noqa: SIM118
-                kept += ["*.q_norm.weight", "*.k_norm.weight"]
+                optional_patterns += ["*.q_norm.weight", "*.k_norm.weight"]
         if vit_path is None or arch.vit is None:
-            kept.append("vit_model.*")
+            optional_patterns.append("vit_model.*")
         else:
             view.merge(vit_source(vit_path, arch))
-        first = cls(arch, seed, view, tuple(kept), copy_init_moe)
+        weights = cls(arch, seed, view, tuple(optional_patterns), copy_init_moe)
         if copy_init_moe:
-            first._offer_twins()
-        return first
+            weights._copy_understanding_expert()
+        return weights
 
-    def _offer_twins(self) -> None:
+    def _copy_understanding_expert(self) -> None:
         weight_map = WeightMap(self.arch)
         copied = 0
         for name, entry in weight_map.entries.items():
             twin = weight_map.entries[_und(name)]
-            if twin is not entry and twin.hf[0] in self.found:
+            if twin is not entry and twin.hf[0] in self.pretrained:
                 copied += 1
                 for gen, und in zip(entry.hf, twin.hf, strict=True):
-                    self.found.alias(gen, und)
-        # Without a folder there is nothing to copy: twins are seeded alike.
+                    self.pretrained.alias(gen, und)
+        # Without a folder there is nothing to copy: both experts get equal seeded values.
         if copied:
             logger.info("copy_init_moe: %d generation weights start as copies of the understanding expert's", copied)
 
     def seeded(self, entry: Entry) -> torch.Tensor:
-        """The full start value of a parameter that is in no folder."""
+        """Return the full start value of a parameter that is in no folder."""
         if self.copy_init_moe:
-            entry = replace(entry, ours=_und(entry.ours))
+            entry = replace(entry, name=_und(entry.name))
         return initial_value(entry, self.arch, self.seed)
 
     def check(self) -> LoadReport:
-        """Compare names and shapes of the folders with the model's; parameters and errors are those of `check_against`."""
-        return check_against(self.found, WeightMap(self.arch), self.may_lack)
+        """Compare names and shapes of the folders with the model's; parameters and errors are those of ``check_against``."""
+        return check_against(self.pretrained, WeightMap(self.arch), self.optional_patterns)
 
     def fill(self, modules: Sequence[nn.Module]) -> LoadReport:
-        """Give every parameter of `modules` its value, one at a time; the same on any layout. Errors are those of `load_weights`."""
-        return load_weights(self.found, WeightMap(self.arch), modules, allow_missing=self.may_lack, absent=self.seeded)
+        """Give every parameter of ``modules`` its value, one at a time, for any parallel sizes. Errors are those of ``load_weights``."""
+        return load_weights(self.pretrained, WeightMap(self.arch), modules, allow_missing=self.optional_patterns, absent=self.seeded)
 
 
 def _und(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Filling Megatron modules from named tensors, fail closed: every parameter gets a value and every tensor a place, or nothing starts.
+"""Fills Megatron modules from named tensors, fail closed: every parameter needs a value and every tensor a parameter, or nothing starts.
 
-A *source* is anything with `keys`, `in`, `spec` and `get` under the released layout's names: a safetensors file, or a view that makes a
-Qwen2.5 or SigLIP folder look like one (pretrained.py). Modules may be one pipeline stage, tensor-parallel, wrapped, or the vision tower.
+A *source* is anything with ``keys``, ``in``, ``spec`` and ``get`` under the released names: a safetensors file, or a view of a Qwen2.5
+or SigLIP folder (pretrained.py). Modules may be one pipeline stage, tensor-parallel, wrapped, or the vision tower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_em
 
 
 class TensorSource(Protocol):
-    """Named tensors in the released layout's names, read one at a time."""
+    """Named tensors under the released names, read one at a time."""
 
     path: object
 
@@ -42,29 +42,29 @@ class TensorSource(Protocol):
 
 @dataclass
 class LoadReport:
-    """What a load did, in Hugging Face names. `missing` and `left_over` hold only what the caller allowed."""
+    """The result of a load, in Hugging Face names. ``missing`` and ``unexpected`` hold only what the caller allowed."""
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     recomputed: list[str] = field(default_factory=list)
 
     def lines(self, path: object) -> list[str]:
-        """Sentences for the log; silence means everything matched."""
-        lines = [f"{path}: {len(self.loaded)} tensors loaded"] if self.loaded else []
+        """Return sentences for the log; only the first if everything matched."""
+        sentences = [f"{path}: {len(self.loaded)} tensors loaded"] if self.loaded else []
         if self.missing:
             parts = shorten([f"{prefix} ({count})" for prefix, count in by_prefix(self.missing).items()])
-            lines.append(f"{path}: {len(self.missing)} absent tensors start from their initial values: {parts}")
-        if self.left_over:
-            lines.append(f"{path}: {len(self.left_over)} tensors not used by this model: {shorten(self.left_over)}")
+            sentences.append(f"{path}: {len(self.missing)} absent tensors start from their initial values: {parts}")
+        if self.unexpected:
+            sentences.append(f"{path}: {len(self.unexpected)} tensors not used by this model: {shorten(self.unexpected)}")
         if self.recomputed:
-            lines.append(f"{path}: position tables computed for this run's sizes instead of read: {', '.join(self.recomputed)}")
-        return lines
+            sentences.append(f"{path}: position tables computed for this run's sizes instead of read: {', '.join(self.recomputed)}")
+        return sentences
 
 
 def named_weights(modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters of `modules` under the weight map's names: wrappers' `module.` prefixes gone, layers numbered over the whole model."""
-    found: dict[str, nn.Parameter] = {}
+    """Return the parameters of ``modules`` under the weight map's names: no ``module.`` prefixes, layers numbered over the model."""
+    parameters: dict[str, nn.Parameter] = {}
     for module in modules:
         layer_number = {
             name: child.layer_number - 1
@@ -76,12 +76,12 @@ def named_weights(modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
                 if name.startswith(prefix + "."):
                     name = prefix.rsplit(".", 1)[0] + f".{number}" + name[len(prefix) :]
                     break
-            found[re.sub(r"^(module\.)+", "", name)] = parameter
-    return found
+            parameters[re.sub(r"^(module\.)+", "", name)] = parameter
+    return parameters
 
 
 def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[tuple[Entry, nn.Parameter]]:
-    """Each parameter with its entry. Raises ValueError for parameters the map does not know: code and table have drifted apart."""
+    """Yield each entry with its parameter. Raises ValueError for a parameter that the map lacks: code and table then disagree."""
     parameters = named_weights(modules)
     unknown = sorted(set(parameters) - set(weight_map.entries))
     if unknown:
@@ -92,16 +92,16 @@ def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, full: torch.Tensor, entry: Entry) -> None:
-    """Copy this rank's part of the full tensor `full` (rows beyond its vocabulary: zero) into `parameter`."""
+    """Copy this rank's part of the full tensor ``full`` into ``parameter``; rows beyond its vocabulary become zero."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
     dim = parameter.partition_dim if sharded else -1
-    rank, size = _tensor_parallel_place() if sharded else (0, 1)
+    rank, size = _tensor_parallel_rank_and_size() if sharded else (0, 1)
     if entry.vocabulary and full.shape[0] < parameter.shape[0] * size:
         padding = full.new_zeros(parameter.shape[0] * size - full.shape[0], *full.shape[1:])
         full = torch.cat([full, padding])
     part = take_shard(full, dim, rank, size, blocks=2 if entry.op == "gate_up" else 1)
     if part.shape != parameter.shape:
-        raise ValueError(f"parameter {entry.ours} has shape {tuple(parameter.shape)} on this rank, its tensor gives {tuple(part.shape)}")
+        raise ValueError(f"parameter {entry.name} has shape {tuple(parameter.shape)} on this rank, its tensor gives {tuple(part.shape)}")
     parameter.copy_(part)
 
 
@@ -110,34 +110,42 @@ def load_weights(
     weight_map: WeightMap,
     modules: Sequence[nn.Module],
     allow_missing: Sequence[str] = (),
-    allow_left_over: Sequence[str] = (),
-    absent: Callable[[Entry], torch.Tensor] | None = None,
+    allow_unexpected: Sequence[str] = (),
+    initial_value: Callable[[Entry], torch.Tensor] | None = None,
 ) -> LoadReport:
-    """Fill `modules` from `source`, one parameter at a time.
+    """Fill ``modules`` from ``source``, one parameter at a time.
 
-    `allow_missing`, `allow_left_over`: fnmatch patterns of Hugging Face names. Tensors of parts this run has switched off
-    (`visual_und`, `visual_gen`) are left over by choice, and position tables are always computed, never read. `absent` gives the full
-    value of a parameter that may be missing and is; without it such a parameter keeps what it has.
-    Raises ValueError listing missing and left-over tensors, or naming a tensor of another shape with the flag that decides it.
+    Tensors of parts that this run has switched off (``visual_und``, ``visual_gen``) are ignored. Position tables are always computed.
+
+    Args:
+        source: The tensors.
+        weight_map: The map of this model.
+        modules: The modules to fill.
+        allow_missing: Patterns (fnmatch) of Hugging Face names that ``source`` may lack.
+        allow_unexpected: Patterns of tensors that the model may not need.
+        initial_value: Returns the full value of a parameter that ``source`` lacks; without it the parameter keeps its value.
+
+    Raises:
+        ValueError: Listing missing and unexpected tensors, or naming a tensor of another shape with the flag that decides it.
     """
-    report = check_against(source, weight_map, allow_missing, allow_left_over)
+    report = check_against(source, weight_map, allow_missing, allow_unexpected)
     for entry, parameter in entries_of(modules, weight_map):
         if entry.hf[0] in source:
             assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
             report.loaded += entry.hf
-        elif absent is not None:
-            assign(parameter, absent(entry), entry)
+        elif initial_value is not None:
+            assign(parameter, initial_value(entry), entry)
     for line in report.lines(source.path):
         logger.info(line)
     return report
 
 
 def check_against(
-    source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_left_over: Sequence[str] = ()
+    source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
 ) -> LoadReport:
-    """Compare names and shapes of `source` with the map, reading no data. Parameters and errors are those of `load_weights`."""
+    """Compare names and shapes of ``source`` with the map without reading data. Parameters and errors are those of ``load_weights``."""
     report = LoadReport()
-    _check_left_over(source, weight_map, (*allow_left_over, *_switched_off(weight_map.arch)), report)
+    _check_unexpected(source, weight_map, (*allow_unexpected, *_switched_off(weight_map.arch)), report)
     report.missing = [name for name in weight_map.by_hf if name not in source]
     refused = [name for name in report.missing if not matches(name, allow_missing)]
     if refused:
@@ -149,21 +157,21 @@ def check_against(
     for entry in weight_map.entries.values():
         present = [name for name in entry.hf if name in source]
         if len(present) not in (0, len(entry.hf)):
-            raise ValueError(f"{source.path} has {', '.join(present)} but not the rest of the fused parameter {entry.ours}: {entry.hf}")
+            raise ValueError(f"{source.path} has {', '.join(present)} but not the rest of the fused parameter {entry.name}: {entry.hf}")
         if present:
             _check_shapes(source, entry)
     return report
 
 
-def _check_left_over(source: TensorSource, weight_map: WeightMap, allowed: Sequence[str], report: LoadReport) -> None:
-    strangers = [name for name in source.keys() if name not in weight_map.by_hf and name not in weight_map.tables]  # noqa: SIM118
-    refused = [name for name in strangers if not matches(name, allowed)]
+def _check_unexpected(source: TensorSource, weight_map: WeightMap, patterns: Sequence[str], report: LoadReport) -> None:
+    unexpected_names = [name for name in source.keys() if name not in weight_map.by_hf and name not in weight_map.tables]  # noqa: SIM118
+    refused = [name for name in unexpected_names if not matches(name, patterns)]
     if refused:
         raise ValueError(
-            f"{source.path} holds {len(refused)} tensors that this model has no place for: {shorten(refused)}. Check layer_module, "
+            f"{source.path} holds {len(refused)} tensors that this model does not have: {shorten(refused)}. Check layer_module, "
             "num_hidden_layers, vit_select_layer and tie_word_embeddings against the folder's config files"
         )
-    report.left_over = strangers
+    report.unexpected = unexpected_names
     report.recomputed = [name for name in weight_map.tables if name in source]
 
 
@@ -183,20 +191,20 @@ def _check_shapes(source: TensorSource, entry: Entry) -> None:
 
 
 def _switched_off(arch: BagelArch) -> tuple[str, ...]:
-    off: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
     if arch.vit is None:
-        off += _VISION_NAMES
+        patterns += _VISION_NAMES
     if arch.autoencoder is None:
-        off += _GENERATION_NAMES
-    return off
+        patterns += _GENERATION_NAMES
+    return patterns
 
 
-def _tensor_parallel_place() -> tuple[int, int]:
+def _tensor_parallel_rank_and_size() -> tuple[int, int]:
     if not parallel_state.model_parallel_is_initialized():
         return 0, 1
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a Hugging Face name fits one of the shell patterns of `--allow_missing`."""
+    """Return whether a Hugging Face name matches one of the shell patterns of ``--allow_missing``."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""The next tensor is read while the last one is written: converting keeps the disk busy both ways, with one tensor more in memory."""
+"""Reads the next tensor while the last one is written: converting keeps the disk busy both ways, with one more tensor in memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ TensorGetter = Callable[[str], torch.Tensor]
 
 @contextmanager
 def read_ahead(get: TensorGetter, names: Sequence[str]) -> Iterator[TensorGetter]:
-    """A getter that has asked `get` for the next of `names` by the time it is wanted, on a thread of its own.
+    """Yield a getter that reads the next of ``names`` in a separate thread before the caller requests it.
 
-    Names may be asked for in another order, only then nothing is gained. Errors of `get` are raised when the tensor is asked for.
+    Names may also be requested in another order, but then nothing is read early. A request raises the errors of ``get``.
     """
-    after = dict(zip(names, names[1:], strict=False))
+    next_names = dict(zip(names, names[1:], strict=False))
     with ThreadPoolExecutor(max_workers=1, initializer=enter_thread) as pool:
-        coming: dict[str, Future] = {}
+        pending: dict[str, Future] = {}
 
-        def ask(name: str) -> torch.Tensor:
-            future = coming.pop(name, None)
+        def get_and_prefetch(name: str) -> torch.Tensor:
+            future = pending.pop(name, None)
             tensor = future.result() if future is not None else pool.submit(get, name).result()
-            if name in after and not coming:
-                coming[after[name]] = pool.submit(get, after[name])
+            if name in next_names and not pending:
+                pending[next_names[name]] = pool.submit(get, next_names[name])
             return tensor
 
-        yield ask
+        yield get_and_prefetch

@@ -1,8 +1,8 @@
 """Safetensors files read and written one tensor at a time, so that converting a model never needs the model in memory.
 
-The library's own `save_file` wants every tensor at once, and its reader maps the file: what was read stays resident. The format is small
-enough for plain reads and writes: 8 bytes header length (little endian), a JSON header of name -> {dtype, shape, data_offsets}, then the
-raw tensors (https://github.com/huggingface/safetensors). The library still checks every file that is opened.
+The library's ``save_file`` needs every tensor at once, and its reader maps the file, so that what was read stays resident. The format is
+simple enough for plain reads and writes: 8 bytes header length (little endian), a JSON header of name -> {dtype, shape, data_offsets},
+then the raw tensors (https://github.com/huggingface/safetensors). The library still checks every file that is opened.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in its file: `offset` in bytes from the beginning."""
+class _TensorLocation(NamedTuple):
+    """A tensor in its file; ``offset`` counts bytes from the start of the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
 
 
-def _header(file: Path) -> dict[str, _Place]:
-    """Names and places of the tensors of a file, by rising offset. Raises ValueError for a file the library finds fault with."""
+def _header(file: Path) -> dict[str, _TensorLocation]:
+    """Return the locations of a file's tensors by rising offset. Raises ValueError for a file that the library rejects."""
     try:
         with safe_open(file, framework="pt", device="cpu"):
             pass
@@ -51,15 +51,15 @@ def _header(file: Path) -> dict[str, _Place]:
         raise ValueError(f"{file} holds tensors of type {', '.join(unknown)}; read are {', '.join(_NAME_DTYPES)}")
     by_offset = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
     return {
-        name: _Place(tuple(entry["shape"]), _NAME_DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+        name: _TensorLocation(tuple(entry["shape"]), _NAME_DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
         for name, entry in by_offset
     }
 
 
 class SafetensorsReader:
-    """Tensors of one `.safetensors` file, or of all files an index `*.safetensors.index.json` names. Nothing is read until asked for.
+    """Tensors of one ``.safetensors`` file, or of all files that an index ``*.safetensors.index.json`` names, read on request.
 
-    Raises ValueError for a missing, truncated or foreign file, naming it.
+    Raises ValueError naming a missing, truncated or foreign file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,16 +68,16 @@ class SafetensorsReader:
             raise ValueError(f"there is no weight file {self.path}")
         if self.path.suffix == ".json":
             index = json.loads(self.path.read_text(encoding="utf-8"))
-            self._where = {name: self.path.parent / file for name, file in index["weight_map"].items()}
-            absent = sorted({str(file) for file in self._where.values() if not file.is_file()})
-            if absent:
-                raise ValueError(f"{self.path} names files that do not exist: {', '.join(absent)}")
+            self._file_of = {name: self.path.parent / file for name, file in index["weight_map"].items()}
+            missing_files = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
+            if missing_files:
+                raise ValueError(f"{self.path} names files that do not exist: {', '.join(missing_files)}")
         else:
-            self._where = dict.fromkeys(_header(self.path), self.path)
-        self._headers: dict[Path, dict[str, _Place]] = {}
+            self._file_of = dict.fromkeys(_header(self.path), self.path)
+        self._headers: dict[Path, dict[str, _TensorLocation]] = {}
 
-    def _place(self, name: str) -> _Place:
-        file = self._where[name]
+    def _location(self, name: str) -> _TensorLocation:
+        file = self._file_of[name]
         if file not in self._headers:
             self._headers[file] = _header(file)
         if name not in self._headers[file]:
@@ -85,35 +85,35 @@ class SafetensorsReader:
         return self._headers[file][name]
 
     def keys(self) -> list[str]:
-        """All tensor names, in file order."""
-        return list(self._where)
+        """Return all tensor names in file order."""
+        return list(self._file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._file_of
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype without reading the data."""
-        place = self._place(name)
-        return place.shape, place.dtype
+        """Return shape and dtype without reading the data."""
+        location = self._location(name)
+        return location.shape, location.dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor `name`, read now, in memory of its own."""
-        place = self._place(name)
-        tensor = torch.empty(place.shape, dtype=place.dtype)
-        with self._where[name].open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            # Not through numpy, which would tie the memory to an array: who gets the tensor may free it.
-            left = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-            while left.nbytes:
-                got = file.readinto(left)
-                if not got:
-                    raise ValueError(f"{self._where[name]} ends inside tensor {name}; copy it again")
-                left = left[got:]
+        """Read the tensor ``name`` into separate memory."""
+        location = self._location(name)
+        tensor = torch.empty(location.shape, dtype=location.dtype)
+        with self._file_of[name].open("rb", buffering=0) as file:
+            file.seek(location.offset)
+            # numpy would tie the memory to an array, but the receiver may free the tensor's memory.
+            remaining_bytes = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+            while remaining_bytes.nbytes:
+                num_bytes = file.readinto(remaining_bytes)
+                if not num_bytes:
+                    raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
+                remaining_bytes = remaining_bytes[num_bytes:]
         return tensor
 
 
 class SafetensorsWriter:
-    """Context manager that writes one file whose names, shapes and dtypes are known beforehand, tensors in any order.
+    """Context manager that writes one file whose names, shapes and dtypes are known beforehand, with tensors in any order.
 
     The file appears under its name only when every tensor has been written (temporary name, fsync, rename).
     """
@@ -130,9 +130,9 @@ class SafetensorsWriter:
             self._offsets[name] = (begin, end)
             header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # readers map the data: keep it aligned
+        text += b" " * (-len(text) % 8)  # aligns the data, which readers map
         self._preamble = struct.pack("<Q", len(text)) + text
-        self._left = set(self._specs)
+        self._pending = set(self._specs)
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = self._partial.open("wb")
@@ -140,8 +140,8 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write `tensor` (cast to the announced dtype). Raises ValueError for an unknown name, a second write or another shape."""
-        if name not in self._left:
+        """Write ``tensor`` in the announced dtype. Raises ValueError for an unknown name, a second write or another shape."""
+        if name not in self._pending:
             raise ValueError(f"{self.path}: tensor {name} was not announced or was already written")
         shape, dtype = self._specs[name]
         if tuple(tensor.shape) != tuple(shape):
@@ -149,10 +149,10 @@ class SafetensorsWriter:
         raw = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8)
         self._file.seek(len(self._preamble) + self._offsets[name][0])
         self._file.write(raw.numpy().data)
-        self._left.discard(name)
+        self._pending.discard(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        complete = kind is None and not self._left
+        complete = kind is None and not self._pending
         if complete:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -162,21 +162,21 @@ class SafetensorsWriter:
             return
         self._partial.unlink()
         if kind is None:
-            raise ValueError(f"{self.path} was not written: {len(self._left)} tensors never came, e.g. {sorted(self._left)[:3]}")
+            raise ValueError(f"{self.path} was not written: {len(self._pending)} tensors never came, e.g. {sorted(self._pending)[:3]}")
 
 
 class ShardedWriter:
-    """Like `SafetensorsWriter`, but over several files named `x-00001-of-00003.safetensors` with an index when `shard_bytes` is given.
+    """Like ``SafetensorsWriter``, but with ``shard_bytes`` over several files ``x-00001-of-00003.safetensors`` with an index.
 
-    Tensors must come in about the order of `specs`: a file is open from its first tensor to its last.
+    Tensors must come in about the order of ``specs``: a file is open from its first tensor to its last.
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], shard_bytes: int | None = None) -> None:
         self.path = Path(path)
-        self._shards = [dict(specs)] if shard_bytes is None else _cut(specs, shard_bytes)
+        self._shards = [dict(specs)] if shard_bytes is None else _partition_by_size(specs, shard_bytes)
         self._paths = [self.path] if len(self._shards) == 1 else [self._name(number) for number in range(1, len(self._shards) + 1)]
-        self._of = {name: number for number, shard in enumerate(self._shards) for name in shard}
-        self._left = [len(shard) for shard in self._shards]
+        self._shard_of = {name: number for number, shard in enumerate(self._shards) for name in shard}
+        self._pending_counts = [len(shard) for shard in self._shards]
         self._open: dict[int, SafetensorsWriter] = {}
 
     def _name(self, number: int) -> Path:
@@ -186,35 +186,35 @@ class ShardedWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write `tensor`; errors are those of `SafetensorsWriter.write`."""
-        if name not in self._of:
+        """Write ``tensor``; errors are those of ``SafetensorsWriter.write``."""
+        if name not in self._shard_of:
             raise ValueError(f"{self.path}: tensor {name} was not announced")
-        number = self._of[name]
+        number = self._shard_of[name]
         if number not in self._open:
             self._open[number] = SafetensorsWriter(self._paths[number], self._shards[number]).__enter__()
         self._open[number].write(name, tensor)
-        self._left[number] -= 1
-        if not self._left[number]:
+        self._pending_counts[number] -= 1
+        if not self._pending_counts[number]:
             self._open.pop(number).__exit__(None, None, None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for writer in self._open.values():
             writer.__exit__(kind, error, trace)
-        if kind is None and any(self._left):
-            raise ValueError(f"{self.path} was not written: {sum(self._left)} tensors never came")
+        if kind is None and any(self._pending_counts):
+            raise ValueError(f"{self.path} was not written: {sum(self._pending_counts)} tensors never came")
         if kind is None and len(self._shards) > 1:
             total = sum(dtype.itemsize * torch.Size(shape).numel() for shard in self._shards for shape, dtype in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": {name: self._paths[n].name for name, n in self._of.items()}}
+            index = {"metadata": {"total_size": total}, "weight_map": {name: self._paths[n].name for name, n in self._shard_of.items()}}
             self.path.with_name(self.path.name + ".index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _cut(specs: Mapping[str, TensorSpec], most: int) -> list[dict[str, TensorSpec]]:
-    """Groups of neighbours of at most `most` bytes, or of one tensor that is larger."""
+def _partition_by_size(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[dict[str, TensorSpec]]:
+    """Partition tensors in order into shards of at most ``max_bytes`` bytes, or of one larger tensor."""
     shards: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, (shape, dtype) in specs.items():
         size = dtype.itemsize * torch.Size(shape).numel()
-        if shards[-1] and filled + size > most:
+        if shards[-1] and filled + size > max_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = (shape, dtype)

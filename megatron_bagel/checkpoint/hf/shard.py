@@ -1,7 +1,7 @@
-"""Cutting a full tensor for one tensor-parallel rank, without any process group.
+"""Slices a full tensor for one tensor-parallel rank, without any process group.
 
-Megatron stores a fused `[gate; up]` projection as `[gate_r; up_r]` on rank r: it is cut inside each of its `blocks`, not as a whole.
-Fused QKV is grouped by key/value head (see weight_map.py), so it is cut as a whole.
+Megatron stores a fused ``[gate; up]`` projection as ``[gate_r; up_r]`` on rank r, so each of its ``blocks`` is sliced separately.
+Fused QKV is ordered by key/value head (see weight_map.py), so it is sliced as one block.
 """
 
 from __future__ import annotations
@@ -10,10 +10,17 @@ import torch
 
 
 def take_shard(full: torch.Tensor, dim: int, rank: int, size: int, blocks: int = 1) -> torch.Tensor:
-    """The part of `full` that tensor-parallel `rank` of `size` holds, a view of it where it is one piece.
+    """Return the part of ``full`` that tensor-parallel ``rank`` of ``size`` holds; a view if it is contiguous in ``full``.
 
-    `dim` is the partitioned dimension (-1: replicated, `full` is returned), `blocks` the number of fused projections along it.
-    Raises ValueError if the dimension cannot be cut evenly.
+    Args:
+        full: The full tensor.
+        dim: The partitioned dimension; -1 means replicated and returns ``full``.
+        rank: The tensor-parallel rank.
+        size: The number of tensor-parallel ranks.
+        blocks: The number of fused projections along ``dim``.
+
+    Raises:
+        ValueError: If ``size * blocks`` does not divide the dimension.
     """
     if dim < 0 or size == 1:
         return full

@@ -1,8 +1,8 @@
-"""One table says which of our parameters is which tensor of the released BAGEL layout; both directions and every layer kind read it.
+"""One table maps our parameters to the tensors of the released BAGEL format; both directions and every layer kind read it.
 
-Terms: a *row* is a pattern over layers `{i}` and experts (`{e}` = und|gen in our names, `{x}` = ""|"_moe_gen" in the Hugging Face names);
-an *entry* is a row written out for one layer and expert of a given architecture. Tensors here are always full (unsharded); cutting them
-for tensor parallelism is shard.py's business.
+Terms: a *row* is a pattern over layers ``{i}`` and experts (``{e}`` = und|gen in our names, ``{x}`` = ""|"_moe_gen" in the Hugging Face
+names). An *entry* is a row expanded for one layer and expert of a given architecture. Tensors here are always full; shard.py slices
+them for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from megatron_bagel.config.architecture import BagelArch
 
-TIMESTEP_FREQUENCIES = 256  # width of the timestep sinusoid (reference behaviour, section 1.4)
+TIMESTEP_FREQUENCIES = 256  # width of the timestep sinusoid
 EXPERT_SUFFIX = {"und": "", "gen": "_moe_gen"}
 
 
 class Part(NamedTuple):
-    """One Hugging Face tensor of a row: name pattern and shape in the symbols of `dimensions`."""
+    """One Hugging Face tensor of a row: name pattern and shape in the symbols of ``dimensions``."""
 
     name: str
     shape: tuple[str, ...]
@@ -28,12 +28,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """`ours` <-> `parts`. `op`: copy | qkv | gate_up. `split`: what the layer kind must duplicate for {e} to include gen."""
+    """A row of the table: our ``name`` and its Hugging Face ``parts``.
 
-    ours: str
+    ``op`` is copy, qkv or gate_up. ``separate_in`` is the part that a layer kind must have once per expert for {e} to include gen.
+    """
+
+    name: str
     parts: tuple[Part, ...]
     op: str = "copy"
-    split: str = "never"  # never | attention (MoT only) | mlp (MoT and MoE)
+    separate_in: str = "never"  # never | attention (MoT only) | mlp (MoT and MoE)
     when: Callable[[BagelArch], bool] = lambda arch: True
     layers: str = "none"  # none | llm | vit
 
@@ -50,8 +53,8 @@ def _has_learned_vit_positions(arch: BagelArch) -> bool:
     return arch.vit is not None and not (arch.vit_rope or arch.vit.rope)
 
 
-def _copy(ours: str, hf: str, *shape: str, **kw: object) -> Row:
-    return Row(ours, (Part(hf, shape),), **kw)  # type: ignore[arg-type]
+def _copy(name: str, hf: str, *shape: str, **kw: object) -> Row:
+    return Row(name, (Part(hf, shape),), **kw)  # type: ignore[arg-type]
 
 
 def _same(name: str, *shape: str, **kw: object) -> Row:
@@ -59,8 +62,8 @@ def _same(name: str, *shape: str, **kw: object) -> Row:
 
 
 _L, _H = "decoder.layers.{i}.", "language_model.model.layers.{i}."
-_ATT = {"split": "attention", "layers": "llm"}
-_MLP = {"split": "mlp", "layers": "llm"}
+_ATT = {"separate_in": "attention", "layers": "llm"}
+_MLP = {"separate_in": "mlp", "layers": "llm"}
 _V = "vit_model.vision_model."
 _VL = _V + "encoder.layers.{i}."
 _VIT = {"when": _has_vision}
@@ -78,7 +81,7 @@ ROWS: tuple[Row, ...] = (
             Part(_H + "self_attn.v_proj{x}.weight", ("K", "D")),
         ),
         op="qkv",
-        split="attention",
+        separate_in="attention",
         layers="llm",
     ),
     Row(
@@ -89,7 +92,7 @@ ROWS: tuple[Row, ...] = (
             Part(_H + "self_attn.v_proj{x}.bias", ("K",)),
         ),
         op="qkv",
-        split="attention",
+        separate_in="attention",
         layers="llm",
         when=lambda arch: arch.llm.attention_bias,
     ),
@@ -101,11 +104,11 @@ ROWS: tuple[Row, ...] = (
         _L + "mlp.{e}.linear_fc1.weight",
         (Part(_H + "mlp{x}.gate_proj.weight", ("I", "D")), Part(_H + "mlp{x}.up_proj.weight", ("I", "D"))),
         op="gate_up",
-        split="mlp",
+        separate_in="mlp",
         layers="llm",
     ),
     _copy(_L + "mlp.{e}.linear_fc2.weight", _H + "mlp{x}.down_proj.weight", "D", "I", **_MLP),
-    _copy("final_layernorm.{e}.weight", "language_model.model.norm{x}.weight", "D", split="mlp"),
+    _copy("final_layernorm.{e}.weight", "language_model.model.norm{x}.weight", "D", separate_in="mlp"),
     _copy("output_layer.weight", "language_model.lm_head.weight", "V", "D", when=lambda arch: not arch.llm.tie_word_embeddings),
     _same("time_embedder.mlp.0.weight", "D", "T", **_GEN),
     _same("time_embedder.mlp.0.bias", "D", **_GEN),
@@ -142,9 +145,9 @@ ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of ours and the Hugging Face tensors it is made of, with full shapes."""
+    """One parameter of ours and the Hugging Face tensors that it consists of, with full shapes."""
 
-    ours: str
+    name: str
     hf: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     op: str
@@ -152,16 +155,16 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Full shape of our parameter: the parts laid along dimension 0."""
+        """Return the full shape of our parameter: its parts concatenated along dimension 0."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
     @property
     def vocabulary(self) -> bool:
-        """Rows are token ids, so the parameter may be padded below the file's last row."""
-        return self.ours in ("embedding.word_embeddings.weight", "output_layer.weight")
+        """Return whether rows are token ids, in which case the parameter may have padding rows past the file's last row."""
+        return self.name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
     def fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hugging Face tensors (order of `hf`) -> our parameter. Fused QKV is Megatron's [q.. k v] per key/value group."""
+        """Build our parameter from Hugging Face tensors (order of ``hf``). Fused QKV is Megatron's [q.. k v] per key/value group."""
         if self.op == "copy":
             return tensors[0]
         if self.op == "gate_up":
@@ -170,8 +173,8 @@ class Entry:
         grouped = [t.reshape(self.kv_groups, t.shape[0] // self.kv_groups, *tail) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *tail)
 
-    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of `fuse`; the results are contiguous."""
+    def unfuse(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Invert ``fuse``; the results are contiguous."""
         if self.op == "copy":
             return (tensor,)
         rows = [shape[0] for shape in self.hf_shapes]
@@ -184,7 +187,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A fixed position table: stored in the released layout (fp32), computed here. `side` rows and columns, `width` channels."""
+    """A fixed position table, stored in the released format (fp32) but computed here: ``side`` rows and columns, ``width`` channels."""
 
     hf: str
     side: int
@@ -196,14 +199,14 @@ class Table:
 
 
 class WeightMap:
-    """ROWS written out for one architecture.
+    """``ROWS`` expanded for one architecture.
 
-    Attributes: `entries` our name -> Entry, `by_hf` Hugging Face name -> Entry, `tables` Hugging Face name -> Table.
+    ``entries`` maps our names to entries, ``by_hf`` Hugging Face names to entries, and ``tables`` Hugging Face names to tables.
     """
 
     def __init__(self, arch: BagelArch) -> None:
         self.arch = arch
-        self.entries = {entry.ours: entry for row in ROWS if row.when(arch) for entry in _expand(row, arch)}
+        self.entries = {entry.name: entry for row in ROWS if row.when(arch) for entry in _expand(row, arch)}
         self.by_hf = {name: entry for entry in self.entries.values() for name in entry.hf}
         width = arch.llm.hidden_size
         tables = []
@@ -214,7 +217,7 @@ class WeightMap:
         self.tables = {table.hf: table for table in tables}
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor name of the released layout with its shape, position tables included."""
+        """Return every tensor name of the released format with its shape, position tables included."""
         shapes = {n: s for entry in self.entries.values() for n, s in zip(entry.hf, entry.hf_shapes, strict=True)}
         return shapes | {name: table.shape for name, table in self.tables.items()}
 
@@ -226,19 +229,19 @@ def _expand(row: Row, arch: BagelArch) -> list[Entry]:
         "never": False,
         "attention": arch.llm.has_gen_attention,
         "mlp": arch.llm.has_gen_mlp,
-    }[row.split]
+    }[row.separate_in]
     experts = ("und", "gen") if duplicated else ("und",)
     shapes = tuple(tuple(sizes[symbol] for symbol in part.shape) for part in row.parts)
     entries = []
     for i in range(count):
         for expert in experts:
             names = tuple(part.name.format(i=i, x=EXPERT_SUFFIX[expert]) for part in row.parts)
-            entries.append(Entry(row.ours.format(i=i, e=expert), names, shapes, row.op, arch.llm.num_key_value_heads))
+            entries.append(Entry(row.name.format(i=i, e=expert), names, shapes, row.op, arch.llm.num_key_value_heads))
     return entries
 
 
 def dimensions(arch: BagelArch) -> dict[str, int]:
-    """Values of the shape symbols used in ROWS for this architecture."""
+    """Return the values of the shape symbols in ``ROWS`` for this architecture."""
     llm = arch.llm
     sizes = {
         "V": llm.vocab_size,

@@ -78,7 +78,7 @@ class EncoderCosts:
         return image.tokens * (self.vit_token + self.vit_pair * image.tokens)
 
 
-def deal_images(packs: Sequence[Sequence[EncodedImage]], ranks: int, costs: EncoderCosts) -> list[np.ndarray]:
+def assign_images(packs: Sequence[Sequence[EncodedImage]], ranks: int, costs: EncoderCosts) -> list[np.ndarray]:
     """Owner of every image of a replica's ``packs`` of one step, int64 [images] per pack, from 0 to ``ranks`` - 1.
 
     The costliest picture goes first, each to the rank with the least work so far (Graham's longest-processing-time rule); ties go to
@@ -105,5 +105,5 @@ class EncodingShare:
     costs: EncoderCosts
 
     def owners(self, packs: Sequence[Sequence[EncodedImage]]) -> list[np.ndarray]:
-        """`deal_images` to these ranks."""
-        return deal_images(packs, self.ranks, self.costs)
+        """`assign_images` to these ranks."""
+        return assign_images(packs, self.ranks, self.costs)

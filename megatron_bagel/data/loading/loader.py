@@ -23,7 +23,7 @@ from megatron_bagel.data.loading.decode_threads import DecodeThreads
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare, planned_images
 from megatron_bagel.data.loading.noise import raw_timesteps
 from megatron_bagel.data.loading.replacement import SiblingSource, replaced_plan
-from megatron_bagel.data.planner.assign import PackPlan, deal
+from megatron_bagel.data.planner.assign import PackPlan, assign_packs
 from megatron_bagel.data.planner.planner import Planner
 from megatron_bagel.data.transforms import vit_patches
 from megatron_bagel.layout.items import Sample
@@ -244,7 +244,7 @@ class PackLoader:
         self.consumed_packs = planner.made
         self.sizes = sizes or BatchSizes.of(planner.config.global_batch_size, [])
         for size in self.sizes.steps:
-            deal([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuse uneven sizes now
+            assign_packs([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuse uneven sizes now
         self._batches: list[list[PackPlan]] = []  # planned, not yet handed out
         self._loaded: Iterator[LoadedPack] | None = None
 
@@ -300,7 +300,7 @@ class PackLoader:
         first = self.consumed_packs + sum(map(len, self._batches))
         plans = self.planner.packs(first, self.sizes.at(first))
         self._batches.append(plans)
-        return deal(plans, self.replicas)[self.replica]
+        return assign_packs(plans, self.replicas)[self.replica]
 
 
 class _Plans:

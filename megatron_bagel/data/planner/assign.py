@@ -18,7 +18,7 @@ class PackPlan:
     cost: float
 
 
-def deal(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
+def assign_packs(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
     """Deal a global batch to data-parallel replicas: equally many packs each, costs as equal as a greedy deal makes them.
 
     The costliest pack goes first, each to the replica with the least work so far (Graham's longest-processing-time rule); inside

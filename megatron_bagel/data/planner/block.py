@@ -165,7 +165,7 @@ def _pack(stream: CandidateStream, waiting: np.ndarray, begun: np.ndarray, count
     # Samples too long to close a pack with are due ahead of their turn; the short ones behind them close the packs instead.
     ahead = (np.cumsum(tokens) <= count * settings.capacity - begun_tokens) & (tokens > settings.capacity - target)
     in_turn = np.cumsum(np.where(ahead, 0, tokens)) <= count * target - begun_tokens - int(tokens[ahead].sum())
-    packing.deal(np.flatnonzero(ahead | in_turn))
+    packing.assign_due(np.flatnonzero(ahead | in_turn))
     packing.close()
     return packing
 

@@ -49,7 +49,7 @@ class BlockPacking:
             if self._pack_of[sample] >= 0:
                 self._excess[self._pack_of[sample]] += int(self._samples.excess[sample])
 
-    def deal(self, due: np.ndarray) -> None:
+    def assign_due(self, due: np.ndarray) -> None:
         """Deal the waiting ones of ``due`` (indexes), heavy ones by their work, the others by their tokens."""
         due = due[self.pack_of[due] < 0]
         heavy = self._samples.excess[due] > _HEAVY * self.capacity

@@ -185,7 +185,7 @@ def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
 
     def fill(modules: list[nn.Module]) -> None:
         for entry, parameter in entries_of(modules, WeightMap(arch)):
-            assign(parameter, read(entry.ours), entry)
+            assign(parameter, read(entry.name), entry)
 
     return _assemble(arch, fill, load_tokenizer(tokenizer, add_special=True), autoencoder, options)
 

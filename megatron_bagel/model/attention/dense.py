@@ -1,4 +1,4 @@
-"""The oracle: one dense mask over all tokens. Quadratic in the pack; for tests."""
+"""The reference backend of the tests: one dense mask over all tokens, quadratic in the length of the pack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DensePlan:
         self.mask = torch.from_numpy(mask.allowed(order.positions, (keys or order).positions)).to(device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
-        """See AttentionPlan; the same in every layer."""
+        """Compute attention as ``AttentionPlan.attend`` describes; every layer does the same."""
         repeat = q.shape[1] // k.shape[1]
         q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5

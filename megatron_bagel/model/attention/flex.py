@@ -1,7 +1,7 @@
-"""Attention by torch's FlexAttention: on GPUs one compiled kernel skips every empty block of the pack's mask.
+"""Attention with torch's FlexAttention: on GPUs one compiled kernel skips every empty block of the pack's mask.
 
-The block mask comes from the segments (layout/blocks.py), one head broadcast to all. FlexAttention has no backward pass on
-CPUs, so there it serves only to be compared with the oracle.
+The block mask comes from the segments (``layout/blocks.py``); one mask serves all heads. FlexAttention has no backward pass on
+CPUs, where this backend only serves for comparison with the dense one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ def _kernel(compiled: bool):
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
-def _ordered(blocks: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlexAttention's form of a boolean block matrix: counts [1, 1, rows] and column numbers, present ones first [1, 1, rows, cols]."""
+def _padded_columns(blocks: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return FlexAttention's form of a boolean block matrix.
+
+    The result is the count of present columns per row [1, 1, rows], and the column numbers, present ones first
+    [1, 1, rows, cols].
+    """
     counts = torch.from_numpy(blocks.sum(1).astype(np.int32)).to(device)
     columns = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)).to(device)
     return counts[None, None], columns[None, None]
@@ -36,7 +40,7 @@ def _ordered(blocks: np.ndarray, device: torch.device | str) -> tuple[torch.Tens
 
 @dataclass(frozen=True)
 class _SlotTensors:
-    """What the mask rule asks of a slot: [slots] each; padding has sample -1."""
+    """The properties of each slot that the mask rule compares, all [slots]. Padding has sample -1."""
 
     position: torch.Tensor
     sample: torch.Tensor
@@ -51,7 +55,7 @@ class _SlotTensors:
         def per_slot(values: np.ndarray, fill: int) -> torch.Tensor:
             return torch.from_numpy(np.concatenate([values[order.positions], np.full(padding, fill)])).to(device)
 
-        # Plain booleans: a compiled mask function would take a comparison with an enum for a constant.
+        # These are plain booleans because a compiled mask function would treat a comparison with an enum as a constant.
         modes = np.repeat(mask.split_modes, mask.split_lens)
         return _SlotTensors(
             position=per_slot(np.arange(mask.length), -1),
@@ -63,41 +67,41 @@ class _SlotTensors:
 
 
 def block_mask(mask: PackMask, order: TokenOrder, device: torch.device | str, keys: TokenOrder | None = None) -> BlockMask:
-    """BlockMask from the rank's slots to the slots of ``keys`` (its own unless given), padding included."""
+    """Return the BlockMask from the rank's slots to those of ``keys`` (default: the same slots), padding included."""
     occupancy = block_occupancy(mask, order, keys, BLOCK)
-    asking = _SlotTensors.of(mask, order, device)
-    asked = asking if keys is None else _SlotTensors.of(mask, keys, device)
-    # Free variables rather than attributes: the compiler takes tensors of a mask function's closure, not fields of objects in it.
-    q_position, q_sample, q_split = asking.position, asking.sample, asking.split
-    k_position, k_sample, k_split = asked.position, asked.sample, asked.split
-    causal, noise = asked.causal, asked.noise
+    query_slots = _SlotTensors.of(mask, order, device)
+    key_slots = query_slots if keys is None else _SlotTensors.of(mask, keys, device)
+    # The compiler accepts tensors in a mask function's closure, but not fields of objects in it.
+    q_position, q_sample, q_split = query_slots.position, query_slots.sample, query_slots.split
+    k_position, k_sample, k_split = key_slots.position, key_slots.sample, key_slots.split
+    causal, noise = key_slots.causal, key_slots.noise
 
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        same = q_split[q] == k_split[k]
-        visible = (k_position[k] <= q_position[q]) | (same & ~causal[k])
-        return (q_sample[q] == k_sample[k]) & (q_sample[q] >= 0) & visible & (~noise[k] | same)
+        same_split = q_split[q] == k_split[k]
+        visible = (k_position[k] <= q_position[q]) | (same_split & ~causal[k])
+        return (q_sample[q] == k_sample[k]) & (q_sample[q] >= 0) & visible & (~noise[k] | same_split)
 
-    partial = _ordered(occupancy.some & ~occupancy.full, device)
-    full = _ordered(occupancy.full, device)
+    partial_blocks = _padded_columns(occupancy.occupied & ~occupancy.full_blocks, device)
+    full_blocks = _padded_columns(occupancy.full_blocks, device)
     lengths = (order.length, (keys or order).length)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(*partial_blocks, *full_blocks, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=lengths)
 
 
 class FlexPlan:
-    """One block mask per pack, shared by all layers and heads. Keys of other ranks (``keys``) come without padding."""
+    """One block mask per pack for all layers and heads. The keys of other ranks (``keys``) come without padding."""
 
     def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
-        self.real, self.missing = len(order.positions), order.length - len(order.positions)
-        self.missing_keys = self.missing if keys is None else keys.length - len(keys.positions)
+        self.real_rows, self.padding = len(order.positions), order.length - len(order.positions)
+        self.key_padding = self.padding if keys is None else keys.length - len(keys.positions)
         self.mask = block_mask(mask, order, device, keys)
         self.kernel = _kernel(platform.compiles_kernels(device))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
-        """See AttentionPlan; the same in every layer."""
-        q, k, v = _padded(q, self.missing), _padded(k, self.missing_keys), _padded(v, self.missing_keys)
+        """Compute attention as ``AttentionPlan.attend`` describes; every layer does the same."""
+        q, k, v = _padded(q, self.padding), _padded(k, self.key_padding), _padded(v, self.key_padding)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
-        return out[0].transpose(0, 1).flatten(1)[: self.real]
+        output = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        return output[0].transpose(0, 1).flatten(1)[: self.real_rows]
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Stand-ins that let Megatron-Core run on machines without a GPU."""
+"""Replacements that let Megatron-Core run on machines without a GPU."""

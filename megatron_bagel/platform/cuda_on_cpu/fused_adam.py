@@ -1,7 +1,7 @@
-"""AdamW with the interface of apex's and Transformer Engine's FusedAdam: the step count lives in the parameter group.
+"""AdamW with the interface of apex's and Transformer Engine's FusedAdam, which keeps the step count in the parameter group.
 
-Without either package Megatron-Core falls back to torch's AdamW, which keeps ``step`` per tensor; its DistributedOptimizer
-saves such a state but cannot load it. With this class a checkpoint also has the same layout with and without those packages.
+Without either package Megatron-Core falls back to torch's AdamW, which keeps ``step`` per tensor. Its DistributedOptimizer saves
+such a state but cannot load it. With this class a checkpoint has the same format with and without those packages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 
 class StepInGroupAdam(torch.optim.Optimizer):
-    """Adam(W) on torch's fused kernel. ``adam_w_mode`` decouples weight decay, as in FusedAdam."""
+    """Adam or AdamW on torch's fused kernel. ``adam_w_mode`` decouples weight decay, as in FusedAdam."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class StepInGroupAdam(torch.optim.Optimizer):
     ) -> None:
         if capturable:
             raise ValueError("optimizer_cuda_graph needs the Adam of Transformer Engine or apex, which is not installed")
-        # bias_correction is in FusedAdam's groups, so it is in theirs in a checkpoint.
+        # FusedAdam's groups contain bias_correction, so its checkpoints do as well.
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
         self.update = adamw if adam_w_mode else adam
 
@@ -41,7 +41,7 @@ class StepInGroupAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Update every parameter that has a gradient; every group counts a step even when none has."""
+        """Update every parameter that has a gradient. Every group counts a step, even without gradients."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
@@ -55,7 +55,7 @@ class StepInGroupAdam(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                # The kernel counts up itself, on these throw-away tensors.
+                # The kernel increments the step count in these temporary tensors.
                 [torch.tensor(float(group["step"] - 1), device=param.device) for param in params],
                 foreach=False,
                 fused=True,
@@ -76,7 +76,7 @@ class StepInGroupAdam(torch.optim.Optimizer):
 
 
 def use_where_megatron_fell_back_to_torch() -> None:
-    """Hand this class to Megatron-Core as its FusedAdam, unless it found Transformer Engine's or apex's."""
+    """Set this class as Megatron-Core's FusedAdam, unless it found Transformer Engine's or apex's."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 

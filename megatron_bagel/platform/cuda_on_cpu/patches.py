@@ -1,7 +1,7 @@
-"""CPU stand-ins for the CUDA calls that Megatron-Core makes unguarded: about thirty places, none of them edited.
+"""CPU replacements for the CUDA calls that Megatron-Core makes unguarded in about thirty lines, none of which are edited.
 
-Three kinds: functions of ``torch.cuda`` (streams, events, random state), the literal ``device="cuda"``, and the names of
-CUDA tensor types. Installed by ``platform.install`` only where there is no GPU.
+There are three kinds: functions of ``torch.cuda`` (streams, events, random state), the literal ``device="cuda"``, and the names of
+CUDA tensor types. ``platform.install`` installs them only on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _thread = threading.local()
 
 
 class _Event:
-    """A CUDA event where work is done as soon as it is issued: only its time of recording matters."""
+    """A CUDA event on a device that finishes work as soon as it is issued, so only the time of recording matters."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = 0.0
@@ -40,12 +40,12 @@ class _Event:
         return True
 
     def elapsed_time(self, other: _Event) -> float:
-        """Milliseconds, as CUDA's."""
+        """Return the time between two events in milliseconds, like CUDA's events."""
         return (other._seconds - self._seconds) * 1e3
 
 
 class _Stream:
-    """A CUDA stream on which everything is already in order."""
+    """A CUDA stream on which all work is already in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -91,16 +91,16 @@ class CudaMeansCpu(TorchFunctionMode):
 
     @staticmethod
     def _type_name(name: str) -> str:
-        """Megatron-Core's optimizers sort parameters by comparing ``Tensor.type()`` with 'torch.cuda.*Tensor'; they alone get it."""
+        """Return CUDA's type name to Megatron-Core's optimizers, which compare ``Tensor.type()`` with 'torch.cuda.*Tensor'."""
         caller = sys._getframe(2).f_code.co_filename.replace("\\", "/")
         return name.replace("torch.", "torch.cuda.", 1) if "megatron/core/optimizer" in caller else name
 
 
 def enter_thread() -> None:
-    """Let the calling thread read "cuda" as "cpu". The mode is per thread: threads that touch Megatron-Core's tensors call this.
+    """Let the calling thread read "cuda" as "cpu". The mode is per thread: threads that use Megatron-Core's tensors call this.
 
-    Does nothing where the stand-ins are not installed, or in a thread that has entered already (a forked process counts as
-    the thread that forked it).
+    The call has no effect without the replacements, or in a thread that has already entered. A forked process counts as the
+    thread that forked it.
     """
     if _installed and not getattr(_thread, "entered", False):
         CudaMeansCpu().__enter__()
@@ -108,7 +108,7 @@ def enter_thread() -> None:
 
 
 def install() -> None:
-    """Put the stand-ins in place for the whole process and enter the calling thread."""
+    """Install the replacements for the process and enter the calling thread."""
     global _installed
     if not _installed:
         _install_streams()
@@ -134,7 +134,7 @@ def _install_streams() -> None:
 
 
 def _scale_in_place() -> None:
-    """Clipping scales gradients where they are; Megatron-Core's stand-in for apex's kernel makes a copy first and copies it back."""
+    """Let clipping scale gradients in place. Megatron-Core's replacement for apex's kernel makes a copy and copies it back."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -147,7 +147,7 @@ def _scale_in_place() -> None:
 
 
 def _install_random_state() -> None:
-    """There is one generator, the CPU's. Megatron-Core reads its state through torch.cuda and writes it by a function of its own."""
+    """Use the CPU's generator. Megatron-Core reads its state through torch.cuda and writes it with a private function."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +158,6 @@ def _install_random_state() -> None:
 
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
-    # Not torch.manual_seed, which itself calls torch.cuda.
+    # torch.manual_seed would call torch.cuda again.
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     megatron_random._set_cuda_rng_state = set_state

@@ -1,1 +1,1 @@
-"""Processes and process groups: how ranks start, meet, and end."""
+"""Processes and process groups: how ranks start, find each other and end."""

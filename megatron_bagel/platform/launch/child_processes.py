@@ -1,7 +1,7 @@
-"""Processes that a rank forks (readers of data, writers of checkpoints) end when the rank does, however it ends.
+"""Ends the processes that a rank forks (readers of data, writers of checkpoints) when the rank ends, for any reason.
 
-They share the rank's connections. If one outlived a rank that was killed, the other ranks would see an open connection and wait in their
-exchange for good, instead of being told that the rank is gone.
+Forks share the rank's connections. If a fork outlived a killed rank, the other ranks would see an open connection and wait in their
+collective forever, instead of learning that the rank is gone.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _parent = 0
 
 
 def end_forks_with_this_process() -> None:
-    """From now on. Linux only, elsewhere nothing happens; programs started by name are not forks and live on."""
+    """End all forks from now on with this process. Linux only; programs started by name are not forks and live on."""
     global _installed
     if _installed or not sys.platform.startswith("linux"):
         return
     _installed = True
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def before() -> None:
+    def remember_parent() -> None:
         global _parent
         _parent = os.getpid()
 
-    def in_child() -> None:
+    def end_with_parent() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _parent:  # it ended before the call
+        if os.getppid() != _parent:  # the parent ended before prctl
             os._exit(1)
 
-    os.register_at_fork(before=before, after_in_child=in_child)
+    os.register_at_fork(before=remember_parent, after_in_child=end_with_parent)

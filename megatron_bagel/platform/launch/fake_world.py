@@ -1,4 +1,4 @@
-"""A process group of any size in one process: collectives return at once and move nothing. For rehearsals of a rank's set-up."""
+"""A process group of any size in one process: collectives return at once and move nothing. It serves dry runs of a rank's set-up."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ _META = torch.device("meta")
 
 
 def is_fake() -> bool:
-    """Whether the other ranks of this process group do not exist."""
+    """Return whether the other ranks of this process group do not exist."""
     return dist.is_initialized() and dist.get_backend() == "fake"
 
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """Within the block this process is ``rank`` of ``world_size`` ranks. Raises RuntimeError inside a real process group.
+    """Make this process ``rank`` of ``world_size`` ranks within the block. Raises RuntimeError inside a real process group.
 
-    Objects gathered from all ranks are this rank's own, as often as there are ranks: every rank of a run says the same of its settings.
+    A gather of objects returns this rank's object once per rank: the ranks of a run agree about its settings.
     """
     if dist.is_initialized():
-        raise RuntimeError("this process is in a process group already; a fake one cannot be put in its place")
+        raise RuntimeError("this process already is in a process group; fake_world cannot replace it")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_bagel.platform.launch.process_group import shutdown_distributed
 
-    gather = dist.all_gather_object
+    real_all_gather_object = dist.all_gather_object
 
-    def all_gather_object(objects: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:
-        objects[:] = [mine] * len(objects)
+    def all_gather_object(objects: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+        objects[:] = [value] * len(objects)
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     dist.all_gather_object = all_gather_object
     try:
         yield
     finally:
-        dist.all_gather_object = gather
+        dist.all_gather_object = real_all_gather_object
         shutdown_distributed()
 
 
 class MetaCountsAsCuda(TorchFunctionMode):
-    """Within the block tensors without memory are to Megatron-Core's optimizers what a GPU's are: they sort parameters by the names of
-    CUDA's tensor types. With ``everywhere`` tensors asked for on a device have no memory either, and none are copied to one."""
+    """Makes tensors without memory look like a GPU's to Megatron-Core's optimizers within the block.
+
+    The optimizers sort parameters by the names of CUDA's tensor types. With ``everywhere``, tensors requested on a device have no
+    memory either, and none are copied to a device.
+    """
 
     def __init__(self, everywhere: bool = False) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""NVIDIA's nvidia-resiliency-ext, where it is installed: only this file and inprocess_restart.py import it.
+"""Access to NVIDIA's nvidia-resiliency-ext if it is installed: only this file and inprocess_restart.py import it.
 
-Its ft_launcher takes torchrun's place, and a monitor process of its own ends a rank that sends no heartbeat. Heartbeats begin with the
-monitor's longer time-out for the first one, so that set-up and the first step have it too.
+Its ft_launcher replaces torchrun and starts a monitor process per rank, which ends a rank that sends no heartbeat. The monitor has a
+longer time-out for the first heartbeat, which covers set-up and the first step.
 """
 
 from __future__ import annotations
@@ -9,36 +9,34 @@ from __future__ import annotations
 import os
 from typing import Any
 
-#: Set by ft_launcher for the ranks it starts: where a rank's monitor listens.
+#: Socket of a rank's monitor; ft_launcher sets this variable for the ranks it starts.
 MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
 class LauncherHeartbeats:
-    """A heartbeat after every step to the monitor that ft_launcher started for this rank; nothing under another launcher.
+    """Sends a heartbeat after every step to the monitor that ft_launcher started for this rank, and nothing under another launcher.
 
-    ``wanted`` None: whenever ft_launcher started this process. True outside of it is a ValueError.
+    ``enabled`` None sends heartbeats whenever ft_launcher started this process; True raises ValueError if it did not.
     """
 
-    def __init__(self, wanted: bool | None) -> None:
+    def __init__(self, enabled: bool | None) -> None:
         started = MONITOR_SOCKET in os.environ
-        if wanted and not started:
-            raise ValueError(
-                "--ft_heartbeats True: this process was not started by ft_launcher; use it in place of torchrun, or drop the flag"
-            )
-        self._client = _client() if started and wanted is not False else None
+        if enabled and not started:
+            raise ValueError("--ft_heartbeats True: ft_launcher did not start this process; use it instead of torchrun, or drop the flag")
+        self._client = _client() if started and enabled is not False else None
 
     def start(self) -> None:
-        """Connect. The monitor's time-out for the first heartbeat begins."""
+        """Connect to the monitor, whose time-out for the first heartbeat begins now."""
         if self._client is not None:
             self._client.init_workload_monitoring()
 
     def beat(self) -> None:
-        """This rank has done a step."""
+        """Report that this rank has finished a step."""
         if self._client is not None:
             self._client.send_heartbeat()
 
     def close(self) -> None:
-        """Leave the monitor in peace: what follows has no heartbeats."""
+        """Disconnect from the monitor before work that sends no heartbeats."""
         if self._client is not None:
             self._client.shutdown_workload_monitoring()
 
@@ -55,7 +53,7 @@ def _client() -> Any:
 
 
 def local_checkpoint_manager(directory: str, session: str) -> Any:
-    """Its manager of checkpoints on disks of the node: one file per rank and step, `<directory>/<session>/<rank>/iter_*_local.pt`."""
+    """Return the manager of checkpoints on a node's disks: one file per rank and step, ``<directory>/<session>/<rank>/iter_*_local.pt``."""
     from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
 
     return LocalCheckpointManager(directory, session)

@@ -1,4 +1,4 @@
-"""Starting and ending the process group: by torchrun's environment, by a file for tests, or alone."""
+"""Starts and ends the process group: from the launcher's environment, from a file for tests, or as a world of one rank."""
 
 from __future__ import annotations
 
@@ -23,12 +23,22 @@ def init_distributed(
     world_size: int | None = None,
     store: dist.Store | None = None,
 ) -> tuple[int, int]:
-    """Join the process group; returns (rank, world size).
+    """Join the process group.
 
-    Without arguments the launcher's environment variables are used; a process started without a launcher becomes a world of
-    one. ``store`` takes the place of the launcher's rendezvous. ``init_method`` (with ``rank`` and ``world_size``) is a
-    torch.distributed URL, such as ``file:///tmp/store``.
-    Raises ValueError when only some of the launcher's variables are set, and when processes would have to share a GPU.
+    Without arguments the launcher's environment variables apply. A process without a launcher becomes a world of one rank.
+
+    Args:
+        timeout_minutes: The longest time that a collective may wait.
+        init_method: A torch.distributed URL such as ``file:///tmp/store``; needs ``rank`` and ``world_size``.
+        rank: This process's rank.
+        world_size: The number of ranks.
+        store: Replaces the launcher's rendezvous.
+
+    Returns:
+        The rank and the world size.
+
+    Raises:
+        ValueError: If only some of the launcher's variables are set, or if processes would have to share a GPU.
     """
     enter_thread()
     check_processes()
@@ -38,8 +48,8 @@ def init_distributed(
     if init_method is None:
         present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
         if present and len(present) < len(_LAUNCHER_VARIABLES):
-            missing = [name for name in _LAUNCHER_VARIABLES if name not in present]
-            raise ValueError(f"environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, or unset them")
+            absent = [name for name in _LAUNCHER_VARIABLES if name not in present]
+            raise ValueError(f"environment has {', '.join(present)} but not {', '.join(absent)}; start with torchrun, or unset them")
         if not present:
             init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
     if store is not None:
@@ -57,14 +67,16 @@ def init_distributed(
 
 
 def side_store(name: str) -> dist.Store:
-    """The store of the rendezvous under a prefix of its own and, where this torch can, over a connection of its own: a thread that
-    uses it is not held up by one that waits on the first."""
+    """Return the store of the rendezvous under the prefix ``name``, over a separate connection if this torch supports it.
+
+    A thread that uses a separate connection does not wait for one that waits on the first.
+    """
     store = dist.distributed_c10d._get_default_store()
     return dist.PrefixStore(f"megatron_bagel/{name}", store.clone() if hasattr(store, "clone") else store)
 
 
 def set_collective_timeout(minutes: float) -> None:
-    """What waits longer from now on ends the run: collectives of the world and of Megatron-Core's groups. Call it between collectives."""
+    """Set the time-out of the collectives of the world and of Megatron-Core's process groups. Call it between collectives."""
     from megatron.core import parallel_state
 
     groups = [dist.group.WORLD, *(parallel_state._global_process_group_list or ())]
@@ -73,22 +85,22 @@ def set_collective_timeout(minutes: float) -> None:
 
 
 def launched_restarts() -> int:
-    """How often torchrun has started these processes again; 0 without it."""
+    """Return how often torchrun has restarted these processes, 0 without it."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launched_world_size() -> int:
-    """World size the launcher announced, before the process group exists; 1 without a launcher."""
+    """Return the launcher's world size, which is known before the process group exists; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """Rank the launcher announced; 0 without a launcher."""
+    """Return the launcher's rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def shutdown_distributed() -> None:
-    """Leave the process group and Megatron-Core's groups; does nothing when there is none."""
+    """Leave the process group and Megatron-Core's groups, if any exist."""
     from megatron.core import parallel_state
 
     from megatron_bagel.platform import megatron_compat

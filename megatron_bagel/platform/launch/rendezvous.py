@@ -1,8 +1,8 @@
-"""How ranks that a launcher started again find each other in a store that still holds what the ranks before them left.
+"""How restarted ranks find each other in a store that still holds what earlier ranks left.
 
-torchrun's agent may keep one store over all restarts. Addresses of dead ranks would be read from it, and reports of an earlier failure.
-The number of restarts is no way out: with several hosts the agents count differently. So rank 0 makes up a name, and a rank takes it
-only as the answer to a token of its own, which no earlier rank can have asked with.
+torchrun's agent may keep one store over all restarts. Ranks would then read addresses of dead ranks and reports of an earlier failure.
+The number of restarts does not tell generations apart, because the agents of several hosts count differently. Rank 0 therefore invents
+a name, and a rank accepts it only as the answer to a fresh token, which no earlier rank can have used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch.distributed as dist
 
 
 def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that these ranks share and no ranks before them had. Raises TimeoutError on rank 0 naming the ranks that did not come."""
+    """Return a name that these ranks share and no earlier ranks had.
+
+    Raises:
+        TimeoutError: On rank 0, naming the ranks that did not come.
+    """
     token = uuid4().hex
     if rank:
         answer = f"answer/{rank}/{token}"
@@ -24,16 +28,18 @@ def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout: 
         name = store.get(answer).decode()
         store.set(f"here/{name}/{rank}", "")
         return name
-    missing, answered, deadline = set(range(1, world_size)), set(), time.monotonic() + timeout.total_seconds()
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"here/{token}/{other}"]):
-                missing.discard(other)
-            elif store.check([f"hello/{other}"]) and (told := store.get(f"hello/{other}").decode()) not in answered:
-                # Perhaps a dead rank's: nobody reads that answer, and the living one's token comes later.
-                store.set(f"answer/{other}/{told}", token)
-                answered.add(told)
+    absent_ranks, answered_tokens, deadline = set(range(1, world_size)), set(), time.monotonic() + timeout.total_seconds()
+    while absent_ranks:
+        for peer in sorted(absent_ranks):
+            if store.check([f"here/{token}/{peer}"]):
+                absent_ranks.discard(peer)
+            elif store.check([f"hello/{peer}"]) and (peer_token := store.get(f"hello/{peer}").decode()) not in answered_tokens:
+                # The token may be a dead rank's: nobody reads that answer, and the living rank's token arrives later.
+                store.set(f"answer/{peer}/{peer_token}", token)
+                answered_tokens.add(peer_token)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(missing)} of {world_size} ranks did not come to the rendezvous, among them {sorted(missing)[:8]}")
+            raise TimeoutError(
+                f"{len(absent_ranks)} of {world_size} ranks did not come to the rendezvous, among them {sorted(absent_ranks)[:8]}"
+            )
         time.sleep(0.02)
     return token

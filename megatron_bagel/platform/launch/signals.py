@@ -1,6 +1,6 @@
-"""SIGTERM and SIGUSR1 ask a run to save and leave. The signal only leaves a note; when to stop is agreed by all ranks together.
+"""SIGTERM and SIGUSR1 ask a run to save and stop. The handler only records the signal; all ranks agree together when to stop.
 
-See training/resilience/stop_agreement.py.
+``training/resilience/stop_agreement.py`` makes that agreement.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The signal that this process has got, if any. More of them change nothing: schedulers send them in twos and threes."""
+    """The first signal that this process has received, if any. Schedulers send two or three; the later ones change nothing."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -25,27 +25,27 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Such as SIGTERM; empty when there was none."""
+        """Return the name of the signal, such as SIGTERM, or an empty string without one."""
         return signal.Signals(self.number).name if self.number else ""
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block the signals are noted in place of ending the process. Only the main thread can have handlers; others get none."""
+    """Record the signals within the block instead of ending the process. Only the main thread can have handlers."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in SIGNALS}
+    previous_handlers = {number: signal.signal(number, request) for number in SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 def leave_signals_to_the_ranks(worker: int = 0) -> None:
-    """For processes that read data: a signal sent to the whole job must not end them under a rank that still saves."""
+    """Ignore the signals in a process that reads data: a signal to the entire job must not end it while its rank still saves."""
     del worker  # DataLoader passes its number
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

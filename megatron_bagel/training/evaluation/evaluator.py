@@ -111,7 +111,7 @@ class Evaluation:
         place = {probe.name: number for number, probe in zip(numbers, chosen, strict=True)}
         ready = []
         for probes, loaded in read_probes(chosen, self.reader, settings.seq_length):
-            (features,) = trainable.stage.encode([loaded])
+            (features,) = trainable.image_encoder.encode([loaded])
             ready += encoded(probes, loaded.pack, features)
         channels = self.arch.latent_token_dim if self.arch.autoencoder is not None else 1
         answers = ProbeAnswers(trainable, settings, self.reader.spec, self.tokenizer, channels, self.seed)
@@ -129,8 +129,8 @@ class Evaluation:
 
     def _autoencoder(self, trainable: Trainable) -> AutoEncoder | None:
         """The run's own. A run with a latent cache holds none: it is read for these pictures, or None where its weights are not there."""
-        if isinstance(trainable.stage.autoencoder, AutoEncoder):
-            return trainable.stage.autoencoder
+        if isinstance(trainable.image_encoder.autoencoder, AutoEncoder):
+            return trainable.image_encoder.autoencoder
         path = autoencoder_path(self.config)
         return load_autoencoder(path, self.arch.autoencoder).to(platform.device()) if path.is_file() else None
 

@@ -39,7 +39,7 @@ class HeldOutLosses:
         table = LossTable(self.datasets, QUARTERS)
         with evaluating(trainable, averaged):
             for packs in self._portions(microbatch_multiple(trainable), at_once):
-                batches = microbatches([self.reader[pack.plan] for pack in packs], trainable.stage, settings)
+                batches = microbatches([self.reader[pack.plan] for pack in packs], trainable.image_encoder, settings)
                 counted = {id(batch) for batch, pack in zip(batches, packs, strict=True) if not pack.repeated}
 
                 def collect(batch: MicroBatch, ce: Tensor, mse: Tensor, counted: set[int] = counted) -> None:

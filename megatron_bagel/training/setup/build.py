@@ -20,7 +20,7 @@ from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedRun
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
-from megatron_bagel.encoders.image_encoding import ImageEncoder, StageSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
 from megatron_bagel.parallel.replica import Replica
 from megatron_bagel.training.optim.ema import ShardedEma
@@ -69,13 +69,13 @@ def build_trainable(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
     )
     tower = wrapped[-1] if tower_trains else modules.tower
-    stage_settings = StageSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
+    stage_settings = ImageEncoderSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
     encoders = arch, tower, modules.autoencoder, stage_settings
     trainable = Trainable(
         config=tcfg,
         decoder=wrapped[: len(modules.decoder)],
         tower=wrapped[-1] if tower_trains else None,
-        stage=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
+        image_encoder=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, schedule),
         ema=ema,

@@ -44,7 +44,7 @@ def continue_from(config: Config, source: WeightSource, trained: Trained, local:
     found = local.newest(base, trained) if local is not None and config.training.auto_resume else None
     if local is not None and found is not None:
         local.load(trained)
-        continued = Continued(found.step, found.state, f"continuing from the local checkpoints of step {found.step}, {local.place}")
+        continued = Continued(found.step, found.state, f"continuing from the local checkpoints of step {found.step}, {local.description}")
     elif source.checkpoint is not None:
         continued = Continued(*load_checkpoint(source.checkpoint, trained), continued.told)
     if local is not None:

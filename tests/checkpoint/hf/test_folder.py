@@ -104,7 +104,7 @@ def test_left_over_tensor_is_listed_unless_allowed(folder: Path) -> None:
     _edit(folder / "ema.safetensors", lambda t: t.update({"language_model.model.layers.4.extra": torch.zeros(2)}))
     with pytest.raises(ValueError, match=r"layers\.4\.extra.*Check layer_module"):
         _load(folder)
-    _load(folder, allow_left_over=("*.extra",))
+    _load(folder, allow_unexpected=("*.extra",))
 
 
 def test_part_of_a_fused_parameter_is_never_guessed(folder: Path) -> None:
@@ -133,7 +133,7 @@ def test_dense_layers_from_a_folder_with_experts_need_permission(folder: Path) -
     weight_map = WeightMap(source.arch)
     with pytest.raises(ValueError, match="layer_module"):
         load_weights(source.weights(), weight_map, model_like(weight_map))
-    load_weights(source.weights(), weight_map, model_like(weight_map), allow_left_over=("*_moe_gen.*",))
+    load_weights(source.weights(), weight_map, model_like(weight_map), allow_unexpected=("*_moe_gen.*",))
 
 
 def test_parts_switched_off_are_left_over_by_choice(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_parts_switched_off_are_left_over_by_choice(folder: Path) -> None:
     source = HFFolder(folder)
     weight_map = WeightMap(source.arch)
     report = load_weights(source.weights(), weight_map, model_like(weight_map)[:1])
-    assert "connector.fc1.weight" in report.left_over
+    assert "connector.fc1.weight" in report.unexpected
 
 
 def test_paths_that_do_not_exist_are_named(folder: Path, tmp_path: Path) -> None:

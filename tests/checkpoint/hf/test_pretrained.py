@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bagel.checkpoint.hf.initial_weights import FirstWeights, initialise
+from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initialise
 from megatron_bagel.checkpoint.hf.load import named_weights
 from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary, patch_convolution_to_linear
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -43,7 +43,7 @@ def _siglip_folder(path: Path, arch: BagelArch) -> dict[str, torch.Tensor]:
 
 def _loaded(arch: BagelArch, llm: Path | None, vit: Path | None, copy_init_moe: bool = False) -> dict[str, torch.Tensor]:
     modules = model_like(WeightMap(arch))
-    FirstWeights.of(arch, 7, llm, vit, copy_init_moe=copy_init_moe).fill(modules)
+    InitialWeights.of(arch, 7, llm, vit, copy_init_moe=copy_init_moe).fill(modules)
     return {name: p.detach() for name, p in named_weights(modules).items()}
 
 

@@ -76,7 +76,7 @@ def test_split_undoes_fuse_exactly(kind: str, tied: bool, qk_norm: bool, sizes: 
         parts = [torch.randn(shape) for shape in entry.hf_shapes]
         fused = entry.fuse(parts)
         assert tuple(fused.shape) == entry.shape
-        for part, back in zip(parts, entry.split(fused), strict=True):
+        for part, back in zip(parts, entry.unfuse(fused), strict=True):
             assert torch.equal(part, back)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare, PlannedImage, deal_images, planned_images
+from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare, PlannedImage, assign_images, planned_images
 from megatron_bagel.data.loading.loader import PackReader, StepPlan
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.layout.items import Sample
@@ -30,7 +30,7 @@ def images() -> st.SearchStrategy[list[list[PlannedImage]]]:
 
 @given(images(), st.integers(1, 9))
 def test_pictures_stay_together_and_costs_are_shared(packs: list[list[PlannedImage]], ranks: int) -> None:
-    owners = deal_images(packs, ranks, COSTS)
+    owners = assign_images(packs, ranks, COSTS)
     assert [len(each) for each in owners] == [len(each) for each in packs]
     loads, pictures, readers = np.zeros(ranks), {}, {}
     for number, (pack, own) in enumerate(zip(packs, owners, strict=True)):

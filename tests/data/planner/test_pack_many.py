@@ -18,7 +18,7 @@ def test_nothing_overflows_and_what_waits_fits_nowhere(samples: list[tuple[int, 
     tokens, excess = np.array(samples, dtype=np.int64).reshape(-1, 2).T
     packing = BlockPacking(Load(tokens, excess), Load(np.array(begun), np.zeros(len(begun), dtype=np.int64)), 100)
     packing.place_first(np.arange(min(first, len(tokens))))
-    packing.deal(np.arange(min(due, len(tokens))))
+    packing.assign_due(np.arange(min(due, len(tokens))))
     packing.close()
     pack_of = packing.pack_of
     used = np.array(begun) + np.bincount(pack_of[pack_of >= 0], tokens[pack_of >= 0], len(begun))
@@ -33,7 +33,7 @@ def test_many_packs_are_even_in_tokens_and_work() -> None:
     excess = (3.1e-5 * tokens.astype(float) ** 2).astype(np.int64)
     nothing = np.zeros(64, dtype=np.int64)
     packing = BlockPacking(Load(tokens, excess), Load(nothing, nothing), 36864)
-    packing.deal(np.arange(int(np.searchsorted(np.cumsum(tokens), 64 * 32768))))
+    packing.assign_due(np.arange(int(np.searchsorted(np.cumsum(tokens), 64 * 32768))))
     packing.close()
     taken = packing.pack_of >= 0
     used, cost = (np.bincount(packing.pack_of[taken], weight[taken], 64) for weight in (tokens, tokens + excess))

@@ -81,7 +81,7 @@ def test_block_masks_of_long_packs_are_those_of_the_layout(kind: Callable[[], li
     pack = build_pack(kind(), LONG)
     mask, order = PackMask.of(pack), expert_order(pack)
     blocks = block_mask(mask, order, "cpu").to_dense()
-    assert torch.equal(blocks[0, 0].bool(), torch.from_numpy(block_occupancy(mask, order).some))
+    assert torch.equal(blocks[0, 0].bool(), torch.from_numpy(block_occupancy(mask, order).occupied))
 
 
 def test_unknown_backend_is_refused() -> None:

@@ -33,7 +33,7 @@ def test_under_ft_launcher_the_monitor_is_called(tmp_path: Path, monkeypatch: py
 def test_nobody_is_called_without_ft_launcher_or_against_ones_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MONITOR_SOCKET, raising=False)
     beat_once(None)
-    with pytest.raises(ValueError, match="not started by ft_launcher"):
+    with pytest.raises(ValueError, match="ft_launcher did not start this process"):
         LauncherHeartbeats(True)
     monkeypatch.setenv(MONITOR_SOCKET, str(tmp_path / "nobody listens"))
     beat_once(False)
@@ -61,5 +61,5 @@ def test_restarts_in_process_need_a_resume_and_a_launcher(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="--inprocess_restarts needs --auto_resume True"):
         check_resilience(Config.from_values({"inprocess_restarts": 1}))
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="--inprocess_restarts needs ranks that a launcher has started"):
+    with pytest.raises(ValueError, match="--inprocess_restarts needs ranks that a launcher started"):
         restart_in_process(lambda store: None, 1, 1.0)

@@ -56,9 +56,9 @@ def both_ways(config: Any) -> list[tuple[str, Any, Any]]:
     run.trainable.ema.reset()
     evaluation = run.evaluation
     ours = evaluation.answers(run.trainable, run.settings)
-    stage = run.trainable.stage
+    image_encoder = run.trainable.image_encoder
     transforms = TransformArgs(64, 64, 16), TransformArgs(70, 70, 14)
-    engine = Engine(decoder, run.trained.modules["vision"], stage.autoencoder, evaluation.tokenizer, run.arch, *transforms)
+    engine = Engine(decoder, run.trained.modules["vision"], image_encoder.autoencoder, evaluation.tokenizer, run.arch, *transforms)
     found = []
     for result in ours:
         probe = evaluation.probes[result.number]
