@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,50 +22,26 @@ from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.model.batch import make_microbatch
 from megatron_bagel.training.losses import LossTotals, LossWeights
+from tools.golden_cases import MAIN, SECOND, TrainCases
 from tools.golden_common import CaseResult, Comparison
-from tools.golden_model import GoldenBatch, GoldenModel, Parts, RecordedStage, load_batch, read_json
+from tools.golden_model import GoldenBatch, Parts
 from tools.golden_optimizer import learning_rate_case, optimizer_case
-from tools.golden_run import Outcome, compare_gradients, compare_losses, compare_totals, compare_untouched, run
+from tools.golden_run import compare_gradients, compare_losses, compare_totals, compare_untouched, run
 
-# The batch that most cases are about, and the one that joins it where there are two.
-MAIN, SECOND = "flex_0", "flex_1"
 FREEZE_FLAGS = ("freeze_llm", "freeze_vit", "freeze_und")
 
 
-class TrainCases:
-    """What the cases share: the model, batches by name, the modules with everything trainable."""
-
-    def __init__(self, goldens: Path, model: GoldenModel, backend: str = "sdpa") -> None:
-        self.goldens, self.model, self.backend = goldens, model, backend
-        self.expected: dict[str, Any] = read_json(goldens / "train" / "expected.json")
-        self.batch = cache(lambda name: load_batch(goldens, name, model.arch))
-
-    @cached_property
-    def parts(self) -> Parts:
-        """The whole model, for every case that leaves it as it is."""
-        return self.model.parts()
-
-    def stage(self, parts: Parts, *batches: GoldenBatch) -> RecordedStage:
-        """Encodes these batches for these parts."""
-        autoencoder = self.model.autoencoder if parts.arch.autoencoder is not None else None
-        return RecordedStage(parts.arch, parts.tower, autoencoder, batches)
-
-    def run(self, parts: Parts, *names: str, **settings: Any) -> Outcome:
-        """``run`` over batches by name."""
-        batches = [self.batch(name) for name in names]
-        return run(parts, batches, self.stage(parts, *batches), **{"backend": self.backend, **settings})
-
-    def results(self) -> Iterator[CaseResult]:
-        """One result per key, in the order of the file."""
-        for name, want in self.expected.items():
-            recorded = (self.goldens / "batches" / f"{name}.json").is_file()
-            rule = batch_case if recorded else next((rule for pattern, rule in RULES if re.fullmatch(pattern, name)), None)
-            if rule is None:
-                yield CaseResult(f"train/{name}", float("nan"), 0.0, False, "a case this checker does not know")
-                continue
-            check = Comparison(f"train/{name}")
-            rule(self, check, name, want)
-            yield check.result()
+def train_results(cases: TrainCases) -> Iterator[CaseResult]:
+    """Yield one result per key of ``train/expected.json``, in the order of the file."""
+    for name, want in cases.expected.items():
+        recorded = (cases.goldens / "batches" / f"{name}.json").is_file()
+        rule = batch_case if recorded else next((rule for pattern, rule in RULES if re.fullmatch(pattern, name)), None)
+        if rule is None:
+            yield CaseResult(f"train/{name}", float("nan"), 0.0, False, "a case this checker does not know")
+            continue
+        check = Comparison(f"train/{name}")
+        rule(cases, check, name, want)
+        yield check.result()
 
 
 def batch_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:
