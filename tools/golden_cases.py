@@ -1,7 +1,8 @@
-"""What the training cases of ``golden_train.py`` and ``golden_optimizer.py`` share: the model, the recorded batches, one way to run them."""
+"""What the training cases of ``golden_train.py`` and ``golden_optimizer.py`` share: a model, recorded batches, a way to run them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ class TrainCases:
     def __init__(self, goldens: Path, model: GoldenModel, backend: str = "sdpa") -> None:
         self.goldens, self.model, self.backend = goldens, model, backend
         self.expected: dict[str, Any] = read_json(goldens / "train" / "expected.json")
-        self.batch = cache(lambda name: load_batch(goldens, name, model.arch))
+        self.batch: Callable[[str], GoldenBatch] = cache(lambda name: load_batch(goldens, name, model.arch))
 
     @cached_property
     def parts(self) -> Parts:
-        """The whole model, for every case that leaves it as it is."""
+        """Return the whole model, for every case that leaves it as it is."""
         return self.model.parts()
 
     def stage(self, parts: Parts, *batches: GoldenBatch) -> RecordedStage:
-        """Encodes these batches for these parts."""
+        """Return what encodes these batches for these parts."""
         autoencoder = self.model.autoencoder if parts.arch.autoencoder is not None else None
         return RecordedStage(parts.arch, parts.tower, autoencoder, batches)
 
     def run(self, parts: Parts, *names: str, **settings: Any) -> Outcome:
-        """``run`` over batches by name."""
+        """Run batches, given by name."""
         batches = [self.batch(name) for name in names]
         return run(parts, batches, self.stage(parts, *batches), **{"backend": self.backend, **settings})
