@@ -1,39 +1,11 @@
-"""Puts together what the jobs of `build_index.py --num-jobs N` made: the same index, byte for byte, as one job would have built.
+"""Run ``python data_tools/merge_index.py --output DIR``.
 
-python data_tools/merge_index.py --output index
-python data_tools/merge_index.py --output index /disk1/index.job-00000-of-00002 /disk2/index.job-00001-of-00002
+The command itself is ``megatron_bagel/cli/data/merge.py``.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_bagel.data.index.publish import merge_jobs
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the index appears; as given to the jobs")
-    parser.add_argument("parts", nargs="*", type=Path, metavar="PART", help="folders of the jobs (default: OUTPUT.job-*-of-*)")
-    parser.add_argument("--overwrite", action="store_true", help="replace another index at --output")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    parts = args.parts or sorted(path for path in args.output.parent.glob(f"{args.output.name}.job-*-of-*") if path.is_dir())
-    try:
-        manifest = merge_jobs(args.output, parts, args.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"merge_index: {error}", file=sys.stderr)
-        return 2
-    print(manifest.summary())
-    print(f"index at {args.output}, of {len(parts)} job(s)")
-    return 0
-
+from megatron_bagel.cli.data.merge import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="merge_index.py"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,11 +24,9 @@ from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.lr_schedule import LearningRate, ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, wrap_ddp
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
+from tools.golden_cases import TrainCases
 from tools.golden_common import Comparison
 from tools.golden_model import Parts
-
-if TYPE_CHECKING:
-    from tools.golden_train import TrainCases
 
 # Gradients smaller than this are rounding noise to AdamW with eps 1e-15 (advice of the goldens' README).
 NOISE = 1e-6

@@ -33,11 +33,12 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
+from tools.golden_cases import TrainCases  # noqa: E402
 from tools.golden_common import CaseResult  # noqa: E402
 from tools.golden_infer import run_infer_cases  # noqa: E402
 from tools.golden_model import GoldenModel  # noqa: E402
 from tools.golden_modules import run_module_cases  # noqa: E402
-from tools.golden_train import TrainCases  # noqa: E402
+from tools.golden_train import train_results  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +59,7 @@ def all_cases(goldens: Path, backend: str) -> Iterator[CaseResult]:
     training = TrainCases(goldens, model, backend)
     parts = training.parts
     yield from run_module_cases(goldens, model, parts)
-    yield from training.results()
+    yield from train_results(training)
     tokenizer = load_tokenizer(model.folder.path, add_special=False)
     yield from run_infer_cases(
         goldens,

@@ -1,14 +1,9 @@
-"""``python -m data_tools.inspect INDEX`` is `inspect_index.py`. A folder without ``__init__.py`` does not hide Python's own ``inspect``
+"""Run ``python -m data_tools.inspect INDEX``. This folder has no ``__init__.py``, so that it does not hide Python's own ``inspect``
 from the scripts beside it, as a file ``inspect.py`` would."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also found when the folder itself is run
-
-from data_tools.inspect_index import main  # noqa: E402
+from megatron_bagel.cli.data.inspect import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m data_tools.inspect"))

@@ -20,14 +20,15 @@ from megatron_bagel.inference.batch.results import RESULTS
 from megatron_bagel.inference.batch.run import run_prompts
 from megatron_bagel.platform.launch.process_group import launched_rank, shutdown_distributed
 
+_PROG = "python -m megatron_bagel.evaluate"
 _EPILOG = """The options are those of megatron_bagel.generate; what a benchmark was measured with is set already, and what you give
 wins. OUT/answers holds what was generated and OUT/scored what the scorer reads. A run that was interrupted goes on with --resume."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = _PROG) -> argparse.ArgumentParser:
     """The command line: generation's own, and the benchmark."""
     parser = generation_parser()
-    parser.prog, parser.epilog = "python -m megatron_bagel.evaluate", _EPILOG
+    parser.prog, parser.epilog = prog, _EPILOG
     parser.description = "Answer the questions of a benchmark and write them where its scorer looks."
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="decides how QUESTIONS are read and what is written")
     parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="the benchmark's file, or folder of files")
@@ -36,9 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> Namespace:
+def parse(argv: Sequence[str], prog: str = _PROG) -> Namespace:
     """Arguments, with the benchmark's settings where none is given."""
-    parser = build_parser()
+    parser = build_parser(prog)
     parser.set_defaults(**BENCHMARKS[parse_arguments(argv, parser).benchmark].options)
     return parse_arguments(argv, parser)
 
@@ -75,9 +76,9 @@ def _answers(items: Sequence[BenchmarkItem], folder: Path, samples: int) -> dict
     return {name: [found[name]] if samples == 1 else [found[f"{name}_{n}"] for n in range(samples)] for name in names}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Entry point; mistakes of the user end with one sentence and status 2."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(sys.argv[1:] if argv is None else argv, prog)
     platform.install()
     try:
         run(args)

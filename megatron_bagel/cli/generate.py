@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_bagel import platform
-from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
+from megatron_bagel.inference.batch.arguments import build_parser, parse_arguments, parse_size
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt, read_prompts
 from megatron_bagel.inference.batch.run import run_prompts
 from megatron_bagel.inference.web.serve import serve
@@ -33,9 +33,11 @@ def collect_prompts(args: Namespace) -> list[Prompt]:
     return [make_prompt(f"{i:05d}", args.task, [text], images, (), args.output, **common) for i, text in enumerate(texts)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.generate") -> int:
     """Entry point; mistakes of the user end with one sentence and status 2."""
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.prog = prog
+    args = parse_arguments(sys.argv[1:] if argv is None else argv, parser)
     platform.install()
     try:
         if args.serve:

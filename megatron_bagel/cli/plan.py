@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_bagel.cli.usage import short_name
 from megatron_bagel.config.parser import parse_with
 from megatron_bagel.config.plan_arguments import PlanArguments
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.plan") -> int:
     """Check the settings, then print the plan or the best layouts. Returns the process's exit code."""
     try:
-        config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, "python -m megatron_bagel.plan")
+        config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, prog)
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
         from megatron_bagel.planning.command import answer
 
         print(answer(config, wanted))
     except ValueError as error:
-        print(f"megatron_bagel.plan: error: {error}", file=sys.stderr)
+        print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megatron_bagel import platform
+from megatron_bagel.cli.usage import short_name
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
 from megatron_bagel.platform.device import check_processes
@@ -16,16 +17,16 @@ from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
 from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size, shutdown_distributed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.train") -> int:
     """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
     try:
-        config = parse_config(sys.argv[1:] if arguments is None else arguments)
+        config = parse_config(sys.argv[1:] if arguments is None else arguments, prog)
         if config.megatron.dry_run:
             return rehearse(config)
         validate(config, launched_world_size(), platform.has_gpu())
         check_processes()
     except ValueError as error:
-        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
+        print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2
     platform.install()
     restarts = config.resilience.inprocess_restarts
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         restart_in_process(lambda store: attempt(config, store), restarts, longest_wait(config))
     except ValueError as error:
-        print(f"megatron_bagel.train: error: {error}", file=sys.stderr)
+        print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -137,13 +137,13 @@ def _default_text(setting: Any) -> str:
     return "none" if value in (None, []) else str(value)
 
 
-def parse_config(arguments: Sequence[str]) -> Config:
+def parse_config(arguments: Sequence[str], prog: str = "python -m megatron_bagel.train") -> Config:
     """The run's settings from command-line words (without the program's name).
 
     Raises ValueError for an unknown flag or key (with near matches), a value of the wrong type, a file that cannot be read,
     and two spellings of one setting with different values. Prints help and exits on ``--help``.
     """
-    return _config_from(build_parser().given_values(arguments, "command line"))
+    return _config_from(build_parser(None, prog).given_values(arguments, "command line"))
 
 
 def parse_with(beside: type[Beside], arguments: Sequence[str], prog: str) -> tuple[Config, Beside]:

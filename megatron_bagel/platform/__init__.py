@@ -3,10 +3,12 @@
 Entry points call ``install()`` before they import anything of Megatron-Core.
 """
 
+import os
+
 from megatron_bagel.platform.cuda_on_cpu.patches import enter_thread
 from megatron_bagel.platform.device import attend_without_plans, backend, compiles_kernels, device, has_gpu, peak_memory_bytes
 
-__all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "peak_memory_bytes"]
+__all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "install_for_streaming", "peak_memory_bytes"]
 
 
 def install() -> None:
@@ -23,3 +25,9 @@ def install() -> None:
     else:
         patches.install()
     fused_adam.use_where_megatron_fell_back_to_torch()
+
+
+def install_for_streaming() -> None:
+    """Install for work that passes through many tensors once: freed memory goes back, where training keeps it for its next step."""
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # the C library's default; that it is set is what counts
+    install()

@@ -9,14 +9,14 @@ import logging
 import os
 import sys
 
-from megatron_bagel.checkpoint.command_line import install_for_streaming
+from megatron_bagel import platform
 
 
 def main(checkpoint: str, out: str) -> int:
     """Export the averages in the released types; returns the exit status."""
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    install_for_streaming()
+    platform.install_for_streaming()
     from megatron_bagel.checkpoint.convert import export_checkpoint
     from megatron_bagel.model.positions import sincos_2d
 

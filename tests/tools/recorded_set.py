@@ -81,7 +81,7 @@ def write_recorded_set(folder: Path) -> Path:
     (ce.mean() + mse.mean()).backward()
     norms = {}
     for entry, parameter in entries_of([decoder, tower], WeightMap(arch)):
-        norms.update({name: float(part.norm()) for name, part in zip(entry.hf, entry.split(parameter.grad), strict=True)})
+        norms.update({name: float(part.norm()) for name, part in zip(entry.hf, entry.unfuse(parameter.grad), strict=True)})
 
     _write_batch(folder, pack, {"packed_vit_tokens": patches, "padded_images": padded, "packed_timesteps": raw})
     recorded = {"ce": ce.detach(), "mse": mse.detach(), "flow_noise": flow, "vae_posterior_noise": posterior}

@@ -13,11 +13,12 @@ from megatron_bagel import platform
 from tests.distributed import run_ranks
 from tests.tools.recorded_set import write_recorded_set
 from tools import verify_golden
+from tools.golden_cases import TrainCases
 from tools.golden_common import CaseResult
 from tools.golden_model import GoldenModel
 from tools.golden_modules import run_module_cases
 from tools.golden_optimizer import start
-from tools.golden_train import TrainCases
+from tools.golden_train import train_results
 
 
 def linked(goldens: Path, to: Path, *own: str) -> Path:
@@ -64,7 +65,7 @@ def test_wrong_numbers_and_unknown_cases_fail(goldens: Path, tmp_path: Path, sin
 
     model = GoldenModel(folder)
     cases = TrainCases(folder, model)
-    results = by_name([*cases.results(), *run_module_cases(folder, model, cases.parts)])
+    results = by_name([*train_results(cases), *run_module_cases(folder, model, cases.parts)])
     failed = {name: result.detail for name, result in results.items() if not result.ok}
     in_training = {f"train/{name}" for name in ("flex_0", "freeze_vit", "lr_used_at_step", "optim_base", "a_new_case")}
     assert set(failed) == in_training | {"modules/vit", "modules/unknown"}
@@ -80,7 +81,7 @@ def test_a_wrong_weight_is_noticed(goldens: Path, tmp_path: Path, single_rank: N
     save_file(weights, folder / "hf" / "ema.safetensors")
     cases = TrainCases(folder, GoldenModel(folder))
     cases.expected = {name: cases.expected[name] for name in ("flex_0", "hidden_tokens", "Qwen2DecoderLayer")}
-    results = by_name(list(cases.results()))
+    results = by_name(list(train_results(cases)))
     assert not results["train/flex_0"].ok and not results["train/hidden_tokens"].ok
     assert results["train/Qwen2DecoderLayer"].ok  # it has no generation weights
 
@@ -88,9 +89,9 @@ def test_a_wrong_weight_is_noticed(goldens: Path, tmp_path: Path, single_rank: N
 def test_another_model_size(tmp_path: Path, single_rank: None) -> None:
     folder = write_recorded_set(tmp_path)
     cases = TrainCases(folder, GoldenModel(folder))
-    assert [result.line() for result in cases.results() if not result.ok] == []
+    assert [result.line() for result in train_results(cases) if not result.ok] == []
     cases.expected["flex_0"]["losses"]["mse"] *= 1.001
-    assert [result.name for result in cases.results() if not result.ok] == ["train/flex_0"]
+    assert [result.name for result in train_results(cases) if not result.ok] == ["train/flex_0"]
 
 
 def _rank_step(goldens: Path) -> tuple[float, float, float]:

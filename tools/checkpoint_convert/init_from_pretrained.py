@@ -1,72 +1,11 @@
-"""Qwen folder + SigLIP folder + ae.safetensors -> training checkpoint of step 0: a new BAGEL before its first step.
+"""Run ``python tools/checkpoint_convert/init_from_pretrained.py --llm DIR --output DIR``.
 
-The same weights as a run with these flags starts from: QK-norm begins at 1 where the LLM has none (Qwen2.5) and is taken where it has
-(Qwen3), the patch convolution becomes linear, ViT layers past the selected one go, the vocabulary grows to the tokenizer and is never cut.
-Needs no network and no GPU; holds a few tensors at a time.
+The command itself is ``megatron_bagel/cli/convert/init_from_pretrained.py``.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_bagel.checkpoint import command_line as command
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(prog="init_from_pretrained.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--llm", required=True, type=Path, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
-    p.add_argument("--vit", type=Path, help="SigLIP folder; without it the model has no image understanding")
-    p.add_argument("--vae", type=Path, help="ae.safetensors; without it the model has no image generation")
-    p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
-    p.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the LLM's")
-    p.add_argument("--layer-module", default="Qwen2MoTDecoderLayer", help="Qwen2MoTDecoderLayer, Qwen2MoEDecoderLayer or Qwen2DecoderLayer")
-    p.add_argument("--no-qk-norm", action="store_true", help="do not normalise queries and keys per head")
-    p.add_argument("--tie-word-embeddings", action="store_true", help="share the token embedding with the output layer")
-    p.add_argument("--no-copy-init-moe", action="store_true", help="seeded values for the generation expert, not the LLM's")
-    p.add_argument("--max-latent-size", type=int, default=32, help="side of the latent grid")
-    p.add_argument("--vit-max-num-patch-per-side", type=int, help="side of the ViT's position grid; default: the ViT's own")
-    p.add_argument("--vit-select-layer", type=int, default=-2, help="which ViT layer feeds the connector; -2 drops the last")
-    p.add_argument("--seed", type=int, default=4396, help="of the values no folder has (global_seed of a run)")
-    p.add_argument("--allow-missing", nargs="*", default=[], metavar="PATTERN", help="weights the folders may lack, such as '*.q_norm.*'")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Make the checkpoint; returns the process's exit status."""
-    args = parser().parse_args(argv)
-
-    def work() -> None:
-        from megatron_bagel.checkpoint.convert import Companions, write_initial_weights
-        from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights
-        from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
-        from megatron_bagel.common.json_files import read_json
-        from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-        from megatron_bagel.data.tokenizer import load_tokenizer
-
-        if args.vae is not None and not args.vae.is_file():
-            raise ValueError(f"--vae: there is no file {args.vae}")
-        vit = ViTArch.from_hf(read_json(args.vit / "config.json", "--vit")) if args.vit is not None else None
-        side = args.vit_max_num_patch_per_side or (vit.image_size // vit.patch_size if vit is not None else 70)
-        kind = {"layer_module": args.layer_module, "qk_norm": not args.no_qk_norm, "tie_word_embeddings": args.tie_word_embeddings}
-        arch = BagelArch(
-            llm=LLMArch.from_hf(read_json(args.llm / "config.json", "--llm"), **kind),
-            vit=vit,
-            autoencoder=AutoencoderArch.beside(args.vae) if args.vae is not None else None,
-            max_latent_size=args.max_latent_size,
-            vit_max_num_patch_per_side=side,
-            vit_select_layer=args.vit_select_layer,
-        )
-        tokenizer = args.tokenizer or args.llm
-        arch = grown_vocabulary(arch, len(load_tokenizer(str(tokenizer))))
-        first = InitialWeights.of(arch, args.seed, args.llm, args.vit, args.allow_missing, not args.no_copy_init_moe)
-        print(write_initial_weights(first, args.output, Companions(tokenizer, args.vae)))
-
-    return command.run("init_from_pretrained", work)
-
+from megatron_bagel.cli.convert.init_from_pretrained import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="init_from_pretrained.py"))

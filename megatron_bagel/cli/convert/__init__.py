@@ -1,0 +1,1 @@
+"""The commands of ``megatron-bagel convert``: between training checkpoints and model folders."""

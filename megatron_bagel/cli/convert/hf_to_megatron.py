@@ -1,0 +1,41 @@
+"""Model folder in the released BAGEL layout -> training checkpoint of step 0, to train from with --resume_model_only True."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bagel.cli.convert import command_line as command
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+    p.add_argument(
+        "--model", required=True, type=Path, help="folder with llm_config.json, vit_config.json, ema.safetensors, ae.safetensors"
+    )
+    p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
+    p.add_argument(
+        "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
+    )
+    p.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
+    p.add_argument(
+        "--allow-missing", "--allow_missing", nargs="+", default=[], metavar="PATTERN",
+        help="weights the folder may lack, as shell patterns of their names; they get seeded values, and are listed",
+    )  # fmt: skip
+    p.add_argument("--autoencoder-config", type=Path, help="JSON shape of an autoencoder that is not FLUX's and has no ae_config.json")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert hf-to-megatron") -> int:
+    """Convert; returns the process's exit status."""
+    args = parser(prog).parse_args(argv)
+
+    def work() -> None:
+        from megatron_bagel.checkpoint.convert import import_folder
+
+        settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
+        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], args.allow_missing, **settings))
+
+    return command.run(prog, work)

@@ -1,0 +1,58 @@
+"""What is in a training checkpoint: step, model, layout, config, data position, tensors. Also compares two, and checks one's checksums.
+
+    %(prog)s show CHECKPOINT            one page about it; --tensors lists every tensor
+    %(prog)s compare CHECKPOINT OTHER   tensor by tensor; status 1 when they differ
+    %(prog)s verify CHECKPOINT          reads every file; status 1 when one is damaged
+
+CHECKPOINT is a step folder, or the folder above it: then its newest complete step. No GPU, one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.cli.usage import command_parser
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    p = command_parser(__doc__, prog)
+    modes = p.add_subparsers(dest="mode", required=True)
+    show = modes.add_parser("show", help="what is in it")
+    show.add_argument("--tensors", action="store_true", help="list every tensor with shape and type")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    compare = modes.add_parser("compare", help="two checkpoints, tensor by tensor")
+    compare.add_argument("--only", default="", metavar="PREFIX", help="only tensors whose key begins so, such as 'ema.' or 'decoder.'")
+    verify = modes.add_parser("verify", help="compare all files with their checksums")
+    for mode in (show, compare, verify):
+        mode.add_argument("checkpoint", type=Path, help="a step folder, or the folder above it")
+    compare.add_argument("other", type=Path, help="another one")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert inspect") -> int:
+    """Inspect; returns the process's exit status."""
+    args = parser(prog).parse_args(argv)
+
+    def work() -> None:
+        from megatron_bagel.checkpoint.dist import inspect
+
+        if args.mode == "show":
+            summary = inspect.summary(command.step_folder(args.checkpoint), tensors=args.tensors or args.json)
+            print(json.dumps(summary, indent=1) if args.json else inspect.page(summary))
+            return
+        if args.mode == "verify":
+            inspect.verify(command.step_folder(args.checkpoint))
+            return
+        differences = inspect.compare(command.step_folder(args.checkpoint), command.step_folder(args.other), args.only)
+        for difference in differences:
+            print(difference)
+        if differences:
+            raise ValueError(f"{len(differences)} tensors differ")
+        print("all tensors are equal")
+
+    return command.run(prog, work)

@@ -1,0 +1,64 @@
+"""Store the autoencoder's posterior of every image of the generation groups, so that training with --latent_cache needs no VAE.
+
+    %(prog)s INDEX --dataset_config_file data.yaml --vae hf/BAGEL-7B-MoT/ae.safetensors --output latents
+    python -m megatron_bagel.train --latent_cache latents --index_dir INDEX --dataset_config_file data.yaml ...
+
+The cache belongs to this index, these image_transform_args and these weights. The same command continues where it broke off; with
+--num-jobs N each job (one per GPU, say) writes its share on a shared file system, and the last one to end completes the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_bagel import platform
+from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.data.index.latent_cache import DTYPES
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.sources.dataset_config import load_groups
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.latent_writer import CacheOptions, clear_latent_cache, total_images, write_latent_cache
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("index", type=Path, help="folder of an index")
+    parser.add_argument("--dataset_config_file", "--dataset-config-file", required=True, type=Path, metavar="YAML",
+                        help="the dataset YAML that training reads too: its image_transform_args are applied")  # fmt: skip
+    parser.add_argument("--vae", "--vae_path", "--vae-path", required=True, type=Path, metavar="FILE", help="weights of the autoencoder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the cache is made")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="float32 (default) trains with the losses of encoding; "
+                        "bfloat16 takes half the room and rounds")  # fmt: skip
+    parser.add_argument("--num_jobs", "--num-jobs", type=int, default=1, help="jobs that make the cache together (default 1)")
+    parser.add_argument("--job_index", "--job-index", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where --output holds another cache")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data latents") -> int:
+    """Fill the cache, or one job's part of it. Returns the exit status."""
+    args = parse_arguments(argv, prog)
+    platform.install()  # on a CPU memory of the encoder's temporaries is kept: giving it back took as long as the encoding
+    try:
+        options = CacheOptions(args.dtype, platform.device(), args.num_jobs, args.job_index)
+        groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]
+        index = IndexedSamples.open(args.index)
+        if not groups:
+            raise ValueError(f"{args.dataset_config_file} has no group that generates images, so there is nothing to cache")
+        if args.overwrite:
+            clear_latent_cache(args.output)
+        autoencoder = load_autoencoder(args.vae, flag="--vae").to(options.device)
+        images = total_images(index.manifest, groups) // args.num_jobs
+        with tqdm(total=images, unit="image", desc="latents", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
+            complete = write_latent_cache(index, groups, args.vae, autoencoder, args.output, options, bar.update)
+    except (ValueError, OSError) as error:
+        report_error(prog, error)
+        return 2
+    print(f"{args.output}: " + ("complete" if complete else f"job {args.job_index} of {args.num_jobs} is done, others are not"))
+    return 0

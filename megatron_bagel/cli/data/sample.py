@@ -1,0 +1,97 @@
+"""Make a complete small training set from nothing: pictures of coloured shapes in BAGEL's data formats, a tokenizer, model configs.
+
+    %(prog)s OUT --t2i 2000 --edit 2000 --vlm 2000
+
+Beside the data folders of the guide, OUT gets `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config),
+`dataset.yaml` to build an index from, and `world.json`, which says what was made. OUT appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec
+from megatron_bagel.sample_world.text import EDITS, draw_edit
+from megatron_bagel.sample_world.training_set import LLMSize, ViTSize, make_training_set
+from megatron_bagel.sample_world.world import SHAPES, SIZES, World, draw_scene, parse_pairs
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist yet, or be empty")
+    parser.add_argument("--t2i", type=int, default=1000, metavar="N", help="pictures with captions (default 1000)")
+    parser.add_argument("--edit", type=int, default=1000, metavar="N", help="editing examples (default 1000)")
+    parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0: no such group)")
+    parser.add_argument("--weights", type=float, nargs=4, default=list(WEIGHTS.values()), metavar=("T2I", "EDIT", "VLM", "TEXT"),
+                        help=f"how often each kind is drawn in training (default: {' '.join(map(str, WEIGHTS.values()))})")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
+    world = parser.add_argument_group("the world")
+    world.add_argument("--image-size", nargs="+", default=["64"], metavar="SIZE",
+                       help="64, or WxH; several sizes are mixed, one drawn per picture (default 64)")  # fmt: skip
+    world.add_argument("--max-count", type=int, default=1, metavar="N", help="shapes per picture, 1 to N (default 1)")
+    world.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default all)")
+    world.add_argument("--sizes", nargs="+", default=["large"], metavar="SIZE", help=f"of {', '.join(SIZES)} (default large)")
+    world.add_argument("--hold-out", nargs="+", default=[], metavar="COLOUR:SHAPE", help="pairs that never appear, to test on")
+    words = parser.add_argument_group("the words")
+    words.add_argument("--captions-per-image", type=int, default=2, metavar="N", help="wordings per caption, 1 or 2 (default 2)")
+    words.add_argument("--questions-per-image", type=int, default=2, metavar="N", help="questions per conversation (default 2)")
+    words.add_argument("--edit-steps", type=int, default=1, metavar="N", help="edits per example, 1 to N (default 1)")
+    words.add_argument("--edit-kinds", nargs="+", default=None, metavar="KIND", help=f"of {', '.join(EDITS)} (default all)")
+    words.add_argument("--vocab-size", type=int, default=512, help="the tokenizer's tokens at most (default 512)")
+    model = parser.add_argument_group("the model configs")
+    model.add_argument("--hidden-size", type=int, default=128, help="of the decoder (default 128)")
+    model.add_argument("--layers", type=int, default=6, help="of the decoder (default 6)")
+    model.add_argument("--vit-hidden-size", type=int, default=96, help="of the vision transformer (default 96)")
+    model.add_argument("--vit-layers", type=int, default=4, help="of the vision transformer, the unused last one included (default 4)")
+    model.add_argument(
+        "--vit-image-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="longest side in pixels at which the ViT sees pictures; fewer patches are learnt faster (default: their own)",
+    )
+    model.add_argument("--vit-patches-per-side", type=int, default=10, help="largest image the ViT can address (default 10)")
+    return parser
+
+
+def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...]:
+    """Return (width, height) in pixels of each size: ["64", "96x64"] gives ((64, 64), (96, 64))."""
+    sizes: list[tuple[int, int]] = []
+    for text in texts:
+        width, _, height = text.partition("x")
+        if not width.isdigit() or not (height or width).isdigit():
+            raise ValueError(f"--image-size: '{text}' is neither a number of pixels nor WIDTHxHEIGHT")
+        sizes.append((int(width), int(height or width)))
+    return tuple(sizes)
+
+
+def spec_of(args: argparse.Namespace) -> FolderSpec:
+    """Return the typed settings of the command line. Raises ValueError naming what cannot be."""
+    world = World(shapes=tuple(args.shapes), sizes=tuple(args.sizes), max_count=args.max_count,
+                  picture_sizes=parse_sizes(args.image_size), held_out=parse_pairs(args.hold_out))  # fmt: skip
+    kinds = tuple(args.edit_kinds) if args.edit_kinds else None
+    rng = keyed_generator(args.seed, "check")
+    draw_edit(draw_scene(world, rng), world, rng, kinds)  # refuses unknown kinds before anything is written
+    return FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
+                      args.questions_per_image, args.edit_steps, kinds, tuple(args.weights), vit_side=args.vit_image_size)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sample") -> int:
+    """Make the set; errors of the input end with one line and exit status 2."""
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    llm, vit = LLMSize(args.hidden_size, args.layers), ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)
+    try:
+        spec = spec_of(args)
+        tokens = make_training_set(args.out, spec, args.vocab_size, llm, vit)
+    except ValueError as error:
+        parser.error(str(error))
+    counts = f"{spec.t2i} t2i, {spec.edit} edit, {spec.vlm} vlm, {spec.text} text samples"
+    print(f"{args.out.resolve()}: {counts}; a tokenizer of {tokens} tokens")
+    return 0

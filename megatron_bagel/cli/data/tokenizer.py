@@ -1,0 +1,57 @@
+"""Train a Qwen2-style BPE tokenizer on text files: plain text, or any string found in JSON lines.
+
+%(prog)s OUT --vocab-size 8192 --text captions.txt conversations.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
+
+
+def strings(value: object) -> Iterator[str]:
+    """Yield every string inside a JSON value, at any depth; keys are not text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+def read_texts(paths: list[Path]) -> Iterator[str]:
+    """Yield the texts of the files, line by line. Raises ValueError naming file and line for a .jsonl line that is no JSON."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--text: there is no file {path}")
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if path.suffix != ".jsonl":
+                    yield line
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                yield from strings(value)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tokenizer") -> int:
+    """Train the tokenizer; errors of the input end with one line and exit status 2."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer's files")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text files or .jsonl")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens at most, special tokens included (default 8192)")
+    args = parser.parse_args(argv)
+    try:
+        size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{args.out}: {size} tokens")
+    return 0

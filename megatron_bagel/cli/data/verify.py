@@ -1,0 +1,76 @@
+"""Check every byte of an index: checksums, columns, token ids, and that each image decodes to its planned size.
+
+    %(prog)s INDEX --workers 8
+
+Every problem is a line with shard, source file and row; the exit status is 1 when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.data.index.format import Manifest, read_manifest
+from megatron_bagel.data.index.verify import shard_problems
+
+Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of the shard, whether to decode images
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("index", type=Path, help="folder of an index")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 checks in this one (default)")
+    parser.add_argument("--no-decode", action="store_true", help="leave the images' pixels out (several times faster)")
+    return parser.parse_args(argv)
+
+
+def check(work: Work) -> list[str]:
+    """Return the problems of one shard."""
+    index, dataset, shard, decode = work
+    info = _manifest(index).datasets[dataset]
+    return list(shard_problems(index, _manifest(index), info, info.shards[shard], decode))
+
+
+@lru_cache(maxsize=1)
+def _manifest(index: Path) -> Manifest:
+    return read_manifest(index)
+
+
+def results(work: Sequence[Work], workers: int) -> Iterator[list[str]]:
+    """Yield the problems of every shard, in order."""
+    if workers < 2:
+        yield from map(check, work)
+        return
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        yield from pool.map(check, work)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
+    """Print the problems of an index. Returns the exit status."""
+    args = parse_arguments(argv, prog)
+    try:
+        manifest = read_manifest(args.index)
+    except ValueError as error:
+        report_error(prog, error)
+        return 2
+    shards = [(i, j, shard) for i, dataset in enumerate(manifest.datasets) for j, shard in enumerate(dataset.shards)]
+    problems_by_shard = results([(args.index, i, j, not args.no_decode) for i, j, _ in shards], args.workers)
+    count = 0
+    with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as bar:
+        for (_, _, shard), problems in zip(shards, problems_by_shard, strict=True):
+            count += len(problems)
+            bar.update(shard.samples)
+            for problem in problems:
+                print(problem)
+    result = f"{count} problem(s)" if count else "all as they should be"
+    print(f"{args.index}: {sum(dataset.samples for dataset in manifest.datasets)} samples in {len(shards)} shard(s), {result}")
+    return 1 if count else 0

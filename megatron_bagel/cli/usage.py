@@ -1,0 +1,24 @@
+"""How a command names itself in its help and its errors: by the words that it was started with.
+
+``prog`` is what a person types: ``megatron-bagel data build``, ``python -m megatron_bagel data build``, or ``build_index.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def command_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
+    """Return a parser without flags whose help keeps the line breaks of ``description`` and writes ``prog`` for each ``%(prog)s``."""
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def report_error(prog: str, error: Exception) -> None:
+    """Print one line on stderr: the command's name and what was wrong."""
+    print(f"{short_name(prog)}: {error}", file=sys.stderr)
+
+
+def short_name(prog: str) -> str:
+    """Return ``prog`` as it stands before a message: without ``python -m``, and without the ending of a script."""
+    return prog.removeprefix("python -m ").removesuffix(".py")
