@@ -84,7 +84,7 @@ class DataArguments:
     )  # fmt: skip
     prefer_buffer_before: int = original_flag(
         16384, "In the original, waiting samples go first until a pack is this full. Here they always go first.",
-        compatibility=becomes("nothing: waiting samples always go first here. The start-up log says so when the flag is given"),
+        compatibility=becomes("nothing, as waiting samples always go first; the start-up log says so when the flag is given"),
     )  # fmt: skip
     max_buffer_size: int = original_flag(
         50, "Number of samples that may wait for a pack with room for them. A larger number fills packs better.", minimum=0,

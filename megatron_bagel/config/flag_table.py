@@ -23,7 +23,7 @@ YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `m
 
 The column *origin* says where a flag comes from. **BAGEL** flags are those of the original: **as is** (same name, meaning and default),
 **becomes** (another setting does its work), or **refused** (some values cannot be honoured and end the run at start-up, with the reason).
-**Megatron** flags have Megatron-Core's names. The others are new here.
+**Megatron** flags have Megatron-Core's names. **New** flags belong to this project.
 """
 
 _PRINTING = """\
@@ -71,7 +71,7 @@ def _default(setting: Field) -> str:
 def _origin(setting: Field) -> str:
     rules = Flag.of(setting)
     if rules.origin != "original":
-        return {"megatron": "Megatron", "ours": ""}[rules.origin]
+        return {"megatron": "Megatron", "ours": "new"}[rules.origin]
     kind, note = rules.compatibility.kind, rules.compatibility.note
     kind = kind if kind == "as is" else f"**{kind}**"
     return f"BAGEL, {kind}: {note}" if note else f"BAGEL, {kind}"

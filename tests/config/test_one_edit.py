@@ -44,7 +44,7 @@ with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
 help_words = " ".join(help_text.getvalue().split())
 assert "What this novel setting does. Must be at least 2. (default: 3)" in help_words
 assert "--novelty" in help_words
-assert "| `--novel_setting` | `3` | at least 2 | What this novel setting does. |  |\n" in flag_table()
+assert "| `--novel_setting` | `3` | at least 2 | What this novel setting does. | new |\n" in flag_table()
 assert "| `--novelty` | `--novel_setting` |" in flag_table()
 print("all know it")
 """
