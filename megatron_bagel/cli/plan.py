@@ -6,14 +6,20 @@ import sys
 from collections.abc import Sequence
 
 from megatron_bagel.cli.usage import short_name
+from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.parser import parse_with
 from megatron_bagel.config.plan_arguments import PlanArguments
+from megatron_bagel.config.resolved_yaml import resolved_yaml
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.plan") -> int:
     """Check the settings, then print the plan or the best layouts. Returns the process's exit code."""
     try:
         config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, prog)
+        if wanted.print_config:
+            check_values(wanted)
+            print(resolved_yaml(config, wanted.gpus, has_gpu=True), end="")
+            return 0
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
         from megatron_bagel.planning.command import answer
 

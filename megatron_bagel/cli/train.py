@@ -1,44 +1,64 @@
-"""Train BAGEL: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process."""
+"""Train BAGEL: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process.
+
+PyTorch is imported after the command line was read, and Megatron-Core after the settings were checked: ``--help``, ``--print_config``
+and errors do not wait for what they do not need.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from megatron_bagel import platform
 from megatron_bagel.cli.usage import short_name
-from megatron_bagel.config.parser import Config, parse_config
+from megatron_bagel.config.parser import Config, parse_with
+from megatron_bagel.config.plan_arguments import PrintArguments
+from megatron_bagel.config.resolved_yaml import resolved_yaml
 from megatron_bagel.config.validate import validate
-from megatron_bagel.platform.device import check_processes
-from megatron_bagel.platform.launch.child_processes import end_forks_with_this_process
-from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
-from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size, shutdown_distributed
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.train") -> int:
     """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
     try:
-        config = parse_config(sys.argv[1:] if arguments is None else arguments, prog)
+        config, wanted = parse_with(PrintArguments, sys.argv[1:] if arguments is None else arguments, prog)
+        if wanted.print_config:
+            return print_config(config)
         if config.megatron.dry_run:
             return rehearse(config)
-        validate(config, launched_world_size(), platform.has_gpu())
-        check_processes()
+        prepare(config)
     except ValueError as error:
-        print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
-        return 2
-    platform.install()
+        return refuse(error, prog)
     restarts = config.resilience.inprocess_restarts
     if not restarts:
         attempt(config)
         return 0
+    from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
+
     try:
         restart_in_process(lambda store: attempt(config, store), restarts, longest_wait(config))
     except ValueError as error:
-        print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, prog)
     return 0
+
+
+def refuse(error: ValueError, prog: str) -> int:
+    """Print why the run cannot start. Returns the exit code."""
+    print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def prepare(config: Config) -> None:
+    """Check the settings and the machine, then make Megatron-Core ready for import. Raises ValueError for what cannot work."""
+    from megatron_bagel import platform
+    from megatron_bagel.platform.device import check_processes
+    from megatron_bagel.platform.launch.process_group import launched_world_size
+
+    validate(config, launched_world_size(), platform.has_gpu())
+    check_processes()
+    platform.install()
 
 
 def attempt(config: Config, store: dist.Store | None = None) -> None:
@@ -46,6 +66,9 @@ def attempt(config: Config, store: dist.Store | None = None) -> None:
 
     ``store`` is where the ranks meet, if the launcher's rendezvous is not to be used.
     """
+    from megatron_bagel.platform.launch.child_processes import end_forks_with_this_process
+    from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
+
     # Not before: a process that nvidia-resiliency-ext forks to watch this one must outlive it.
     end_forks_with_this_process()
     # Megatron-Core is imported only now: the platform must be in place first.
@@ -65,8 +88,25 @@ def longest_wait(config: Config) -> float:
     return max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)
 
 
+def print_config(config: Config) -> int:
+    """``--print_config``: the resolved configuration, on rank 0. Returns the exit code. Raises ValueError like a run."""
+    from megatron_bagel import platform
+    from megatron_bagel.platform.launch.process_group import launched_rank, launched_world_size
+
+    world_size, has_gpu = launched_world_size(), platform.has_gpu()
+    if config.megatron.dry_run:
+        world_size, has_gpu = config.megatron.fake_world_size or world_size, True
+    text = resolved_yaml(config, world_size, has_gpu)
+    if launched_rank() == 0:
+        print(text, end="")
+    return 0
+
+
 def rehearse(config: Config) -> int:
     """``--dry-run``: one rank's share, without memory. Raises ValueError like a run. Its answers are those for GPUs."""
+    from megatron_bagel import platform
+    from megatron_bagel.platform.launch.process_group import launched_world_size
+
     world_size = config.megatron.fake_world_size or launched_world_size()
     validate(config, world_size, has_gpu=True)
     platform.install()

@@ -1,14 +1,14 @@
-"""Writes docs/flags.md from the dataclasses and the table of the original's flags: ``python -m megatron_bagel.config.flag_table``."""
+"""Writes docs/flags.md from the dataclasses of flags: ``python -m megatron_bagel.config.flag_table``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
-from megatron_bagel.config.original_flags import ALIASES, ORIGINAL_FLAGS
-from megatron_bagel.config.parser import SECTIONS
+from megatron_bagel.config.flag import Flag, choices_of, default_of
+from megatron_bagel.config.plan_arguments import PrintArguments
+from megatron_bagel.config.sections import ALIASES, SECTIONS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 
@@ -21,13 +21,21 @@ Every flag of `python -m megatron_bagel.train`. Each is accepted as `--x_y` and 
 YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `megatron:`, `observing:`,
 `resilience:`). Flags override the file. Unknown names are refused. Booleans take `True` / `False`, or stand bare for `True`.
 
-The column *original* says what a flag of the original BAGEL is here: **as is** (same name, meaning and default), **becomes** (another
-setting does its work), **refused** (values that cannot be honoured end the run at start-up, with the reason); empty for flags that the
-original does not have.
+The column *origin* says where a flag comes from. **BAGEL** flags are those of the original: **as is** (same name, meaning and default),
+**becomes** (another setting does its work), or **refused** (some values cannot be honoured and end the run at start-up, with the reason).
+**Megatron** flags have Megatron-Core's names. **New** flags belong to this project.
+"""
+
+_PRINTING = """\
+## Printing the configuration
+
+`--print_config` takes the place of training: it prints the resolved configuration and exits. The output holds every setting, the list
+`given` of settings that were given, and under `derived` those that the run derives from others, such as the global batch size. `--config`
+takes the output as it is, or edited, and derives the rest again.
 """
 
 _TITLES = {
-    "model": "Model", "data": "Data", "training": "Training", "megatron": "Megatron-Core (parallel layout, precision, memory)",
+    "model": "Model", "data": "Data", "training": "Training", "megatron": "Megatron-Core (parallel sizes, precision, memory)",
     "observing": "Observing",
     "resilience": "When something goes wrong",
 }  # fmt: skip
@@ -35,42 +43,38 @@ _TITLES = {
 
 def flag_table() -> str:
     """The whole document."""
-    parts = [_HEAD]
-    for section, arguments in SECTIONS.items():
-        parts.append(f"## {_TITLES[section]}\n\n| flag | default | meaning | original |\n| --- | --- | --- | --- |")
-        hints = get_type_hints(arguments)
-        parts[-1] += "".join("\n" + _row(f, hints[f.name]) for f in fields(arguments)) + "\n"
-    parts.append(_aliases())
-    return "\n".join(parts)
+    parts = [_HEAD, *(f"## {_TITLES[section]}\n\n{_table(arguments)}" for section, arguments in SECTIONS.items())]
+    return "\n".join([*parts, f"{_PRINTING}\n{_table(PrintArguments)}", _aliases()])
+
+
+def _table(arguments: type) -> str:
+    hints = get_type_hints(arguments)
+    rows = "".join("\n" + _row(setting, hints[setting.name]) for setting in fields(arguments))
+    return f"| flag | default | values | meaning | origin |\n| --- | --- | --- | --- | --- |{rows}\n"
 
 
 def _row(setting: Field, hint: Any) -> str:
-    meaning = setting.metadata["help"].removeprefix("Ours. ")
-    choices = list(_choices(hint))
-    if choices:
-        meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-    return f"| `--{setting.name}` | {_default(setting)} | {meaning.replace('|', '/')} | {_original(setting.name)} |"
+    meaning = Flag.of(setting).help.replace("|", "/")
+    return f"| `--{setting.name}` | {_default(setting)} | {_values(setting, hint)} | {meaning} | {_origin(setting)} |"
 
 
-def _choices(hint: Any) -> Iterator[str]:
-    for argument in get_args(hint):
-        if isinstance(argument, str):
-            yield argument
-        else:
-            yield from _choices(argument)
+def _values(setting: Field, hint: Any) -> str:
+    choices = choices_of(setting, hint)
+    return ", ".join(f"`{choice}`" for choice in choices) if choices else str(Flag.of(setting).range)
 
 
 def _default(setting: Field) -> str:
-    value = setting.default if setting.default is not MISSING else setting.default_factory()
+    value = default_of(setting)
     return "–" if value in (None, []) else f"`{value}`"
 
 
-def _original(name: str) -> str:
-    fate = ORIGINAL_FLAGS.get(name)
-    if fate is None:
-        return ""
-    word = {"honoured": "as is", "becomes": "**becomes**", "refused": "**refused**"}[fate.fate]
-    return f"{word}: {fate.text}" if fate.text else word
+def _origin(setting: Field) -> str:
+    rules = Flag.of(setting)
+    if rules.origin != "original":
+        return {"megatron": "Megatron", "ours": "new"}[rules.origin]
+    kind, note = rules.compatibility.kind, rules.compatibility.note
+    kind = kind if kind == "as is" else f"**{kind}**"
+    return f"BAGEL, {kind}: {note}" if note else f"BAGEL, {kind}"
 
 
 def _aliases() -> str:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bagel.config.arguments import flag
+from megatron_bagel.config.flag import flag, megatron_flag
 
 
 @dataclass
 class ObservingArguments:
-    """Profiling under Megatron's names; no setting here changes a result."""
+    """Profiling under Megatron's names. No setting here changes a result."""
 
-    profile: bool = flag(
-        False, "Profile some steps with torch's profiler: a trace per rank for Perfetto in traces/ of results_dir. Slows these steps."
+    profile: bool = megatron_flag(
+        False,
+        "Profile some steps with torch.profiler. Each rank writes a Perfetto trace to results_dir/traces. Profiled steps are slower.",
     )
-    profile_step_start: int = flag(10, "First profiled step; later than the first few, which compile and allocate.")
-    profile_step_end: int = flag(12, "The step before which profiling ends.")
-    profile_ranks: list[int] = flag([0], "Ranks that profile. With pipeline stages, one of each stage tells more than many of one.")
-    profile_shapes: bool = flag(False, "Write the shapes of tensors into the trace too; it gets larger.")
+    profile_step_start: int = megatron_flag(10, "First profiled step. Skip the first few, which compile and allocate.")
+    profile_step_end: int = megatron_flag(12, "Step before which profiling ends.")
+    profile_ranks: list[int] = megatron_flag([0], "Ranks to profile. With pipeline stages, choose one rank of each stage.")
+    profile_shapes: bool = flag(False, "Record tensor shapes in the trace. This makes it larger.")
     barrier_timers: bool = flag(
         False,
-        "Let all ranks meet around every timed phase, so that time/... is a rank's own work without the wait for others. To look for a "
-        "slow rank; slows training.",
+        "Put a barrier around every timed phase, so that time/... shows a rank's own work without waiting for others. Use it to find a "
+        "slow rank; it slows training.",
     )
     prometheus_file: str | None = flag(
-        None, "Write the newest numbers to this .prom file, for the textfile collector of Prometheus' node_exporter on the node of rank 0."
+        None, "Write the newest metrics to this .prom file. The textfile collector of node_exporter reads it on the node of rank 0."
     )

@@ -8,8 +8,6 @@ from megatron_bagel.common.wording import listed
 from megatron_bagel.config.architecture import LLMArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 
-RECOMPUTE_MODULES = ("core_attn", "mlp")
-
 
 def check_parallel_sizes(megatron: MegatronArguments, llm: LLMArch) -> None:
     """Raises ValueError for the first axis whose size the decoder cannot be cut into."""

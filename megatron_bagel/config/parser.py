@@ -1,36 +1,27 @@
 """From command line and YAML to one ``Config``: flags override the file, unknown names are refused with near matches.
 
-The flags are made by transformers' HfArgumentParser, as in the original: ``--x_y`` and ``--x-y``, unambiguous beginnings, and
-booleans as ``True`` / ``False`` or bare. YAML values go through the same conversions.
+YAML values go through the same conversions as words of the command line.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from megatron_bagel.common.files import write_whole
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
+from megatron_bagel.config.flag import default_of
+from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unknown_flag
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
-from megatron_bagel.config.original_flags import ALIASES
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
+from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
 
-SECTIONS: dict[str, type] = {
-    "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
-    "observing": ObservingArguments, "resilience": ResilienceArguments,
-}  # fmt: skip
-Beside = TypeVar("Beside")
-SECTION_OF: dict[str, str] = {f.name: section for section, arguments in SECTIONS.items() for f in fields(arguments)}
+CommandFlags = TypeVar("CommandFlags")
 
 
 @dataclass
@@ -48,13 +39,17 @@ class Config:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Config:
         """From setting names to converted values; names that are absent keep their defaults."""
-        parts = {
+        sections = {
             section: arguments(**{name: value for name, value in values.items() if SECTION_OF[name] == section})
             for section, arguments in SECTIONS.items()
         }
-        return cls(**parts, given=frozenset(values))
+        return cls(**sections, given=frozenset(values))
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def value_of(self, name: str) -> Any:
+        """The value of a setting, by the name of its flag."""
+        return getattr(getattr(self, SECTION_OF[name]), name)
+
+    def to_dict(self) -> dict[str, Any]:
         """Sections of plain values, and the names that were given, which ``from_dict`` and ``--config`` read back."""
         return {**{section: asdict(getattr(self, section)) for section in SECTIONS}, "given": sorted(self.given)}
 
@@ -70,93 +65,28 @@ class Config:
         write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
-class _Parser(HfArgumentParser):
-    """Raises ValueError where argparse would print its usage and leave, and sets only what is given."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"command line: {message}")
-
-    def given_values(self, arguments: Sequence[str], where: str) -> dict[str, Any]:
-        """Setting name -> value of every setting in ``arguments``, aliases resolved."""
-        try:
-            namespace, unknown = self.parse_known_args(list(arguments))
-        except ValueError as error:
-            raise ValueError(str(error).replace("command line", where, 1)) from None
-        if unknown:
-            raise ValueError(f"{where}: {_unknown(unknown[0], self._option_string_actions)}")
-        return _resolve_aliases(vars(namespace), where)
-
-
-def _unknown(text: str, options: Sequence[str]) -> str:
-    if not text.startswith("--"):
-        return f"{text!r} belongs to no flag"
-    name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
-    near = difflib.get_close_matches(name, {option.lstrip("-").replace("-", "_") for option in options}, n=3, cutoff=0.6)
-    return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in near)}?" if near else "; see --help")
-
-
-def _resolve_aliases(values: dict[str, Any], where: str) -> dict[str, Any]:
-    resolved = {name: value for name, value in values.items() if name not in ALIASES}
-    for alias, name in ALIASES.items():
-        if alias not in values:
-            continue
-        if name in resolved and resolved[name] != values[alias]:
-            raise ValueError(f"{where}: --{alias} {values[alias]} and --{name} {resolved[name]} are one setting; give one of them")
-        resolved[name] = values[alias]
-    return resolved
-
-
-@functools.cache
-def build_parser(beside: type | None = None, prog: str = "python -m megatron_bagel.train") -> argparse.ArgumentParser:
-    """All flags, their aliases and ``--config``, and those of the dataclass ``beside``. Nothing has a default here: what is absent was
-    not given."""
-    parser = _Parser(
-        [*SECTIONS.values(), *([beside] if beside is not None else [])],
-        prog=prog,
-        description="Train a BAGEL model. Every flag is also a key of the YAML file given by --config; flags override the file.",
-    )
-    actions = {action.dest: action for action in parser._actions if not action.option_strings[0].startswith("--no_")}
-    defaults = {f.name: f for arguments in (*SECTIONS.values(), *([beside] if beside is not None else [])) for f in fields(arguments)}
-    for alias, name in ALIASES.items():
-        same = actions[name]
-        spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
-        parser.add_argument(*spellings, dest=alias, type=same.type, choices=same.choices, help=f"Megatron's name of --{name}.")
-    parser.add_argument("--config", help=f"YAML file with any of these settings, flat or under {':, '.join(SECTIONS)}:.")
-    for action in parser._actions:
-        if action.dest in defaults and action.help and action.dest == action.option_strings[0].lstrip("-"):
-            action.help = f"{action.help.replace('%', '%%')} (default: {_default_text(defaults[action.dest])})"
-        if action.type is string_to_bool and action.nargs is None:  # HfArgumentParser wants a value after a flag of type bool | None
-            action.nargs, action.const = "?", True
-        if action.dest != "help":
-            action.default = argparse.SUPPRESS
-    return parser
-
-
-def _default_text(setting: Any) -> str:
-    value = setting.default_factory() if callable(setting.default_factory) else setting.default
-    return "none" if value in (None, []) else str(value)
-
-
 def parse_config(arguments: Sequence[str], prog: str = "python -m megatron_bagel.train") -> Config:
     """The run's settings from command-line words (without the program's name).
 
     Raises ValueError for an unknown flag or key (with near matches), a value of the wrong type, a file that cannot be read,
     and two spellings of one setting with different values. Prints help and exits on ``--help``.
     """
-    return _config_from(build_parser(None, prog).given_values(arguments, "command line"))
+    return _with_file(build_parser(None, prog).given_values(arguments, "command line"))
 
 
-def parse_with(beside: type[Beside], arguments: Sequence[str], prog: str) -> tuple[Config, Beside]:
+def parse_with(
+    command_flags: type[CommandFlags], arguments: Sequence[str], prog: str = "python -m megatron_bagel.train"
+) -> tuple[Config, CommandFlags]:
     """The same for a program with flags of its own, a dataclass: (the run's settings, the program's)."""
-    values = build_parser(beside, prog).given_values(arguments, "command line")
-    own = {f.name: values.pop(f.name) for f in fields(beside) if f.name in values}
-    return _config_from(values), beside(**own)
+    values = build_parser(command_flags, prog).given_values(arguments, "command line")
+    own = {setting.name: values.pop(setting.name) for setting in fields(command_flags) if setting.name in values}  # type: ignore[arg-type]
+    return _with_file(values), command_flags(**own)
 
 
-def _config_from(values: dict[str, Any]) -> Config:
+def _with_file(values: dict[str, Any]) -> Config:
     path = values.pop("config", None)
-    from_file = _file_values(Path(path)) if path is not None else {}
-    return Config.from_values({**from_file, **values})
+    file_values = _file_values(Path(path)) if path is not None else {}
+    return Config.from_values({**file_values, **values})
 
 
 def _file_values(path: Path) -> dict[str, Any]:
@@ -169,49 +99,62 @@ def _file_values(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected keys and values, found a {type(content).__name__}")
     config = _config_of(content, str(path))
-    return {name: getattr(getattr(config, SECTION_OF[name]), name) for name in config.given}
+    # A value that differs from the default was given too: someone edited a file that a run had written.
+    edited = {name for name, setting in SETTINGS.items() if config.value_of(name) != default_of(setting)}
+    return {name: config.value_of(name) for name in config.given | edited}
 
 
-def _config_of(content: dict[str, Any], where: str) -> Config:
-    flat = _flatten(dict(content), where)
-    # Written by save(): settings that were defaults there stay defaults.
-    given = flat.pop("given", None)
+def _config_of(content: dict[str, Any], source: str) -> Config:
+    content = dict(content)
+    # Both are written by programs: settings that had their defaults, or values derived from others, were not given.
+    given, derived = content.pop("given", None), content.pop("derived", None) or {}
+    if not isinstance(derived, dict):
+        raise ValueError(f"{source}: derived holds settings and their values, not a {type(derived).__name__}")
+    flat = _flatten(content, source)
+    for name in _known_names(derived, f"{source}: derived"):
+        if flat.get(name) == derived[name] and name not in (given or ()):
+            del flat[name]
     parser, words, empty = build_parser(), [], {}
     names = {action.dest for action in parser._actions} - {"help", "config"}
     for key, value in flat.items():
         name = key.replace("-", "_")
         if name not in names:
-            raise ValueError(f"{where}: {_unknown('--' + name, sorted(names))}")
+            raise ValueError(f"{source}: {unknown_flag('--' + name, sorted(names))}")
         if value is None or value == []:
             empty[name] = value
         else:
             # One word with "=": a value such as -2 is not taken for a flag.
             words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    values = {**parser.given_values(words, where), **_resolve_aliases(_check_empty(empty, where), where)}
+    values = {**parser.given_values(words, source), **resolve_aliases(_check_empty(empty, source), source)}
     config = Config.from_values(values)
     if given is not None:
-        config.given = frozenset(given)
+        config.given = frozenset(_known_names(given, f"{source}: given"))
     return config
 
 
-def _flatten(content: dict[str, Any], where: str) -> dict[str, Any]:
+def _known_names(names: Any, source: str) -> list[str]:
+    unknown = [name for name in names if name not in SECTION_OF]
+    if unknown:
+        raise ValueError(f"{source}: {unknown_flag(f'--{unknown[0]}', SECTION_OF)}")
+    return list(names)
+
+
+def _flatten(content: dict[str, Any], source: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        part = value if key in SECTIONS and isinstance(value, dict) else {key: value}
-        for name, setting in part.items():
+        section = value if key in SECTIONS and isinstance(value, dict) else {key: value}
+        for name, setting in section.items():
             if name in flat and flat[name] != setting:
-                raise ValueError(f"{where}: {name} is set twice, to {flat[name]!r} and {setting!r}")
+                raise ValueError(f"{source}: {name} is set twice, to {flat[name]!r} and {setting!r}")
             if isinstance(setting, dict):
-                raise ValueError(f"{where}: {name} holds a group of settings; groups are {', '.join(SECTIONS)}")
+                raise ValueError(f"{source}: {name} holds a group of settings; groups are {', '.join(SECTIONS)}")
             flat[str(name)] = setting
     return flat
 
 
-def _check_empty(empty: dict[str, Any], where: str) -> dict[str, Any]:
+def _check_empty(empty: dict[str, Any], source: str) -> dict[str, Any]:
     """``null`` and ``[]`` have no spelling on the command line: allowed where they are the default."""
-    allowed = Config()
     for name, value in empty.items():
-        canonical = ALIASES.get(name, name)
-        if getattr(getattr(allowed, SECTION_OF[canonical]), canonical) != value:
-            raise ValueError(f"{where}: {name} has no value")
+        if default_of(SETTINGS[ALIASES.get(name, name)]) != value:
+            raise ValueError(f"{source}: {name} has no value")
     return empty

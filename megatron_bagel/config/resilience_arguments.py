@@ -1,11 +1,11 @@
-"""What a run does when something goes wrong: bad numbers, ranks that hang, slow ranks, NVIDIA's resiliency package. All ours."""
+"""What a run does when something goes wrong: bad numbers, ranks that hang, slow ranks, NVIDIA's resiliency package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_bagel.config.arguments import flag
+from megatron_bagel.config.flag import flag
 
 
 @dataclass
@@ -14,36 +14,46 @@ class ResilienceArguments:
 
     on_bad_step: Literal["stop", "skip", "rerun"] = flag(
         "stop",
-        "Before an update that is not finite or a loss spike: stop ends the run, skip leaves the update out and goes on with the next "
-        "data, rerun computes the step once more: if the numbers differ it goes on and names the rank, else it stops.",
+        "What to do before an update that is not finite or follows a loss spike. stop ends the run. skip drops the update and continues "
+        "with the next data. rerun repeats the step: if the numbers differ, it names the rank and continues, else it stops.",
     )
     loss_spike_factor: float = flag(
-        0.0, "A loss above this many times the median of the last 50 good steps makes a bad step; 0: only NaN does."
+        0.0, "A step is bad when its loss exceeds the median of the last 50 good steps by this factor. 0 only reacts to NaN.", minimum=0
     )
-    max_bad_steps: int = flag(10, "With on_bad_step skip or rerun: so many bad steps in a row end the run.")
+    max_bad_steps: int = flag(10, "Bad steps in a row that end the run, with on_bad_step skip or rerun.", minimum=1)
     hang_timeout_minutes: float = flag(
-        8.0, "No step for so long: the ranks that do not answer are named and the run ends; 0 never. Below distributed_timeout_minutes."
+        8.0,
+        "End the run when no step finishes for this long, and name the ranks that do not answer. 0 turns this off. Must be below "
+        "distributed_timeout_minutes.",
+        minimum=0,
     )
     first_step_timeout_minutes: float = flag(
-        60.0, "The same for set-up and the first step (collectives too), and for saves and evaluations, which all take longer than a step."
+        60.0, "The same limit for what takes longer than a step: set-up, the first step and its collectives, saves and evaluations."
     )
-    straggler_every: int = flag(500, "Steps between measurements of each rank's own time; slow ranks are named in the log. 0 never.")
-    straggler_factor: float = flag(1.3, "A rank is slow when its own time is this many times the median of all ranks.")
+    straggler_every: int = flag(
+        500, "Steps between measurements of each rank's own time. The log names slow ranks. 0 never measures.", minimum=0
+    )
+    straggler_factor: float = flag(1.3, "A rank is slow when its own time is this many times the median of all ranks.", minimum=1)
     ft_heartbeats: bool | None = flag(
-        None, "Send heartbeats to ft_launcher (package nvidia-resiliency-ext). Default: when it started this process."
+        None, "Send heartbeats to ft_launcher (package nvidia-resiliency-ext). Default: True when ft_launcher started this process."
     )
     local_checkpoint_dir: str | None = flag(
         None,
-        "Folder on a disk of each node for checkpoints between checkpoints, each rank's own share; a restart on the same layout uses them. "
-        "Needs nvidia-resiliency-ext and --save_local_every.",
+        "Folder on a local disk of each node for checkpoints between the regular ones. Each rank saves its own share; a restart with the "
+        "same parallel sizes reads it. Needs nvidia-resiliency-ext and --save_local_every.",
     )
-    save_local_every: int = flag(0, "Steps between local checkpoints; only the newest is kept. Not in steps that are saved anyway.")
+    save_local_every: int = flag(
+        0, "Steps between local checkpoints. Only the newest is kept. Steps with a regular checkpoint write none.", minimum=0
+    )
     preemption_grace_seconds: float | None = flag(
         None,
-        "Time between a scheduler's SIGTERM or SIGUSR1 and its SIGKILL: warn, before any signal, when two steps and a save take longer.",
+        "Time between a scheduler's SIGTERM or SIGUSR1 and its SIGKILL. The run warns early when two steps and a save take longer.",
+        above=0,
     )
     inprocess_restarts: int = flag(
         0,
-        "So often an error that leaves all ranks alive starts the run again from its newest checkpoint in the same processes. Needs "
-        "nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are the launcher's; on CPU, errors of single ranks too.",
+        "How often the run may restart in the same processes from its newest checkpoint, after an error that leaves all ranks alive. "
+        "Needs nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are left to the launcher; on CPU, errors of single "
+        "ranks are too.",
+        minimum=0,
     )

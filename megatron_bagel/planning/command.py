@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.planning.gpus import assumptions_of, gpu_of
@@ -18,10 +19,7 @@ from megatron_bagel.planning.workload import Mix, typical_pack
 
 def problem_of(config: Config, wanted: PlanArguments) -> Problem:
     """Model, machine and pack that the flags describe. Raises ValueError naming the flag that is wrong."""
-    if wanted.gpus < 1:
-        raise ValueError(f"--gpus is {wanted.gpus}; it must be at least 1")
-    if wanted.best < 1:
-        raise ValueError(f"--best is {wanted.best}; it must be at least 1")
+    check_values(wanted)
     arch = planned_model(wanted.model, config)
     pack = typical_pack(arch, Mix.of(wanted), config.data.max_num_tokens)
     return Problem(arch, gpu_of(wanted, config.training.peak_device_tflops), wanted.gpus, assumptions_of(wanted), pack)

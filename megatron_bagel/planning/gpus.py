@@ -73,11 +73,5 @@ def gpu_of(arguments: PlanArguments, peak: float = 0.0) -> Gpu:
 
 
 def assumptions_of(arguments: PlanArguments) -> Assumptions:
-    """The shares that the flags give. Raises ValueError for one that is no share."""
-    values = {field.name: getattr(arguments, field.name) for field in fields(Assumptions)}
-    for name, value in values.items():
-        if name.endswith("_share") and not 0 < value <= 1:
-            raise ValueError(f"--{name} is {value}; it must be above 0 and at most 1")
-    if values["reserved_gib"] < 0:
-        raise ValueError(f"--reserved_gib is {values['reserved_gib']}; it must be 0 or more")
-    return Assumptions(**values)
+    """The shares that the flags give."""
+    return Assumptions(**{field.name: getattr(arguments, field.name) for field in fields(Assumptions)})

@@ -25,9 +25,7 @@ class Mix:
 
     @classmethod
     def of(cls, arguments: PlanArguments) -> Mix:
-        """From flags. Raises ValueError for a share that is none."""
-        if not 0 <= arguments.generation_share <= 1:
-            raise ValueError(f"--generation_share is {arguments.generation_share}; it must be between 0 and 1")
+        """From flags."""
         return cls(
             arguments.generation_share, arguments.image_size, arguments.caption_tokens, arguments.vit_image_size, arguments.answer_tokens
         )

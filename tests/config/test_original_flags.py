@@ -1,15 +1,18 @@
-"""The table of the original's flags is complete, says what is true of the code, and docs/flags.md is made from it."""
+"""The flags of the original are complete, docs/flags.md says what is true of the code, and every earlier flag still exists."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron_bagel.config.flag import Flag, default_of
 from megatron_bagel.config.flag_table import DOCUMENT, flag_table
-from megatron_bagel.config.original_flags import ALIASES, ORIGINAL_FLAGS, OURS
-from megatron_bagel.config.parser import SECTION_OF, Config
+from megatron_bagel.config.original_flags import AS_IS
+from megatron_bagel.config.parser import Config, parse_config
+from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
 from megatron_bagel.config.validate import refuse_unsupported_values
 
 #: Names and defaults of the original's three dataclasses, as its parser has them.
@@ -33,22 +36,44 @@ ORIGINAL = {
 }  # fmt: skip
 
 
+REFUSED = [name for name, setting in SETTINGS.items() if Flag.of(setting).compatibility.kind == "refused"]
+
+
 def test_every_original_flag_with_its_default():
-    assert set(ORIGINAL_FLAGS) == set(ORIGINAL)
-    config = Config()
-    assert {name: getattr(getattr(config, SECTION_OF[name]), name) for name in ORIGINAL} == ORIGINAL
+    defaults = {name: default_of(setting) for name, setting in SETTINGS.items() if Flag.of(setting).origin == "original"}
+    assert defaults == ORIGINAL
 
 
-def test_ours_and_aliases_name_existing_settings():
-    assert set(SECTION_OF) >= OURS and not OURS & set(ORIGINAL)
-    assert set(ALIASES.values()) <= set(SECTION_OF) and not set(ALIASES) & set(SECTION_OF)
+def test_names_are_unique():
+    assert len(SETTINGS) == sum(len(fields(arguments)) for arguments in SECTIONS.values())
+    aliases = [alias for setting in SETTINGS.values() for alias in Flag.of(setting).aliases]
+    assert len(set(aliases)) == len(aliases) and not set(aliases) & set(SETTINGS)
+
+
+def test_only_flags_of_the_original_can_be_compatible_with_it():
+    assert all(rules.origin == "original" for rules in map(Flag.of, SETTINGS.values()) if rules.compatibility != AS_IS)
+
+
+def test_every_earlier_flag_and_alias_has_its_meaning_and_default():
+    """earlier_flags.tsv holds the flags of an earlier release with their defaults, and the aliases with what they stand for."""
+    rows = [line.split("\t") for line in (Path(__file__).parent / "earlier_flags.tsv").read_text(encoding="utf-8").splitlines()]
+    aliases = {name: text.removeprefix("--") for name, text in rows if text.startswith("--")}
+    assert len(rows) == 157 and len(aliases) == 12 and aliases == {alias: ALIASES.get(alias) for alias in aliases}
+    for name, text in rows:
+        if name in aliases:
+            continue
+        default = default_of(SETTINGS[name])
+        assert ("–" if default in (None, []) else str(default)) == text, name
+        if text != "–" and not isinstance(default, list):
+            config = parse_config([f"--{name}={text}"])
+            assert config.value_of(name) == default and config.given == {name}
 
 
 def test_defaults_are_never_refused():
     refuse_unsupported_values(Config())
 
 
-@pytest.mark.parametrize("name", [name for name, fate in ORIGINAL_FLAGS.items() if fate.fate == "refused"])
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_the_table_calls_refused_is_refused(name):
     config = Config()
     value = getattr(config.training, name)
@@ -75,8 +100,9 @@ def test_flags_that_nothing_reads_are_refused(name, value):
 def test_every_other_flag_is_read_by_something():
     """No flag is parsed and then ignored: each is read as an attribute, or named in a list of settings, outside its definition."""
     package = Path(DOCUMENT).parents[1] / "megatron_bagel"
-    defining = {"arguments.py", "megatron_arguments.py", "original_flags.py", "validate.py"}
+    defining = {"arguments.py", "megatron_arguments.py", "observing_arguments.py", "resilience_arguments.py", "original_flags.py"}
+    defining |= {"validate.py", "flag_rules.py", "required_paths.py", "resolved_yaml.py"}
     code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name not in defining)
-    refused = {name for name, fate in ORIGINAL_FLAGS.items() if fate.fate == "refused"} | set(_REFUSED)
+    refused = {*REFUSED, *_REFUSED}
     unread = [name for name in SECTION_OF if name not in refused and not re.search(rf"\.{name}\b|\"{name}\"", code)]
     assert not unread

@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bagel.config.original_flags import ALIASES
-from megatron_bagel.config.parser import SECTION_OF, SECTIONS, Config, parse_config
+from megatron_bagel.config.flag import choices_of, default_of
+from megatron_bagel.config.parser import Config, parse_config
+from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
 
 #: The fine-tuning command of the training guide after its script path; the other command is in test_original_flags.py.
 GUIDE_FINE_TUNING = """
@@ -25,10 +26,6 @@ GUIDE_PRE_TRAINING = """
 """
 
 
-def value_of(config: Config, name: str):
-    return getattr(getattr(config, SECTION_OF[name]), name)
-
-
 def test_the_guides_fine_tuning_command():
     config = parse_config(GUIDE_FINE_TUNING.split())
     assert config.data.num_workers == 1 and config.training.lr == 2e-5 and config.training.resume_from == "$model_path"
@@ -41,21 +38,19 @@ def test_the_guides_pre_training_command():
     assert config.training.use_flex and config.training.checkpoint_dir == "$ckpt_path" and config.model.max_latent_size == 64
 
 
+HINTS = {name: hint for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items()}
+
+
 @pytest.mark.parametrize("name", sorted(SECTION_OF))
 def test_both_spellings_of_every_flag(name, tmp_path):
-    default = value_of(Config(), name)
-    choices = {"layer_module": "Qwen2DecoderLayer", "lr_scheduler": "cosine", "wandb_resume": "must", "cp_comm_type": "a2a"}
-    choices |= {"recompute_granularity": "full", "recompute_method": "block", "attention_backend": "dense"}
-    choices |= {"transformer_impl": "transformer_engine", "encoder_placement": "first_stage"}
-    choices |= {"on_bad_step": "skip"}
-    word = choices.get(name) or ("True" if default is False or name in ("use_wandb", "ft_heartbeats") else "7")
-    if default is True or name == "bf16":
-        word = "False"
-    results = [value_of(parse_config([flag, word]), name) for flag in (f"--{name}", f"--{name.replace('_', '-')}")]
+    default, hint = default_of(SETTINGS[name]), HINTS[name]
+    choices = [choice for choice in choices_of(SETTINGS[name], hint) if choice != default]
+    word = choices[0] if choices else str(default is not True) if hint in (bool, bool | None) else "7"
+    results = [parse_config([flag, word]).value_of(name) for flag in (f"--{name}", f"--{name.replace('_', '-')}")]
     assert results[0] == results[1] != default
     path = tmp_path / "config.yaml"
     path.write_text(f"{name}: {[word] if isinstance(default, list) else word}\n")
-    assert value_of(parse_config(["--config", str(path)]), name) == results[0]
+    assert parse_config(["--config", str(path)]).value_of(name) == results[0]
 
 
 @pytest.mark.parametrize(("alias", "name"), sorted(ALIASES.items()))
@@ -63,7 +58,7 @@ def test_aliases_set_the_originals_setting(alias, name):
     word = {"lr_scheduler": "cosine"}.get(name, "3")
     for flag in (f"--{alias}", f"--{alias.replace('_', '-')}"):
         config = parse_config([flag, word])
-        assert str(value_of(config, name)).removesuffix(".0") == word and name in config.given
+        assert str(config.value_of(name)).removesuffix(".0") == word and name in config.given
 
 
 def test_booleans_take_words_or_stand_bare():
@@ -131,7 +126,7 @@ def test_help_names_every_flag_and_default(capsys):
 
 _TEXT = st.text("abc/_- .", min_size=1).filter(lambda text: text != "--")
 _WORDS = {int: st.integers(1, 10**6), float: st.floats(1e-20, 1e6), bool: st.booleans(), str: _TEXT}
-_SETTINGS = {name: _WORDS[hint] for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items() if hint in _WORDS}
+_SETTINGS = {name: _WORDS[hint] for name, hint in HINTS.items() if hint in _WORDS}
 
 
 @settings(max_examples=25, deadline=None)

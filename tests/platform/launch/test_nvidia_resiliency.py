@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bagel.config.flag_rules import check_resilience
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.validate import check_resilience
 from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
 from megatron_bagel.platform.launch.nvidia_resiliency import MONITOR_SOCKET, LauncherHeartbeats
 
@@ -42,7 +42,7 @@ def test_nobody_is_called_without_ft_launcher_or_against_ones_will(tmp_path: Pat
 def test_asking_for_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.fault_tolerance"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("megatron_bagel.config.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_bagel.config.flag_rules.find_spec", lambda name: None)
     for flags, name in (
         ({"ft_heartbeats": True}, "--ft_heartbeats True"),
         ({"local_checkpoint_dir": "/tmp/local", "save_local_every": 5}, "--local_checkpoint_dir"),

@@ -1,0 +1,137 @@
+"""How a flag is defined: default, help, origin, range and other names stand together in one dataclass field."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from megatron_bagel.config.original_flags import AS_IS, Compatibility
+
+#: Where a flag comes from: the original BAGEL, Megatron-Core, or this project.
+Origin = Literal["original", "megatron", "ours"]
+_KEY = "flag"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag takes. ``minimum`` and ``maximum`` belong to the range, ``above`` and ``below`` do not."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        # Each comparison asks what must hold, so that NaN is in no range.
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __bool__(self) -> bool:
+        return self != Range()
+
+    def __str__(self) -> str:
+        """The range in words, to follow "must be"."""
+        if self == Range(minimum=0):
+            return "0 or more"
+        if self == Range(above=0):
+            return "positive"
+        if self.minimum is not None and self.maximum is not None:
+            return f"between {self.minimum:g} and {self.maximum:g}"
+        bounds = (("at least", self.minimum), ("above", self.above), ("at most", self.maximum), ("below", self.below))
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field says about its flag besides its name, type and default.
+
+    Attributes:
+        help: One or two sentences for ``--help`` and docs/flags.md.
+        origin: Where the flag comes from.
+        range: Numbers that it takes; an empty range takes all.
+        choices: Words that it takes, for types that cannot say so themselves (a ``Literal`` does).
+        aliases: Other names of the same setting. Giving two names with different values is an error.
+        compatibility: What becomes of a flag of the original here.
+    """
+
+    help: str
+    origin: Origin
+    range: Range
+    choices: tuple[str, ...]
+    aliases: tuple[str, ...]
+    compatibility: Compatibility
+
+    @classmethod
+    def of(cls, setting: Field) -> Flag:
+        """The flag of a field that ``flag`` made."""
+        return setting.metadata[_KEY]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    origin: Origin = "ours",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    aliases: Sequence[str] = (),
+    compatibility: Compatibility = AS_IS,
+) -> Any:
+    """Make a dataclass field that is a command-line flag, a YAML key and a row of docs/flags.md. See ``Flag`` and ``Range``.
+
+    A list default is copied for every instance.
+    """
+    allowed = Range(minimum, maximum, above, below)
+    metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+original_flag = functools.partial(flag, origin="original")
+megatron_flag = functools.partial(flag, origin="megatron")
+
+
+def default_of(setting: Field) -> Any:
+    """The value of a setting that is not given."""
+    return setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
+
+
+def choices_of(setting: Field, hint: Any) -> list[str]:
+    """Words that a setting takes, from its metadata or from the ``Literal`` in its type; empty when it takes any."""
+    return list(Flag.of(setting).choices or _literals(hint))
+
+
+def _literals(hint: Any) -> Iterator[str]:
+    for argument in get_args(hint):
+        if isinstance(argument, str):
+            yield argument
+        else:
+            yield from _literals(argument)
+
+
+def check_values(arguments: Any) -> None:
+    """Check every value of a dataclass of flags against the range and the choices in its field.
+
+    Raises:
+        ValueError: for the first value that its flag does not take, with the flag, the value and what it takes.
+    """
+    for setting in fields(arguments):
+        value, rules = getattr(arguments, setting.name), Flag.of(setting)
+        if value is None:
+            continue
+        if rules.range and value not in rules.range:
+            raise ValueError(f"--{setting.name} is {value}; it must be {rules.range}")
+        words = value if isinstance(value, list) else [value]
+        unknown = [word for word in words if rules.choices and word not in rules.choices]
+        if unknown:
+            raise ValueError(f"--{setting.name} {' '.join(unknown)}: choose from {', '.join(rules.choices)}")

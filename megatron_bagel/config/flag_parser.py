@@ -1,0 +1,118 @@
+"""The command line's parser, made from the dataclasses of flags.
+
+transformers' HfArgumentParser makes the flags, as in the original: ``--x_y`` and ``--x-y``, unambiguous beginnings, and booleans as
+``True`` / ``False`` or bare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, field, fields, make_dataclass
+from typing import Any, NoReturn, get_type_hints
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from megatron_bagel.config.flag import Flag, default_of
+from megatron_bagel.config.sections import ALIASES, SECTIONS
+
+
+class FlagParser(HfArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit, and sets only what is given."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"command line: {message}")
+
+    def given_values(self, arguments: Sequence[str], source: str) -> dict[str, Any]:
+        """Values of the settings that ``arguments`` gives, by the settings' own names.
+
+        Args:
+            arguments: Words of a command line.
+            source: Where they come from, for error messages.
+
+        Raises:
+            ValueError: for an unknown flag (with near matches) and for a value of the wrong type.
+        """
+        try:
+            namespace, unknown = self.parse_known_args(list(arguments))
+        except ValueError as error:
+            raise ValueError(str(error).replace("command line", source, 1)) from None
+        if unknown:
+            raise ValueError(f"{source}: {unknown_flag(unknown[0], self._option_string_actions)}")
+        return resolve_aliases(vars(namespace), source)
+
+
+@functools.cache
+def build_parser(command_flags: type | None = None, prog: str = "python -m megatron_bagel.train") -> FlagParser:
+    """All flags of training, their aliases and ``--config``, and the flags of a command's own dataclass.
+
+    No flag has a default in the parser: what is absent from its result was not given.
+    """
+    groups = [*SECTIONS.values(), *([command_flags] if command_flags is not None else [])]
+    parser = FlagParser(
+        [_with_help(group) for group in groups],
+        prog=prog,
+        description="Train a BAGEL model. Every flag is also a key of the YAML file given by --config; flags override the file.",
+    )
+    _add_aliases(parser)
+    parser.add_argument("--config", help=f"YAML file with any of these settings, flat or under {':, '.join(SECTIONS)}:.")
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # HfArgumentParser wants a value after a flag of type bool | None
+            action.nargs, action.const = "?", True
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _with_help(group: type) -> type:
+    """The same dataclass with metadata that argparse knows: the help text, with range and default."""
+    hints = get_type_hints(group)
+    settings: list[tuple[str, Any, Any]] = []
+    for setting in fields(group):
+        # HfArgumentParser takes other options from the metadata; a list's default is no default of a dataclass.
+        default: dict[str, Any] = {"default_factory": setting.default_factory} if isinstance(default_of(setting), list) else {}
+        default = default or {"default": setting.default}
+        settings.append((setting.name, hints[setting.name], field(**default, metadata={"help": help_text(setting)})))
+    return make_dataclass(group.__name__, settings)
+
+
+def help_text(setting: Field) -> str:
+    """The line of ``--help``: what the flag does, its range and its default."""
+    rules, default = Flag.of(setting), default_of(setting)
+    allowed = f" Must be {rules.range}." if rules.range else ""
+    choices = f" Choose from {', '.join(rules.choices)}." if rules.choices else ""
+    return f"{rules.help}{allowed}{choices} (default: {'none' if default in (None, []) else default})".replace("%", "%%")
+
+
+def _add_aliases(parser: FlagParser) -> None:
+    actions = {action.dest: action for action in parser._actions if not action.option_strings[0].startswith("--no_")}
+    for alias, name in ALIASES.items():
+        spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
+        aliased = actions[name]
+        parser.add_argument(
+            *spellings, dest=alias, type=aliased.type, choices=aliased.choices, help=f"Megatron's name of --{name}."
+        )  # fmt: skip
+
+
+def unknown_flag(text: str, options: Iterable[str]) -> str:
+    """Say that no flag takes ``text``, with the options that resemble it."""
+    if not text.startswith("--"):
+        return f"{text!r} belongs to no flag"
+    name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
+    near = difflib.get_close_matches(name, {option.lstrip("-").replace("-", "_") for option in options}, n=3, cutoff=0.6)
+    return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in near)}?" if near else "; see --help")
+
+
+def resolve_aliases(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Rename aliases to the settings they stand for. Raises ValueError where both are given with different values."""
+    resolved = {name: value for name, value in values.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        if alias not in values:
+            continue
+        if name in resolved and resolved[name] != values[alias]:
+            raise ValueError(f"{source}: --{alias} {values[alias]} and --{name} {resolved[name]} are one setting; give one of them")
+        resolved[name] = values[alias]
+    return resolved

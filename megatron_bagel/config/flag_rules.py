@@ -1,0 +1,129 @@
+"""Rules between flags: settings that only make sense together, whatever the model. The range of one flag stands in its field."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parser import Config
+
+
+def check_consistency(config: Config) -> None:
+    """Settings that only make sense together."""
+    data, training, megatron = config.data, config.training, config.megatron
+    if data.max_num_tokens_per_sample > data.max_num_tokens and "max_num_tokens_per_sample" in config.given:
+        raise ValueError(
+            f"--max_num_tokens_per_sample {data.max_num_tokens_per_sample} is more than a pack holds "
+            f"(--max_num_tokens {data.max_num_tokens}); lower it, or raise --max_num_tokens"
+        )
+    if training.expected_num_tokens > data.max_num_tokens and "expected_num_tokens" in config.given:
+        raise ValueError(
+            f"--expected_num_tokens {training.expected_num_tokens} is more than a pack holds (--max_num_tokens {data.max_num_tokens})"
+        )
+    if training.lr_scheduler == "cosine" and training.min_lr > training.lr:
+        raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
+    if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
+        raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
+        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
+    if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
+    check_recompute(config)
+    check_parallel_consistency(megatron)
+    if training.keep_every and not training.keep_last:
+        raise ValueError(f"--keep_every {training.keep_every} needs --keep_last: without it no checkpoint is removed")
+    if training.eval_every and not data.split:
+        raise ValueError(f'--eval_every {training.eval_every} needs rows that are not trained on: give --split, such as "99,1"')
+    if training.resume_model_only and training.resume_from is None:
+        raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
+    if training.finetune_from_ema and not training.resume_model_only:
+        raise ValueError("--finetune_from_ema True needs --resume_model_only True: a full resume has both model and EMA")
+    if training.finetune_from_hf and training.resume_from is None and not config.model.init_random:
+        raise ValueError(
+            "--finetune_from_hf True only gives architecture, tokenizer and autoencoder; weights come from --resume_from "
+            f"(usually the same folder: --resume_from {config.model.model_path} --resume_model_only True). "
+            "To train from random weights on purpose, add --init_random True"
+        )
+
+
+def check_resilience(config: Config) -> None:
+    """Limits of the watchdog against those of the collectives, and the optional package."""
+    resilience, collective = config.resilience, config.megatron.distributed_timeout_minutes
+    if resilience.hang_timeout_minutes >= collective and "hang_timeout_minutes" in config.given:
+        raise ValueError(
+            f"--hang_timeout_minutes {resilience.hang_timeout_minutes} must be below --distributed_timeout_minutes {collective}: later "
+            "the collectives give up first, and nobody names the rank they waited for"
+        )
+    if resilience.first_step_timeout_minutes < resilience.hang_timeout_minutes:
+        raise ValueError(
+            f"--first_step_timeout_minutes {resilience.first_step_timeout_minutes} is below --hang_timeout_minutes "
+            f"{resilience.hang_timeout_minutes}; the first step takes longer than the others"
+        )
+    if 0 < resilience.loss_spike_factor <= 1:
+        raise ValueError(f"--loss_spike_factor {resilience.loss_spike_factor} would call every step a spike; it must be above 1, or 0")
+    if (resilience.local_checkpoint_dir is None) != (resilience.save_local_every == 0):
+        raise ValueError(
+            "--local_checkpoint_dir and --save_local_every need each other: a folder on a disk of each node, and the steps between saves"
+        )
+    if resilience.ft_heartbeats:
+        needs_resiliency_package("--ft_heartbeats True", "and start with its ft_launcher in place of torchrun")
+    if resilience.local_checkpoint_dir is not None:
+        needs_resiliency_package("--local_checkpoint_dir", "on every node")
+    if resilience.inprocess_restarts:
+        needs_resiliency_package("--inprocess_restarts", "on every node")
+        if not config.training.auto_resume:
+            raise ValueError("--inprocess_restarts needs --auto_resume True: a run that starts again continues from its newest checkpoint")
+
+
+def needs_resiliency_package(flag: str, advice: str) -> None:
+    """Raise ValueError where nvidia-resiliency-ext is not installed."""
+    if find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            f"{flag} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel[resiliency]' (Linux, "
+            f"Python 3.10 and 3.11) {advice}; or leave the flag out"
+        )
+
+
+def check_recompute(config: Config) -> None:
+    """Each granularity has flags of its own."""
+    megatron = config.megatron
+    if megatron.recompute_granularity != "full" and config.given & {"recompute_method", "recompute_num_layers"}:
+        raise ValueError("--recompute_method and --recompute_num_layers need --recompute_granularity full")
+    if megatron.recompute_modules and megatron.recompute_granularity != "selective":
+        raise ValueError("--recompute_modules needs --recompute_granularity selective")
+
+
+def check_parallel_consistency(megatron: MegatronArguments) -> None:
+    """Parallel settings that need each other, whatever the model."""
+    if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence_parallel splits tokens over tensor-parallel ranks: it needs --tensor_model_parallel_size above 1")
+    for name in ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage",
+                 "num_layers_in_last_pipeline_stage"):  # fmt: skip
+        size = getattr(megatron, name)
+        if size is not None and megatron.pipeline_model_parallel_size == 1:
+            raise ValueError(f"--{name} {size} needs --pipeline_model_parallel_size above 1")
+    if megatron.num_layers_per_virtual_pipeline_stage is not None and (
+        megatron.num_layers_in_first_pipeline_stage is not None or megatron.num_layers_in_last_pipeline_stage is not None
+    ):
+        raise ValueError(
+            "--num_layers_per_virtual_pipeline_stage needs equal stages; with --num_layers_in_first_pipeline_stage or "
+            "--num_layers_in_last_pipeline_stage say --virtual_pipeline_model_parallel_size instead"
+        )
+
+
+def check_observing(config: Config, world_size: int) -> None:
+    """The profiler's window and ranks, and the name of Prometheus' file."""
+    observing = config.observing
+    given = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
+    if given and not observing.profile:
+        raise ValueError(f"--{given[0]} needs --profile: nothing is profiled without it")
+    if observing.profile and not 0 <= observing.profile_step_start < observing.profile_step_end:
+        raise ValueError(
+            f"--profile_step_start {observing.profile_step_start} and --profile_step_end {observing.profile_step_end} leave no step to "
+            "profile: the first must be 0 or more, and below the second"
+        )
+    unknown = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
+    if observing.profile and (unknown or not observing.profile_ranks):
+        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown))}: give ranks of this run, 0 to {world_size - 1}")
+    if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
+        raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")

@@ -1,0 +1,22 @@
+"""Every flag of training by section, derived from the dataclasses: which section holds it, and its other names."""
+
+from __future__ import annotations
+
+from dataclasses import Field, fields
+
+from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
+from megatron_bagel.config.flag import Flag
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.observing_arguments import ObservingArguments
+from megatron_bagel.config.resilience_arguments import ResilienceArguments
+
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
+    "observing": ObservingArguments, "resilience": ResilienceArguments,
+}  # fmt: skip
+#: Name of a setting -> its field, in the order of the sections.
+SETTINGS: dict[str, Field] = {setting.name: setting for arguments in SECTIONS.values() for setting in fields(arguments)}
+#: Name of a setting -> its section.
+SECTION_OF: dict[str, str] = {setting.name: section for section, arguments in SECTIONS.items() for setting in fields(arguments)}
+#: Megatron's name for a setting -> the original's. Both are accepted.
+ALIASES: dict[str, str] = {alias: name for name, setting in SETTINGS.items() for alias in Flag.of(setting).aliases}
