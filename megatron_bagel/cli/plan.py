@@ -15,9 +15,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
     try:
         config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, prog)
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
+        from megatron_bagel.cli.resolve_plan import resolve_plan
         from megatron_bagel.planning.command import answer
+        from megatron_bagel.planning.report import tables_of_names
 
-        print(answer(config, wanted))
+        print(tables_of_names() if wanted.list_models else answer(resolve_plan(config, wanted), wanted))
     except ValueError as error:
         print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2

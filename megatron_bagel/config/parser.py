@@ -18,11 +18,11 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from megatron_bagel.common.files import write_whole
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.original_flags import ALIASES
+from megatron_bagel.config.record import write_record
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 
 SECTIONS: dict[str, type] = {
@@ -65,9 +65,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write as YAML that ``--config`` accepts, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_record(self.to_dict(), path)
 
 
 class _Parser(HfArgumentParser):
