@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_bagel.assembly.modules import Modules
+from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.state import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
 from megatron_bagel.checkpoint.hf.folder import HFFolder
@@ -100,7 +101,7 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
     path = settings.resume_from
     if path is None:
         return WeightSource()
-    checkpoint = path if is_complete(path) else latest_checkpoint(path) if path.is_dir() else None
+    checkpoint = checkpoint_at(path)
     if checkpoint is not None:
         if settings.model_only:
             return WeightSource(folder=checkpoint, weights="ema" if settings.from_ema else "model")
