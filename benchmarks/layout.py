@@ -22,9 +22,11 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.long_packs import KINDS, LONG, quickest  # noqa: E402
-from megatron_bagel.assembly.training_modules import run_model  # noqa: E402
+from megatron_bagel.cli.data_settings import data_settings  # noqa: E402
 from megatron_bagel.config.parser import parse_config  # noqa: E402
+from megatron_bagel.config.resolve import architecture, tokenizer_path  # noqa: E402
 from megatron_bagel.data.loading.build import open_loader  # noqa: E402
+from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
 from megatron_bagel.layout.cp_partition import concatenated, context_orders  # noqa: E402
 from megatron_bagel.layout.items import Sample  # noqa: E402
@@ -83,7 +85,8 @@ def measure_pack(pack: Pack) -> dict[str, Any]:
 def packs_of(config_file: Path, count: int) -> dict[str, Pack]:
     """The first packs that a training configuration would train on."""
     config = parse_config(["--config", str(config_file)])
-    loader = open_loader(config, *run_model(config), count)
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    loader = open_loader(data_settings(config), architecture(config), tokenizer, count)
     packs = {f"pack {loaded.plan.number}": loaded.pack for loaded in next(loader).packs}
     loader.close()
     return packs

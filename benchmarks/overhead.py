@@ -30,6 +30,7 @@ platform.install()
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
+from megatron_bagel.cli.resolve_run import resilience_settings  # noqa: E402
 from megatron_bagel.config.parser import Config  # noqa: E402
 from megatron_bagel.costs.flops import StepWork, mfu_flops, work_flops  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
@@ -38,7 +39,7 @@ from megatron_bagel.training.losses import StepLosses  # noqa: E402
 from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
 from megatron_bagel.training.observability.metrics import RateWindow, StepMetrics  # noqa: E402
 from megatron_bagel.training.resilience.bad_steps import Attempt  # noqa: E402
-from megatron_bagel.training.resilience.run_monitors import Survival, limits_of  # noqa: E402
+from megatron_bagel.training.resilience.run_monitors import Survival  # noqa: E402
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,7 +79,8 @@ def step_seconds(name: str, steps: int) -> tuple[float, float]:
 def part_seconds(name: str, folder: Path, calls: int, step_wall_s: float) -> dict[str, float]:
     """CPU seconds per step of each part, with the flags' defaults."""
     config = Config.from_values({"results_dir": str(folder)})
-    survival = Survival.of(config)
+    resilience = resilience_settings(config)
+    survival = Survival.of(resilience)
     good = Attempt(StepLosses(1.0, 0.5, 0.5), 1.0, torch.zeros(0))
     work, arch, window = StepWork.of(bench_pack(CONFIGS[name])), CONFIGS[name].arch, RateWindow(1.0, 1)
     log, metrics = RunLog(folder, 0, 0), StepMetrics(*range(1), *([1.0] * 5), *([1] * 4), *([1.0] * 4), 1)
@@ -97,7 +99,7 @@ def part_seconds(name: str, folder: Path, calls: int, step_wall_s: float) -> dic
         "agreement": cpu_seconds(lambda: survival.agreement.exchange(0), calls),
         "judging": cpu_seconds(lambda: survival.bad_steps.attempt(0, lambda: good), calls),
         "watchdog_progress": cpu_seconds(lambda: survival.watchdog.progress(1), calls),
-        "watchdog_thread": cpu_seconds(survival.watchdog._post, calls) * step_wall_s / limits_of(config).interval,
+        "watchdog_thread": cpu_seconds(survival.watchdog._post, calls) * step_wall_s / resilience.limits.interval,
         "stragglers": cpu_seconds(stragglers, calls),
         "rates": cpu_seconds(rates, calls),
         "log_line": cpu_seconds(lambda: log.log(metrics), calls) / config.training.log_every,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from data_tools import make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import architecture
 from megatron_bagel.config.validate import validate
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.sources.dataset_config import load_groups
@@ -19,6 +20,10 @@ from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork, run_ranks
+
+if TYPE_CHECKING:
+    from megatron_bagel.training.loop import Run
+    from megatron_bagel.training.resolved_run import ResolvedRun
 
 SIZES = ["--hidden-size", "64", "--layers", "2", "--vit-hidden-size", "32", "--vit-layers", "2", "--vit-patches-per-side", "10"]
 AUTOENCODER = AutoencoderArch(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
@@ -65,10 +70,30 @@ def run_config(world: Path, results: Path, ranks: int = 1, **flags: Any) -> Conf
     return config
 
 
-def _execute(config: Config) -> None:
+def resolved(config: Config, ranks: int = 1) -> ResolvedRun:
+    """The run as the command resolves it, on CPU ranks."""
+    from megatron_bagel.cli.resolve_run import resolve_run
+
+    return resolve_run(config, architecture(config), ranks, has_gpu=False)
+
+
+def open_run(config: Config) -> Run:
+    """Set the run up on this rank, process groups included."""
+    import torch.distributed as dist
+
     from megatron_bagel.training.setup import set_up as setup
 
-    setup.execute(config)
+    run = resolved(config, dist.get_world_size())
+    setup.initialize_parallel(run)
+    return setup.set_up(run)
+
+
+def _execute(config: Config) -> None:
+    import torch.distributed as dist
+
+    from megatron_bagel.training.setup import set_up as setup
+
+    setup.execute(resolved(config, dist.get_world_size()))
 
 
 def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:

@@ -16,13 +16,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
         ("common",), ("config", "platform"), ("layout", "parallel"), ("model", "data", "checkpoint"), ("encoders",), ("costs",),
-        ("assembly",), ("inference", "sample_world"), ("training",), ("planning",), ("cli",), ("train", "generate", "evaluate", "plan"),
+        ("assembly",), ("inference", "sample_world"), ("training",), ("planning",), ("cli",),
+        ("train", "generate", "evaluate", "plan", "__main__"),
     ),
     "checkpoint": (("hf",), ("dist",), ("convert", "command_line")),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),
     "inference": (("core",), ("batch",), ("web",)),
     "training": (
-        ("losses", "observability", "optim"), ("resilience",), ("step",), ("evaluation", "saving"), ("loop",), ("setup", "export_job"),
+        ("losses", "observability", "optim"), ("resilience",), ("step",), ("evaluation", "saving"), ("loop",), ("resolved_run",),
+        ("setup", "export_job"),
     ),
 }  # fmt: skip
 

@@ -21,9 +21,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
             print(resolved_yaml(config, wanted.gpus, has_gpu=True), end="")
             return 0
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
+        from megatron_bagel.cli.resolve_plan import resolve_plan
         from megatron_bagel.planning.command import answer
+        from megatron_bagel.planning.report import tables_of_names
 
-        print(answer(config, wanted))
+        print(tables_of_names() if wanted.list_models else answer(resolve_plan(config, wanted), wanted))
     except ValueError as error:
         print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2

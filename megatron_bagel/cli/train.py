@@ -19,6 +19,8 @@ from megatron_bagel.config.validate import validate
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from megatron_bagel.config.architecture import BagelArch
+
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.train") -> int:
     """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
@@ -28,17 +30,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
             return print_config(config)
         if config.megatron.dry_run:
             return rehearse(config)
-        prepare(config)
+        arch = prepare(config)
     except ValueError as error:
         return refuse(error, prog)
     restarts = config.resilience.inprocess_restarts
     if not restarts:
-        attempt(config)
+        attempt(config, arch)
         return 0
     from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
 
     try:
-        restart_in_process(lambda store: attempt(config, store), restarts, longest_wait(config))
+        restart_in_process(lambda store: attempt(config, arch, store), restarts, longest_wait(config))
     except ValueError as error:
         return refuse(error, prog)
     return 0
@@ -50,35 +52,43 @@ def refuse(error: ValueError, prog: str) -> int:
     return 2
 
 
-def prepare(config: Config) -> None:
-    """Check the settings and the machine, then make Megatron-Core ready for import. Raises ValueError for what cannot work."""
+def prepare(config: Config) -> BagelArch:
+    """Check the settings and the machine, make Megatron-Core ready for import, and return the model that the settings describe.
+
+    Raises ValueError for what cannot work.
+    """
     from megatron_bagel import platform
     from megatron_bagel.platform.device import check_processes
     from megatron_bagel.platform.launch.process_group import launched_world_size
 
-    validate(config, launched_world_size(), platform.has_gpu())
+    arch = validate(config, launched_world_size(), platform.has_gpu())
     check_processes()
     platform.install()
+    return arch
 
 
-def attempt(config: Config, store: dist.Store | None = None) -> None:
+def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) -> None:
     """One run from where it stands to its end, from no process group to none. An error becomes SystemExit.
 
-    ``store`` is where the ranks meet, if the launcher's rendezvous is not to be used.
+    ``arch`` is the model that ``validate`` read. ``store`` is where the ranks meet, if the launcher's rendezvous is not to be used.
     """
+    import torch.distributed as dist
+
+    from megatron_bagel import platform
     from megatron_bagel.platform.launch.child_processes import end_forks_with_this_process
     from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
     # Not before: a process that nvidia-resiliency-ext forks to watch this one must outlive it.
     end_forks_with_this_process()
     # Megatron-Core is imported only now: the platform must be in place first.
+    from megatron_bagel.cli.resolve_run import resolve_run
     from megatron_bagel.training.resilience.error_report import ErrorReport
     from megatron_bagel.training.setup import set_up as setup
 
     init_distributed(longest_wait(config), store=store)
     try:
         with ErrorReport(config.training.results_dir):
-            setup.execute(config)
+            setup.execute(resolve_run(config, arch, dist.get_world_size(), platform.has_gpu()))
     finally:
         shutdown_distributed()
 
@@ -108,9 +118,10 @@ def rehearse(config: Config) -> int:
     from megatron_bagel.platform.launch.process_group import launched_world_size
 
     world_size = config.megatron.fake_world_size or launched_world_size()
-    validate(config, world_size, has_gpu=True)
+    arch = validate(config, world_size, has_gpu=True)
     platform.install()
+    from megatron_bagel.cli.resolve_run import resolve_run
     from megatron_bagel.planning.dry_run import dry_run
 
-    print(dry_run(config, config.megatron.fake_rank, world_size).text())
+    print(dry_run(resolve_run(config, arch, world_size, has_gpu=True), config.megatron.fake_rank).text())
     return 0

@@ -266,13 +266,15 @@ class BagelArch:
         return self.latent_patch_size * (self.autoencoder.downsample if self.autoencoder else 8)
 
     @classmethod
-    def from_hf_folder(cls, folder: str | Path, llm: dict[str, Any] | None = None, **override: Any) -> BagelArch:
+    def from_hf_folder(
+        cls, folder: str | Path, llm: dict[str, Any] | None = None, unstated: dict[str, Any] | None = None, **override: Any
+    ) -> BagelArch:
         """From a folder in the released layout: ``llm_config.json``, ``vit_config.json`` and, where present, ``config.json``.
 
         ``override`` holds the settings of this class that flags give (``max_latent_size``, ...) and wins over ``config.json``,
-        as the original takes them from flags alone; ``llm`` does the same for the decoder. A folder that does not say which
-        layer it has is taken for the released one: MoT layers with QK-norm. Raises ValueError naming the file that is missing
-        or wrong.
+        as the original takes them from flags alone; ``llm`` does the same for the decoder. ``unstated`` holds values for the settings
+        that ``config.json`` does not mention. A folder that does not say which layer it has is taken for the released one: MoT
+        layers with QK-norm. Raises ValueError naming the file that is missing or wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -280,6 +282,7 @@ class BagelArch:
         top = read_json(folder / "config.json", "model folder") if (folder / "config.json").is_file() else {}
         known = {f.name for f in fields(cls)} - {"llm", "vit", "autoencoder"}
         values = {key: top[key] for key in known if top.get(key) is not None}
+        values.update({key: value for key, value in (unstated or {}).items() if key not in top and value is not None})
         values.update({key: value for key, value in override.items() if value is not None})
         vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
         has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megatron_bagel.common.files import write_whole
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import default_of
 from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unknown_flag
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
+from megatron_bagel.config.record import write_record
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
 
@@ -60,9 +60,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write as YAML that ``--config`` accepts, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_record(self.to_dict(), path)
 
 
 def parse_config(arguments: Sequence[str], prog: str = "python -m megatron_bagel.train") -> Config:

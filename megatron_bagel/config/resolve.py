@@ -22,7 +22,7 @@ _MODEL_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class ResolvedRun:
+class ResolvedSizes:
     """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs, after the ramp of
     ``batch_sizes`` where there is one."""
 
@@ -40,7 +40,7 @@ class ResolvedRun:
     notes: tuple[str, ...] = ()
 
 
-def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedRun:
+def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
     """Raises ValueError where sizes do not fit, naming flags and the values that would."""
     megatron, training, given = config.megatron, config.training, config.given
     data_parallel = data_parallel_size(config, world_size)
@@ -57,7 +57,7 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedRun:
     if "prefer_buffer_before" in given:
         notes.append("prefer_buffer_before: samples that wait for a pack always go first here, so there is nothing to set")
     wandb_flags = sorted(name for name in given if name.startswith("wandb_"))
-    return ResolvedRun(
+    return ResolvedSizes(
         world_size=world_size,
         data_parallel_size=data_parallel,
         global_batch_size=global_batch,
@@ -197,12 +197,11 @@ def architecture(config: Config) -> BagelArch:
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
     if training.finetune_from_hf:
         flag_of = {"qk_norm": "llm_qk_norm"}
-        folder = Path(model.model_path)
-        stated = read_json(folder / "config.json", "--model_path") if (folder / "config.json").is_file() else {}
         arch = BagelArch.from_hf_folder(
-            folder,
+            Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
-            **{name: value for name, value in settings.items() if name in config.given or name not in stated},
+            unstated=settings,
+            **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
     else:
@@ -219,14 +218,14 @@ def architecture(config: Config) -> BagelArch:
     return arch
 
 
-def index_dir(config: Config) -> Path:
-    """Where the index of the data is: index_dir, else inside results_dir."""
-    return Path(config.data.index_dir) if config.data.index_dir is not None else Path(config.training.results_dir) / "index"
-
-
 def tokenizer_path(config: Config) -> str:
     """Where the tokenizer is: tokenizer_path, else with the model."""
     return config.model.tokenizer_path or (config.model.model_path if config.training.finetune_from_hf else config.model.llm_path)
+
+
+def autoencoder_path(config: Config) -> Path:
+    """The file of the autoencoder's weights; a run with a latent cache does without it."""
+    return Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,14 +12,17 @@ from megatron_bagel.config.resolve import architecture, resolve
 from megatron_bagel.config.sections import SECTIONS
 
 
-def validate(config: Config, world_size: int, has_gpu: bool) -> None:
-    """Raises ValueError for the first setting that cannot work, before this process has met another one.
+def validate(config: Config, world_size: int, has_gpu: bool) -> BagelArch:
+    """Check everything, and return the model that the settings describe: its JSON is read here, once per start.
 
+    Raises ValueError for the first setting that cannot work, before this process has met another one.
     ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
     """
     validate_settings(config, world_size, has_gpu)
     check_paths(config)
-    validate_architecture(config, architecture(config))
+    arch = architecture(config)
+    validate_architecture(config, arch)
+    return arch
 
 
 def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:

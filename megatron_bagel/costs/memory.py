@@ -13,12 +13,11 @@ from math import lcm, prod
 import torch
 
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, padded_vocabulary, virtual_stages
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
 from megatron_bagel.costs.freezing import TOWER_PARTS, is_frozen
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 FP32 = 4
@@ -82,13 +81,11 @@ def stage_layers(megatron: MegatronArguments, layers: int) -> list[int]:
 
 
 class MemoryModel:
-    """The tensors of a model, sharded for the tensor-parallel size of ``config``, by pipeline stage."""
+    """The tensors of a model, sharded for its tensor-parallel size, by pipeline stage."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun) -> None:
-        """``layout`` is what ``resolve`` made of ``config``; the sizes must have passed ``validate_architecture``."""
-        self.megatron, self.arch, self.layout = config.megatron, arch, layout
-        training = config.training
-        tp, divisor = config.megatron.tensor_model_parallel_size, config.megatron.make_vocab_size_divisible_by
+    def __init__(self, inputs: CostInputs) -> None:
+        self.megatron, self.arch, self.sizes = inputs.megatron, inputs.arch, inputs.sizes
+        arch, tp, divisor = inputs.arch, inputs.megatron.tensor_model_parallel_size, inputs.megatron.make_vocab_size_divisible_by
         rows = padded_vocabulary(arch.llm.vocab_size, tp, divisor)
         # Rows that pad the vocabulary take memory like any other.
         entries = WeightMap(replace(arch, llm=replace(arch.llm, vocab_size=rows))).entries
@@ -97,7 +94,7 @@ class MemoryModel:
                 name,
                 prod(entry.shape) // (tp if _is_sharded(name) else 1),
                 int(name.split(".")[2]) if name.startswith("decoder.layers.") else None,
-                is_frozen(name, entries, arch.llm.tie_word_embeddings, training.freeze_llm, training.freeze_vit, training.freeze_und),
+                is_frozen(name, entries, arch.llm.tie_word_embeddings, inputs.frozen),
             )
             for name, entry in entries.items()
         ]
@@ -116,12 +113,12 @@ class MemoryModel:
 
         Weights without gradients count with the buffer of their part.
         """
-        layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
-        replicas = layout.data_parallel_size * self.megatron.context_parallel_size
-        shards = replicas // layout.distributed_optimizer_instances
+        sizes, everywhere = self.sizes, encoders_on_all_ranks(self.megatron)
+        replicas = sizes.data_parallel_size * self.megatron.context_parallel_size
+        shards = replicas // sizes.distributed_optimizer_instances
         tower = [tensor for tensor in self._tensors if tensor.is_tower and (everywhere or stage == 0)]
         # A tower on every rank is data-parallel over the world, and its state is sharded over all ranks.
-        tower_memory = [(True, self._bytes(tower, *(layout.world_size, layout.world_size) if everywhere else (replicas, shards)))]
+        tower_memory = [(True, self._bytes(tower, *(sizes.world_size, sizes.world_size) if everywhere else (replicas, shards)))]
         return tower_memory + [(False, self._bytes(buffer, replicas, shards)) for buffer in self._buffers(stage)]
 
     def norm_gradients(self, stage: int) -> int:
@@ -174,7 +171,7 @@ class MemoryModel:
 
     def _bytes(self, tensors: Sequence[_Tensor], replicas: int, shards: int) -> RankMemory:
         """Return the memory of tensors that ``replicas`` ranks hold alike, with optimizer state sharded over ``shards`` of them."""
-        bf16, sharded = self.layout.bf16, self.layout.use_distributed_optimizer
+        bf16, sharded = self.sizes.bf16, self.sizes.use_distributed_optimizer
         trained_sizes = [tensor.numel for tensor in tensors if not tensor.frozen]
         total, trained_count = sum(tensor.numel for tensor in tensors), sum(trained_sizes)
         padded = trained_count

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import padded_vocabulary, virtual_stages
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.costs.memory import stage_layers
 from megatron_bagel.planning.rank_tokens import RankTokens
 
@@ -30,9 +29,8 @@ class Recompute:
     modules: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: Config) -> Recompute:
-        """As the flags ask for it."""
-        megatron = config.megatron
+    def of(cls, megatron: MegatronArguments) -> Recompute:
+        """As the settings ask for it."""
         modules = tuple(megatron.recompute_modules or ["core_attn"]) if megatron.recompute_granularity == "selective" else ()
         return cls(megatron.recompute_granularity, megatron.recompute_method, megatron.recompute_num_layers, modules)
 
@@ -87,15 +85,15 @@ class LayerActivations:
 
 
 class ActivationModel:
-    """Activation bytes of the stages of a layout. The sizes must have passed ``validate_architecture``."""
+    """Activation bytes of the stages of a layout."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun) -> None:
+    def __init__(self, inputs: CostInputs) -> None:
         """Raises ValueError for the reference backend ``dense``, whose matrices no run should hold."""
-        self.megatron, self.arch, self.freeze_und = config.megatron, arch, config.training.freeze_und
-        self.backend, self.bytes = layout.attention_backend, 2 if layout.bf16 else FP32
+        self.megatron, self.arch, self.freeze_und = inputs.megatron, inputs.arch, inputs.frozen.und
+        self.backend, self.bytes = inputs.sizes.attention_backend, 2 if inputs.sizes.bf16 else FP32
         if self.backend == "dense":
             raise ValueError("--attention_backend dense is the reference of the tests; plan with sdpa or flex")
-        llm, tp = arch.llm, config.megatron.tensor_model_parallel_size
+        llm, tp = inputs.arch.llm, inputs.megatron.tensor_model_parallel_size
         self.tp = tp
         self.groups = max(1, llm.num_key_value_heads // tp)
         self.heads_per_group = llm.num_attention_heads // (llm.num_key_value_heads * max(1, tp // llm.num_key_value_heads))

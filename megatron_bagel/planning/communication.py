@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.costs.memory import MemoryModel, stage_layers
 from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import RankTokens
@@ -43,17 +41,17 @@ class Collective:
 
 
 class CommunicationModel:
-    """Collectives of the ranks of a layout. The sizes must have passed ``validate_architecture``."""
+    """Collectives of the ranks of a layout."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, memory: MemoryModel | None = None) -> None:
-        self.config, self.megatron, self.arch, self.layout = config, config.megatron, arch, layout
-        self.activations = ActivationModel(config, arch, layout)
-        self.memory = memory or MemoryModel(config, arch, layout)
-        self.recompute, self.width = Recompute.of(config), self.activations.bytes
+    def __init__(self, inputs: CostInputs, memory: MemoryModel | None = None) -> None:
+        self.megatron, self.arch, self.sizes = inputs.megatron, inputs.arch, inputs.sizes
+        self.activations = ActivationModel(inputs)
+        self.memory = memory or MemoryModel(inputs)
+        self.recompute, self.width = Recompute.of(inputs.megatron), self.activations.bytes
         self.tp, self.pp, self.cp = (
             self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size, self.megatron.context_parallel_size,
         )  # fmt: skip
-        self.stride = layout.world_size // self.pp
+        self.stride = inputs.sizes.world_size // self.pp
 
     def rank(self, stage: int, packs: Sequence[RankTokens]) -> list[Collective]:
         """Of a rank of ``stage`` whose replica trains on ``packs`` in a step; equal calls are counted together."""
@@ -128,29 +126,29 @@ class CommunicationModel:
             yield Collective("pipeline", "hidden states and their gradients", "send", self.pp, size, forward + backward, 2 * self.stride)
 
     def _gradients(self, stage: int) -> Iterator[Collective]:
-        layout, everywhere = self.layout, encoders_on_all_ranks(self.megatron)
-        replicas = layout.data_parallel_size * self.cp
-        shards = replicas // layout.distributed_optimizer_instances
-        span = self.tp * self.cp * layout.data_parallel_size
+        sizes, everywhere = self.sizes, encoders_on_all_ranks(self.megatron)
+        replicas = sizes.data_parallel_size * self.cp
+        shards = replicas // sizes.distributed_optimizer_instances
+        span = self.tp * self.cp * sizes.data_parallel_size
         for tower, held in self.memory.buffers(stage):
-            over = layout.world_size if tower and everywhere else shards
-            reach = layout.world_size if tower and everywhere else span
+            over = sizes.world_size if tower and everywhere else shards
+            reach = sizes.world_size if tower and everywhere else span
             buckets = self._buckets(held.gradient_bytes // FP32, over)
             trained = held.gradient_bytes // FP32 // buckets
-            if not layout.use_distributed_optimizer:
+            if not sizes.use_distributed_optimizer:
                 yield Collective("data", "gradients", "all_reduce", over, trained * FP32, buckets, reach)
                 continue
             yield Collective("data", "gradients", "reduce_scatter", over, trained * FP32, buckets, reach)
             yield Collective("data", "weights", "all_gather", over, trained * self.width, buckets, reach)
-            if layout.distributed_optimizer_instances > 1 and not (tower and everywhere):
-                between = layout.distributed_optimizer_instances
+            if sizes.distributed_optimizer_instances > 1 and not (tower and everywhere):
+                between = sizes.distributed_optimizer_instances
                 yield Collective("data", "gradients between instances", "all_reduce", between, trained * FP32 // shards, buckets, span)
         yield Collective(
             "tensor", "gradients of norms", "all_reduce", self.tp, self.memory.norm_gradients(stage) * FP32, 1, self.tp
         )  # fmt: skip
         if self.arch.llm.tie_word_embeddings and self.pp > 1 and stage in (0, self.pp - 1):
             size = self.memory.embedding_gradients() * FP32
-            yield Collective("pipeline", "gradient of the tied embedding", "all_reduce", 2, size, 1, self.layout.world_size)
+            yield Collective("pipeline", "gradient of the tied embedding", "all_reduce", 2, size, 1, self.sizes.world_size)
 
     def _buckets(self, elements: int, ranks: int) -> int:
         """Pieces that a gradient buffer is reduced in: Megatron's rule for overlapped reduction, to one or two, for a bucket ends with a
@@ -166,7 +164,7 @@ class CommunicationModel:
         ranks = self.tp * self.pp * self.cp
         tokens = {kind: sum(image.tokens for pack in packs for image in pack.images if image.kind == kind) for kind in ("vit", "vae")}
         first, ends = self.tp * self.cp, self.tp * self.cp * min(2, self.pp)
-        span = self.layout.world_size if self.pp > 1 else ranks
+        span = self.sizes.world_size if self.pp > 1 else ranks
 
         def call(what: str, size: float) -> Collective:
             return Collective("encoders", what, "all_to_all", ranks, round(size), 1, span)

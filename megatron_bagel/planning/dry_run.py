@@ -18,25 +18,20 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_bagel.assembly.meta_init import on_meta
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.checkpoint.dist.state import Trained, sharded_state, sharded_tensors
-from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun, resolve
-from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.config.resolve import ResolvedSizes
 from megatron_bagel.data.index.format import MANIFEST
-from megatron_bagel.data.loading.build import index_folder, open_loader
-from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
+from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.parallel.rank_coordinates import RankCoordinates, check_rank_order, coordinates_of
-from megatron_bagel.parallel.replica import make_replica
 from megatron_bagel.planning.communication import Collective, CommunicationModel
 from megatron_bagel.planning.memory import PeakMemory, StageMemory
 from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
 from megatron_bagel.platform.device import peak_memory_bytes
 from megatron_bagel.platform.launch.fake_world import MetaCountsAsCuda, fake_world
+from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.setup import set_up as setup
 from megatron_bagel.training.setup.build import build_trainable
 from megatron_bagel.training.step import Trainable
@@ -46,8 +41,7 @@ from megatron_bagel.training.step import Trainable
 class DryRunReport:
     """What one rank of a run would hold and do; ``seconds`` of each phase. ``checkpoint`` are tensors and bytes by section."""
 
-    config: Config
-    layout: ResolvedRun
+    sizes: ResolvedSizes
     rank: int
     place: RankCoordinates
     plans: list[PackPlan]
@@ -61,10 +55,10 @@ class DryRunReport:
 
     def text(self) -> str:
         """For a reader."""
-        place, layout = self.place, self.layout
+        place, sizes = self.place, self.sizes
         head = (
-            f"rank {self.rank} of {layout.world_size}: tensor {place.tensor}, context {place.context}, data {place.data}, pipeline "
-            f"{place.pipeline}; {layout.global_batch_size} packs per step, {layout.num_microbatches} of them on this replica"
+            f"rank {self.rank} of {sizes.world_size}: tensor {place.tensor}, context {place.context}, data {place.data}, pipeline "
+            f"{place.pipeline}; {sizes.global_batch_size} packs per step, {sizes.num_microbatches} of them on this replica"
         )
         held = self.memory.held
         memory = [["GiB", "formula", "built"]]
@@ -94,48 +88,45 @@ def usage() -> str:
     return f"process: user {used.ru_utime:.1f} s, system {used.ru_stime:.1f} s, largest resident memory {peak_memory_bytes() / GIB:.2f} GiB"
 
 
-def dry_run(config: Config, rank: int, world_size: int) -> DryRunReport:
-    """Rehearse ``rank`` of ``world_size``. The settings must have passed ``validate`` for that many GPUs.
+def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
+    """Rehearse ``rank`` of a run, which was resolved for GPUs.
 
     Raises ValueError for a rank outside of the world, an index that is not built yet (a rehearsal writes nothing), and like a run's start.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {world_size}")
-    if not (index_folder(config) / MANIFEST).is_file():
-        raise ValueError(f"there is no index in {index_folder(config)}: build one with data_tools/build_index.py and give --index_dir")
+    sizes, megatron, settings = resolved.sizes, resolved.megatron, resolved.step
+    if not 0 <= rank < sizes.world_size:
+        raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {sizes.world_size}")
+    if not (resolved.data.index / MANIFEST).is_file():
+        raise ValueError(f"there is no index in {resolved.data.index}: build one with data_tools/build_index.py and give --index_dir")
     seconds: dict[str, float] = {}
-    layout = resolve(config, world_size, has_gpu=True)
-    with fake_world(rank, world_size):
+    with fake_world(rank, sizes.world_size):
         with _timed(seconds, "groups"):
-            setup.initialize_parallel(config)
+            setup.initialize_parallel(resolved)
             check_rank_order()
             place = coordinates_of(dist.get_rank())
-            arch, tokenizer = run_model(config)
-            validate_architecture(config, arch)
-            replica = make_replica() if encoders_on_all_ranks(config.megatron) else None
-        costs = EncoderCosts.of(arch, config.training.freeze_vit or config.training.freeze_und)
-        share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
+            replica, share = setup.encoding_share(resolved)
         with _timed(seconds, "packs"):
-            loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place.data, layout.data_parallel_size, share)
+            loader = open_loader(
+                resolved.data, resolved.arch, resolved.tokenizer, sizes.batch_sizes, place.data, sizes.data_parallel_size, share
+            )
             plans = loader.plan_next()
             packs = [loader.reader.layout(plan) for plan in plans]
-            settings = setup.step_settings(config, layout)
             tokens = [
                 rank_tokens(
-                    pack, place.context, config.megatron.context_parallel_size,
+                    pack, place.context, megatron.context_parallel_size,
                     settings.seq_length if settings.fixed_slots else None, settings.slot_multiple, settings.cp_comm_type == "a2a",
                 )
                 for pack in packs
             ]  # fmt: skip
         with _timed(seconds, "model and optimizer"), on_meta(), MetaCountsAsCuda():
-            trainable, trained = build_trainable(config, layout, arch, None, replica, share)
+            trainable, trained = build_trainable(resolved, None, replica, share)
             built = built_bytes(trainable, trained)
         with _timed(seconds, "checkpoint"), on_meta(), MetaCountsAsCuda(everywhere=True):
             checkpoint = checkpoint_share(trained)
         with _timed(seconds, "memory and collectives"):
-            memory = PeakMemory(config, arch, layout).stage(place.pipeline, tokens)
-            calls = CommunicationModel(config, arch, layout).rank(place.pipeline, tokens)
-    return DryRunReport(config, layout, rank, place, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
+            memory = PeakMemory(resolved.costs).stage(place.pipeline, tokens)
+            calls = CommunicationModel(resolved.costs).rank(place.pipeline, tokens)
+    return DryRunReport(sizes, rank, place, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
 
 
 @contextmanager

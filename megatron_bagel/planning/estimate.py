@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
 from megatron_bagel.costs.flops import StepWork, WorkFlops, layer_matrix_elements, mfu_flops, utilization, work_flops
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.costs.memory import stage_layers
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.communication import Collective
@@ -38,8 +36,9 @@ class StepEstimate:
         return asdict(self)
 
 
-def recomputed_flops(arch: BagelArch, config: Config, work: StepWork, recompute: Recompute) -> float:
+def recomputed_flops(inputs: CostInputs, work: StepWork, recompute: Recompute) -> float:
     """Operations of the passes that are done a second time: a layer's forward pass is a third of its work."""
+    arch, megatron = inputs.arch, inputs.megatron
     flops, llm = work_flops(arch, work), arch.llm
     forward, attention = flops.decoder_linear / 3, flops.decoder_attention / 3
     extra = 0.0
@@ -48,10 +47,10 @@ def recomputed_flops(arch: BagelArch, config: Config, work: StepWork, recompute:
     if "mlp" in recompute.modules:
         extra += forward * 3 * llm.hidden_size * llm.intermediate_size / layer_matrix_elements(llm)
     if recompute.granularity == "full":
-        stages, chunks = stage_layers(config.megatron, llm.num_hidden_layers), virtual_stages(config.megatron, llm.num_hidden_layers) or 1
+        stages, chunks = stage_layers(megatron, llm.num_hidden_layers), virtual_stages(megatron, llm.num_hidden_layers) or 1
         again = sum(chunks * (layers // chunks - recompute.untouched(layers // chunks)) for layers in stages)
         extra += (forward + attention) * again / llm.num_hidden_layers
-    if config.megatron.recompute_vit:
+    if megatron.recompute_vit:
         extra += flops.vit / 3
     return extra
 
@@ -59,13 +58,14 @@ def recomputed_flops(arch: BagelArch, config: Config, work: StepWork, recompute:
 class StepTime:
     """Times of a layout on a GPU; the formulas are those of docs/planning.md."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, gpu: Gpu, assumed: Assumptions) -> None:
-        self.config, self.arch, self.layout, self.gpu, self.assumed = config, arch, layout, gpu, assumed
+    def __init__(self, inputs: CostInputs, gpu: Gpu, assumed: Assumptions) -> None:
+        self.inputs, self.arch, self.megatron, self.sizes = inputs, inputs.arch, inputs.megatron, inputs.sizes
+        self.gpu, self.assumed = gpu, assumed
 
     def estimate(self, work: StepWork, calls: Sequence[Sequence[Collective]]) -> StepEstimate:
         """``work`` is that of the global batch; ``calls`` are the collectives of a rank of each stage."""
-        megatron, training, layout = self.config.megatron, self.config.training, self.layout
-        flops = work_flops(self.arch, work, training.freeze_llm, training.freeze_vit)
+        megatron, frozen, sizes = self.megatron, self.inputs.frozen, self.sizes
+        flops = work_flops(self.arch, work, frozen.llm, frozen.vit)
         compute = max(self._compute(flops, work, stage) for stage in range(len(calls)))
         tensor, context, pipeline, data = (
             max(sum(self.seconds(call) for call in stage if call.axis == axis) for stage in calls)
@@ -75,12 +75,12 @@ class StepTime:
         if chunks > 1:
             pipeline = 0.0  # interleaved stages send while they compute
         busy = compute + tensor + context + pipeline
-        waits = (megatron.pipeline_model_parallel_size - 1) / (chunks * layout.num_microbatches)
-        exposed = self._exposed(data, compute / layout.num_microbatches)
+        waits = (megatron.pipeline_model_parallel_size - 1) / (chunks * sizes.num_microbatches)
+        exposed = self._exposed(data, compute / sizes.num_microbatches)
         encode = self._encode(flops) + max(sum(self.seconds(call) for call in stage if call.axis == "encoders") for stage in calls)
         step = encode + busy * (1 + waits) + exposed
         rates = [
-            utilization(amount, step, self.gpu.tflops, layout.world_size)[1] for amount in (mfu_flops(self.arch.llm, work), flops.total)
+            utilization(amount, step, self.gpu.tflops, sizes.world_size)[1] for amount in (mfu_flops(self.arch.llm, work), flops.total)
         ]
         return StepEstimate(
             encode, compute, tensor, context, pipeline, busy * waits, exposed, waits / (1 + waits), step, work.tokens / step, *rates
@@ -95,11 +95,11 @@ class StepTime:
 
     def _compute(self, flops: WorkFlops, work: StepWork, stage: int) -> float:
         """Seconds that a rank of ``stage`` computes in a step: the decoder's layers, the heads on the last stage, recomputation."""
-        layers, peak = stage_layers(self.config.megatron, self.arch.llm.num_hidden_layers), self.gpu.tflops * 1e12
+        layers, peak = stage_layers(self.megatron, self.arch.llm.num_hidden_layers), self.gpu.tflops * 1e12
         share = layers[stage] / sum(layers)
-        again = recomputed_flops(self.arch, self.config, work, Recompute.of(self.config)) - self._vit_again(flops)
+        again = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - self._vit_again(flops)
         linear = flops.decoder_linear * share + (flops.heads if stage == len(layers) - 1 else 0)
-        per_stage = self.layout.world_size / len(layers)
+        per_stage = self.sizes.world_size / len(layers)
         assumed = self.assumed
         whole = flops.decoder_linear + flops.decoder_attention
         mean_rate = whole / (flops.decoder_linear / assumed.matmul_share + flops.decoder_attention / assumed.attention_share)
@@ -107,14 +107,14 @@ class StepTime:
         return seconds / peak / per_stage
 
     def _vit_again(self, flops: WorkFlops) -> float:
-        return flops.vit / 3 if self.config.megatron.recompute_vit else 0.0
+        return flops.vit / 3 if self.megatron.recompute_vit else 0.0
 
     def _encode(self, flops: WorkFlops) -> float:
         """Seconds of ViT and autoencoder, spread over a replica's ranks or done by each rank of the first stage."""
         work = flops.vit + self._vit_again(flops) + flops.autoencoder
-        ranks = self.layout.world_size if encoders_on_all_ranks(self.config.megatron) else self.layout.data_parallel_size
+        ranks = self.sizes.world_size if encoders_on_all_ranks(self.megatron) else self.sizes.data_parallel_size
         return work / ranks / (self.gpu.tflops * 1e12 * self.assumed.encoder_share)
 
     def _exposed(self, data: float, microbatch: float) -> float:
         """Seconds of gradient and weight traffic that nothing hides: overlapped, it runs beside one microbatch's passes."""
-        return max(0.0, data - microbatch) if self.config.megatron.overlap_grad_reduce else data
+        return max(0.0, data - microbatch) if self.megatron.overlap_grad_reduce else data

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.costs.memory import MemoryModel, RankMemory
 from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute, modes
 from megatron_bagel.planning.rank_tokens import RankTokens, largest
@@ -48,13 +46,13 @@ class StageMemory:
 class PeakMemory:
     """Memory of the stages of a layout for given packs."""
 
-    def __init__(self, config: Config, arch: BagelArch, layout: ResolvedRun, held: MemoryModel | None = None) -> None:
-        self.config, self.arch, self.layout = config, arch, layout
-        self.held, self.activations = held or MemoryModel(config, arch, layout), ActivationModel(config, arch, layout)
+    def __init__(self, inputs: CostInputs, held: MemoryModel | None = None) -> None:
+        self.arch, self.megatron, self.frozen = inputs.arch, inputs.megatron, inputs.frozen
+        self.held, self.activations = held or MemoryModel(inputs), ActivationModel(inputs)
 
     def stage(self, stage: int, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> StageMemory:
         """Of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
-        held, tokens, chosen = self.held.rank(stage), largest(packs), recompute or Recompute.of(self.config)
+        held, tokens, chosen = self.held.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
         compared = modes(max(self.activations.chunks(stage)))
         by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared.items()}
         return StageMemory(
@@ -69,7 +67,7 @@ class PeakMemory:
 
     def stages(self, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> list[StageMemory]:
         """Of every stage."""
-        return [self.stage(stage, packs, recompute) for stage in range(self.config.megatron.pipeline_model_parallel_size)]
+        return [self.stage(stage, packs, recompute) for stage in range(self.megatron.pipeline_model_parallel_size)]
 
     def _in_flight(self, stage: int, tokens: RankTokens, microbatches: int, recompute: Recompute) -> int:
         model = self.activations
@@ -77,12 +75,12 @@ class PeakMemory:
         return round(model.in_flight(stage, microbatches) * each) + model.working_set(stage, tokens, recompute)
 
     def _buffers(self, stage: int, packs: Sequence[RankTokens], tokens: RankTokens) -> int:
-        arch, model, stages = self.arch, self.activations, self.config.megatron.pipeline_model_parallel_size
+        arch, model, stages = self.arch, self.activations, self.megatron.pipeline_model_parallel_size
         hidden, width = arch.llm.hidden_size, model.bytes
         found = 0
         if arch.autoencoder is not None and stage == 0:
             found += arch.max_latent_size**2 * hidden * width
-        if arch.vit is not None and (stage == 0 or encoders_on_all_ranks(self.config.megatron)):
+        if arch.vit is not None and (stage == 0 or encoders_on_all_ranks(self.megatron)):
             found += arch.vit_max_num_patch_per_side**2 * hidden * width
         if stage in (0, stages - 1):
             # Latents and noise of the step's packs; ViT features and their gradient.
@@ -100,7 +98,7 @@ class PeakMemory:
 
     def _share(self, stage: int) -> float:
         """Share of a replica's ViT images that a rank of ``stage`` encodes."""
-        megatron = self.config.megatron
+        megatron = self.megatron
         ranks = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
         if encoders_on_all_ranks(megatron):
             return 1 / ranks
@@ -118,9 +116,9 @@ class PeakMemory:
         # Norm inputs and outputs, queries, keys, values, attention's result and its copy, and the MLP's two.
         layer = (9 * v + 2 * vit.intermediate_size) * width + statistics
         connector = (2 * v + 2 * h) * width
-        if self.config.training.freeze_vit or self.config.training.freeze_und:
+        if not self.frozen.tower_backward:
             return round(tokens * share * (v * width + 2 * h * width))
-        if self.config.megatron.recompute_vit:
+        if self.megatron.recompute_vit:
             return round(tokens * share * (patches + self.arch.n_vit_layers * v * width + 2 * v * width) + layer * tokens * share)
         return round(tokens * share * (patches + self.arch.n_vit_layers * layer + connector))
 

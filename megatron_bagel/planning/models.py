@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import architecture
 
 #: SigLIP so400m as BAGEL's released folder has it: 980 pixels, the last of 27 layers left out by ``vit_select_layer``.
 _SIGLIP = ViTArch(1152, 4304, 27, 16, image_size=980)
@@ -38,29 +35,10 @@ def parameters(arch: BagelArch) -> int:
     return sum(prod(shape) for shape in WeightMap(arch).hf_shapes().values())
 
 
-def planned_model(name: str | None, config: Config) -> BagelArch:
-    """A named size or a model folder, with the given flags of training on top; with neither, what those flags alone describe.
-
-    Raises ValueError for a name that is neither.
-    """
-    if name is None:
-        return architecture(config)
-    if name not in MODELS:
-        if not Path(name).is_dir():
-            raise ValueError(f"--model {name} is neither a folder nor a named size; the names are {', '.join(MODELS)}")
-        return _with_flags(BagelArch.from_hf_folder(name), config)
-    return _with_flags(MODELS[name], config)
-
-
-def _with_flags(arch: BagelArch, config: Config) -> BagelArch:
-    model, training, given = config.model, config.training, config.given
-    llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
-    flag_of = {"qk_norm": "llm_qk_norm"}
-    own = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
-    return replace(
-        arch,
-        llm=replace(arch.llm, **{name: value for name, value in llm.items() if flag_of.get(name, name) in given}),
-        vit=arch.vit if training.visual_und else None,
-        autoencoder=arch.autoencoder if training.visual_gen else None,
-        **own,
-    )
+def model_named(name: str) -> BagelArch:
+    """A named size, or the model of a folder in the released layout. Raises ValueError for a name that is neither."""
+    if name in MODELS:
+        return MODELS[name]
+    if not Path(name).is_dir():
+        raise ValueError(f"--model {name} is neither a folder nor a named size; the names are {', '.join(MODELS)}")
+    return BagelArch.from_hf_folder(name)

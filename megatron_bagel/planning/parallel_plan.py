@@ -1,4 +1,4 @@
-"""One layout of one model on some GPUs, planned: settings checked, then memory, work, traffic and time."""
+"""One layout of one model on some GPUs, planned: memory, work, traffic and time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun, resolve
-from megatron_bagel.config.validate import validate_architecture, validate_settings
+from megatron_bagel.config.resolve import ResolvedSizes
 from megatron_bagel.costs.flops import StepWork, WorkFlops, work_flops
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.costs.memory import MemoryModel
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.planning.activations import Recompute
@@ -49,8 +48,7 @@ class Problem:
 class ParallelPlan:
     """A planned layout. ``work`` is that of the global batch; ``calls`` are the collectives of a rank of each stage."""
 
-    config: Config
-    layout: ResolvedRun
+    inputs: CostInputs
     memory: list[StageMemory]
     work: StepWork
     flops: WorkFlops
@@ -60,6 +58,11 @@ class ParallelPlan:
     fits: bool
 
     @property
+    def sizes(self) -> ResolvedSizes:
+        """Batch geometry and precision."""
+        return self.inputs.sizes
+
+    @property
     def peak_bytes(self) -> int:
         """Of the fullest stage."""
         return max(stage.peak for stage in self.memory)
@@ -67,7 +70,7 @@ class ParallelPlan:
     @property
     def name(self) -> str:
         """The axes in short, such as "TP4+SP PP2x2 CP1 DP8 full"."""
-        megatron = self.config.megatron
+        megatron = self.inputs.megatron
         chunks = megatron.virtual_pipeline_model_parallel_size
         tensor = f"TP{megatron.tensor_model_parallel_size}{'+SP' if megatron.sequence_parallel else ''}"
         pipeline = f"PP{megatron.pipeline_model_parallel_size}{f'x{chunks}' if chunks else ''}"
@@ -76,18 +79,18 @@ class ParallelPlan:
             recompute = f"{megatron.recompute_method} {megatron.recompute_num_layers}"
         elif recompute == "selective":
             recompute = " and ".join(megatron.recompute_modules or ["core_attn"])
-        return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.layout.data_parallel_size}, recompute {recompute}"
+        return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.sizes.data_parallel_size}, recompute {recompute}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        megatron = self.config.megatron
+        megatron = self.inputs.megatron
         return {
             "name": self.name,
             "layout": {
                 "tensor": megatron.tensor_model_parallel_size, "sequence_parallel": megatron.sequence_parallel,
                 "pipeline": megatron.pipeline_model_parallel_size, "virtual": megatron.virtual_pipeline_model_parallel_size,
-                "context": megatron.context_parallel_size, "data": self.layout.data_parallel_size,
-                "global_batch_size": self.layout.global_batch_size, "packs_per_replica": self.layout.num_microbatches,
+                "context": megatron.context_parallel_size, "data": self.sizes.data_parallel_size,
+                "global_batch_size": self.sizes.global_batch_size, "packs_per_replica": self.sizes.num_microbatches,
             },
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
@@ -98,34 +101,29 @@ class ParallelPlan:
         }  # fmt: skip
 
 
-def plan_layout(config: Config, problem: Problem, tokens_of: TokensOf | None = None, held: MemoryModel | None = None) -> ParallelPlan:
-    """Plan what ``config`` asks for. Raises ValueError, with the flag and what would work, for settings that cannot."""
-    validate_settings(config, problem.gpus, has_gpu=True)
-    layout = resolve(config, problem.gpus, has_gpu=True)
-    validate_architecture(config, problem.arch)
-    megatron = config.megatron
+def plan_layout(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None = None, held: MemoryModel | None = None) -> ParallelPlan:
+    """Plan the layout of ``inputs``, whose settings have been checked. Raises ValueError for what cannot be planned."""
+    megatron, sizes = inputs.megatron, inputs.sizes
     tokens = (tokens_of or problem.tokens_of())(
         megatron.context_parallel_size,
-        config.data.max_num_tokens if megatron.pipeline_model_parallel_size > 1 else None,
+        inputs.capacity if megatron.pipeline_model_parallel_size > 1 else None,
         megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
         megatron.cp_comm_type == "a2a",
     )
-    packs = [tokens] * layout.num_microbatches
-    held = held or MemoryModel(config, problem.arch, layout)
-    memory = PeakMemory(config, problem.arch, layout, held).stages(packs)
-    traffic = CommunicationModel(config, problem.arch, layout, held)
+    packs = [tokens] * sizes.num_microbatches
+    held = held or MemoryModel(inputs)
+    memory = PeakMemory(inputs, held).stages(packs)
+    traffic = CommunicationModel(inputs, held)
     calls = [traffic.rank(stage, packs) for stage in range(megatron.pipeline_model_parallel_size)]
     one = StepWork.of(problem.pack)
-    work = StepWork(*(value * layout.global_batch_size for value in one.__dict__.values()))
-    training = config.training
+    work = StepWork(*(value * sizes.global_batch_size for value in one.__dict__.values()))
     return ParallelPlan(
-        config=config,
-        layout=layout,
+        inputs=inputs,
         memory=memory,
         work=work,
-        flops=work_flops(problem.arch, work, training.freeze_llm, training.freeze_vit),
-        recomputed=recomputed_flops(problem.arch, config, work, Recompute.of(config)),
+        flops=work_flops(inputs.arch, work, inputs.frozen.llm, inputs.frozen.vit),
+        recomputed=recomputed_flops(inputs, work, Recompute.of(megatron)),
         calls=calls,
-        estimate=StepTime(config, problem.arch, layout, problem.gpu, problem.assumed).estimate(work, calls),
+        estimate=StepTime(inputs, problem.gpu, problem.assumed).estimate(work, calls),
         fits=max(stage.peak for stage in memory) <= problem.memory_bytes,
     )

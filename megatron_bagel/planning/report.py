@@ -43,11 +43,11 @@ def shown_stages(stages: Sequence[StageMemory]) -> list[StageMemory]:
 
 def plan_text(plan: ParallelPlan, problem: Problem) -> str:
     """The whole plan of one layout."""
-    layout, work = plan.layout, plan.work
+    sizes, work = plan.sizes, plan.work
     head = (
-        f"{plan.name} on {problem.gpus} x {problem.gpu.name}; {layout.global_batch_size} packs per step, {layout.num_microbatches} per "
-        f"replica, {problem.pack.sequence_length} tokens each ({_mix(problem)}); {'bf16' if layout.bf16 else 'fp32'}, "
-        f"attention {layout.attention_backend}"
+        f"{plan.name} on {problem.gpus} x {problem.gpu.name}; {sizes.global_batch_size} packs per step, {sizes.num_microbatches} per "
+        f"replica, {problem.pack.sequence_length} tokens each ({_mix(problem)}); {'bf16' if sizes.bf16 else 'fp32'}, "
+        f"attention {sizes.attention_backend}"
     )
     verdict = (
         f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumed.reserved_gib:g} GiB are reserved): "
@@ -119,7 +119,7 @@ def search_text(plans: Sequence[ParallelPlan], total: int, problem: Problem) -> 
     rows = [["layout", "packs/replica", "peak GiB", "bubble", "step s", "tokens/s", "MFU", "work MFU"]]
     rows += [
         [
-            plan.name, str(plan.layout.num_microbatches), f"{plan.peak_bytes / GIB:.1f}", f"{plan.estimate.bubble:.1%}",
+            plan.name, str(plan.sizes.num_microbatches), f"{plan.peak_bytes / GIB:.1f}", f"{plan.estimate.bubble:.1%}",
             f"{plan.estimate.step_time_s:.2f}", f"{plan.estimate.tokens_per_s:,.0f}",
             f"{plan.estimate.mfu:.1%}", f"{plan.estimate.work_mfu:.1%}",
         ]

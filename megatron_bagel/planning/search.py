@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.validate import check_consistency, check_numbers, refuse_unsupported_values
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, plan_layout
 
 #: Tried in turn: settings of recomputation, from what costs least time to what costs least memory.
@@ -17,26 +15,26 @@ RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
-_SEARCHED = frozenset({
-    "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
-    "context_parallel_size", "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
-    "gradient_accumulation_steps", "num_shard",
-})  # fmt: skip
+#: From settings, by flag name, to what a run with them costs. Raises ValueError for sizes that do not fit.
+InputsOf = Callable[[dict[str, Any]], CostInputs]
 
 
-def search(config: Config, problem: Problem) -> list[ParallelPlan]:
-    """Layouts that fit, by predicted step time; of equal axes the least recomputation that fits. ``config`` gives all that is not
-    searched; its global batch stays, or is one pack per GPU. Raises ValueError when nothing fits, with the nearest miss."""
-    # What no layout can mend is told before the search, which takes every refusal for a size that does not fit.
-    refuse_unsupported_values(config)
-    check_numbers(config)
-    check_consistency(config)
+def search(problem: Problem, inputs_of: InputsOf) -> list[ParallelPlan]:
+    """Layouts that fit, by predicted step time; of equal axes the least recomputation that fits.
+
+    Args:
+        problem: model, machine and pack.
+        inputs_of: gives the run with the sizes and the recomputation that are tried. Whatever it refuses counts as a size that does
+            not fit, so all other settings must have been checked before.
+
+    Raises:
+        ValueError: nothing fits; names the nearest miss.
+    """
     tokens_of, found, nearest = problem.tokens_of(), [], None
-    for sizes in _sizes(config, problem):
+    for sizes in _sizes(problem):
         for recompute in RECOMPUTE:
             try:
-                plan = plan_layout(_with(config, problem, {**sizes, **recompute}), problem, tokens_of)
+                plan = plan_layout(inputs_of({**sizes, **recompute}), problem, tokens_of)
             except ValueError:
                 break  # sizes that this model, batch or number of GPUs cannot be cut into
             if plan.fits:
@@ -52,7 +50,7 @@ def search(config: Config, problem: Problem) -> list[ParallelPlan]:
     return sorted(found, key=lambda plan: (plan.estimate.step_time_s, plan.peak_bytes))
 
 
-def _sizes(config: Config, problem: Problem) -> Iterator[dict[str, Any]]:
+def _sizes(problem: Problem) -> Iterator[dict[str, Any]]:
     layers = problem.arch.llm.num_hidden_layers
     for tensor in _powers(min(problem.gpu.gpus_per_node, problem.gpus)):
         for stages in [size for size in range(1, layers + 1) if layers % size == 0]:
@@ -69,17 +67,3 @@ def _sizes(config: Config, problem: Problem) -> Iterator[dict[str, Any]]:
 
 def _powers(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length())]
-
-
-def _with(config: Config, problem: Problem, settings: dict[str, Any]) -> Config:
-    """``config`` with other axes, as if flags had given them."""
-    batch = config.megatron.global_batch_size or problem.gpus * config.training.gradient_accumulation_steps
-    given = {name for name, value in settings.items() if value not in (None, [])}
-    return replace(
-        config,
-        megatron=replace(
-            config.megatron, global_batch_size=batch, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
-            num_layers_per_virtual_pipeline_stage=None, **{"recompute_modules": [], "recompute_method": "uniform", **settings},
-        ),
-        given=(config.given - _SEARCHED) | given,
-    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -12,9 +13,8 @@ import torch.distributed as dist
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
 from megatron_bagel.costs.flops import mfu_flops, peak_tflops, work_flops
+from megatron_bagel.costs.freezing import FreezeSettings
 from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.platform.device import device_name
 from megatron_bagel.training.evaluation.evaluator import Evaluation
@@ -34,6 +34,31 @@ if TYPE_CHECKING:
     from megatron_bagel.checkpoint.dist.local import LocalCheckpoints
 
 
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop itself is told.
+
+    Attributes:
+        total_steps: steps until the run is done.
+        log_every: steps between log lines.
+        eval_every: steps between evaluations, 0 for none.
+        results_dir: folder of the list of unreadable samples.
+        replicas: data-parallel replicas.
+        frozen: what does not train, for the work of a step.
+        max_skipped_share: a larger share of unreadable samples ends the run.
+        peak_device_tflops: peak rate of a device; 0 looks it up by its name.
+    """
+
+    total_steps: int
+    log_every: int
+    eval_every: int
+    results_dir: Path
+    replicas: int
+    frozen: FreezeSettings = field(default_factory=FreezeSettings)
+    max_skipped_share: float = 0.01
+    peak_device_tflops: float = 0.0
+
+
 @dataclass
 class Counters:
     """Progress that is not in any tensor: steps done, samples and tokens trained on, samples replaced because unreadable,
@@ -48,10 +73,10 @@ class Counters:
 
 @dataclass
 class Run:
-    """Everything a run consists of on this rank."""
+    """Everything a run consists of on this rank. ``record`` is the configuration as checkpoints keep it."""
 
-    config: Config
-    layout: ResolvedRun
+    loop: LoopSettings
+    record: Mapping[str, Any]
     arch: BagelArch
     trainable: Trainable
     trained: Trained
@@ -89,20 +114,20 @@ def run_state(run: Run) -> dict[str, Any]:
         "consumed_tokens": counters.tokens,
         "skipped_samples": counters.skipped,
         "bad_steps": run.survival.bad_steps.state_dict(),
-        "config": run.config.to_dict(),
+        "config": run.record,
     }
 
 
 def train(run: Run) -> None:
     """Step until ``total_steps``, or until a signal asks to stop; the last state is always saved."""
-    training, counters, survival = run.config.training, run.counters, run.survival
-    window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
-    skipped = run.config.data.max_skipped_share, counters.skipped
-    replacements = Replacements(run.loader, training.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
+    settings, counters, survival = run.loop, run.counters, run.survival
+    window = RateWindow(peak_tflops(device_name(), settings.peak_device_tflops), dist.get_world_size())
+    skipped = settings.max_skipped_share, counters.skipped
+    replacements = Replacements(run.loader, settings.results_dir, *skipped, next_step=counters.steps, agreement=survival.agreement)
     saved = counters.steps
-    while counters.steps < training.total_steps and not survival.agreement.stop:
+    while counters.steps < settings.total_steps and not survival.agreement.stop:
         step, step_began = counters.steps, time.perf_counter()
-        logged = step % training.log_every == 0 or step + 1 == training.total_steps
+        logged = step % settings.log_every == 0 or step + 1 == settings.total_steps
         table = LossTable([name for source in run.loader.reader.sources for name in source.datasets()]) if logged else None
         run.profiler.before(step)
         survival.stragglers.step_begins(step)
@@ -118,11 +143,11 @@ def train(run: Run) -> None:
         counters.tokens += result.work.tokens
         counters.skipped, counters.bad_steps = replacements.count, survival.bad_steps.count
         survival.step_done(counters.steps, time.perf_counter() - step_began, run.saving.saver.last_seconds)
-        flops = work_flops(run.arch, result.work, training.freeze_llm, training.freeze_vit).total
+        flops = work_flops(run.arch, result.work, settings.frozen.llm, settings.frozen.vit).total
         window.add(result.work.tokens, mfu_flops(run.arch.llm, result.work), flops)
         if table is not None:
             run.log.log(_metrics(step, result, counters, window, losses_by_dataset(table), _observed(run, batch, result, window.steps)))
-        if run.evaluation is not None and (counters.steps % training.eval_every == 0 or counters.steps == training.total_steps):
+        if run.evaluation is not None and (counters.steps % settings.eval_every == 0 or counters.steps == settings.total_steps):
             began = time.perf_counter()
             with run.timers("eval"), survival.watchdog.slow("an evaluation"):
                 run.evaluation.run(run.trainable, run.settings, run.log, counters.steps)
@@ -149,8 +174,8 @@ def train(run: Run) -> None:
 
 def _observed(run: Run, batch: StepBatch, result: StepResult, steps: int) -> dict[str, float]:
     """How the ``steps`` steps since the last log line went. Collective over the world."""
-    found = composition(result.work, result.tasks, len(batch.plans), run.config.data.max_num_tokens)
-    return found | compared_over_ranks(run.timers.read(steps), batch, result.work.tokens, run.layout.data_parallel_size)
+    found = composition(result.work, result.tasks, len(batch.plans), run.settings.seq_length)
+    return found | compared_over_ranks(run.timers.read(steps), batch, result.work.tokens, run.loop.replicas)
 
 
 def _metrics(

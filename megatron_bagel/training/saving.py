@@ -17,7 +17,6 @@ import torch.distributed as dist
 import megatron_bagel
 from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
 from megatron_bagel.checkpoint.dist.step_folders import step_of
-from megatron_bagel.config.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +81,41 @@ class HFExporter:
         log.unlink()
 
 
-class Saving:
-    """The saves of a run by its flags (`save_every`, `async_save`, `keep_last`, `keep_every`, `export_hf_every`)."""
+@dataclass(frozen=True)
+class SavingSettings:
+    """When a run saves and what it keeps.
 
-    def __init__(self, training: TrainingArguments) -> None:
-        self._training = training
-        self._exporter = HFExporter(Path(training.results_dir), training.export_hf_every)
+    Attributes:
+        checkpoint_dir: folder of its checkpoints.
+        results_dir: folder of the exported model folders.
+        every: steps between checkpoints.
+        export_every: steps between exports, 0 for none.
+        checkpoints: how checkpoints are written, and which are kept.
+    """
+
+    checkpoint_dir: Path
+    results_dir: Path
+    every: int
+    export_every: int = 0
+    checkpoints: SaveSettings = field(default_factory=SaveSettings)
+
+
+class Saving:
+    """The saves of a run."""
+
+    def __init__(self, settings: SavingSettings) -> None:
+        self._every = settings.every, settings.export_every
+        self._exporter = HFExporter(settings.results_dir, settings.export_every)
         self.saver = Saver(
-            Path(training.checkpoint_dir),
-            SaveSettings(training.async_save, training.keep_last, training.keep_every),
+            settings.checkpoint_dir,
+            settings.checkpoints,
             published=self._exporter.add,
             protected=self._exporter.in_use,
         )
 
     def due(self, steps: int) -> bool:
-        """Whether the state after `steps` steps is saved: every `save_every`, and where an export reads it."""
-        every = (self._training.save_every, self._training.export_hf_every)
-        return any(number and steps % number == 0 for number in every)
+        """Whether the state after `steps` steps is saved: every so many steps, and where an export reads it."""
+        return any(number and steps % number == 0 for number in self._every)
 
     def poll(self) -> None:
         """After every step, on all ranks: publish what was written meanwhile."""

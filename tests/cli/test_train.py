@@ -4,6 +4,8 @@ fine-tuning of the model that came out of it."""
 from __future__ import annotations
 
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from tests.runs import make_world
 from tools.checkpoint_convert import megatron_to_hf
 
 pytestmark = pytest.mark.distributed
+#: The files that describe a model, in a folder of Hugging Face's or in the released layout.
+ARCHITECTURE = ("config.json", "llm_config.json", "vit_config.json", "ae_config.json")
 GUIDE_DATA = ["--expected_num_tokens", "256", "--max_num_tokens", "320", "--max_num_tokens_per_sample", "256"]
 TINY = ["--vit_max_num_patch_per_side", "10", "--total_steps", "2", "--warmup_steps", "1"]
 
@@ -34,15 +38,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(arguments: list[str]) -> int | None:
-    """Exit code of the program in a process of its own."""
+def command(arguments: list[str], opened: Path | None = None) -> int | None:
+    """Exit code of the program in a process of its own. It lists every file that it opens, once per opening, in the file ``opened``."""
 
     def main() -> None:
-        raise SystemExit(train.main(arguments))
+        names: list[str] = []
+        if opened is not None:
+            sys.addaudithook(lambda event, args: names.append(str(args[0])) if event == "open" else None)
+        code = train.main(arguments)
+        if opened is not None:
+            opened.write_text("\n".join(names))
+        raise SystemExit(code)
 
     process = fork(main)
     process.join(240)
     return process.exitcode
+
+
+def architecture_reads(opened: Path) -> dict[str, int]:
+    """How often each JSON file of an architecture was opened, by its folder and name."""
+    files = [Path(name) for name in opened.read_text().splitlines()]
+    return dict(Counter(f"{file.parent.name}/{file.name}" for file in files if file.name in ARCHITECTURE))
 
 
 def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Path) -> None:
@@ -52,7 +68,8 @@ def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Pat
         "--layer_module", "Qwen2MoTDecoderLayer", "--use_flex", "True",
         "--results_dir", str(tmp_path / "a"), "--checkpoint_dir", str(tmp_path / "a/checkpoints"), "--max_latent_size", "64",
     ]  # fmt: skip
-    assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"]) == 0
+    assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"], tmp_path / "a.txt") == 0
+    assert architecture_reads(tmp_path / "a.txt") == {"qwen/config.json": 1, "siglip/config.json": 1, "world0/ae_config.json": 1}
     assert (tmp_path / "a/index/manifest.json").is_file(), "without --index_dir the index is made below results_dir"
     assert len(read_history(tmp_path / "a/metrics.jsonl")) == 2
     model = tmp_path / "model"
@@ -63,7 +80,8 @@ def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Pat
         "--resume-model-only", "True", "--finetune-from-ema", "True", "--log_every", "1", "--lr", "2e-5", "--num_worker", "1",
         "--results_dir", str(tmp_path / "b"), "--checkpoint_dir", str(tmp_path / "b/checkpoints"),
     ]  # fmt: skip
-    assert command([*finetune, *GUIDE_DATA, *TINY]) == 0
+    assert command([*finetune, *GUIDE_DATA, *TINY], tmp_path / "b.txt") == 0
+    assert architecture_reads(tmp_path / "b.txt") == {f"model/{name}": 1 for name in ARCHITECTURE}
     assert len(read_history(tmp_path / "b/metrics.jsonl")) == 2
     assert f"starting from the ema weights of {model}" in (tmp_path / "b/log.txt").read_text()
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bagel.config.parser import parse_config
-from megatron_bagel.config.resolve import ResolvedRun, architecture, data_parallel_size, index_dir, resolve, tokenizer_path
+from megatron_bagel.config.resolve import ResolvedSizes, architecture, data_parallel_size, resolve, tokenizer_path
 
 
-def layout(words: str, world_size: int = 1, has_gpu: bool = False) -> ResolvedRun:
+def layout(words: str, world_size: int = 1, has_gpu: bool = False) -> ResolvedSizes:
     return resolve(parse_config(words.split()), world_size, has_gpu)
 
 
@@ -133,7 +133,7 @@ def test_architecture_of_parts(tmp_path):
 
 
 def test_default_places():
-    config = parse_config(["--llm_path", "L", "--model_path", "M", "--results_dir", "R"])
-    assert tokenizer_path(config) == "L" and str(index_dir(config)) == "R/index"
+    config = parse_config(["--llm_path", "L", "--model_path", "M"])
+    assert tokenizer_path(config) == "L"
     assert tokenizer_path(parse_config(["--model_path", "M", "--finetune_from_hf", "True"])) == "M"
     assert tokenizer_path(parse_config(["--tokenizer_path", "T"])) == "T"

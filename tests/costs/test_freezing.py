@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_bagel.config.architecture import BagelArch, ViTArch
-from megatron_bagel.costs.freezing import freeze
+from megatron_bagel.costs.freezing import FreezeSettings, freeze
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.order import expert_order
@@ -68,14 +68,14 @@ def test_freeze_und_freezes_what_no_gradient_reaches(single_rank: None, kind: st
     backward(decoder, tower)
     named = [*decoder.named_parameters(), *tower.named_parameters()]
     reached = {name for name, parameter in named if parameter.grad is not None and parameter.grad.abs().max() > 0}
-    freeze(decoder, tower, False, False, True)
+    freeze(decoder, tower, FreezeSettings(und=True))
     assert trained(decoder, tower) == reached
     assert ("embedding.word_embeddings.weight" in reached) == tied
 
 
 def test_freeze_und_of_mot_leaves_the_generation_expert(single_rank: None) -> None:
     decoder, tower = parts("Qwen2MoTDecoderLayer", freeze_und=True)
-    freeze(decoder, tower, False, False, True)
+    freeze(decoder, tower, FreezeSettings(und=True))
     left = trained(decoder, tower)
     outside = {name for name in names(decoder) if name.startswith(("output_layer", "vae2llm", "llm2vae", "time_embedder"))}
     assert left == {name for name in names(decoder) if ".gen." in name} | outside
@@ -84,7 +84,7 @@ def test_freeze_und_of_mot_leaves_the_generation_expert(single_rank: None) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_freeze_llm_leaves_the_paths_of_latents_and_the_tower(single_rank: None, kind: str) -> None:
     decoder, tower = parts(kind)
-    freeze(decoder, tower, True, False, False)
+    freeze(decoder, tower, FreezeSettings(llm=True))
     paths = {name for name in names(decoder) if name.startswith(("vae2llm", "llm2vae", "time_embedder"))}
     assert trained(decoder, tower) == paths | names(tower)
     backward(decoder, tower)
@@ -93,13 +93,13 @@ def test_freeze_llm_leaves_the_paths_of_latents_and_the_tower(single_rank: None,
 
 def test_freeze_vit_leaves_the_connector(single_rank: None) -> None:
     decoder, tower = parts("Qwen2MoTDecoderLayer")
-    freeze(decoder, tower, False, True, False)
+    freeze(decoder, tower, FreezeSettings(vit=True))
     connector = {f"connector.fc{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
     assert trained(decoder, tower) == names(decoder) | connector
 
 
 def test_no_flag_and_no_tower_change_nothing(single_rank: None) -> None:
     decoder, tower = parts("Qwen2MoTDecoderLayer")
-    freeze(decoder, None, False, True, False)
-    freeze(decoder, tower, False, False, False)
+    freeze(decoder, None, FreezeSettings(vit=True))
+    freeze(decoder, tower, FreezeSettings())
     assert trained(decoder, tower) == names(decoder) | names(tower)

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import resolve
 from megatron_bagel.costs.memory import MemoryModel, stage_layers
 from tests.distributed import run_ranks
-from tests.runs import run_config
+from tests.runs import open_run, resolved, run_config
 from tests.training.equal_runs import CP, OVERLAP, PP, SP_TP2, TP, VPP, cases, world_of
 
 BF16 = {"bf16": True, "lr": 1e-4}
@@ -30,11 +28,9 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
     from megatron.core import parallel_state
 
     from megatron_bagel.training.optim.optimizer import leaf_optimizers
-    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import train_step
 
-    setup.initialize_parallel(config)
-    run = setup.set_up(config)
+    run = open_run(config)
     train_step(run.trainable, next(run.loader), run.settings)
     parameters = [parameter for part in run.trained.modules.values() for parameter in part.parameters()]
     # Sharded weights are views of one buffer, padding included.
@@ -83,7 +79,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-dp2-freeze-und-bf16", "pp2-dp2-tied-bf16"))
 def test_the_formula_is_what_ranks_hold(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, **flags})
-    model = MemoryModel(config, run_model(config)[0], resolve(config, ranks, has_gpu=False))
+    model = MemoryModel(resolved(config, ranks).costs)
     for stage, found in run_ranks(held, ranks, config):
         expected = asdict(model.rank(stage))
         exact = {"parameters", "trained", "autoencoder_bytes"}

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.training.losses import StepLosses
-from megatron_bagel.training.resilience.bad_steps import HISTORY, Attempt, BadSteps
+from megatron_bagel.training.resilience.bad_steps import HISTORY, Attempt, BadSteps, BadStepSettings
 from megatron_bagel.training.resilience.events import EventFile
 
 
@@ -22,7 +21,7 @@ def attempt(loss: float, norm: float = 1.0, own: float | None = None) -> Attempt
 
 
 def policy(folder: Path, **flags: object) -> BadSteps:
-    return BadSteps(ResilienceArguments(**flags), EventFile(folder))
+    return BadSteps(BadStepSettings(**flags), EventFile(folder))
 
 
 @pytest.mark.parametrize("bad", [attempt(math.nan), attempt(math.inf), attempt(1.0, math.nan), attempt(1.0, math.inf)])

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import resolve
 from megatron_bagel.planning.activations import ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import rank_tokens
 from tests.distributed import run_ranks
-from tests.runs import run_config
+from tests.runs import open_run, resolved, run_config
 from tests.training.equal_runs import COMM, CP, PP, SP_TP2, TP, VPP, cases, world_of
 
 SELECTIVE = {"recompute_granularity": "selective"}
@@ -40,11 +38,9 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
     """Stage of this rank, the pack of its first microbatch, and the bytes of storages that its forward pass keeps, by chunk."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import microbatches
 
-    setup.initialize_parallel(config)
-    run = setup.set_up(config)
+    run = open_run(config)
     batch = next(run.loader)
     run.loader.close()
     shard = microbatches(batch.packs, run.trainable.image_encoder, run.settings)[0]
@@ -57,8 +53,8 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
         return kept
 
     outputs, shape = [], (run.settings.slots(run.settings.seq_length), 1, run.arch.llm.hidden_size)
-    if run.config.megatron.sequence_parallel:
-        shape = (shape[0] // run.config.megatron.tensor_model_parallel_size, *shape[1:])
+    if config.megatron.sequence_parallel:
+        shape = (shape[0] // config.megatron.tensor_model_parallel_size, *shape[1:])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         for chunk in run.trainable.decoder:
             if not chunk.module.pre_process:
@@ -117,7 +113,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_the_formula_is_what_passes_keep(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, **flags})
     megatron = config.megatron
-    model = ActivationModel(config, run_model(config)[0], resolve(config, ranks, has_gpu=False))
+    model = ActivationModel(resolved(config, ranks).costs)
     for stage, (place, pack), found in run_ranks(kept_bytes, ranks, config):
         tokens = rank_tokens(
             pack, place, megatron.context_parallel_size,
@@ -125,5 +121,5 @@ def test_the_formula_is_what_passes_keep(world: Path, tmp_path: Path, ranks: int
             megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
             megatron.cp_comm_type == "a2a",
         )  # fmt: skip
-        expected = model.microbatch(stage, tokens, Recompute.of(config))
+        expected = model.microbatch(stage, tokens, Recompute.of(config.megatron))
         assert expected == pytest.approx(found, rel=0.02)

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import resolve
 from megatron_bagel.planning.communication import CommunicationModel
 from megatron_bagel.planning.rank_tokens import rank_tokens
 from tests.distributed import run_ranks
 from tests.planning.recorded import Recorder
-from tests.runs import run_config
+from tests.runs import open_run, resolved, run_config
 from tests.training.equal_runs import COMM, CP, OVERLAP, PP, SP_TP2, TP, VPP, cases, world_of
 
 #: Sums of a few numbers are left out.
@@ -31,11 +29,9 @@ def issued(config: Config) -> tuple[int, int, list[Any], Counter]:
     """Stage and context-parallel place of this rank, its packs, and the calls of its second step."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import train_step
 
-    setup.initialize_parallel(config)
-    run = setup.set_up(config)
+    run = open_run(config)
     train_step(run.trainable, next(run.loader), run.settings)
     batch = next(run.loader)
     with Recorder() as recorder:
@@ -70,7 +66,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_the_formula_is_what_a_step_issues(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, **flags})
     megatron = config.megatron
-    model = CommunicationModel(config, run_model(config)[0], resolve(config, ranks, has_gpu=False))
+    model = CommunicationModel(resolved(config, ranks).costs)
     sent_to_encoders: list[Counter] = [Counter(), Counter()]
     for stage, place, packs, calls in run_ranks(issued, ranks, config):
         tokens = [

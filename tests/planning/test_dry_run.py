@@ -13,10 +13,11 @@ import torch
 
 from megatron_bagel.cli.train import main
 from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import architecture
 from megatron_bagel.config.validate import validate_settings
 from tests.costs.test_memory import held
 from tests.distributed import fork, run_ranks
-from tests.runs import run_config
+from tests.runs import open_run, run_config
 from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
 
 
@@ -36,11 +37,9 @@ def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tup
     from megatron.core import parallel_state
 
     from megatron_bagel.planning.dry_run import checkpoint_share
-    from megatron_bagel.training.setup import set_up as setup
     from megatron_bagel.training.step import microbatches
 
-    setup.initialize_parallel(config)
-    run = setup.set_up(config)
+    run = open_run(config)
     batch = next(run.loader)
     shards = microbatches(batch.packs, run.trainable.image_encoder, run.settings)
     slots = [number for shard in shards for number in (shard.length, shard.n_text, shard.n_vit, shard.n_vae, len(shard.labels))]
@@ -53,12 +52,13 @@ def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tup
 def rehearsed(config: Config, ranks: int, results: Any) -> None:
     """Dry runs of all ranks of a world, in a process of its own."""
     from megatron_bagel import platform
+    from megatron_bagel.cli.resolve_run import resolve_run
     from megatron_bagel.planning.dry_run import dry_run
 
     platform.install()
-    found = []
+    found, planned = [], resolve_run(config, architecture(config), ranks, has_gpu=True)
     for rank in range(ranks):
-        run = dry_run(config, rank, ranks)
+        run = dry_run(planned, rank)
         slots = [number for held in run.tokens for number in (held.slots, held.text, held.vit, held.gen, held.ce)]
         found.append((summary(run.plans, run.packs), slots, run.checkpoint, run.built))
     torch.save(found, results)

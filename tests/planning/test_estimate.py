@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_bagel.cli.plan import main
+from megatron_bagel.cli.resolve_plan import resolve_plan
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.costs.flops import StepWork, mfu_flops, utilization, work_flops
@@ -23,12 +25,14 @@ TP, PP, VPP, CP = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
 )  # fmt: skip
 SMALL = PlanArguments(model="qwen2.5-0.5b-mot", gpus=16)
+SEARCH = replace(SMALL, search=True)
 
 
 def plan_of(wanted: PlanArguments = SMALL, **flags):
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64, **flags})
-    problem = problem_of(config, wanted)
-    return plan_layout(config, problem), problem
+    planned = resolve_plan(config, wanted)
+    problem = problem_of(planned, wanted)
+    return plan_layout(planned.inputs_of({}), problem), problem
 
 
 def test_the_released_model_has_the_released_numbers() -> None:
@@ -60,9 +64,9 @@ def test_recomputing_everything_is_another_forward_pass() -> None:
     plan, problem = plan_of(recompute_granularity="full")
     flops = work_flops(problem.arch, plan.work)
     assert plan.recomputed == pytest.approx((flops.decoder_linear + flops.decoder_attention) / 3)
-    half = recomputed_flops(problem.arch, plan.config, plan.work, Recompute("full", "block", 12))
+    half = recomputed_flops(plan.inputs, plan.work, Recompute("full", "block", 12))
     assert half == pytest.approx(plan.recomputed / 2)
-    assert recomputed_flops(problem.arch, plan.config, plan.work, Recompute()) == 0
+    assert recomputed_flops(plan.inputs, plan.work, Recompute()) == 0
 
 
 def test_more_recomputation_keeps_less() -> None:
@@ -75,7 +79,7 @@ def test_more_recomputation_keeps_less() -> None:
 def test_chunks_shrink_the_bubble_and_the_bubble_is_the_formula() -> None:
     plain, _ = plan_of(**{PP: 4})
     interleaved, _ = plan_of(**{PP: 4, VPP: 2})
-    packs = plain.layout.num_microbatches
+    packs = plain.sizes.num_microbatches
     assert plain.estimate.bubble == pytest.approx(3 / (packs + 3))
     assert interleaved.estimate.bubble == pytest.approx(3 / (2 * packs + 3))
 
@@ -89,21 +93,25 @@ def test_links_between_nodes_are_slower() -> None:
 
 def test_search_lists_what_fits_quickest_first() -> None:
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
-    problem = problem_of(config, SMALL)
-    found = search(config, problem)
+    planned = resolve_plan(config, SEARCH)
+    problem = problem_of(planned, SEARCH)
+    found = search(problem, planned.inputs_of)
     assert len(found) > 5 and all(plan.fits for plan in found)
     times = [plan.estimate.step_time_s for plan in found]
     assert times == sorted(times)
     # Any of them can be planned by its flags again.
-    best = found[0]
-    assert plan_layout(best.config, problem).estimate == best.estimate
+    best, megatron = found[0], found[0].inputs.megatron
+    axes = {name: getattr(megatron, name) for name in (TP, PP, VPP, CP, "sequence_parallel", "recompute_granularity")}
+    again, _ = plan_of(**{name: value for name, value in axes.items() if value is not None})
+    assert again.estimate == best.estimate
 
 
 def test_nothing_fits_a_tiny_gpu() -> None:
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
-    problem = problem_of(config, PlanArguments(model="qwen2.5-72b-mot", gpus=2, gpu="a100-40gb"))
+    wanted = PlanArguments(model="qwen2.5-72b-mot", gpus=2, gpu="a100-40gb", search=True)
+    planned = resolve_plan(config, wanted)
     with pytest.raises(ValueError, match=r"no layout of this model fits 2 x A100, .*the nearest is TP2.*Raise --gpus"):
-        search(config, problem)
+        search(problem_of(planned, wanted), planned.inputs_of)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.layout.cp_partition import context_orders
 from megatron_bagel.layout.mask import PackMask
-from tests.runs import run, run_config
+from tests.runs import resolved, run, run_config
 from tests.training.equal_runs import COMM, CP, OVERLAP, PP, SETTINGS, SP_TP2, VPP, Reference, assert_equal, cases, trained, world_of
 
 pytestmark = pytest.mark.distributed
@@ -88,7 +87,8 @@ def test_a_checkpoint_continues_on_another_number_of_ranks(world: Path, tmp_path
 
 def test_packs_of_the_sample_data_are_dealt_evenly(world: Path, tmp_path: Path) -> None:
     config = run_config(world, tmp_path, max_num_tokens=2048, expected_num_tokens=1900)
-    loader = open_loader(config, *run_model(config), 8, 0, 1)
+    made = resolved(config)
+    loader = open_loader(made.data, made.arch, made.tokenizer, 8, 0, 1)
     for loaded in next(loader).packs:
         areas = PackMask.of(loaded.pack).row_areas()
         for ranks in (2, 4, 8, 16):

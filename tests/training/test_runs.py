@@ -14,10 +14,8 @@ import torch
 import yaml
 
 from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
-from megatron_bagel.config.resolve import architecture, tokenizer_path
 from megatron_bagel.data.loading.build import open_loader
-from megatron_bagel.data.tokenizer import load_tokenizer
-from tests.runs import make_world, numbers, run, run_config, start
+from tests.runs import make_world, numbers, resolved, run, run_config, start
 from tests.training.equal_runs import OVERLAP, cases
 
 pytestmark = pytest.mark.distributed
@@ -169,7 +167,8 @@ def test_ranks_whose_packs_lack_a_modality(world: Path, tmp_path: Path) -> None:
     short = {"dataset_config_file": str(tmp_path / "any.yaml"), "data_seed": 2, "total_steps": 3}
     short |= {"expected_num_tokens": 1, "max_num_tokens": 64, "max_num_tokens_per_sample": 64}
     config = run_config(world, tmp_path / "alone", **short)
-    loader = open_loader(config, architecture(config), load_tokenizer(tokenizer_path(config)), 2)
+    made = resolved(config)
+    loader = open_loader(made.data, made.arch, made.tokenizer, 2)
     first = [{image.kind for image in loaded.pack.images} for loaded in next(loader).packs]
     assert first == [{"vae"}, {"vit"}]
     close(numbers(run(run_config(world, tmp_path / "two", **short), ranks=2)), numbers(run(config)))

@@ -20,6 +20,14 @@ _NAME = re.compile(r"iter_(\d+)_\d+_local(\.dirty)?\.(pt|json|json\.new)")
 
 
 @dataclass(frozen=True)
+class LocalCheckpointSettings:
+    """``directory`` is on a disk of each node, ``every`` are the steps between local checkpoints."""
+
+    directory: str
+    every: int
+
+
+@dataclass(frozen=True)
 class RankFiles:
     """The files of ``rank`` in ``folder``."""
 

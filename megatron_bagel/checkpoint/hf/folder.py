@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,19 @@ class HFFolder:
         **overrides: Any,
     ) -> None:
         self.path = Path(path)
-        self.arch = BagelArch.from_hf_folder(self.path, llm=llm, **overrides)
-        if autoencoder is not None and self.arch.autoencoder is not None:
-            self.arch = replace(self.arch, autoencoder=autoencoder)
+        if not self.path.is_dir():
+            raise ValueError(f"model folder {path} does not exist")
+        if not (self.path / "llm_config.json").is_file():
+            raise ValueError(f"model folder: there is no file {self.path / 'llm_config.json'}")
+        self._llm, self._autoencoder, self._overrides = llm, autoencoder, overrides
+
+    @cached_property
+    def arch(self) -> BagelArch:
+        """The model. Its JSON is read here, so that who only wants weights does not read it."""
+        arch = BagelArch.from_hf_folder(self.path, llm=self._llm, **self._overrides)
+        if self._autoencoder is not None and arch.autoencoder is not None:
+            arch = replace(arch, autoencoder=self._autoencoder)
+        return arch
 
     def available_weights(self) -> list[str]:
         """Return which of "ema" and "model" the folder holds."""

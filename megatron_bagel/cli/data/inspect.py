@@ -19,6 +19,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.resolve import architecture
@@ -88,7 +89,7 @@ def one_pack(args: argparse.Namespace, index: IndexedSamples) -> Section:
     config: Config = parse_config(["--config", str(args.config), "--index_dir", str(args.index)])
     tokenizer = load_tokenizer(args.tokenizer or index.manifest.tokenizer_path)
     batch = config.megatron.global_batch_size or config.training.gradient_accumulation_steps
-    loader = open_loader(config, architecture(config), tokenizer, batch)
+    loader = open_loader(data_settings(config), architecture(config), tokenizer, batch)
     plan = loader.planner.packs(args.pack, 1)[0]
     pack = build_pack([loader.reader.sources[source].sample(row, epoch) for source, row, epoch in plan.samples], loader.reader.spec)
     return describe_pack(plan, pack, config.data.max_num_tokens), partial(pack_figure, plan, pack)

@@ -1,16 +1,16 @@
 """From a run's settings to its loader: which groups take part, which index holds them, how samples become packs.
 
-The one place that reads the data flags. It knows ranks only as two numbers, this replica's place and how many there are.
+It knows ranks only as two numbers, this replica's place and how many there are.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.batch_size import BatchSizes
-from megatron_bagel.config.parser import Config
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.index.latent_cache import LatentCache
@@ -18,9 +18,10 @@ from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.index.train_val_split import Part, Split
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader, PackReader
+from megatron_bagel.data.loading.settings import DataSettings
 from megatron_bagel.data.planner.cost_model import CostModel
 from megatron_bagel.data.planner.group_source import GroupSource, PlanSettings, open_sources
-from megatron_bagel.data.planner.planner import Planner, PlannerConfig
+from megatron_bagel.data.planner.planner import Planner
 from megatron_bagel.data.planner.sample_plan import ConditionDropout, active_groups
 from megatron_bagel.data.sources.dataset_config import GroupConfig, load_groups
 from megatron_bagel.data.tokenizer import Tokenizer
@@ -44,72 +45,66 @@ def layout_spec(arch: BagelArch, tokenizer: Tokenizer) -> LayoutSpec:
     )
 
 
-def training_groups(config: Config) -> list[GroupConfig]:
+def training_groups(settings: DataSettings) -> list[GroupConfig]:
     """The dataset groups this run trains on; says in the log which ones ``visual_gen`` and ``visual_und`` leave out."""
-    groups = load_groups(config.data.dataset_config_file, config.data.data_root)
-    active, left_out = active_groups(groups, config.training.visual_gen, config.training.visual_und)
+    groups = load_groups(settings.dataset_config_file, settings.data_root)
+    active, left_out = active_groups(groups, settings.visual_gen, settings.visual_und)
     for reason in left_out:
         log.info("%s", reason)
     return active
 
 
-def index_folder(config: Config) -> Path:
-    """Where the run's index is, or will be made: ``--index_dir``, or a folder of the results."""
-    return Path(config.data.index_dir) if config.data.index_dir is not None else Path(config.training.results_dir) / "index"
-
-
-def ensure_index(config: Config, tokenizer: Tokenizer) -> Path:
+def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
     """Make the index below ``results_dir`` where no ``--index_dir`` is given, and return the index's folder.
 
     One process of the run calls this before the others open the index. A finished index of the same sources is kept as it is.
     Raises ValueError when it is of other sources (a run must not change its data unnoticed), and when ``--index_dir`` holds none:
     a large index is built by data_tools/build_index.py, not by a training run.
     """
-    folder = index_folder(config)
-    if config.data.index_dir is None:
-        log.info("no --index_dir given: the index of %s is kept in %s", config.data.dataset_config_file, folder)
-        groups = load_groups(config.data.dataset_config_file, config.data.data_root)
+    folder = settings.index
+    if settings.given_index is None:
+        log.info("no --index_dir given: the index of %s is kept in %s", settings.dataset_config_file, folder)
+        groups = load_groups(settings.dataset_config_file, settings.data_root)
         try:
-            build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=config.data.num_workers))
+            build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=settings.reader.num_workers))
         except ValueError as error:
-            raise ValueError(f"the index of {config.data.dataset_config_file} could not be made in {folder}: {error}") from error
+            raise ValueError(f"the index of {settings.dataset_config_file} could not be made in {folder}: {error}") from error
     elif not (folder / MANIFEST).is_file():
         raise ValueError(
             f"--index_dir {folder} holds no index; build one with data_tools/build_index.py, "
-            f"or leave the flag out to have {config.training.results_dir}/index made at the start"
+            f"or leave the flag out to have {settings.own_index} made at the start"
         )
     return folder
 
 
-def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part: Part = "train") -> list[GroupSource]:
+def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokenizer, part: Part = "train") -> list[GroupSource]:
     """The groups over the rows that ``--split`` gives to training or to validation; held-out samples keep all their conditions.
 
     Raises ValueError as `open_loader` does, and for "validation" when nothing is held out.
     """
-    model, training, split = config.model, config.training, Split.parse(config.data.split, part)
+    split = Split.parse(settings.split, part)
     if part == "validation" and not split.block:
         raise ValueError('no rows are held out for validation: give --split, such as "99,1"')
-    dropout = ConditionDropout(model.text_cond_dropout_prob, model.vae_cond_dropout_prob, model.vit_cond_dropout_prob)
-    settings = PlanSettings(
-        seed=training.global_seed,
+    plan_settings = PlanSettings(
+        seed=settings.seed,
         layout=layout_spec(arch, tokenizer),
-        dropout=dropout if part == "train" else ConditionDropout(0.0, 0.0, 0.0),
-        visual_und=training.visual_und,
+        dropout=settings.dropout if part == "train" else ConditionDropout(0.0, 0.0, 0.0),
+        visual_und=settings.visual_und,
         costs=CostModel.of(arch),
     )
-    index, groups = IndexedSamples.open(index_folder(config), tokenizer), training_groups(config)
-    cache = config.data.latent_cache
-    latents = LatentCache(cache, index.manifest, groups) if cache is not None and training.visual_gen else None
-    return open_sources(groups, index, settings, split, latents)
+    index, groups = IndexedSamples.open(settings.index, tokenizer), training_groups(settings)
+    cache = settings.latent_cache
+    latents = LatentCache(cache, index.manifest, groups) if cache is not None and settings.visual_gen else None
+    return open_sources(groups, index, plan_settings, split, latents)
 
 
-def stored_posterior(config: Config, arch: BagelArch) -> AutoencoderArch | None:
+def stored_posterior(settings: DataSettings, arch: BagelArch) -> AutoencoderArch | None:
     """The autoencoder whose posteriors the sources hand out in place of pixels: that of ``--latent_cache``, or None."""
-    return arch.autoencoder if config.data.latent_cache is not None else None
+    return arch.autoencoder if settings.latent_cache is not None else None
 
 
 def open_loader(
-    config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
+    settings: DataSettings, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
     share: EncodingShare | None = None,
 ) -> PackLoader:  # fmt: skip
     """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow; only the images of
@@ -118,17 +113,9 @@ def open_loader(
     Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
     images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
     """
-    data, training = config.data, config.training
     sizes = global_batch if isinstance(global_batch, BatchSizes) else BatchSizes.of(global_batch, [])
-    sources = training_sources(config, arch, tokenizer)
-    plan = PlannerConfig(
-        max_num_tokens=data.max_num_tokens,
-        expected_num_tokens=training.expected_num_tokens,
-        max_num_tokens_per_sample=data.max_num_tokens_per_sample,
-        window=data.max_buffer_size,
-        seed=data.data_seed,
-        global_batch_size=sizes.final,
-    )
-    posterior = stored_posterior(config, arch)
-    reader = PackReader(sources, layout_spec(arch, tokenizer), training.global_seed, posterior, share, data.decode_threads)
-    return PackLoader(Planner(sources, plan), reader, replica, replicas, data.num_workers, data.prefetch_factor, sizes)
+    sources, reading = training_sources(settings, arch, tokenizer), settings.reader
+    posterior = stored_posterior(settings, arch)
+    reader = PackReader(sources, layout_spec(arch, tokenizer), settings.seed, posterior, share, reading.decode_threads)
+    planner = Planner(sources, replace(settings.packs, global_batch_size=sizes.final))
+    return PackLoader(planner, reader, replica, replicas, reading.num_workers, reading.prefetch_factor, sizes)

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import nn
 
 from megatron_bagel import platform
-from megatron_bagel.checkpoint.convert import companions_of
-from megatron_bagel.checkpoint.dist import step_folders
-from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
-from megatron_bagel.checkpoint.hf.folder import HFFolder
-from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
-from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.assembly.opened_model import OpenOptions, open_model
+from megatron_bagel.assembly.whole_modules import filled_modules
 from megatron_bagel.common.dtypes import SHORT
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
-from megatron_bagel.config.megatron_arguments import MegatronArguments
-from megatron_bagel.config.parallel_sizes import check_parallel_sizes
-from megatron_bagel.config.transformer_config import transformer_config
-from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.transforms import TransformArgs
-from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.inference.core.engine import Engine
-from megatron_bagel.model.build import build_decoder
-from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size
 
 # (longest side, shortest side) in pixels of input images, BAGEL's own.
@@ -40,23 +24,19 @@ DTYPES = SHORT
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class LoadOptions(OpenOptions):
     """What to load and how. ``None`` leaves the choice to the folder, or to what the machine does best.
 
-    ``weights`` is "ema" or "model"; ``dtype`` "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
-    ``vae_transform`` and ``vit_transform`` are (longest, shortest) side in pixels of input images for the autoencoder and the
-    vision tower. ``max_latent_size`` and ``interpolate_pos`` win over the folder's config.json. ``tensor_parallel`` ranks share the
-    decoder; a run on more ranks has several copies of the model.
+    Attributes:
+        dtype: "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
+        vae_transform: (longest, shortest) side in pixels of input images for the autoencoder.
+        vit_transform: the same for the vision tower.
+        tensor_parallel: ranks that share the decoder; a run on more ranks has several copies of the model.
     """
 
-    weights: str | None = None
     dtype: str | None = None
-    tokenizer: str | None = None
-    autoencoder: str | None = None
     vae_transform: tuple[int, int] | None = None
     vit_transform: tuple[int, int] | None = None
-    max_latent_size: int | None = None
-    interpolate_pos: bool | None = None
     tensor_parallel: int = 1
 
 
@@ -67,16 +47,16 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
         ValueError: nothing loadable at ``path``, missing or left-over tensors, or settings that do not fit the model.
     """
     options = options or LoadOptions()
-    path = Path(path)
     _join(options.tensor_parallel)
-    if not path.is_dir():
-        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face layout or a training checkpoint")
-    if (path / "llm_config.json").is_file():
-        return _from_hf(path, options)
-    checkpoint = path if step_folders.is_complete(path) else step_folders.latest_checkpoint(path)
-    if checkpoint is None:
-        raise ValueError(f"--model {path} holds neither llm_config.json (a Hugging Face folder) nor a complete training checkpoint")
-    return _from_checkpoint(checkpoint, options)
+    model = open_model(Path(path), options)
+    if len(model.tokenizer) > model.arch.llm.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(model.tokenizer)} ids, but the model's vocabulary only {model.arch.llm.vocab_size} rows: not a pair"
+        )
+    dtype = _dtype(options)
+    transforms = image_transforms(model.arch, options.vae_transform, options.vit_transform)
+    decoder, vision_tower = filled_modules(model, dtype)
+    return Engine(decoder, vision_tower, model.autoencoder, model.tokenizer, model.arch, *transforms)
 
 
 def image_transforms(
@@ -140,89 +120,3 @@ def _dtype(options: LoadOptions) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"--dtype {name} is unknown; choose {' or '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _from_hf(path: Path, options: LoadOptions) -> Engine:
-    flags = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
-    ae_file = Path(options.autoencoder) if options.autoencoder else path / "ae.safetensors"
-    folder = HFFolder(path, **flags)
-    kinds = folder.available_weights()
-    if not kinds:
-        raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
-    source = folder.weights(options.weights or kinds[0])
-    stored = folder.stored_latent_size(options.weights or kinds[0])
-    if options.max_latent_size is None and stored is not None:
-        # The stored table says for which side the weights were trained; a config.json may be silent or stale.
-        folder = HFFolder(path, **{**flags, "max_latent_size": stored})
-    arch = folder.arch
-    if options.autoencoder:
-        arch = replace(arch, autoencoder=AutoencoderArch.beside(ae_file))
-
-    def fill(modules: list[nn.Module]) -> None:
-        load_weights(source, WeightMap(arch), modules)
-
-    autoencoder = None
-    if arch.autoencoder is not None:
-        autoencoder = load_autoencoder(ae_file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model")
-    return _assemble(arch, fill, load_tokenizer(options.tokenizer or path, add_special=True), autoencoder, options)
-
-
-def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
-    stored = CheckpointWeights(path)
-    kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
-    if kind not in stored.kinds():
-        raise ValueError(f"--weights {kind}: {path} holds {' and '.join(stored.kinds())} only")
-    arch = stored.arch
-    settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
-    arch = replace(arch, **settings)
-    used = companions_of(stored.state["run"].get("config", {}))
-    tokenizer = _existing(options.tokenizer, used.tokenizer, "--tokenizer", path)
-    autoencoder = None
-    if arch.autoencoder is not None:
-        file = _existing(options.autoencoder, used.autoencoder, "--autoencoder", path)
-        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
-    read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
-
-    def fill(modules: list[nn.Module]) -> None:
-        for entry, parameter in entries_of(modules, WeightMap(arch)):
-            assign(parameter, read(entry.name), entry)
-
-    return _assemble(arch, fill, load_tokenizer(tokenizer, add_special=True), autoencoder, options)
-
-
-def _existing(given: str | None, recorded: Path | None, flag: str, checkpoint: Path) -> Path:
-    """A path given by flag, or the one the training run used."""
-    path = Path(given) if given else recorded
-    if path is None or not path.exists():
-        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) is not there; say where it is with {flag}")
-    return path
-
-
-def _assemble(
-    arch: BagelArch, fill: Callable[[list[nn.Module]], None], tokenizer: Tokenizer, autoencoder: AutoEncoder | None, options: LoadOptions
-) -> Engine:
-    if len(tokenizer) > arch.llm.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: not a pair")
-    dtype, device = _dtype(options), platform.device()
-    vae_transform, vit_transform = image_transforms(arch, options.vae_transform, options.vit_transform)
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    megatron = MegatronArguments(tensor_model_parallel_size=ranks)
-    check_parallel_sizes(megatron, arch.llm)
-    # Random weights would only be overwritten. Megatron marks the weights that ranks share only where it initialises them.
-    nothing: dict[str, Any] = {"init_method": _as_it_is, "output_layer_init_method": _as_it_is, "perform_initialization": ranks > 1}
-    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **nothing)
-    initialize_kv_sharing(arch.llm.num_key_value_heads)
-    decoder = build_decoder(arch, config)
-    vision_tower = VisionTower(arch) if arch.vit else None
-    modules: list[nn.Module] = [module for module in (decoder, vision_tower) if module is not None]
-    fill(modules)
-    for module in modules:
-        module.to(device, dtype).eval().requires_grad_(False)
-    if autoencoder is not None:
-        autoencoder.to(device)
-    return Engine(decoder, vision_tower, autoencoder, tokenizer, arch, vae_transform, vit_transform)
-
-
-def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
-    """Initialisation of weights that are about to be loaded."""
-    return weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_bagel import platform
-from megatron_bagel.assembly.training_modules import autoencoder_path
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.parser import Config
 from megatron_bagel.data.loading.build import layout_spec, stored_posterior, training_sources
 from megatron_bagel.data.loading.held_out import held_out_samples
 from megatron_bagel.data.loading.loader import PackReader
+from megatron_bagel.data.loading.settings import DataSettings
 from megatron_bagel.data.planner.group_source import GroupSource
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.inference.core.guidance import Guidance
 from megatron_bagel.inference.core.image import ImageSampling, decode_latents
 from megatron_bagel.layout.pack import PackImage, item_grid, sample_tokens
 from megatron_bagel.training.evaluation.forward import evaluating
@@ -36,6 +35,25 @@ from megatron_bagel.training.evaluation.sampler import ProbeAnswers
 from megatron_bagel.training.observability.contact_sheet import SheetRow, as_pixels
 from megatron_bagel.training.observability.logging_sinks import RunLog
 from megatron_bagel.training.step import StepSettings, Trainable
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation measures and shows.
+
+    Attributes:
+        samples: held-out samples of every dataset that losses are measured on.
+        pictures: held-out samples of every dataset that are drawn or answered.
+        answer_tokens: most tokens of an answer.
+        sampling: how pictures are drawn.
+        autoencoder: the file of the autoencoder's weights, which a run with a latent cache reads for the pictures alone.
+    """
+
+    samples: int
+    pictures: int
+    answer_tokens: int
+    sampling: ImageSampling
+    autoencoder: Path
 
 
 @dataclass(frozen=True)
@@ -50,18 +68,15 @@ class ProbeResult:
 class Evaluation:
     """Everything of a run that is validated on; made once, run at each evaluation."""
 
-    def __init__(self, config: Config, arch: BagelArch, tokenizer: Tokenizer, at_once: int) -> None:
+    def __init__(self, settings: EvaluationSettings, data: DataSettings, arch: BagelArch, tokenizer: Tokenizer, at_once: int) -> None:
         """``at_once`` packs are held in memory together. Raises ValueError without held-out rows."""
-        data, training = config.data, config.training
-        self.config, self.tokenizer, self.arch, self.at_once = config, tokenizer, arch, at_once
-        self.sources: list[GroupSource] = training_sources(config, arch, tokenizer, "validation")
-        self.reader = PackReader(self.sources, layout_spec(arch, tokenizer), training.global_seed, stored_posterior(config, arch))
-        limits = data.max_num_tokens, data.max_num_tokens_per_sample
-        self.losses = HeldOutLosses(self.sources, self.reader, training.eval_samples, *limits)
-        guidance = Guidance(training.eval_cfg_text_scale, training.eval_cfg_img_scale, (0.0, 1.0))
-        self.sampling = ImageSampling(training.eval_timesteps, training.timestep_shift, guidance)
-        self.most_tokens, self.seed = training.eval_answer_tokens, training.global_seed
-        self.probes = self._choose(training.eval_pictures, min(limits), data.max_num_tokens)
+        self.tokenizer, self.arch, self.at_once, self.seed = tokenizer, arch, at_once, data.seed
+        self.sources: list[GroupSource] = training_sources(data, arch, tokenizer, "validation")
+        self.reader = PackReader(self.sources, layout_spec(arch, tokenizer), data.seed, stored_posterior(data, arch))
+        limits = data.packs.max_num_tokens, data.packs.max_num_tokens_per_sample
+        self.losses = HeldOutLosses(self.sources, self.reader, settings.samples, *limits)
+        self.sampling, self.most_tokens, self.autoencoder_file = settings.sampling, settings.answer_tokens, settings.autoencoder
+        self.probes = self._choose(settings.pictures, min(limits), data.packs.max_num_tokens)
 
     def run(self, trainable: Trainable, settings: StepSettings, log: RunLog, step: int) -> dict[str, float]:
         """Evaluate after ``step`` optimizer steps and log it; the numbers, by name, on every rank. Collective over the world."""
@@ -131,8 +146,9 @@ class Evaluation:
         """The run's own. A run with a latent cache holds none: it is read for these pictures, or None where its weights are not there."""
         if isinstance(trainable.image_encoder.autoencoder, AutoEncoder):
             return trainable.image_encoder.autoencoder
-        path = autoencoder_path(self.config)
-        return load_autoencoder(path, self.arch.autoencoder).to(platform.device()) if path.is_file() else None
+        if not self.autoencoder_file.is_file():
+            return None
+        return load_autoencoder(self.autoencoder_file, self.arch.autoencoder).to(platform.device())
 
     # ------------------------------------------------------------------ showing
     def _show(self, log: RunLog, step: int, results: Sequence[ProbeResult]) -> None:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
 from megatron_bagel import platform
-from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.training.losses import StepLosses
 from megatron_bagel.training.resilience.events import EventFile
@@ -38,10 +37,25 @@ class Attempt:
     own: torch.Tensor
 
 
+@dataclass(frozen=True)
+class BadStepSettings:
+    """What makes a step bad, and what follows.
+
+    Attributes:
+        on_bad_step: "stop", "skip" or "rerun".
+        loss_spike_factor: a loss above this many times the recent median is bad; 0 for none.
+        max_bad_steps: so many in a row end the run.
+    """
+
+    on_bad_step: str = "stop"
+    loss_spike_factor: float = 0.0
+    max_bad_steps: int = 10
+
+
 class BadSteps:
     """The policy of a run, and its memory: recent losses (for spikes), bad steps in a row, and ``count`` of them since the run began."""
 
-    def __init__(self, settings: ResilienceArguments, events: EventFile, count: int = 0) -> None:
+    def __init__(self, settings: BadStepSettings, events: EventFile, count: int = 0) -> None:
         self.settings, self.events, self.count = settings, events, count
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._in_a_row = 0

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import megatron_bagel
 from megatron_bagel import platform
 from megatron_bagel.common.wording import shorten
-from megatron_bagel.config.parser import SECTIONS, Config
 from megatron_bagel.parallel.rank_coordinates import rank_list
 
 _FEW = 5  # so many differences are spelled out
@@ -33,21 +32,21 @@ def code_hash(folder: Path | None = None) -> str:
     return summed.hexdigest()
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
-    """Everything of a rank that must be the same on all: settings by flag name, versions, and the package's code."""
-    settings = {f"--{name}": value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
+def fingerprint(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of a rank that must be the same on all: settings by flag name (of ``Config.to_dict``), versions, the package's code."""
+    settings = {f"--{name}": value for part in record.values() if isinstance(part, dict) for name, value in part.items()}
     versions = {name: version(name) for name in ("torch", "megatron-core")}
     ours = {"megatron_bagel": megatron_bagel.__version__, "code of megatron_bagel": code_hash()[:12]}
-    return {**settings, "flags given": sorted(config.given), "Python": python_platform.python_version(), **versions, **ours}
+    return {**settings, "flags given": record["given"], "Python": python_platform.python_version(), **versions, **ours}
 
 
-def check_same_everywhere(config: Config) -> None:
+def check_same_everywhere(record: Mapping[str, Any]) -> None:
     """Refuse a world whose ranks were started with different settings or code. Collective over the world, and the first thing of a run:
     groups of different sizes would wait for each other.
 
     Raises ValueError on all ranks, naming the ranks that differ from the others, and in what.
     """
-    own = fingerprint(config)
+    own = fingerprint(record)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).digest()
     here = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(platform.device())
     all_digests = torch.empty(dist.get_world_size() * len(here), dtype=torch.int64, device=here.device)

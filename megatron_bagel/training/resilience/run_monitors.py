@@ -4,28 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bagel.config.parser import Config
 from megatron_bagel.platform.launch.nvidia_resiliency import LauncherHeartbeats
 from megatron_bagel.platform.launch.process_group import set_collective_timeout, side_store
 from megatron_bagel.platform.launch.signals import StopRequest, stop_on_signals
-from megatron_bagel.training.resilience.bad_steps import BadSteps
+from megatron_bagel.training.resilience.bad_steps import BadSteps, BadStepSettings
 from megatron_bagel.training.resilience.events import EventFile
 from megatron_bagel.training.resilience.hang_watchdog import STORE, Limits, Watchdog, watching
 from megatron_bagel.training.resilience.preemption import Grace
 from megatron_bagel.training.resilience.stop_agreement import StepAgreement
-from megatron_bagel.training.resilience.stragglers import Stragglers
+from megatron_bagel.training.resilience.stragglers import Stragglers, StragglerSettings
+
+
+@dataclass(frozen=True)
+class ResilienceSettings:
+    """What is done when something goes wrong.
+
+    Attributes:
+        results_dir: folder of the file of events.
+        limits: how long ranks may take before they count as hanging.
+        collective_minutes: how long a collective may take after the first step.
+        first_collective_minutes: how long it may take before.
+        bad_steps: what makes a step bad, and what follows.
+        stragglers: how slow ranks are looked for.
+        heartbeats: whether a launcher gets heartbeats; None when it started this process.
+        grace_seconds: time between a scheduler's signal and its SIGKILL; None where unknown.
+    """
+
+    results_dir: Path
+    limits: Limits
+    collective_minutes: float
+    first_collective_minutes: float
+    bad_steps: BadStepSettings = field(default_factory=BadStepSettings)
+    stragglers: StragglerSettings = field(default_factory=StragglerSettings)
+    heartbeats: bool | None = None
+    grace_seconds: float | None = None
 
 
 @dataclass
 class Survival:
     """Made before the run is set up, so that a hang there is seen too."""
 
-    config: Config
+    collective_minutes: float
     events: EventFile
     watchdog: Watchdog
     agreement: StepAgreement
@@ -36,15 +60,13 @@ class Survival:
     _first: bool = True
 
     @classmethod
-    def of(cls, config: Config, request: StopRequest | None = None, watchdog: Watchdog | None = None) -> Survival:
-        """By the flags. Nobody watches and no signal is noted unless ``surviving`` gave them."""
-        resilience = config.resilience
-        events = EventFile(config.training.results_dir)
-        results_dir = Path(config.training.results_dir)
-        idle = Watchdog(side_store(STORE), dist.get_rank(), dist.get_world_size(), limits_of(config), results_dir)
+    def of(cls, settings: ResilienceSettings, request: StopRequest | None = None, watchdog: Watchdog | None = None) -> Survival:
+        """Nobody watches and no signal is noted unless ``surviving`` gave them."""
+        events = EventFile(settings.results_dir)
+        idle = Watchdog(side_store(STORE), dist.get_rank(), dist.get_world_size(), settings.limits, settings.results_dir)
         return cls(
-            config, events, watchdog or idle, StepAgreement(request), BadSteps(resilience, events), Stragglers(resilience, events),
-            LauncherHeartbeats(resilience.ft_heartbeats), Grace(resilience.preemption_grace_seconds, events),
+            settings.collective_minutes, events, watchdog or idle, StepAgreement(request), BadSteps(settings.bad_steps, events),
+            Stragglers(settings.stragglers, events), LauncherHeartbeats(settings.heartbeats), Grace(settings.grace_seconds, events),
         )  # fmt: skip
 
     def step_done(self, steps: int, seconds: float, last_save: float | None) -> None:
@@ -58,7 +80,7 @@ class Survival:
         self.grace.step_took(steps, seconds, last_save)
         if self._first:
             self._first = False
-            set_collective_timeout(self.config.megatron.distributed_timeout_minutes)
+            set_collective_timeout(self.collective_minutes)
 
     def note_stop(self, steps: int) -> None:
         """Say why the run ends before its last step, where it does."""
@@ -67,10 +89,10 @@ class Survival:
 
 
 @contextmanager
-def surviving(config: Config) -> Iterator[Survival]:
+def surviving(settings: ResilienceSettings) -> Iterator[Survival]:
     """Signals are noted, and ranks watched, while the block runs."""
-    with stop_on_signals() as request, watching(side_store(STORE), limits_of(config), config.training.results_dir) as watchdog:
-        survival = Survival.of(config, request, watchdog)
+    with stop_on_signals() as request, watching(side_store(STORE), settings.limits, settings.results_dir) as watchdog:
+        survival = Survival.of(settings, request, watchdog)
         survival.heartbeats.start()
         try:
             yield survival
@@ -79,10 +101,3 @@ def surviving(config: Config) -> Iterator[Survival]:
             survival.heartbeats.close()
         # No rank stops watching while another may still wait for it.
         dist.barrier()
-
-
-def limits_of(config: Config) -> Limits:
-    """The watchdog's, in seconds: before the collectives give up."""
-    resilience = config.resilience
-    step = min(resilience.hang_timeout_minutes, 0.8 * config.megatron.distributed_timeout_minutes)
-    return Limits(step * 60, resilience.first_step_timeout_minutes * 60)

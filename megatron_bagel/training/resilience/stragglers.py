@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_bagel import platform
 from megatron_bagel.common.wording import shorten
-from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.platform.device import synchronize
 from megatron_bagel.training.resilience.events import EventFile
 
@@ -32,14 +31,22 @@ class OwnTime:
         return self.data + self.compute
 
 
+@dataclass(frozen=True)
+class StragglerSettings:
+    """``every``: steps between measurements, 0 for none. ``factor``: a rank is slow above this many times the median's time."""
+
+    every: int = 500
+    factor: float = 1.3
+
+
 class Stragglers:
-    """Measures every ``straggler_every``-th step. The device is waited for before the gradient exchange of that step, and of no other.
+    """Measures every so many steps. The device is waited for before the gradient exchange of that step, and of no other.
 
     With tensor, pipeline or context parallelism a replica's ranks wait for each other inside a step, so a slow one shows as a slow replica.
     """
 
-    def __init__(self, settings: ResilienceArguments, events: EventFile) -> None:
-        self._every, self._factor, self._events = settings.straggler_every, settings.straggler_factor, events
+    def __init__(self, settings: StragglerSettings, events: EventFile) -> None:
+        self._every, self._factor, self._events = settings.every, settings.factor, events
         self._measuring = False
         self._mark = self._data = self._compute = 0.0
 

@@ -5,49 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bagel import platform
-from megatron_bagel.assembly.training_modules import (
-    Modules,
-    WeightSource,
-    average_source,
-    build_modules,
-    freeze_modules,
-    load_first_weights,
-    load_folder,
-)
+from megatron_bagel.assembly.modules import Modules, build_modules, freeze_modules
+from megatron_bagel.assembly.starting_weights import InitialSettings, WeightSource, average_source, load_first_weights, load_folder
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
-from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
 from megatron_bagel.parallel.replica import Replica
 from megatron_bagel.training.optim.ema import ShardedEma
-from megatron_bagel.training.optim.lr_schedule import LearningRate, ScheduleSettings
-from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, trainable_parameters, wrap_ddp, wrap_over_world
+from megatron_bagel.training.optim.lr_schedule import LearningRate
+from megatron_bagel.training.optim.optimizer import build_optimizer, trainable_parameters, wrap_ddp, wrap_over_world
+from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.step import Trainable
 
 
 def build_trainable(
-    config: Config, layout: ResolvedRun, arch: BagelArch, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
+    resolved: ResolvedRun, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
 ) -> tuple[Trainable, Trained]:
     """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
     of weights everything has its shape and no memory (inside ``on_meta``)."""
-    training, megatron = config.training, config.megatron
+    arch, megatron, optimizer_settings = resolved.arch, resolved.megatron, resolved.optimizer
     # Local modules are made without memory and filled later; Megatron-Core would draw their first weights on the GPU.
     on_cpu = not platform.has_gpu() or megatron.transformer_impl == "local"
-    tcfg = transformer_config(arch.llm, megatron, layout.bf16, on_cpu=on_cpu)
-    modules = build_modules(config, arch, tcfg, shapes_only=source is None)
+    tcfg = transformer_config(arch.llm, megatron, resolved.sizes.bf16, on_cpu=on_cpu)
+    modules = build_modules(resolved.build, arch, tcfg, shapes_only=source is None)
     if source is not None and source.checkpoint is None:
-        load_first_weights(config, source, modules, arch)
-    freeze_modules(config, modules)
-    optimizer_settings = OptimizerSettings(
-        lr=training.lr, beta1=training.beta1, beta2=training.beta2, eps=training.eps, max_grad_norm=training.max_grad_norm,
-        bf16=layout.bf16, use_distributed_optimizer=layout.use_distributed_optimizer,
-        overlap_grad_reduce=megatron.overlap_grad_reduce, overlap_param_gather=megatron.overlap_param_gather,
-        distributed_optimizer_instances=layout.distributed_optimizer_instances,
-    )  # fmt: skip
+        load_first_weights(resolved.start.initial, source, modules, arch)
+    freeze_modules(resolved.build.frozen, modules)
     tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
     parts = [*modules.decoder, *([modules.tower] if tower_trains else [])]
     if replica is not None and tower_trains:
@@ -62,33 +48,31 @@ def build_trainable(
         syncs = [chunk.no_sync for chunk in wrapped[: len(modules.decoder)]]
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in parts]
-    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, training.ema)
+    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
     if source is not None:
-        _load_average_apart(config, source, modules, arch, optimizer, ema)
-    schedule = ScheduleSettings(
-        training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
-    )
+        _load_average_apart(resolved.start.initial, source, modules, arch, optimizer, ema)
     tower = wrapped[-1] if tower_trains else modules.tower
-    stage_settings = ImageEncoderSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
-    encoders = arch, tower, modules.autoencoder, stage_settings
+    encoders = arch, tower, modules.autoencoder, resolved.encoding
     trainable = Trainable(
         config=tcfg,
         decoder=wrapped[: len(modules.decoder)],
         tower=wrapped[-1] if tower_trains else None,
         image_encoder=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
         optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, schedule),
+        learning_rate=LearningRate(optimizer, resolved.schedule),
         ema=ema,
     )
     return trainable, Trained(modules.named, arch, optimizer, ema)
 
 
-def _load_average_apart(config: Config, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma) -> None:
+def _load_average_apart(
+    initial: InitialSettings, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma
+) -> None:
     """Start the average from the source's own EMA where weights and average are different files, as the original does."""
     if average_source(source) is None or source.folder is None:
         return
-    load_folder(config, source.folder, "ema", modules, arch)
+    load_folder(initial, source.folder, "ema", modules, arch)
     optimizer.reload_model_params()
     ema.reset()
-    load_folder(config, source.folder, source.weights, modules, arch)
+    load_folder(initial, source.folder, source.weights, modules, arch)
     optimizer.reload_model_params()

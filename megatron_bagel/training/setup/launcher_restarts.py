@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_bagel.assembly.starting_weights import StartSettings
 from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
-from megatron_bagel.config.parser import Config
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.platform.launch.process_group import launched_restarts
 
@@ -18,26 +19,25 @@ MARKER = "found_checkpoints.txt"
 logger = logging.getLogger(__name__)
 
 
-def resume_after_restart(config: Config) -> None:
-    """Turn ``auto_resume`` on in a process that torchrun or ft_launcher started again. Collective; does nothing under other launchers.
+def resume_after_restart(settings: StartSettings, results_dir: Path) -> StartSettings:
+    """Turn ``auto_resume`` on in a process that torchrun or ft_launcher started again. Collective; changes nothing under other launchers.
 
     Raises ValueError when checkpoints of an earlier run lay in checkpoint_dir from the beginning.
     """
-    training = config.training
-    if training.auto_resume or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return
-    marker = Path(training.results_dir) / MARKER
+    if settings.auto_resume or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return settings
+    marker = results_dir / MARKER
     if not launched_restarts():
-        on_first_rank(lambda: _note(marker, Path(training.checkpoint_dir)), f"cannot write {marker}")
-        return
+        on_first_rank(lambda: _note(marker, settings.checkpoint_dir), f"cannot write {marker}")
+        return settings
     if found := on_first_rank(lambda: marker.read_text(encoding="utf-8") if marker.is_file() else "", f"cannot read {marker}"):
         raise ValueError(
             f"the launcher started this run again, but {found} was there before it began, so its own checkpoints cannot be told from an "
             "earlier run's: give --auto_resume True to continue from the newest, or an empty --checkpoint_dir"
         )
-    training.auto_resume = True
     if dist.get_rank() == 0:
         logger.info("started again by the launcher (restart %d): continuing from the newest checkpoint", launched_restarts())
+    return replace(settings, auto_resume=True)
 
 
 def _note(marker: Path, checkpoint_dir: Path) -> None:

@@ -4,50 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_bagel import platform
-from megatron_bagel.assembly.training_modules import run_model
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
-from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun, architecture, resolve
-from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.config.record import write_record
 from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader
-from megatron_bagel.parallel.replica import make_replica
+from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.launch.fake_world import is_fake
 from megatron_bagel.training.evaluation.evaluator import Evaluation
 from megatron_bagel.training.loop import Counters, Run, train
-from megatron_bagel.training.losses import LossWeights
-from megatron_bagel.training.observability.logging_sinks import RunLog, WandbSettings, package_log
+from megatron_bagel.training.observability.logging_sinks import RunLog, package_log
 from megatron_bagel.training.observability.profiling import ProfilerWindow
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import trainable_parameters
 from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
 from megatron_bagel.training.resilience.run_monitors import Survival, surviving
+from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
 from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
 from megatron_bagel.training.setup.starting_point import starting_point
-from megatron_bagel.training.step import StepSettings, Trainable
-
-if TYPE_CHECKING:
-    pass
+from megatron_bagel.training.step import Trainable
 
 
-def execute(config: Config) -> None:
+def execute(resolved: ResolvedRun) -> None:
     """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
-    check_same_everywhere(config)
-    with surviving(config) as survival, package_log(config.training.results_dir, dist.get_rank()):
-        initialize_parallel(config)
-        run = set_up(config, survival)
+    check_same_everywhere(resolved.record)
+    with surviving(resolved.resilience) as survival, package_log(resolved.results_dir, dist.get_rank()):
+        initialize_parallel(resolved)
+        run = set_up(resolved, survival)
         try:
             train(run)
         finally:
@@ -56,71 +49,67 @@ def execute(config: Config) -> None:
             run.log.close()
 
 
-def initialize_parallel(config: Config) -> None:
+def initialize_parallel(resolved: ResolvedRun) -> None:
     """Megatron-Core's process groups and random states. Nothing of a result depends on the latter: every draw here is keyed."""
-    megatron = config.megatron
+    megatron = resolved.megatron
     parallel_state.initialize_model_parallel(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
-        virtual_stages(megatron, architecture(config).llm.num_hidden_layers),
+        virtual_stages(megatron, resolved.arch.llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
-        num_distributed_optimizer_instances=resolve(config, dist.get_world_size(), platform.has_gpu()).distributed_optimizer_instances,
+        num_distributed_optimizer_instances=resolved.sizes.distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
         # Until the first step is done; then they are cut to what the flag says (run_monitors.py).
-        distributed_timeout_minutes=math.ceil(max(megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)),
+        distributed_timeout_minutes=math.ceil(resolved.resilience.first_collective_minutes),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(config.training.global_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(resolved.seed)
 
 
-def set_up(config: Config, survival: Survival | None = None) -> Run:
+def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
     """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
-    training, rank = config.training, dist.get_rank()
-    survival = survival or Survival.of(config)
-    layout = resolve(config, dist.get_world_size(), platform.has_gpu())
-    arch, tokenizer = run_model(config)
-    validate_architecture(config, arch)
-    resume_after_restart(config)
-    source = starting_point(config)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
-    if rank == 0:
-        ensure_index(config, tokenizer)
-    # Indexing may take longer than a collective of training ever should.
-    dist.barrier(patient)
-    dist.destroy_process_group(patient)
+    arch, sizes, tokenizer, rank = resolved.arch, resolved.sizes, resolved.tokenizer, dist.get_rank()
+    survival = survival or Survival.of(resolved.resilience)
+    resolved = replace(resolved, start=resume_after_restart(resolved.start, resolved.results_dir))
+    source = starting_point(resolved.start)
+    _ensure_index(resolved)
+    replica, share = encoding_share(resolved)
     place = parallel_state.get_data_parallel_rank()
-    replica = make_replica() if encoders_on_all_ranks(config.megatron) else None
-    costs = EncoderCosts.of(arch, training.freeze_vit or training.freeze_und)
-    share = EncodingShare(replica.rank, replica.size, costs) if replica is not None else None
-    loader = open_loader(config, arch, tokenizer, layout.batch_sizes, place, layout.data_parallel_size, share)
-    trainable, trained = build_trainable(config, layout, arch, source, replica, share)
-    local = local_checkpoints(config)
-    continued = continue_from(config, source, trained, local)
+    loader = open_loader(resolved.data, arch, tokenizer, sizes.batch_sizes, place, sizes.data_parallel_size, share)
+    trainable, trained = build_trainable(resolved, source, replica, share)
+    local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)
+    continued = continue_from(resolved.start, source, trained, local)
     counters = _restore(continued.state, continued.steps, trainable, loader, survival) if continued.state is not None else Counters()
+    observing = resolved.observing
     log = RunLog(
-        training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
-        prometheus=config.observing.prometheus_file,
+        resolved.results_dir, rank, counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
     )  # fmt: skip
-    timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
-    saving, settings = Saving(training), step_settings(config, layout)
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters, local=local)
-    if training.eval_every:
-        run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
-    _announce(run, continued.told)
+    timers, profiler = Timers(observing.barrier_timers), ProfilerWindow(observing, resolved.results_dir, rank)
+    run = Run(
+        resolved.loop, resolved.record, arch, trainable, trained, loader, resolved.step, log, Saving(resolved.saving), survival, timers,
+        profiler, counters, local=local,
+    )  # fmt: skip
+    if resolved.evaluation is not None:
+        run.evaluation = Evaluation(resolved.evaluation, resolved.data, arch, tokenizer, sizes.num_microbatches)
+    _announce(resolved, run, continued.told)
     return run
 
 
-def step_settings(config: Config, layout: ResolvedRun) -> StepSettings:
-    """What every step of a run is told."""
-    training, megatron = config.training, config.megatron
-    return StepSettings(
-        LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
-        layout.attention_backend,
-        config.data.max_num_tokens,
-        platform.device(),
-        slot_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
-        fixed_slots=megatron.pipeline_model_parallel_size > 1,
-        cp_comm_type=megatron.cp_comm_type,
-    )
+def _ensure_index(resolved: ResolvedRun) -> None:
+    """Make the index, where there is none, on rank 0. Indexing may take longer than a collective of training ever should."""
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    if dist.get_rank() == 0:
+        ensure_index(resolved.data, resolved.tokenizer)
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
+
+
+def encoding_share(resolved: ResolvedRun) -> tuple[Replica | None, EncodingShare | None]:
+    """The replica of this rank and its share of the encoding of images, where the ranks of a replica share it. Collective."""
+    if not encoders_on_all_ranks(resolved.megatron):
+        return None, None
+    replica = make_replica()
+    costs = EncoderCosts.of(resolved.arch, frozen_vit=not resolved.build.frozen.tower_backward)
+    return replica, EncodingShare(replica.rank, replica.size, costs)
 
 
 def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
@@ -132,21 +121,16 @@ def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader:
     return Counters(steps, state["consumed_samples"], state["consumed_tokens"], state["skipped_samples"])
 
 
-def _wandb(config: Config) -> WandbSettings:
-    training = config.training
-    return WandbSettings(training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline)
-
-
-def _announce(run: Run, start: str) -> None:
-    config, layout = run.config, run.layout
+def _announce(resolved: ResolvedRun, run: Run, start: str) -> None:
+    sizes = resolved.sizes
     if dist.get_rank() == 0:
-        config.save(Path(config.training.results_dir) / "config.yaml")
+        write_record(resolved.record, resolved.results_dir / "config.yaml")
     run.log.info(start)
     trained = sum(trainable_parameters(part) for part in run.trainable.wrapped)
     total = sum(p.numel() for part in run.trained.modules.values() for p in part.parameters())
     run.log.info(
-        f"{total / 1e6:.2f} M parameters on this rank, {trained / 1e6:.2f} M of them train; {layout.data_parallel_size} replicas x "
-        f"{layout.num_microbatches} packs of {config.data.max_num_tokens} tokens per step; attention {layout.attention_backend}"
+        f"{total / 1e6:.2f} M parameters on this rank, {trained / 1e6:.2f} M of them train; {sizes.data_parallel_size} replicas x "
+        f"{sizes.num_microbatches} packs of {resolved.step.seq_length} tokens per step; attention {sizes.attention_backend}"
     )
-    for note in layout.notes:
+    for note in sizes.notes:
         run.log.info(note)

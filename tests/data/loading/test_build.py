@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.loading.build import ensure_index, open_loader, training_groups, training_sources
+from megatron_bagel.data.loading.settings import DataSettings
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data import golden_index
 
@@ -24,7 +26,7 @@ def arch(goldens: Path) -> BagelArch:
     return BagelArch.from_hf_folder(goldens / "hf", max_latent_size=16, vit_max_num_patch_per_side=16)
 
 
-def config(goldens: Path, folder: Path, **values: object) -> Config:
+def config(goldens: Path, folder: Path, **values: object) -> DataSettings:
     (folder / "data.yaml").write_text(yaml.safe_dump(golden_index.CONFIG))
     flags = {
         "dataset_config_file": str(folder / "data.yaml"),
@@ -35,7 +37,7 @@ def config(goldens: Path, folder: Path, **values: object) -> Config:
         "expected_num_tokens": 300,
         "max_num_tokens_per_sample": 200,
     }
-    return Config.from_values({**flags, **values})
+    return data_settings(Config.from_values({**flags, **values}))
 
 
 def test_batches_from_flags_alone(goldens: Path, tmp_path: Path, words: Tokenizer, arch: BagelArch) -> None:

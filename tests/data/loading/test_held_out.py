@@ -13,7 +13,7 @@ from megatron_bagel.data.loading.build import training_sources
 from megatron_bagel.data.loading.held_out import held_out_packs, share_of
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.data.planner.group_source import GroupSource
-from tests.runs import make_world, run_config
+from tests.runs import make_world, resolved, run_config
 
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 4))
@@ -32,10 +32,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def sources(config: Config, part: str) -> list[GroupSource]:
-    from megatron_bagel.assembly.training_modules import run_model
-
-    arch, tokenizer = run_model(config)
-    return training_sources(config, arch, tokenizer, part)
+    run = resolved(config)
+    return training_sources(run.data, run.arch, run.tokenizer, part)
 
 
 def rows(found: list[GroupSource], samples: list[tuple[int, int, int]]) -> set[tuple[str, int]]:

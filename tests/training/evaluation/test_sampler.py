@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.runs import make_world, run_config
+from tests.runs import make_world, open_run, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -44,10 +44,8 @@ def both_ways(config: Any) -> list[tuple[str, Any, Any]]:
     from megatron_bagel.inference.batch.requests import Request, answer
     from megatron_bagel.inference.core.engine import Engine
     from megatron_bagel.inference.core.sampling import TextSampling
-    from megatron_bagel.training.setup import set_up as setup
 
-    setup.initialize_parallel(config)
-    run = setup.set_up(config)
+    run = open_run(config)
     decoder = run.trained.modules["decoder"]
     with torch.no_grad():
         # Zero in a fresh model, which would make every velocity zero.

@@ -1,0 +1,111 @@
+"""The modules that a rank trains: what of the model it has, where its memory is, and what stays frozen."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_bagel import platform
+from megatron_bagel.assembly.meta_init import materialize, on_meta
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
+from megatron_bagel.costs.freezing import FreezeSettings, freeze
+from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+from megatron_bagel.encoders.cached_latents import CachedPosterior
+from megatron_bagel.encoders.vision_tower import VisionTower
+from megatron_bagel.model.bagel import BagelModel
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How the modules of a run are built.
+
+    Attributes:
+        megatron: parallel sizes, recomputation, and which modules the decoder is made of.
+        frozen: what does not train.
+        autoencoder: the file of the autoencoder's weights; None where a latent cache holds what it would make.
+    """
+
+    megatron: MegatronArguments
+    frozen: FreezeSettings
+    autoencoder: Path | None
+
+
+@dataclass
+class Modules:
+    """The parts of a model on this rank, not wrapped yet: a pipeline stage has one decoder chunk, or several when interleaved.
+
+    ``tower`` and ``autoencoder`` are on every rank or, with ``--encoder-placement first_stage``, ``tower`` on the first stage alone,
+    ``autoencoder`` on the first, which reads latents, and the last, which aims at them.
+    """
+
+    decoder: list[BagelModel]
+    tower: VisionTower | None
+    autoencoder: AutoEncoder | CachedPosterior | None
+
+    @property
+    def named(self) -> dict[str, nn.Module]:
+        """Names as checkpoints use them."""
+        if len(self.decoder) == 1:
+            named: dict[str, nn.Module] = {"decoder": self.decoder[0]}
+        else:
+            named = {f"decoder.{number}": chunk for number, chunk in enumerate(self.decoder)}
+        return {**named, **({"vision": self.tower} if self.tower is not None else {})}
+
+
+def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, shapes_only: bool = False) -> Modules:
+    """Modules of this rank on its device, without meaningful weights; the autoencoder with its own. With ``shapes_only`` no tensor has
+    memory and no file of weights is read."""
+    device = torch.device("meta") if shapes_only else platform.device()
+    initialize_kv_sharing(arch.llm.num_key_value_heads)
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    everywhere = encoders_on_all_ranks(settings.megatron)
+    # Transformer Engine's layers allocate on the GPU whatever is asked for.
+    with on_meta() if settings.megatron.transformer_impl == "local" else nullcontext():
+        decoder = [_build_chunk(settings, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
+        has_tower = arch.vit is not None and (first or everywhere)
+        tower = VisionTower(arch, recompute=settings.megatron.recompute_vit) if has_tower else None
+    autoencoder = None
+    if arch.autoencoder is not None and (first or last or everywhere):
+        with on_meta() if shapes_only else nullcontext():
+            autoencoder = AutoEncoder(arch.autoencoder) if shapes_only else _autoencoder(settings, arch.autoencoder).to(device)
+    for part in (*decoder, *([tower] if tower is not None else [])):
+        materialize(part, device, tcfg.params_dtype)
+    return Modules(decoder, tower, autoencoder)
+
+
+def _autoencoder(settings: BuildSettings, arch: AutoencoderArch) -> AutoEncoder | CachedPosterior:
+    """The autoencoder with its weights or, where a latent cache holds what it would make, its place holder."""
+    return load_autoencoder(settings.autoencoder, arch) if settings.autoencoder is not None else CachedPosterior(arch)
+
+
+def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:
+    """Chunk ``number`` of this rank's pipeline stage."""
+    interleaved = tcfg.virtual_pipeline_model_parallel_size is not None
+    place = {"ignore_virtual": False, "vp_stage": number} if interleaved else {}
+    return build_decoder(
+        arch,
+        tcfg,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        vp_stage=number if interleaved else None,
+        freeze_und=settings.frozen.und,
+        transformer_impl=settings.megatron.transformer_impl,
+        vocab_divisor=settings.megatron.make_vocab_size_divisible_by,
+    )
+
+
+def freeze_modules(frozen: FreezeSettings, modules: Modules) -> None:
+    """Take what is frozen out of training; it then stays out of gradient and optimizer memory."""
+    for number, chunk in enumerate(modules.decoder):
+        freeze(chunk, modules.tower if number == 0 else None, frozen)

@@ -1,0 +1,35 @@
+"""From flags to the settings of a run's data; imports nothing of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bagel.config.parser import Config
+from megatron_bagel.data.loading.settings import DataSettings, ReaderSettings
+from megatron_bagel.data.planner.planner import PlannerConfig
+from megatron_bagel.data.planner.sample_plan import ConditionDropout
+
+
+def data_settings(config: Config) -> DataSettings:
+    """Files, packs and reading processes of the run."""
+    model, data, training = config.model, config.data, config.training
+    return DataSettings(
+        dataset_config_file=data.dataset_config_file,
+        data_root=data.data_root,
+        given_index=Path(data.index_dir) if data.index_dir is not None else None,
+        own_index=Path(training.results_dir) / "index",
+        split=data.split,
+        latent_cache=data.latent_cache,
+        visual_gen=training.visual_gen,
+        visual_und=training.visual_und,
+        seed=training.global_seed,
+        dropout=ConditionDropout(model.text_cond_dropout_prob, model.vae_cond_dropout_prob, model.vit_cond_dropout_prob),
+        packs=PlannerConfig(
+            max_num_tokens=data.max_num_tokens,
+            expected_num_tokens=training.expected_num_tokens,
+            max_num_tokens_per_sample=data.max_num_tokens_per_sample,
+            window=data.max_buffer_size,
+            seed=data.data_seed,
+        ),
+        reader=ReaderSettings(data.num_workers, data.prefetch_factor, data.decode_threads),
+    )

@@ -1,0 +1,79 @@
+"""A run as the flags resolve it: made once by the entry point (cli/resolve_run.py); whatever stands below takes it, or a part of it.
+
+No part is the configuration: each component has settings of its own, defined beside it, so that it can be built and tested without flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bagel.assembly.modules import BuildSettings
+from megatron_bagel.assembly.starting_weights import StartSettings
+from megatron_bagel.checkpoint.dist.local_files import LocalCheckpointSettings
+from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.observing_arguments import ObservingArguments
+from megatron_bagel.config.resolve import ResolvedSizes
+from megatron_bagel.costs.inputs import CostInputs
+from megatron_bagel.data.loading.settings import DataSettings
+from megatron_bagel.data.tokenizer import Tokenizer
+from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
+from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
+from megatron_bagel.training.loop import LoopSettings
+from megatron_bagel.training.observability.logging_sinks import WandbSettings
+from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
+from megatron_bagel.training.optim.optimizer import OptimizerSettings
+from megatron_bagel.training.resilience.run_monitors import ResilienceSettings
+from megatron_bagel.training.saving import SavingSettings
+from megatron_bagel.training.step import StepSettings
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Everything that a run is made of, before anything is built.
+
+    Attributes:
+        record: the configuration as plain values, which checkpoints and ``config.yaml`` keep. Nothing is decided by it.
+        arch: the model; its vocabulary holds every token of ``tokenizer``.
+        tokenizer: the tokenizer of the run.
+        megatron: parallel sizes, precision and recomputation, under Megatron-Core's names.
+        sizes: what these come to on the ranks of the run.
+        seed: seed of everything that is drawn.
+        results_dir: folder of logs and metrics.
+        data, start, build, encoding, optimizer, schedule, step, loop, saving, resilience, observing: settings of these components.
+        ema_decay: decay of the moving average of the weights.
+        local_checkpoints: None without them.
+        evaluation: None in a run that is never evaluated.
+        wandb: None without W&B.
+    """
+
+    record: Mapping[str, Any]
+    arch: BagelArch
+    tokenizer: Tokenizer
+    megatron: MegatronArguments
+    sizes: ResolvedSizes
+    seed: int
+    results_dir: Path
+    data: DataSettings
+    start: StartSettings
+    build: BuildSettings
+    encoding: ImageEncoderSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    ema_decay: float
+    step: StepSettings
+    loop: LoopSettings
+    saving: SavingSettings
+    resilience: ResilienceSettings
+    observing: ObservingArguments
+    local_checkpoints: LocalCheckpointSettings | None = None
+    evaluation: EvaluationSettings | None = None
+    wandb: WandbSettings | None = None
+
+    @property
+    def costs(self) -> CostInputs:
+        """What a step of this run costs."""
+        return CostInputs(self.arch, self.megatron, self.sizes, self.data.packs.max_num_tokens, self.build.frozen)
