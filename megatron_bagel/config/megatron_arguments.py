@@ -54,3 +54,9 @@ class MegatronArguments:
     fake_world_size: int | None = flag(None, "Ours. Ranks of a dry run. Default: what the launcher says.")
     fake_rank: int = flag(0, "Ours. The rank that a dry run rehearses.")
     distributed_timeout_minutes: float = flag(10.0, "A collective that waits longer ends the run.")
+    manual_gc: bool = flag(
+        False,
+        "Collect Python's garbage in chosen steps, the same on all ranks: at the start, every manual_gc_interval steps and around "
+        "evaluations. Else every rank does so whenever it has made enough objects, and the others wait.",
+    )
+    manual_gc_interval: int = flag(0, "With manual_gc: steps between collections; 0 collects at the start and around evaluations alone.")

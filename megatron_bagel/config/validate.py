@@ -20,7 +20,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     "num_workers", "decode_threads", "max_buffer_size", "warmup_steps", "lr", "min_lr", "eps", "max_grad_norm", "mse_weight", "ce_weight",
     "peak_device_tflops", "eval_every", "eval_pictures", "keep_last", "keep_every", "export_hf_every",
-    "loss_spike_factor", "hang_timeout_minutes", "straggler_every", "save_local_every", "inprocess_restarts",
+    "manual_gc_interval", "loss_spike_factor", "hang_timeout_minutes", "straggler_every", "save_local_every", "inprocess_restarts",
 )  # fmt: skip
 _PROBABILITIES = ("text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob", "ema")
 
@@ -99,6 +99,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
+    if megatron.manual_gc_interval and not megatron.manual_gc:
+        raise ValueError(f"--manual_gc_interval {megatron.manual_gc_interval} needs --manual_gc: without it each rank collects by itself")
     check_recompute(config)
     check_parallel_consistency(megatron)
     if training.keep_every and not training.keep_last:

@@ -57,8 +57,8 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
         return kept
 
     outputs, shape = [], (run.settings.slots(run.settings.seq_length), 1, run.arch.llm.hidden_size)
-    if run.config.megatron.sequence_parallel:
-        shape = (shape[0] // run.config.megatron.tensor_model_parallel_size, *shape[1:])
+    if config.megatron.sequence_parallel:
+        shape = (shape[0] // config.megatron.tensor_model_parallel_size, *shape[1:])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         for chunk in run.trainable.decoder:
             if not chunk.module.pre_process:

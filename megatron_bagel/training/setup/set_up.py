@@ -6,40 +6,44 @@ import math
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel import platform
 from megatron_bagel.assembly.training_modules import run_model
+from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedRun, architecture, resolve
 from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.costs.flops import peak_tflops
 from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.parallel.replica import make_replica
+from megatron_bagel.platform.device import device_name
 from megatron_bagel.platform.launch.fake_world import is_fake
 from megatron_bagel.training.evaluation.evaluator import Evaluation
-from megatron_bagel.training.loop import Counters, Run, train
+from megatron_bagel.training.loop import LoopSettings, Run, train
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.observability.logging_sinks import RunLog, WandbSettings, package_log
-from megatron_bagel.training.observability.profiling import ProfilerWindow
+from megatron_bagel.training.observability.metrics import RateWindow
+from megatron_bagel.training.observability.step_log import StepLog, StepLogSettings
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import trainable_parameters
 from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
 from megatron_bagel.training.resilience.run_monitors import Survival, surviving
+from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
+from megatron_bagel.training.setup.hooks import build_hooks
 from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
 from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import StepSettings, Trainable
-
-if TYPE_CHECKING:
-    pass
+from megatron_bagel.training.step_result import Counters
 
 
 def execute(config: Config) -> None:
@@ -51,7 +55,6 @@ def execute(config: Config) -> None:
         try:
             train(run)
         finally:
-            run.profiler.close()
             run.loader.close()
             run.log.close()
 
@@ -100,12 +103,28 @@ def set_up(config: Config, survival: Survival | None = None) -> Run:
         training.results_dir, rank, counters.steps, config.to_dict(), wandb=_wandb(config) if layout.use_wandb else None,
         prometheus=config.observing.prometheus_file,
     )  # fmt: skip
-    timers, profiler = Timers(config.observing.barrier_timers), ProfilerWindow(config.observing, training.results_dir, rank)
-    saving, settings = Saving(training), step_settings(config, layout)
-    run = Run(config, layout, arch, trainable, trained, loader, settings, log, saving, survival, timers, profiler, counters, local=local)
+    timers, saving = Timers(config.observing.barrier_timers), Saving(training)
+    run = Run(
+        loop=LoopSettings(training.total_steps, training.eval_every),
+        record=config.to_dict(),
+        arch=arch,
+        trainable=trainable,
+        trained=trained,
+        loader=loader,
+        replacements=_replacements(config, loader, counters, survival),
+        settings=step_settings(config, layout),
+        log=log,
+        step_log=step_log(config, layout, arch, loader, log, timers),
+        saving=saving,
+        survival=survival,
+        timers=timers,
+        hooks=build_hooks(config, survival, saving),
+        counters=counters,
+        local=local,
+    )
     if training.eval_every:
         run.evaluation = Evaluation(config, arch, tokenizer, layout.num_microbatches)
-    _announce(run, continued.told)
+    _announce(config, layout, run, continued.told)
     return run
 
 
@@ -123,6 +142,24 @@ def step_settings(config: Config, layout: ResolvedRun) -> StepSettings:
     )
 
 
+def step_log(config: Config, layout: ResolvedRun, arch: BagelArch, loader: PackLoader, log: RunLog, timers: Timers) -> StepLog:
+    """What makes the records of a run."""
+    training = config.training
+    settings = StepLogSettings(
+        training.log_every, training.total_steps, config.data.max_num_tokens, layout.data_parallel_size, training.freeze_llm,
+        training.freeze_vit,
+    )  # fmt: skip
+    window = RateWindow(peak_tflops(device_name(), training.peak_device_tflops), dist.get_world_size())
+    datasets = [name for source in loader.reader.sources for name in source.datasets()]
+    return StepLog(settings, arch, datasets, log, timers, window)
+
+
+def _replacements(config: Config, loader: PackLoader, counters: Counters, survival: Survival) -> Replacements:
+    return Replacements(
+        loader, config.training.results_dir, config.data.max_skipped_share, counters.skipped, counters.steps, survival.agreement
+    )
+
+
 def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
     """Take over what is no tensor; returns how far the run is."""
     trainable.learning_rate.load_state_dict(state["schedule"])
@@ -137,8 +174,7 @@ def _wandb(config: Config) -> WandbSettings:
     return WandbSettings(training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline)
 
 
-def _announce(run: Run, start: str) -> None:
-    config, layout = run.config, run.layout
+def _announce(config: Config, layout: ResolvedRun, run: Run, start: str) -> None:
     if dist.get_rank() == 0:
         config.save(Path(config.training.results_dir) / "config.yaml")
     run.log.info(start)
