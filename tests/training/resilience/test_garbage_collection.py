@@ -90,30 +90,39 @@ def test_the_automatic_collector_is_as_before_after_a_run(automatic: Callable[[b
     assert gc.isenabled() == enabled
 
 
-class Steps(StepHook):
-    """Knows how many steps are done."""
+class Progress(StepHook):
+    """Knows how many steps are done, and whether the run saves just now."""
 
-    done = 0
+    steps, saves = 0, False
 
     def after_step(self, done: StepDone) -> None:
-        self.done = done.counters.steps
+        self.steps = done.counters.steps
+
+    @contextmanager
+    def pause(self, pause: Pause) -> Iterator[None]:
+        self.saves = pause is not Pause.EVALUATION
+        yield
+        self.saves = False
 
 
 def _collections(config: Config) -> tuple[list[tuple[int, int]], bool]:
-    """(steps done, generation) of each collection of a run on this rank, and whether the collector is on afterwards."""
+    """(steps done, generation) of each collection of a run on this rank, and whether the collector is on afterwards.
+
+    Without those inside of saves: Megatron-Core's checkpoints collect for themselves.
+    """
     from megatron_bagel.training import loop
     from megatron_bagel.training.setup import set_up as setup
 
     setup.initialize_parallel(config)
     run = setup.set_up(config)
-    steps, collected = Steps(), []
+    progress, collected = Progress(), []
 
     def note(phase: str, info: dict[str, Any]) -> None:
-        if phase == "start" and not gc.isenabled():
-            collected.append((steps.done, info["generation"]))
+        if phase == "start" and not gc.isenabled() and not progress.saves:
+            collected.append((progress.steps, info["generation"]))
 
     # In front of the run's own: a collection after a step then finds the step counted.
-    run.hooks = Hooks([steps, run.hooks])
+    run.hooks = Hooks([progress, run.hooks])
     gc.callbacks.append(note)
     loop.train(run)
     gc.callbacks.remove(note)
