@@ -27,14 +27,15 @@ platform.install()
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
+from benchmarks.step_record import step_record  # noqa: E402
 from megatron_bagel.costs.flops import StepWork  # noqa: E402
 from megatron_bagel.data.planner.assign import PackPlan  # noqa: E402
 from megatron_bagel.layout.pack import Pack  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
-from megatron_bagel.training.observability.metrics import StepMetrics  # noqa: E402
-from megatron_bagel.training.observability.step_stats import TaskCounts, compared_over_ranks, composition  # noqa: E402
+from megatron_bagel.training.observability.step_stats import compared_over_ranks, composition  # noqa: E402
 from megatron_bagel.training.observability.timers import DEVICE_PHASES, Timers  # noqa: E402
+from megatron_bagel.training.step_result import TaskCounts  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -90,13 +91,11 @@ def observing_costs(pack: Pack, rounds: int) -> dict[str, float]:
     numbers = observed()
     with tempfile.TemporaryDirectory() as folder:
         log = RunLog(folder, 0, 0, prometheus=f"{folder}/bagel.prom")
-        fixed = dict.fromkeys(("loss", "ce", "mse", "grad_norm", "lr", "step_time_s", "tokens_per_s", "tflops", "mfu"), 0.5)
-        fixed |= dict.fromkeys(("consumed_samples", "consumed_tokens", "ce_tokens", "mse_tokens", "peak_mem_bytes"), 1000)
         steps = iter(range(rounds))
         costs = {
             "timers_s": processor_time(one_step, rounds),
             "counting_and_comparing_s": processor_time(observed, rounds),
-            "writing_s": processor_time(lambda: log.log(StepMetrics(step=next(steps), **fixed, observed=numbers)), rounds),
+            "writing_s": processor_time(lambda: log.log(step_record(work, next(steps), numbers)), rounds),
         }
         log.close(plot=False)
     return costs

@@ -30,6 +30,7 @@ platform.install()
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
+from benchmarks.step_record import step_done, step_record  # noqa: E402
 from megatron_bagel.cli.resolve_run import resilience_settings  # noqa: E402
 from megatron_bagel.config.parser import Config  # noqa: E402
 from megatron_bagel.costs.flops import StepWork, mfu_flops, work_flops  # noqa: E402
@@ -37,7 +38,7 @@ from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_bagel.training.losses import StepLosses  # noqa: E402
 from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
-from megatron_bagel.training.observability.metrics import RateWindow, StepMetrics  # noqa: E402
+from megatron_bagel.training.observability.metrics import RateWindow  # noqa: E402
 from megatron_bagel.training.resilience.bad_steps import Attempt  # noqa: E402
 from megatron_bagel.training.resilience.run_monitors import Survival  # noqa: E402
 
@@ -83,14 +84,14 @@ def part_seconds(name: str, folder: Path, calls: int, step_wall_s: float) -> dic
     survival = Survival.of(resilience)
     good = Attempt(StepLosses(1.0, 0.5, 0.5), 1.0, torch.zeros(0))
     work, arch, window = StepWork.of(bench_pack(CONFIGS[name])), CONFIGS[name].arch, RateWindow(1.0, 1)
-    log, metrics = RunLog(folder, 0, 0), StepMetrics(*range(1), *([1.0] * 5), *([1] * 4), *([1.0] * 4), 1)
+    log, metrics, done = RunLog(folder, 0, 0), step_record(work), step_done(work, 1)
 
     def stragglers() -> None:
-        survival.stragglers.step_begins(1)
-        survival.stragglers.data_came()
-        survival.stragglers.compute_begins()
+        survival.stragglers.before_step(1)
+        survival.stragglers.data_loaded()
+        survival.stragglers.batch_settled()
         survival.stragglers.gradients_ready()
-        survival.stragglers.step_ended(1)
+        survival.stragglers.after_step(done)
 
     def rates() -> None:
         window.add(work.tokens, mfu_flops(arch.llm, work), work_flops(arch, work).total)

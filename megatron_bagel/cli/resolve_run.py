@@ -27,6 +27,7 @@ from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
 from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.observability.logging_sinks import WandbSettings
+from megatron_bagel.training.observability.step_log import StepLogSettings
 from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings
 from megatron_bagel.training.resilience.bad_steps import BadStepSettings
@@ -70,7 +71,10 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
         schedule=schedule_settings(config),
         ema_decay=training.ema,
         step=step_settings(config, sizes),
-        loop=loop_settings(config, sizes),
+        loop=LoopSettings(training.total_steps, training.eval_every),
+        step_log=step_log_settings(config, sizes),
+        max_skipped_share=config.data.max_skipped_share,
+        peak_device_tflops=training.peak_device_tflops,
         saving=saving_settings(config),
         resilience=resilience_settings(config),
         observing=config.observing,
@@ -140,18 +144,15 @@ def step_settings(config: Config, sizes: ResolvedSizes) -> StepSettings:
     )
 
 
-def loop_settings(config: Config, sizes: ResolvedSizes) -> LoopSettings:
-    """What the loop itself is told."""
+def step_log_settings(config: Config, sizes: ResolvedSizes) -> StepLogSettings:
+    """Which steps are logged, and with which sizes."""
     training = config.training
-    return LoopSettings(
-        total_steps=training.total_steps,
+    return StepLogSettings(
         log_every=training.log_every,
-        eval_every=training.eval_every,
-        results_dir=Path(training.results_dir),
+        total_steps=training.total_steps,
+        pack_tokens=config.data.max_num_tokens,
         replicas=sizes.data_parallel_size,
         frozen=freeze_settings(config),
-        max_skipped_share=config.data.max_skipped_share,
-        peak_device_tflops=training.peak_device_tflops,
     )
 
 

@@ -28,6 +28,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
+    if megatron.manual_gc_interval and not megatron.manual_gc:
+        raise ValueError(f"--manual_gc_interval {megatron.manual_gc_interval} needs --manual_gc: without it each rank collects by itself")
     check_recompute(config)
     check_parallel_consistency(megatron)
     if training.keep_every and not training.keep_last:

@@ -78,3 +78,11 @@ class MegatronArguments:
     fake_world_size: int | None = flag(None, "Number of ranks in a dry run. Default: what the launcher says.", minimum=1)
     fake_rank: int = flag(0, "Rank that a dry run builds.", minimum=0)
     distributed_timeout_minutes: float = megatron_flag(10.0, "End the run when a collective takes longer than this.", above=0)
+    manual_gc: bool = megatron_flag(
+        False,
+        "Collect Python's garbage in chosen steps, the same on all ranks: at the start, every manual_gc_interval steps and around "
+        "evaluations. Without it each rank collects whenever it has made enough objects, while the others wait.",
+    )
+    manual_gc_interval: int = megatron_flag(
+        0, "Steps between collections with manual_gc. 0 collects only at the start and around evaluations.", minimum=0
+    )

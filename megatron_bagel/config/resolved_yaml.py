@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedRun, index_dir, resolve, tokenizer_path
+from megatron_bagel.config.resolve import ResolvedSizes, index_dir, resolve, tokenizer_path
 from megatron_bagel.config.sections import SECTION_OF
 from megatron_bagel.config.validate import validate_settings
 
@@ -28,7 +28,7 @@ def resolved_yaml(config: Config, world_size: int, has_gpu: bool) -> str:
     return yaml.safe_dump({**content, "derived": derived}, sort_keys=False)
 
 
-def derived_values(config: Config, run: ResolvedRun) -> dict[str, Any]:
+def derived_values(config: Config, run: ResolvedSizes) -> dict[str, Any]:
     """Settings that were not given and whose value in this run is not their default."""
     ranks_per_copy = run.data_parallel_size // run.distributed_optimizer_instances
     values: dict[str, Any] = {

@@ -24,6 +24,7 @@ from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
 from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
 from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.observability.logging_sinks import WandbSettings
+from megatron_bagel.training.observability.step_log import StepLogSettings
 from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings
 from megatron_bagel.training.resilience.run_monitors import ResilienceSettings
@@ -43,8 +44,11 @@ class ResolvedRun:
         sizes: what these come to on the ranks of the run.
         seed: seed of everything that is drawn.
         results_dir: folder of logs and metrics.
-        data, start, build, encoding, optimizer, schedule, step, loop, saving, resilience, observing: settings of these components.
+        data, start, build, encoding, optimizer, schedule, step, loop, step_log,
+            saving, resilience, observing: settings of these components.
         ema_decay: decay of the moving average of the weights.
+        max_skipped_share: share of unreadable samples above which the run ends.
+        peak_device_tflops: peak rate of a device; 0 looks it up by its name.
         local_checkpoints: None without them.
         evaluation: None in a run that is never evaluated.
         wandb: None without W&B.
@@ -66,6 +70,9 @@ class ResolvedRun:
     ema_decay: float
     step: StepSettings
     loop: LoopSettings
+    step_log: StepLogSettings
+    max_skipped_share: float
+    peak_device_tflops: float
     saving: SavingSettings
     resilience: ResilienceSettings
     observing: ObservingArguments

@@ -25,14 +25,14 @@ from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.layout.cp_partition import context_orders, padded_length
 from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
-from megatron_bagel.training.losses import LossTotals, LossWeights, StepLosses, global_losses, microbatch_loss
+from megatron_bagel.training.losses import LossTotals, LossWeights, global_losses, microbatch_loss
 from megatron_bagel.training.observability.loss_table import LossTable
-from megatron_bagel.training.observability.step_stats import TaskCounts
 from megatron_bagel.training.observability.timers import Phases, untimed
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.lr_schedule import LearningRate
 from megatron_bagel.training.optim.optimizer import StepOutcome, finalize_gradients, gradient_norm, update_weights
 from megatron_bagel.training.resilience.bad_steps import Attempt, BadSteps
+from megatron_bagel.training.step_result import StepResult, TaskCounts
 
 
 @dataclass
@@ -51,20 +51,6 @@ class Trainable:
     def wrapped(self) -> list[DistributedDataParallel]:
         """Every module with a gradient buffer."""
         return [*self.decoder, *([self.tower] if self.tower is not None else [])]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step over the whole global batch; ``lr`` is its rate, also where no update was made (``outcome.updated``), ``tasks`` is counted
-    with a table of losses."""
-
-    losses: StepLosses
-    outcome: StepOutcome
-    totals: LossTotals
-    work: StepWork
-    samples: int
-    lr: float
-    tasks: TaskCounts | None = None
 
 
 @dataclass(frozen=True)

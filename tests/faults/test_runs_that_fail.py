@@ -166,10 +166,10 @@ def test_a_rank_with_another_configuration_is_refused(world: Path, tmp_path: Pat
 
 
 def _other_code(rank: int) -> None:
-    from megatron_bagel.training.resilience import agreement
+    from megatron_bagel.training.resilience import config_fingerprint
 
     if rank == 1:
-        agreement.megatron_bagel.__version__ = "0.0.9"
+        config_fingerprint.megatron_bagel.__version__ = "0.0.9"
 
 
 def test_a_rank_with_another_version_is_refused(world: Path, tmp_path: Path) -> None:

@@ -26,6 +26,23 @@ from megatron_bagel.training.observability.prometheus import PrometheusSink
 
 _LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 _MEBIBYTE = 1024 * 1024
+#: The original's name in W&B -> the name in ``metrics.jsonl``.
+_ORIGINAL_NAMES = {
+    "mse": "mse",
+    "ce": "ce",
+    "loss": "loss",
+    "lr": "lr",
+    "total_norm": "grad_norm",
+    "total_ce_tokens": "ce_tokens",
+    "total_mse_tokens": "mse_tokens",
+    "total_samples": "step_samples",
+    "tokens_per_sec": "tokens_per_s",
+    "tokens_per_step": "step_tokens",
+    "actual_tflops": "tflops",
+    "mfu": "mfu",
+    "consumed_samples": "consumed_samples",
+    "consumed_tokens": "consumed_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -63,25 +80,10 @@ class WandbSink:
 
     def write(self, metrics: StepMetrics) -> None:
         """One record; memory in MB as the original, everything else as in ``metrics.jsonl``."""
-        record = {
-            "mse": metrics.mse,
-            "ce": metrics.ce,
-            "loss": metrics.loss,
-            "lr": metrics.lr,
-            "total_norm": metrics.grad_norm,
-            "total_ce_tokens": metrics.ce_tokens,
-            "total_mse_tokens": metrics.mse_tokens,
-            "total_samples": metrics.step_samples,
-            "tokens_per_sec": metrics.tokens_per_s,
-            "tokens_per_step": metrics.step_tokens,
-            "actual_tflops": metrics.tflops,
-            "mfu": metrics.mfu,
-            "mem_allocated": metrics.peak_mem_bytes / _MEBIBYTE,
-            "consumed_samples": metrics.consumed_samples,
-            "consumed_tokens": metrics.consumed_tokens,
-            **metrics.by_dataset,
-            **metrics.observed,
-        }
+        values = metrics.values()
+        record = {name: values[ours] for name, ours in _ORIGINAL_NAMES.items()}
+        record["mem_allocated"] = metrics.peak_mem_bytes / _MEBIBYTE
+        record |= {**metrics.by_dataset, **metrics.observed}
         self._run.log(record, step=metrics.step)
 
     def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import TracebackType
 
 from torch.profiler import profile
 
 from megatron_bagel.common.files import replacing
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.platform.device import profiled_activities
+from megatron_bagel.training.hooks import StepHook
 
 logger = logging.getLogger(__name__)
 TRACES = "traces"
 
 
-class ProfilerWindow:
+class ProfilerWindow(StepHook):
     """Profiles the steps ``--profile_step_start`` to ``--profile_step_end`` (not included) into ``results_dir/traces``.
 
     A run that resumes inside the window profiles the rest of it; one that ends inside it, by an error too, writes what it has.
@@ -29,14 +29,7 @@ class ProfilerWindow:
         self._running: tuple[profile, int] | None = None
         self._next = 0
 
-    def __enter__(self) -> ProfilerWindow:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def before(self, step: int) -> None:
-        """Call before every step, with its number."""
+    def before_step(self, step: int) -> None:
         self._next = step + 1
         inside = self._wanted and self._flags.profile_step_start <= step < self._flags.profile_step_end
         if inside and self._running is None:
@@ -45,7 +38,6 @@ class ProfilerWindow:
             self._write(step)
 
     def close(self) -> None:
-        """End a window that is open, at the end of a run."""
         if self._running is not None:
             self._write(self._next)
 

@@ -6,51 +6,17 @@ the share of its replica) is compared once per logged step, in one exchange of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_bagel import platform
 from megatron_bagel.costs.flops import StepWork
-from megatron_bagel.data.loading.loader import LoadedPack, StepBatch
+from megatron_bagel.data.loading.loader import StepBatch
 from megatron_bagel.platform.device import resident_memory_bytes
 from megatron_bagel.training.observability.timers import RARE
-
-
-@dataclass(frozen=True)
-class TaskCounts:
-    """Tokens and samples of each task (dataset group). Additive over packs and ranks as a list of numbers."""
-
-    tokens: Mapping[str, int]
-    samples: Mapping[str, int]
-
-    @classmethod
-    def of(cls, packs: Sequence[LoadedPack], tasks: Sequence[str]) -> TaskCounts:
-        """Of some packs; every sample's group is among ``tasks``."""
-        tokens, samples = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
-        for loaded in packs:
-            for sample, length in zip(loaded.pack.samples, loaded.pack.sample_lens, strict=True):
-                task = group_of(sample.dataset)
-                tokens[task] += int(length)
-                samples[task] += 1
-        return cls(tokens, samples)
-
-    def to_list(self) -> list[float]:
-        """As numbers that can be summed over ranks."""
-        return [float(number) for counts in (self.tokens, self.samples) for number in counts.values()]
-
-    @classmethod
-    def from_list(cls, numbers: Sequence[float], tasks: Sequence[str]) -> TaskCounts:
-        """Inverse of ``to_list``."""
-        whole = [int(number) for number in numbers]
-        return cls(dict(zip(tasks, whole, strict=False)), dict(zip(tasks, whole[len(tasks) :], strict=True)))
-
-
-def group_of(dataset: str) -> str:
-    """The group of a dataset's full name."""
-    return dataset.split("/", 1)[0]
+from megatron_bagel.training.step_result import TaskCounts
 
 
 def composition(work: StepWork, tasks: TaskCounts | None, packs: int, capacity: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import torch.distributed as dist
 from megatron_bagel.platform.launch.nvidia_resiliency import LauncherHeartbeats
 from megatron_bagel.platform.launch.process_group import set_collective_timeout, side_store
 from megatron_bagel.platform.launch.signals import StopRequest, stop_on_signals
+from megatron_bagel.training.hooks import Pause, StepHook
 from megatron_bagel.training.resilience.bad_steps import BadSteps, BadStepSettings
 from megatron_bagel.training.resilience.events import EventFile
 from megatron_bagel.training.resilience.hang_watchdog import STORE, Limits, Watchdog, watching
 from megatron_bagel.training.resilience.preemption import Grace
 from megatron_bagel.training.resilience.stop_agreement import StepAgreement
 from megatron_bagel.training.resilience.stragglers import Stragglers, StragglerSettings
+from megatron_bagel.training.step_result import StepDone
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Survival:
     stragglers: Stragglers
     heartbeats: LauncherHeartbeats
     grace: Grace
-    _first: bool = True
 
     @classmethod
     def of(cls, settings: ResilienceSettings, request: StopRequest | None = None, watchdog: Watchdog | None = None) -> Survival:
@@ -69,23 +70,59 @@ class Survival:
             Stragglers(settings.stragglers, events), LauncherHeartbeats(settings.heartbeats), Grace(settings.grace_seconds, events),
         )  # fmt: skip
 
-    def step_done(self, steps: int, seconds: float, last_save: float | None) -> None:
-        """After every step, ``steps`` of them done, the last in ``seconds``; ``last_save`` is the newest save's time, where there was one.
-
-        Collective in the steps that measure stragglers.
-        """
-        self.watchdog.progress(steps)
-        self.heartbeats.beat()
-        self.stragglers.step_ended(steps - 1)
-        self.grace.step_took(steps, seconds, last_save)
-        if self._first:
-            self._first = False
-            set_collective_timeout(self.collective_minutes)
+    def hooks(self, last_save: Callable[[], float | None]) -> list[StepHook]:
+        """What watches the steps; ``last_save`` gives the newest save's seconds, None before the first save."""
+        return [
+            SignsOfLife(self.watchdog, self.heartbeats),
+            self.stragglers,
+            GraceCheck(self.grace, last_save),
+            CollectiveTimeout(self.collective_minutes),
+        ]
 
     def note_stop(self, steps: int) -> None:
         """Say why the run ends before its last step, where it does."""
         if self.agreement.stop:
             self.events.write(steps, "stop", f"{self.agreement.reason}: saving after {steps} steps, then leaving; {self.grace.outlook()}")
+
+
+@dataclass
+class SignsOfLife(StepHook):
+    """Tells the watchdog and a launcher that the run goes on. Pauses may take longer than a step."""
+
+    watchdog: Watchdog
+    heartbeats: LauncherHeartbeats
+
+    def after_step(self, done: StepDone) -> None:
+        self.watchdog.progress(done.counters.steps)
+        self.heartbeats.beat()
+
+    def pause(self, pause: Pause) -> AbstractContextManager[None]:
+        return self.watchdog.slow(pause.value)
+
+
+@dataclass
+class GraceCheck(StepHook):
+    """Compares the time that steps and saves take with the time between a scheduler's signal and its SIGKILL."""
+
+    grace: Grace
+    last_save: Callable[[], float | None]
+
+    def after_step(self, done: StepDone) -> None:
+        self.grace.step_took(done.counters.steps, done.seconds, self.last_save())
+
+
+@dataclass
+class CollectiveTimeout(StepHook):
+    """Cuts the time-out of collectives to ``minutes`` once the first step is over, which may take longer than any after it."""
+
+    minutes: float
+    _set: bool = False
+
+    def after_step(self, done: StepDone) -> None:
+        del done
+        if not self._set:
+            self._set = True
+            set_collective_timeout(self.minutes)
 
 
 @contextmanager

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron_bagel import platform
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.platform.device import synchronize
+from megatron_bagel.training.hooks import StepHook
 from megatron_bagel.training.resilience.events import EventFile
+from megatron_bagel.training.step_result import StepDone
 
 _WORST = 5  # so many are named
 _NOISE_S = 0.005
@@ -39,7 +41,7 @@ class StragglerSettings:
     factor: float = 1.3
 
 
-class Stragglers:
+class Stragglers(StepHook):
     """Measures every so many steps. The device is waited for before the gradient exchange of that step, and of no other.
 
     With tensor, pipeline or context parallelism a replica's ranks wait for each other inside a step, so a slow one shows as a slow replica.
@@ -50,26 +52,22 @@ class Stragglers:
         self._measuring = False
         self._mark = self._data = self._compute = 0.0
 
-    def step_begins(self, step: int) -> None:
-        """Before the data is asked for."""
+    def before_step(self, step: int) -> None:
         self._measuring = bool(self._every) and step > 0 and step % self._every == 0 and dist.get_world_size() > 1
         self._mark = time.perf_counter()
 
-    def data_came(self) -> None:
-        """Before ranks wait for each other."""
+    def data_loaded(self) -> None:
         self._data = time.perf_counter() - self._mark
 
-    def compute_begins(self) -> None:
-        """After they did."""
+    def batch_settled(self) -> None:
         self._mark = time.perf_counter()
 
     def gradients_ready(self) -> None:
-        """This rank's own gradients are there, before they are exchanged."""
         if self._measuring:
             synchronize()
             self._compute = time.perf_counter() - self._mark
 
-    def step_ended(self, step: int) -> None:
+    def after_step(self, done: StepDone) -> None:
         """Gather and name the slow ones. Collective over the world in measured steps."""
         if not self._measuring:
             return
@@ -80,7 +78,7 @@ class Stragglers:
         text = describe(found, self._factor)
         if text:
             slowest = max(range(len(found)), key=lambda rank: found[rank].total)
-            self._events.write(step, "straggler", text, {"rank": slowest, "seconds": found[slowest].total})
+            self._events.write(done.step, "straggler", text, {"rank": slowest, "seconds": found[slowest].total})
 
 
 def describe(times: Sequence[OwnTime], factor: float) -> str:

@@ -13,26 +13,32 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.record import write_record
+from megatron_bagel.costs.flops import peak_tflops
 from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.parallel.replica import Replica, make_replica
+from megatron_bagel.platform.device import device_name
 from megatron_bagel.platform.launch.fake_world import is_fake
 from megatron_bagel.training.evaluation.evaluator import Evaluation
-from megatron_bagel.training.loop import Counters, Run, train
+from megatron_bagel.training.loop import Run, train
 from megatron_bagel.training.observability.logging_sinks import RunLog, package_log
-from megatron_bagel.training.observability.profiling import ProfilerWindow
+from megatron_bagel.training.observability.metrics import RateWindow
+from megatron_bagel.training.observability.step_log import StepLog
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import trainable_parameters
 from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
 from megatron_bagel.training.resilience.run_monitors import Survival, surviving
+from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
+from megatron_bagel.training.setup.hooks import build_hooks
 from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
 from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import Trainable
+from megatron_bagel.training.step_result import Counters
 
 
 def execute(resolved: ResolvedRun) -> None:
@@ -44,7 +50,6 @@ def execute(resolved: ResolvedRun) -> None:
         try:
             train(run)
         finally:
-            run.profiler.close()
             run.loader.close()
             run.log.close()
 
@@ -83,11 +88,25 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
     log = RunLog(
         resolved.results_dir, rank, counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
     )  # fmt: skip
-    timers, profiler = Timers(observing.barrier_timers), ProfilerWindow(observing, resolved.results_dir, rank)
+    timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving)
     run = Run(
-        resolved.loop, resolved.record, arch, trainable, trained, loader, resolved.step, log, Saving(resolved.saving), survival, timers,
-        profiler, counters, local=local,
-    )  # fmt: skip
+        loop=resolved.loop,
+        record=resolved.record,
+        arch=arch,
+        trainable=trainable,
+        trained=trained,
+        loader=loader,
+        replacements=_replacements(resolved, loader, counters, survival),
+        settings=resolved.step,
+        log=log,
+        step_log=step_log(resolved, loader, log, timers),
+        saving=saving,
+        survival=survival,
+        timers=timers,
+        hooks=build_hooks(resolved, survival, saving),
+        counters=counters,
+        local=local,
+    )
     if resolved.evaluation is not None:
         run.evaluation = Evaluation(resolved.evaluation, resolved.data, arch, tokenizer, sizes.num_microbatches)
     _announce(resolved, run, continued.told)
@@ -110,6 +129,17 @@ def encoding_share(resolved: ResolvedRun) -> tuple[Replica | None, EncodingShare
     replica = make_replica()
     costs = EncoderCosts.of(resolved.arch, frozen_vit=not resolved.build.frozen.tower_backward)
     return replica, EncodingShare(replica.rank, replica.size, costs)
+
+
+def step_log(resolved: ResolvedRun, loader: PackLoader, log: RunLog, timers: Timers) -> StepLog:
+    """Return what makes the records of a run."""
+    window = RateWindow(peak_tflops(device_name(), resolved.peak_device_tflops), dist.get_world_size())
+    datasets = [name for source in loader.reader.sources for name in source.datasets()]
+    return StepLog(resolved.step_log, resolved.arch, datasets, log, timers, window)
+
+
+def _replacements(resolved: ResolvedRun, loader: PackLoader, counters: Counters, survival: Survival) -> Replacements:
+    return Replacements(loader, resolved.results_dir, resolved.max_skipped_share, counters.skipped, counters.steps, survival.agreement)
 
 
 def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_bagel.config.observing_arguments import ObservingArguments
+from megatron_bagel.training.hooks import Hooks
 from megatron_bagel.training.observability.profiling import ProfilerWindow
 from megatron_bagel.training.observability.timers import Timers
 
@@ -18,9 +19,9 @@ def profiled(folder: Path, steps: range, rank: int = 0, **flags: object) -> list
     """Names of the traces that a run of ``steps`` leaves."""
     settings = ObservingArguments(**{"profile": True, "profile_step_start": 2, "profile_step_end": 4, **flags})
     timers = Timers()
-    with ProfilerWindow(settings, folder, rank) as window:
+    with Hooks([ProfilerWindow(settings, folder, rank)]) as hooks:
         for step in steps:
-            window.before(step)
+            hooks.before_step(step)
             with timers("forward_backward"):
                 torch.ones(4, 4) @ torch.ones(4, 4)
     return sorted(path.name for path in folder.glob("traces/*"))
@@ -56,8 +57,8 @@ def test_who_is_not_asked_profiles_nothing(tmp_path: Path, change: dict[str, obj
 
 def test_an_error_leaves_the_trace_so_far(tmp_path: Path) -> None:
     flags = ObservingArguments(profile=True, profile_step_start=0, profile_ranks=[0, 3])
-    with pytest.raises(ZeroDivisionError), ProfilerWindow(flags, tmp_path, 3) as window:
+    with pytest.raises(ZeroDivisionError), Hooks([ProfilerWindow(flags, tmp_path, 3)]) as hooks:
         for step in range(2):
-            window.before(step)
+            hooks.before_step(step)
             1 // (1 - step)
     assert [path.name for path in tmp_path.glob("traces/*")] == ["rank3_steps0-1.json.gz"]

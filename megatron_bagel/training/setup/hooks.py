@@ -1,0 +1,25 @@
+"""Which hooks a run has, and in which order they are called."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_bagel.training.hooks import Hooks, StepHook
+from megatron_bagel.training.observability.profiling import ProfilerWindow
+from megatron_bagel.training.resilience.garbage_collection import GarbageCollection
+from megatron_bagel.training.resilience.run_monitors import Survival
+from megatron_bagel.training.resolved_run import ResolvedRun
+from megatron_bagel.training.saving import Saving
+
+
+def build_hooks(resolved: ResolvedRun, survival: Survival, saving: Saving) -> Hooks:
+    """Return the hooks of a run.
+
+    The profiler comes first, so that a trace holds what the others do. Garbage is collected last, outside of the times that the monitors
+    measure, and after a rank has said that its step is over.
+    """
+    hooks: list[StepHook] = [ProfilerWindow(resolved.observing, resolved.results_dir, dist.get_rank())]
+    hooks += survival.hooks(lambda: saving.saver.last_seconds)
+    if resolved.megatron.manual_gc:
+        hooks.append(GarbageCollection(resolved.megatron.manual_gc_interval))
+    return Hooks(hooks)
