@@ -1,4 +1,4 @@
-"""From a folder on disk to an ``Engine``: a Hugging Face folder in the released layout, or a training checkpoint."""
+"""Builds an ``Engine`` from a folder on disk: a Hugging Face folder in the released format, or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_bagel.model.build import build_decoder
 from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size
 
-# (longest side, shortest side) in pixels of input images, BAGEL's own.
+# (longest side, shortest side) in pixels of input images, BAGEL's defaults.
 VAE_SIDES = (1024, 512)
 VIT_SIDES = (980, 224)
 DTYPES = SHORT
@@ -41,11 +41,11 @@ DTYPES = SHORT
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What to load and how. ``None`` leaves the choice to the folder, or to what the machine does best.
+    """What to load and how. ``None`` leaves the choice to the folder, or to the machine.
 
-    ``weights`` is "ema" or "model"; ``dtype`` "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
-    ``vae_transform`` and ``vit_transform`` are (longest, shortest) side in pixels of input images for the autoencoder and the
-    vision tower. ``max_latent_size`` and ``interpolate_pos`` win over the folder's config.json. ``tensor_parallel`` ranks share the
+    ``weights`` is "ema" or "model"; ``dtype`` is "fp32" or "bf16" (default: bf16 on a GPU, fp32 on a CPU, where bf16 is slow).
+    ``vae_transform`` and ``vit_transform`` are the (longest, shortest) side in pixels of input images for the autoencoder and the
+    vision tower. ``max_latent_size`` and ``interpolate_pos`` replace the folder's settings. ``tensor_parallel`` ranks share the
     decoder; a run on more ranks has several copies of the model.
     """
 
@@ -61,16 +61,16 @@ class LoadOptions:
 
 
 def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
-    """A model ready for inference from an HF folder, a checkpoint folder, or a folder of checkpoints (the newest is taken).
+    """Load a model for inference from an HF folder, a checkpoint folder, or a folder of checkpoints (the newest is used).
 
     Raises:
-        ValueError: nothing loadable at ``path``, missing or left-over tensors, or settings that do not fit the model.
+        ValueError: If ``path`` holds no model, tensors are missing or unexpected, or settings do not match the model.
     """
     options = options or LoadOptions()
     path = Path(path)
     _join(options.tensor_parallel)
     if not path.is_dir():
-        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face layout or a training checkpoint")
+        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint")
     if (path / "llm_config.json").is_file():
         return _from_hf(path, options)
     checkpoint = path if step_folders.is_complete(path) else step_folders.latest_checkpoint(path)
@@ -82,45 +82,46 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
 def image_transforms(
     arch: BagelArch, vae_transform: tuple[int, int] | None, vit_transform: tuple[int, int] | None
 ) -> tuple[TransformArgs, TransformArgs]:
-    """Transforms of input images for the autoencoder and the vision tower.
+    """Return the transforms of input images for the autoencoder and the vision tower.
 
-    BAGEL's own sides are lowered to what the model's position tables reach; sides that were asked for are refused instead.
+    Default sides are lowered to the limit of the model's position tables; requested sides above it are an error.
     """
     vit_patch = arch.vit.patch_size if arch.vit else 14
-    vae_reach = _Reach("max_latent_size", arch.vae_token_pixels, arch.max_latent_size)
-    vit_reach = _Reach("vit_max_num_patch_per_side", vit_patch, arch.vit_max_num_patch_per_side)
+    vae_limit = _PositionLimit("max_latent_size", arch.vae_token_pixels, arch.max_latent_size)
+    vit_limit = _PositionLimit("vit_max_num_patch_per_side", vit_patch, arch.vit_max_num_patch_per_side)
     return (
-        _transform("--vae-transform", VAE_SIDES, vae_transform, vae_reach),
-        _transform("--vit-transform", VIT_SIDES, vit_transform, vit_reach),
+        _transform("--vae-transform", VAE_SIDES, vae_transform, vae_limit),
+        _transform("--vit-transform", VIT_SIDES, vit_transform, vit_limit),
     )
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """How far a position table reaches: ``tokens`` per side of ``stride`` pixels, by the setting ``name``."""
+class _PositionLimit:
+    """The limit of a position table: ``tokens`` per side of ``stride`` pixels, by the setting ``name``."""
 
     name: str
     stride: int
     tokens: int
 
 
-def _transform(flag: str, usual: tuple[int, int], asked: tuple[int, int] | None, reach: _Reach) -> TransformArgs:
-    limit = reach.stride * reach.tokens
-    if asked is None:
-        longest = min(usual[0], limit)
-        return TransformArgs(longest, min(usual[1], longest), reach.stride)
-    args = TransformArgs(asked[0], asked[1], reach.stride)
+def _transform(flag: str, default: tuple[int, int], requested: tuple[int, int] | None, position_limit: _PositionLimit) -> TransformArgs:
+    limit = position_limit.stride * position_limit.tokens
+    if requested is None:
+        longest = min(default[0], limit)
+        return TransformArgs(longest, min(default[1], longest), position_limit.stride)
+    args = TransformArgs(requested[0], requested[1], position_limit.stride)
     if args.longest_side > limit:
         raise ValueError(
-            f"{flag} {asked[0]} {asked[1]}: images of {args.longest_side} pixels exceed the {limit} that {reach.name} {reach.tokens} allows"
+            f"{flag} {requested[0]} {requested[1]}: images of {args.longest_side} pixels exceed the {limit} that "
+            f"{position_limit.name} {position_limit.tokens} allows"
         )
     return args
 
 
 def _join(tensor_parallel: int) -> None:
-    """Process groups for Megatron-Core's modules, which need them even on one process; groups that exist are kept.
+    """Create the process groups that Megatron-Core's modules need even on one process; existing groups stay.
 
-    Raises ValueError when the launched ranks are no multiple of ``tensor_parallel``.
+    Raises ValueError if ``tensor_parallel`` does not divide the launched ranks.
     """
     ranks = launched_world_size()
     if tensor_parallel < 1 or ranks % tensor_parallel:
@@ -150,10 +151,10 @@ def _from_hf(path: Path, options: LoadOptions) -> Engine:
     if not kinds:
         raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
     source = folder.weights(options.weights or kinds[0])
-    stored = folder.stored_latent_size(options.weights or kinds[0])
-    if options.max_latent_size is None and stored is not None:
-        # The stored table says for which side the weights were trained; a config.json may be silent or stale.
-        folder = HFFolder(path, **{**flags, "max_latent_size": stored})
+    stored_size = folder.stored_latent_size(options.weights or kinds[0])
+    if options.max_latent_size is None and stored_size is not None:
+        # The stored table shows the side that the weights were trained for; a config.json may be silent or stale.
+        folder = HFFolder(path, **{**flags, "max_latent_size": stored_size})
     arch = folder.arch
     if options.autoencoder:
         arch = replace(arch, autoencoder=AutoencoderArch.beside(ae_file))
@@ -168,33 +169,33 @@ def _from_hf(path: Path, options: LoadOptions) -> Engine:
 
 
 def _from_checkpoint(path: Path, options: LoadOptions) -> Engine:
-    stored = CheckpointWeights(path)
-    kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
-    if kind not in stored.kinds():
-        raise ValueError(f"--weights {kind}: {path} holds {' and '.join(stored.kinds())} only")
-    arch = stored.arch
+    weights_reader = CheckpointWeights(path)
+    kind = options.weights or ("ema" if "ema" in weights_reader.kinds() else "model")
+    if kind not in weights_reader.kinds():
+        raise ValueError(f"--weights {kind}: {path} holds {' and '.join(weights_reader.kinds())} only")
+    arch = weights_reader.arch
     settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
     arch = replace(arch, **settings)
-    used = companions_of(stored.state["run"].get("config", {}))
-    tokenizer = _existing(options.tokenizer, used.tokenizer, "--tokenizer", path)
+    companions = companions_of(weights_reader.state["run"].get("config", {}))
+    tokenizer = _existing(options.tokenizer, companions.tokenizer, "--tokenizer", path)
     autoencoder = None
     if arch.autoencoder is not None:
-        file = _existing(options.autoencoder, used.autoencoder, "--autoencoder", path)
+        file = _existing(options.autoencoder, companions.autoencoder, "--autoencoder", path)
         autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
-    read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
+    read_weight: Callable[[str], torch.Tensor] = weights_reader.ema if kind == "ema" else weights_reader.model
 
     def fill(modules: list[nn.Module]) -> None:
         for entry, parameter in entries_of(modules, WeightMap(arch)):
-            assign(parameter, read(entry.name), entry)
+            assign(parameter, read_weight(entry.name), entry)
 
     return _assemble(arch, fill, load_tokenizer(tokenizer, add_special=True), autoencoder, options)
 
 
-def _existing(given: str | None, recorded: Path | None, flag: str, checkpoint: Path) -> Path:
-    """A path given by flag, or the one the training run used."""
-    path = Path(given) if given else recorded
+def _existing(flag_value: str | None, recorded: Path | None, flag: str, checkpoint: Path) -> Path:
+    """Return the path of the flag if given, or the one the training run used."""
+    path = Path(flag_value) if flag_value else recorded
     if path is None or not path.exists():
-        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) is not there; say where it is with {flag}")
+        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) does not exist; give its location with {flag}")
     return path
 
 
@@ -202,15 +203,21 @@ def _assemble(
     arch: BagelArch, fill: Callable[[list[nn.Module]], None], tokenizer: Tokenizer, autoencoder: AutoEncoder | None, options: LoadOptions
 ) -> Engine:
     if len(tokenizer) > arch.llm.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: not a pair")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, but the model's vocabulary only {arch.llm.vocab_size} rows: they do not match"
+        )
     dtype, device = _dtype(options), platform.device()
     vae_transform, vit_transform = image_transforms(arch, options.vae_transform, options.vit_transform)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     megatron = MegatronArguments(tensor_model_parallel_size=ranks)
     check_parallel_sizes(megatron, arch.llm)
-    # Random weights would only be overwritten. Megatron marks the weights that ranks share only where it initialises them.
-    nothing: dict[str, Any] = {"init_method": _as_it_is, "output_layer_init_method": _as_it_is, "perform_initialization": ranks > 1}
-    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **nothing)
+    # Random weights would be overwritten. Megatron marks weights that ranks share only if it initialises them.
+    no_initialisation: dict[str, Any] = {
+        "init_method": _unchanged,
+        "output_layer_init_method": _unchanged,
+        "perform_initialization": ranks > 1,
+    }
+    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **no_initialisation)
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     decoder = build_decoder(arch, config)
     vision_tower = VisionTower(arch) if arch.vit else None
@@ -223,6 +230,6 @@ def _assemble(
     return Engine(decoder, vision_tower, autoencoder, tokenizer, arch, vae_transform, vit_transform)
 
 
-def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
-    """Initialisation of weights that are about to be loaded."""
+def _unchanged(weight: torch.Tensor) -> torch.Tensor:
+    """Leave weights uninitialised that are about to be loaded."""
     return weight
