@@ -1,6 +1,6 @@
-"""From a run's settings to its loader: which groups take part, which index holds them, how samples become packs.
+"""Builds a run's loader from its settings: which groups take part, which index holds them, how samples become packs.
 
-The one place that reads the data flags. It knows ranks only as two numbers, this replica's place and how many there are.
+Only this module reads the data flags. It knows ranks only as this replica's number and the number of replicas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.index.train_val_split import Part, Split
+from megatron_bagel.data.index.train_val_split import Part, TrainValSplit
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader, PackReader
 from megatron_bagel.data.planner.cost_model import CostModel
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def layout_spec(arch: BagelArch, tokenizer: Tokenizer) -> LayoutSpec:
-    """What the layout needs to know of the model and its tokens."""
+    """Return what the layout needs to know of the model and its tokens."""
     return LayoutSpec(
         bos=tokenizer.bos,
         eos=tokenizer.eos,
@@ -45,49 +45,51 @@ def layout_spec(arch: BagelArch, tokenizer: Tokenizer) -> LayoutSpec:
 
 
 def training_groups(config: Config) -> list[GroupConfig]:
-    """The dataset groups this run trains on; says in the log which ones ``visual_gen`` and ``visual_und`` leave out."""
+    """Return the dataset groups this run trains on. The log names those that ``visual_gen`` and ``visual_und`` leave out."""
     groups = load_groups(config.data.dataset_config_file, config.data.data_root)
-    active, left_out = active_groups(groups, config.training.visual_gen, config.training.visual_und)
-    for reason in left_out:
+    active, exclusion_reasons = active_groups(groups, config.training.visual_gen, config.training.visual_und)
+    for reason in exclusion_reasons:
         log.info("%s", reason)
     return active
 
 
 def index_folder(config: Config) -> Path:
-    """Where the run's index is, or will be made: ``--index_dir``, or a folder of the results."""
+    """Return the folder of the run's index: ``--index_dir``, or a folder of the results."""
     return Path(config.data.index_dir) if config.data.index_dir is not None else Path(config.training.results_dir) / "index"
 
 
 def ensure_index(config: Config, tokenizer: Tokenizer) -> Path:
-    """Make the index below ``results_dir`` where no ``--index_dir`` is given, and return the index's folder.
+    """Build the index below ``results_dir`` unless ``--index_dir`` is given, and return the index's folder.
 
-    One process of the run calls this before the others open the index. A finished index of the same sources is kept as it is.
-    Raises ValueError when it is of other sources (a run must not change its data unnoticed), and when ``--index_dir`` holds none:
-    a large index is built by data_tools/build_index.py, not by a training run.
+    One process of the run calls this before the others open the index. A finished index of the same sources stays unchanged.
+
+    Raises:
+        ValueError: If it is of other sources, because a run must not change its data unnoticed, or if ``--index_dir`` holds no index:
+            data_tools/build_index.py builds a large index, a training run does not.
     """
     folder = index_folder(config)
     if config.data.index_dir is None:
-        log.info("no --index_dir given: the index of %s is kept in %s", config.data.dataset_config_file, folder)
+        log.info("no --index_dir given: the index of %s is in %s", config.data.dataset_config_file, folder)
         groups = load_groups(config.data.dataset_config_file, config.data.data_root)
         try:
             build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=config.data.num_workers))
         except ValueError as error:
-            raise ValueError(f"the index of {config.data.dataset_config_file} could not be made in {folder}: {error}") from error
+            raise ValueError(f"the index of {config.data.dataset_config_file} could not be built in {folder}: {error}") from error
     elif not (folder / MANIFEST).is_file():
         raise ValueError(
             f"--index_dir {folder} holds no index; build one with data_tools/build_index.py, "
-            f"or leave the flag out to have {config.training.results_dir}/index made at the start"
+            f"or drop the flag to have {config.training.results_dir}/index built at the start"
         )
     return folder
 
 
 def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part: Part = "train") -> list[GroupSource]:
-    """The groups over the rows that ``--split`` gives to training or to validation; held-out samples keep all their conditions.
+    """Open the groups over the rows that ``--split`` assigns to training or to validation. Validation drops no conditions.
 
-    Raises ValueError as `open_loader` does, and for "validation" when nothing is held out.
+    Raises ValueError as ``open_loader`` does, and for "validation" if nothing is held out.
     """
-    model, training, split = config.model, config.training, Split.parse(config.data.split, part)
-    if part == "validation" and not split.block:
+    model, training, train_val_split = config.model, config.training, TrainValSplit.parse(config.data.split, part)
+    if part == "validation" and not train_val_split.block:
         raise ValueError('no rows are held out for validation: give --split, such as "99,1"')
     dropout = ConditionDropout(model.text_cond_dropout_prob, model.vae_cond_dropout_prob, model.vit_cond_dropout_prob)
     settings = PlanSettings(
@@ -100,11 +102,11 @@ def training_sources(config: Config, arch: BagelArch, tokenizer: Tokenizer, part
     index, groups = IndexedSamples.open(index_folder(config), tokenizer), training_groups(config)
     cache = config.data.latent_cache
     latents = LatentCache(cache, index.manifest, groups) if cache is not None and training.visual_gen else None
-    return open_sources(groups, index, settings, split, latents)
+    return open_sources(groups, index, settings, train_val_split, latents)
 
 
 def stored_posterior(config: Config, arch: BagelArch) -> AutoencoderArch | None:
-    """The autoencoder whose posteriors the sources hand out in place of pixels: that of ``--latent_cache``, or None."""
+    """Return the autoencoder of ``--latent_cache``, whose posteriors the sources return instead of pixels, or None."""
     return arch.autoencoder if config.data.latent_cache is not None else None
 
 
@@ -112,11 +114,20 @@ def open_loader(
     config: Config, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
     share: EncodingShare | None = None,
 ) -> PackLoader:  # fmt: skip
-    """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow; only the images of
-    this rank's ``share`` of the encoding are read, by default all.
+    """Open the loader of one data-parallel replica, at the first pack.
 
-    Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
-    images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
+    Args:
+        config: The configuration.
+        arch: The model.
+        tokenizer: The tokenizer.
+        global_batch: The packs of a global batch, or how they grow.
+        replica: The number of this replica.
+        replicas: The number of replicas.
+        share: This rank's share of the encoding; only its images are read (default: all).
+
+    Raises:
+        ValueError: For any problem of the data configuration that shows without decoding an image: unknown groups, images too large for
+            the model, an index that is missing or has another tokenizer, no sample at all.
     """
     data, training = config.data, config.training
     sizes = global_batch if isinstance(global_batch, BatchSizes) else BatchSizes.of(global_batch, [])
