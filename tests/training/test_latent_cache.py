@@ -131,7 +131,7 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsy
     (cache / "latents.json").write_text((cache / "latents.json").read_text().replace(read_manifest(world / "index").build_key, "other"))
     with pytest.raises(ValueError, match="another index"):
         open_cache(world, cache)
-    assert main(command(world, cache)) == 2 and "remove it, or give another --output" in capsys.readouterr().err
+    assert main(command(world, cache)) == 2 and "remove it or give another --output" in capsys.readouterr().err
     assert main(command(world, cache, "--overwrite")) == 0
     assert main(command(world, world)) == 2 and "is not a latent cache" in capsys.readouterr().err
     data = next(cache.rglob("*.bin"))

@@ -81,7 +81,7 @@ def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
                     yield row, sample
                     row += 1
     except (pa.ArrowInvalid, OSError) as error:
-        yield row, BadRow(f"the file cannot be read from this row on ({_first_line(error)})")
+        yield row, BadRow(f"the file cannot be read from here on ({_first_line(error)})")
 
 
 def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
@@ -166,7 +166,7 @@ def _image_names(names: Any) -> list[str]:
 
 def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
     if unit.frames is None:
-        raise BadRow("the line holds a video, but the group has no frame_sampler_args in the dataset config")
+        raise BadRow("the line holds a video, and the group has no frame_sampler_args in the dataset config")
     if not isinstance(name, str):
         raise BadRow("video is not a file name")
     try:
@@ -225,7 +225,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadRow(f"not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise BadRow(f"expected a JSON object, got {type(content).__name__}")
+        raise BadRow(f"a JSON object was expected, found {type(content).__name__}")
     return content
 
 

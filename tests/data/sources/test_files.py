@@ -85,7 +85,7 @@ def test_places_are_joined_as_urls_and_as_paths() -> None:
 
 
 def test_a_remote_read_that_fails_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PAUSE", 0.0)
+    monkeypatch.setattr(files, "_FIRST_PAUSE", 0.0)
     calls = []
 
     def unsteady() -> bytes:
