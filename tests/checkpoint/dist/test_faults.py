@@ -294,7 +294,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(copy: Path, tmp_path: Path, 
     ("setting", "value", "message"),
     [
         ("vocab_size", 500, "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"),
-        ("num_hidden_layers", 3, "tensors that this model has no place for: language_model.model.layers.3."),
+        ("num_hidden_layers", 3, "tensors that this model does not have: language_model.model.layers.3."),
         ("num_hidden_layers", 5, "lacks 28 tensors this model needs: language_model.model.layers.4."),
         ("layer_module", "Qwen2DecoderLayer", "does not have"),
         ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128), this model needs (128, 128)"),

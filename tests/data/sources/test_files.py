@@ -94,6 +94,6 @@ def test_a_remote_read_that_fails_for_a_moment_is_tried_again(monkeypatch: pytes
             raise OSError("connection reset")
         return b"data"
 
-    assert files._patiently(unsteady) == b"data" and len(calls) == 3
+    assert files._with_retries(unsteady) == b"data" and len(calls) == 3
     with pytest.raises(FileNotFoundError):
-        files._patiently(lambda: Path("/there/is/no/file").read_bytes())
+        files._with_retries(lambda: Path("/there/is/no/file").read_bytes())
