@@ -54,4 +54,4 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port} ({error})") from error
+        raise ValueError(f"--host {host} --port {port}: cannot listen ({error})") from error

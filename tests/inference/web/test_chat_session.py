@@ -29,7 +29,9 @@ def desk(engine: Engine) -> ChatSession:
 
 
 def test_a_reply_is_what_the_engine_makes(desk: ChatSession, engine: Engine) -> None:
-    assert (desk.default_settings.steps, desk.default_settings.text_scale, desk.default_settings.img_scale) == (2, 2.0, 1.0), "the options of the command line"
+    assert (desk.default_settings.steps, desk.default_settings.text_scale, desk.default_settings.img_scale) == (2, 2.0, 1.0), (
+        "the options of the command line"
+    )
     drawn = desk.reply(["a red circle"], replace(desk.default_settings, size="16x24", seed=3))
     assert same(np.asarray(drawn.image), directly(engine, "a red circle", size=(16, 24), seed=3).image)
     assert (drawn.thought, drawn.text, drawn.terms) == (None, None, (drawn.image,))
