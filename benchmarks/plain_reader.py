@@ -159,7 +159,7 @@ class PlainReader(IterableDataset):
 
 def _rows(group: GroupConfig) -> Iterator[tuple[int, RawSample]]:
     """(row number in the dataset, row) of the group's one dataset."""
-    place = group.datasets[0].place
+    place = group.datasets[0].location
     if group.name in (T2I, EDIT):
         parse, row = parse_t2i if group.name == T2I else parse_edit, 0
         for path in sorted(Path(place.data_dir).glob("*.parquet")):

@@ -1,12 +1,12 @@
-"""Every random choice of a run is a pure function of its name: no generator that lives, advances or must be saved.
+"""Every random choice of a run is a pure function of its key: no generator advances or must be saved.
 
-A choice is named by (seed, what...), for example ``(seed, "t2i/shapes", 17, 0, "caption")``: dataset, sample index, epoch, purpose.
-Whoever asks, in whatever order, on whatever rank or worker, gets the same answer; that is what makes resume exact and losses
-independent of the layout. Two forms are offered:
+A choice is keyed by (seed, name...), for example ``(seed, "t2i/shapes", 17, 0, "caption")``: dataset, sample index, epoch, purpose.
+Any caller gets the same answer, in any order, on any rank or worker. That makes resume exact and losses independent of the parallel
+sizes. Two forms are offered:
 
-* `keyed_uniform` / `keyed_integers`: one cheap number per name, and the same numbers for arrays of names at once (planning
+* ``keyed_uniform`` / ``keyed_integers``: one cheap number per key, and the same numbers for arrays of keys at once (planning
   millions of samples);
-* `keyed_generator` / `keyed_normal`: a whole Philox stream per name (noise of an image).
+* ``keyed_generator`` / ``keyed_normal``: a full Philox stream per key (noise of an image).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix64(value: int | np.ndarray) -> int | np.ndarray:
-    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words in which every bit depends on every bit.
+    """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words in which every bit depends on all bits.
 
     An int of any size is taken modulo 2^64.
     """
@@ -52,47 +52,47 @@ def _word(part: Part) -> int | np.ndarray:
     return mix64(int(part) + _GOLDEN)
 
 
-def keyed_word(seed: int, *what: Part) -> int | np.ndarray:
-    """64 random bits named by ``(seed, *what)``; with array parts (broadcast together) an uint64 array, element for element the same."""
+def keyed_word(seed: int, *name: Part) -> int | np.ndarray:
+    """Return 64 random bits for the key ``(seed, *name)``, or a uint64 array of them if parts are arrays (broadcast together)."""
     word: int | np.ndarray = mix64(int(seed) + _GOLDEN)
-    for part in what:
-        other = _word(part)
-        # multiplication makes the parts' order count: (1, 2) and (2, 1) are different names
-        if isinstance(word, int) and isinstance(other, int):
-            word = mix64((word * _MUL2) ^ other)
+    for part in name:
+        part_word = _word(part)
+        # The multiplication makes the order of the parts count: (1, 2) and (2, 1) are different keys.
+        if isinstance(word, int) and isinstance(part_word, int):
+            word = mix64((word * _MUL2) ^ part_word)
         else:
             shifted = (word * _MUL2) & _MASK if isinstance(word, int) else word * np.uint64(_MUL2)
-            word = mix64(np.bitwise_xor(shifted, other, dtype=np.uint64))
+            word = mix64(np.bitwise_xor(shifted, part_word, dtype=np.uint64))
     return word
 
 
-def keyed_uniform(seed: int, *what: Part) -> float | np.ndarray:
-    """A number in [0, 1) with 53 random bits (float64), or an array of them when a part is an array."""
-    word = keyed_word(seed, *what)
+def keyed_uniform(seed: int, *name: Part) -> float | np.ndarray:
+    """Return a number in [0, 1) with 53 random bits (float64), or an array of them if a part is an array."""
+    word = keyed_word(seed, *name)
     if isinstance(word, np.ndarray):
         return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return (word >> 11) * 2.0**-53
 
 
-def keyed_integers(high: int | np.ndarray, seed: int, *what: Part) -> int | np.ndarray:
-    """An integer in [0, high), high < 2^31 (int64 array when ``high`` or a part is an array).
+def keyed_integers(high: int | np.ndarray, seed: int, *name: Part) -> int | np.ndarray:
+    """Return an integer in [0, high), high < 2^31 (int64 array if ``high`` or a part is an array).
 
-    Raises ValueError when ``high`` is not positive: there is nothing to choose from.
+    Raises ValueError if ``high`` is not positive.
     """
     if (high <= 0) if isinstance(high, int) else np.any(np.asarray(high) <= 0):
-        raise ValueError(f"cannot choose one of {high} things (key {what}): at least one is needed")
-    uniform = keyed_uniform(seed, *what)
+        raise ValueError(f"cannot choose one of {high} things (key {name}): at least one is needed")
+    uniform = keyed_uniform(seed, *name)
     if isinstance(uniform, np.ndarray) or isinstance(high, np.ndarray):
         return np.floor(uniform * high).astype(np.int64)
     return int(uniform * high)
 
 
-def keyed_generator(seed: int, *what: int | str) -> np.random.Generator:
-    """A Philox generator whose 128-bit key is named by ``(seed, *what)``."""
-    key = keyed_word(seed, *what, "low"), keyed_word(seed, *what, "high")
+def keyed_generator(seed: int, *name: int | str) -> np.random.Generator:
+    """Return a Philox generator whose 128-bit key derives from ``(seed, *name)``."""
+    key = keyed_word(seed, *name, "low"), keyed_word(seed, *name, "high")
     return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
 
 
-def keyed_normal(shape: tuple[int, ...], seed: int, *what: int | str) -> torch.Tensor:
-    """Standard normal float32 tensor of ``shape`` on the CPU, named by ``(seed, *what)``."""
-    return torch.from_numpy(keyed_generator(seed, *what).standard_normal(shape, dtype=np.float32))
+def keyed_normal(shape: tuple[int, ...], seed: int, *name: int | str) -> torch.Tensor:
+    """Return a standard normal float32 tensor of ``shape`` on the CPU, keyed by ``(seed, *name)``."""
+    return torch.from_numpy(keyed_generator(seed, *name).standard_normal(shape, dtype=np.float32))

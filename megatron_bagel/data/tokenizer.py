@@ -1,4 +1,4 @@
-"""Text to ids with the four special tokens every sample needs, from a Hugging Face folder or a SentencePiece ``.model`` file."""
+"""Maps text to ids and back with the four special tokens of every sample, from a Hugging Face folder or a SentencePiece ``.model`` file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL_TOKENS = {
     "start_of_image": "<|vision_start|>",
     "end_of_image": "<|vision_end|>",
 }
-# Encodings of these enter the fingerprint: spaces, digits, contractions, accents, other scripts, a special token in the text.
+# The fingerprint includes the ids of these texts: spaces, digits, contractions, accents, other scripts, a special token in the text.
 _PROBES = ("a photo of a red circle.", " two  spaces\n\nand 12345's", "héllo wörld, 你好 🙂", "a<|im_end|>b")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json",
@@ -25,9 +25,9 @@ _TOKENIZER_FILES = (
 
 
 class Tokenizer(ABC):
-    """What the project needs of a tokenizer. ``bos``, ``eos``, ``start_of_image``, ``end_of_image`` are ids; ``path`` its source.
+    """The tokenizer interface of the project. ``bos``, ``eos``, ``start_of_image`` and ``end_of_image`` are ids; ``path`` is its source.
 
-    ``num_added`` counts the special tokens that were not in the files and now lie on top of the vocabulary.
+    ``num_added`` counts the special tokens that were not in the files and were added on top of the vocabulary.
     """
 
     bos: int
@@ -39,19 +39,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; no special token is put around it, but one spelled out in the text is recognised."""
+        """Return the ids of ``text``. No special tokens are added, but those spelled out in the text are recognised."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens spelled out."""
+        """Return the text of ``ids``, with special tokens spelled out."""
 
     @abstractmethod
     def vocabulary(self) -> dict[str, int]:
-        """Every token and its id."""
+        """Return every token with its id."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of ids, added special tokens included."""
+        """Return the number of ids, including added special tokens."""
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -59,28 +59,28 @@ class Tokenizer(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids: hash of the vocabulary, the special ids and the ids of probe texts."""
+        """Return a hash of vocabulary, special ids and ids of probe texts, equal for tokenizers that give the same ids."""
         parts = [sorted(self.vocabulary().items()), self.special_ids, [self.encode(probe) for probe in _PROBES]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def files(self) -> list[Path]:
-        """The files that make this tokenizer, to be copied beside exported weights."""
+        """Return the files of this tokenizer, which exports copy beside the weights."""
         if self.path.is_file():
             return [self.path]
         return [self.path / name for name in _TOKENIZER_FILES if (self.path / name).is_file()]
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer folder read by transformers."""
+    """A tokenizer folder, read by transformers."""
 
     def __init__(self, path: Path, add_special: bool) -> None:
         self.path = path
         self._tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
-        known = self._tokenizer.get_vocab()
-        missing = [token for token in SPECIAL_TOKENS.values() if token not in known]
-        if missing and not add_special:
-            raise _missing_special(path, missing)
-        self.num_added = self._tokenizer.add_tokens(missing, special_tokens=True) if missing else 0
+        vocabulary = self._tokenizer.get_vocab()
+        missing_tokens = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
+        if missing_tokens and not add_special:
+            raise _missing_special(path, missing_tokens)
+        self.num_added = self._tokenizer.add_tokens(missing_tokens, special_tokens=True) if missing_tokens else 0
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._tokenizer.convert_tokens_to_ids(token))
 
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; special tokens it lacks get the ids right above its own, in the order of `SPECIAL_TOKENS`."""
+    """A SentencePiece model. Special tokens that it lacks get the ids above its last one, in the order of ``SPECIAL_TOKENS``."""
 
     def __init__(self, path: Path, add_special: bool) -> None:
         import sentencepiece
@@ -109,21 +109,21 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model ({error}); give a .model file or a Hugging Face folder") from error
         base = self._pieces.get_piece_size()
-        unknown = self._pieces.unk_id()
-        own = {token: self._pieces.piece_to_id(token) for token in SPECIAL_TOKENS.values()}
-        missing = [token for token, number in own.items() if number == unknown]
-        if missing and not add_special:
-            raise _missing_special(path, missing)
-        self._special = {**own, **{token: base + i for i, token in enumerate(missing)}}
+        unknown_id = self._pieces.unk_id()
+        special_ids = {token: self._pieces.piece_to_id(token) for token in SPECIAL_TOKENS.values()}
+        missing_tokens = [token for token, number in special_ids.items() if number == unknown_id]
+        if missing_tokens and not add_special:
+            raise _missing_special(path, missing_tokens)
+        self._special = {**special_ids, **{token: base + i for i, token in enumerate(missing_tokens)}}
         self._special_text = {number: token for token, number in self._special.items()}
-        self._split = re.compile("(" + "|".join(re.escape(token) for token in self._special) + ")")
-        self.num_added = len(missing)
+        self._special_pattern = re.compile("(" + "|".join(re.escape(token) for token in self._special) + ")")
+        self.num_added = len(missing_tokens)
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._special[token])
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._split.split(text):
+        for part in self._special_pattern.split(text):
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
@@ -131,14 +131,14 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text, run = "", []
+        text, pieces = "", []
         for number in map(int, ids):
             if number in self._special_text:
-                text += self._pieces.decode(run) + self._special_text[number]
-                run = []
+                text += self._pieces.decode(pieces) + self._special_text[number]
+                pieces = []
             else:
-                run.append(number)
-        return text + self._pieces.decode(run)
+                pieces.append(number)
+        return text + self._pieces.decode(pieces)
 
     def vocabulary(self) -> dict[str, int]:
         return {**{self._pieces.id_to_piece(i): i for i in range(self._pieces.get_piece_size())}, **self._special}
@@ -148,7 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _tokenizer_class(path: Path) -> Any:
-    """The class that tokenizer_config.json names: AutoTokenizer would look at config.json too, and BAGEL's names no model it knows."""
+    """Return the class of tokenizer_config.json. AutoTokenizer would also read config.json, where BAGEL names a model unknown to it."""
     import transformers
 
     config = path / "tokenizer_config.json"
@@ -156,15 +156,15 @@ def _tokenizer_class(path: Path) -> Any:
     return getattr(transformers, f"{name}Fast", None) or getattr(transformers, name or "AutoTokenizer", transformers.AutoTokenizer)
 
 
-def _missing_special(path: Path, missing: list[str]) -> ValueError:
-    return ValueError(f"the tokenizer at {path} lacks {', '.join(missing)}; load it with add_special=True to add them on top")
+def _missing_special(path: Path, tokens: list[str]) -> ValueError:
+    return ValueError(f"the tokenizer at {path} lacks {', '.join(tokens)}; load it with add_special=True to add them on top")
 
 
 def load_tokenizer(path: str | Path, add_special: bool = True) -> Tokenizer:
-    """The tokenizer at ``path``: a Hugging Face folder, a SentencePiece ``.model`` file, or a folder that holds only the latter.
+    """Load the tokenizer at ``path``: a Hugging Face folder, a SentencePiece ``.model`` file, or a folder with only the latter.
 
-    With ``add_special`` the special tokens that are missing are added on top of the vocabulary (``num_added``), so the model's
-    embedding must have at least ``len(tokenizer)`` rows. Raises ValueError for a path that holds no tokenizer.
+    With ``add_special``, missing special tokens are added on top of the vocabulary (``num_added``), so the model's embedding needs at
+    least ``len(tokenizer)`` rows. Raises ValueError for a path without a tokenizer.
     """
     path = Path(path)
     if path.is_file():

@@ -1,7 +1,7 @@
-"""Image sizes without pixels: the size an image will have is a pure function of its stored size, so planning never decodes.
+"""Image sizes without pixels: an image's transformed size is a pure function of its stored size, so planning never decodes.
 
-`output_size` is used when a pack is planned, `image_tensor` when the pack is loaded; both come from the same `TransformArgs`.
-The rules, roundings included, are the original's (goldens hold 225 sizes and the pixels of RGB and RGBA images).
+Planning a pack uses ``output_size``, and loading it uses ``image_tensor``; both apply the same ``TransformArgs``. The rules, including
+the roundings, are the original's (goldens hold 225 sizes and the pixels of RGB and RGBA images).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
-PIXEL_LIMIT = 200_000_000  # an image above this is taken for a decompression bomb, unless a build says otherwise
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower than the original's; `open_image` checks instead
+PIXEL_LIMIT = 200_000_000  # an image above this counts as a decompression bomb, unless a build sets another limit
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is lower than the original's, so ``open_image`` checks instead
 
 
 @dataclass(frozen=True)
 class TransformArgs:
     """How one kind of image is resized: bounds of its sides in pixels, the grid its sides are rounded to, mean and deviation.
 
-    ``max_image_size`` bounds the long side, ``min_image_size`` lifts the short side, sides become multiples of ``image_stride``,
-    and ``max_pixels`` is shared by the images of one sample.
+    ``max_image_size`` bounds the long side, ``min_image_size`` lifts the short side, and sides become multiples of
+    ``image_stride``. The images of one sample share ``max_pixels``.
     """
 
     max_image_size: int
@@ -44,7 +44,7 @@ class TransformArgs:
 
     @property
     def longest_side(self) -> int:
-        """The largest side in pixels that any input image can come out with."""
+        """Return the largest side in pixels of any transformed image."""
         rounded = round(self.max_image_size / self.image_stride) * self.image_stride
         return max(self.image_stride, rounded)
 
@@ -55,10 +55,10 @@ def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, in
 
 
 def output_size(args: TransformArgs, width: int, height: int, img_num: int = 1) -> tuple[int, int]:
-    """(width, height) in pixels after the transform of an image of ``width`` x ``height``.
+    """Return the (width, height) in pixels of an image of ``width`` x ``height`` after the transform.
 
     ``img_num`` is the number of images of the sample, which share ``max_pixels``. Shrinking to ``max_pixels`` uses the ratio of
-    areas, not its square root, as the original does: an image a little too large becomes much smaller than it had to.
+    areas, not its square root, as the original does. An image slightly too large becomes much smaller than necessary.
     """
     scale = min(args.max_image_size / max(width, height), 1.0)
     scale = max(scale, args.min_image_size / min(width, height))
@@ -74,36 +74,36 @@ def output_size(args: TransformArgs, width: int, height: int, img_num: int = 1) 
 def output_sizes(
     args: TransformArgs, widths: np.ndarray, heights: np.ndarray, img_nums: np.ndarray | int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`output_size` for arrays of images at once, equal to it element for element (int64)."""
+    """Apply ``output_size`` to arrays of images, equal to it element by element (int64)."""
 
     def scaled(width: np.ndarray, height: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sides = (np.rint(np.rint(side * scale) / args.image_stride) * args.image_stride for side in (width, height))
         width, height = (np.maximum(args.image_stride, side).astype(np.int64) for side in sides)
         return width, height
 
-    def where(rescale: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        again = scaled(width, height, scale)
-        return np.where(rescale, again[0], width), np.where(rescale, again[1], height)
+    def rescale_if(needs_rescale: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rescaled = scaled(width, height, scale)
+        return np.where(needs_rescale, rescaled[0], width), np.where(needs_rescale, rescaled[1], height)
 
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
     scale = np.minimum(args.max_image_size / np.maximum(widths, heights), 1.0)
     width, height = scaled(widths, heights, np.maximum(scale, args.min_image_size / np.minimum(widths, heights)))
     budget = args.max_pixels / np.asarray(img_nums)
-    width, height = where(width * height > budget, budget / (width * height))
-    long = np.maximum(width, height)
-    return where(long > args.max_image_size, args.max_image_size / long)
+    width, height = rescale_if(width * height > budget, budget / (width * height))
+    longest_side = np.maximum(width, height)
+    return rescale_if(longest_side > args.max_image_size, args.max_image_size / longest_side)
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
-    """Header of an encoded image; pixels are not decoded yet.
+    """Open an encoded image without decoding its pixels.
 
-    Raises ValueError when the bytes are no image, or one of more than ``max_pixels`` pixels.
+    Raises ValueError if the bytes are no image, or one of more than ``max_pixels`` pixels.
     """
     if not len(data):
         raise ValueError("the image has no bytes")
     try:
         image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # whose text holds a memory address, which would differ from build to build
+    except UnidentifiedImageError as error:  # its text contains a memory address, which would differ between builds
         raise ValueError("not a readable image (of no known format)") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"not a readable image ({error})") from error
@@ -113,9 +113,9 @@ def open_image(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image
 
 
 def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
-    """Decode to RGB; transparency (RGBA, LA, palette) is laid on white, 16-bit grey values are brought to 8 bits.
+    """Decode an image to RGB. Transparency (RGBA, LA, palette) becomes white, and 16-bit grey values become 8-bit ones.
 
-    Raises ValueError when the bytes cannot be decoded, for example because the file is cut off, or as `open_image` does.
+    Raises ValueError if the bytes cannot be decoded, for example because the file is truncated, or as ``open_image`` does.
     """
     image = open_image(data, max_pixels)
     try:
@@ -132,9 +132,9 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image
 
 
 def decoded_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
-    """(width, height) in pixels of an image whose every byte has been through the decoder. Raises ValueError as `decode_rgb` does.
+    """Return the (width, height) in pixels of an image after decoding all of its bytes. Raises ValueError as ``decode_rgb`` does.
 
-    A JPEG is decoded to an eighth of its size: that reads all of its data too, and leaves out most of the arithmetic.
+    A JPEG is decoded to an eighth of its size, which reads all of its data but saves most of the arithmetic.
     """
     image = open_image(data, max_pixels)
     if image.format != "JPEG":
@@ -148,10 +148,10 @@ def decoded_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tup
     return size
 
 
-def whole_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
-    """(width, height) in pixels of an image that is complete. Raises ValueError for one that is cut off or, in a PNG, has a wrong byte.
+def complete_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
+    """Return the (width, height) in pixels of a complete image. Raises ValueError if it is truncated, or if a PNG has a wrong byte.
 
-    A PNG's checksums are compared, a JPEG must close with its end mark; nothing is decompressed. Any other image goes to `decoded_size`.
+    A PNG's checksums are compared and a JPEG must end with its end mark, without decompression. Other formats use ``decoded_size``.
     """
     image = open_image(data, max_pixels)
     if image.format == "PNG":
@@ -166,7 +166,7 @@ def whole_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple
 
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey of an image with 16-bit values, which Pillow (and the original) would cut off at 255: nearly all white."""
+    """Convert 16-bit values to 8-bit grey. Pillow (and the original) would clip them at 255, which makes nearly all white."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"pixels of mode {image.mode} have no known range; convert the image to 8 bits per channel")
     return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -183,9 +183,9 @@ def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: in
 
 
 def vit_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """[3, H, W] -> [H/patch * W/patch, patch*patch*3]: patches row-major, inside a patch in (row, column, channel) order.
+    """Cut pixels [3, H, W] into row-major patches [H/patch * W/patch, patch*patch*3], each in (row, column, channel) order.
 
-    Raises ValueError when a side is not a multiple of ``patch``.
+    Raises ValueError if a side is not a multiple of ``patch``.
     """
     channels, height, width = pixels.shape
     if height % patch or width % patch:

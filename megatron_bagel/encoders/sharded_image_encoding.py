@@ -129,7 +129,7 @@ class ShardedImageEncoder(ImageEncoder):
         """Yield the number among the pack's images of ``kind``, the image and the pixels of each that this rank encodes."""
         image_owners = [owner for owner, image in zip(owners, loaded.pack.images, strict=True) if image.kind == kind]
         decoded_images = iter(loaded.vit_images() if kind == "vit" else loaded.vae_images())
-        for number, (image, is_read) in enumerate(zip(loaded.pack.images_of(kind), loaded.held_of(kind), strict=True)):
+        for number, (image, is_read) in enumerate(zip(loaded.pack.images_of(kind), loaded.read_mask(kind), strict=True)):
             pixels = next(decoded_images) if is_read else None
             if image_owners[number] != self.replica.rank:
                 continue

@@ -1,9 +1,9 @@
-"""Grows a FLUX-shaped autoencoder level by level, which makes minutes on a laptop enough where hours would be needed.
+"""Grows a FLUX-shaped autoencoder level by level, so that minutes on a laptop suffice instead of hours.
 
-A new autoencoder of full depth must find colours, places and edges at once, at the price of the finest level for every step. Here
-the innermost two levels learn pictures shrunk by 4 (a sixteenth of the work), then a finer level is put around them that at
-first only averages pixels on the way in and interpolates on the way out, so each stage starts from what the last one knew.
-All levels have the same width: the new one then fits around any of them.
+A new autoencoder of full depth must learn colours, positions and edges at once, and pays for the finest level in every step. Here the
+innermost two levels learn pictures shrunk by 4 (a sixteenth of the work). Then a finer level is added around them. At first it only
+averages pixels on the way in and interpolates on the way out, so each model starts from what the last one learned. All levels have the
+same width, so that the new one fits around any of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_bagel.sample_world.autoencoder_training import quiet_posterior
 # Coefficients of the quintic Newton-Schulz iteration that drives singular values towards 1 (K. Jordan's Muon, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Orthogonal steps have a fixed size, so their rate is on another scale than Adam's.
+# Orthogonal steps have a fixed size, so their rate has another scale than Adam's.
 ORTHOGONAL_LR_FACTOR = 10.0
 
 
 class OrthogonalMomentum(torch.optim.Optimizer):
-    """Momentum whose update of each convolution, seen as a matrix [out, in*k*k], is replaced by the nearest orthogonal one.
+    """Momentum that replaces the update of each convolution, seen as a matrix [out, in*k*k], by the nearest orthogonal one.
 
     On the small autoencoder it needs about a third of AdamW's steps for the same reconstruction.
     """
@@ -49,30 +49,30 @@ class OrthogonalMomentum(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] with its singular values moved to about 1 (0.7 to 1.2)."""
+    """Return the matrix [m, n] with its singular values moved to about 1 (0.7 to 1.2)."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.T if is_tall else x
 
 
 def optimizers_of(model: AutoEncoder, lr: float) -> list[torch.optim.Optimizer]:
-    """Orthogonal momentum for the convolutions between features, Adam for the rest: pixels in and out, norms, biases."""
-    inner = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > model.arch.in_channels]
-    chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    orthogonal = OrthogonalMomentum([{"params": inner, "lr_factor": ORTHOGONAL_LR_FACTOR}], lr=lr)
-    return [orthogonal, torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99))]
+    """Return orthogonal momentum for the convolutions between features, and Adam for pixels in and out, norms and biases."""
+    inner_parameters = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > model.arch.in_channels]
+    inner_ids = {id(p) for p in inner_parameters}
+    other_parameters = [p for p in model.parameters() if id(p) not in inner_ids]
+    orthogonal = OrthogonalMomentum([{"params": inner_parameters, "lr_factor": ORTHOGONAL_LR_FACTOR}], lr=lr)
+    return [orthogonal, torch.optim.Adam(other_parameters, lr=lr, betas=(0.9, 0.99))]
 
 
 def seed_autoencoder(arch: AutoencoderArch, generator: torch.Generator) -> AutoEncoder:
-    """The innermost two levels of `arch` with fresh weights: residual branches silent, so that signals pass from the first step.
+    """Build the innermost two levels of ``arch`` with fresh weights and silent residual branches, so that signals pass at once.
 
-    Raises ValueError where the levels of `arch` differ in width.
+    Raises ValueError if the levels of ``arch`` differ in width.
     """
     if set(arch.ch_mult) != {1} or len(arch.ch_mult) < 2:
         raise ValueError(f"only an autoencoder of two or more levels of one width can grow: ch_mult must be 1s, not {list(arch.ch_mult)}")
@@ -83,7 +83,7 @@ def seed_autoencoder(arch: AutoencoderArch, generator: torch.Generator) -> AutoE
         elif name.endswith("bias"):
             nn.init.zeros_(weight)
     with torch.no_grad():
-        # Pixel by pixel, so that `grow` can fold it into the strided convolution of the level around it.
+        # The convolution works pixel by pixel, so that ``grow`` can fold it into the strided convolution of the next level.
         entry = model.encoder.conv_in.weight
         _normal(entry, 1 / math.sqrt(arch.in_channels), generator)
         entry[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
@@ -94,10 +94,11 @@ def seed_autoencoder(arch: AutoencoderArch, generator: torch.Generator) -> AutoE
 
 @torch.no_grad()
 def grow(model: AutoEncoder, generator: torch.Generator) -> AutoEncoder:
-    """A model with one finer level around `model`: it codes pictures twice as large, at first as `model` codes them shrunk.
+    """Return a model with one finer level around ``model``, for pictures twice as large.
 
-    Way in: pixels are carried unchanged, then averaged 2 x 2 into what the old first convolution saw in one place. Way out: features
-    are interpolated (binomial kernel after pixel repetition), then shown by the old last layers.
+    At first it codes them as ``model`` codes their shrunk versions. On the way in, pixels pass unchanged and are then averaged 2 x 2
+    into what the old first convolution saw at one pixel. On the way out, features are interpolated (binomial kernel after pixel
+    repetition) and then go through the old last layers.
     """
     grown = AutoEncoder(replace(model.arch, ch_mult=(*model.arch.ch_mult, 1)))
     for weight in grown.parameters():
@@ -105,16 +106,16 @@ def grow(model: AutoEncoder, generator: torch.Generator) -> AutoEncoder:
             _normal(weight, 1 / math.sqrt(weight[0].numel()), generator)
     _silence(grown)
     tensors = grown.state_dict()
-    kept = _one_level_deeper(model.state_dict())
-    tensors.update({name: tensor.clone() for name, tensor in kept if not name.startswith("encoder.conv_in")})
+    renamed_tensors = _one_level_deeper(model.state_dict())
+    tensors.update({name: tensor.clone() for name, tensor in renamed_tensors if not name.startswith("encoder.conv_in")})
     ch, colours = model.arch.ch, model.arch.in_channels
     carry = torch.linalg.qr(torch.randn(ch, ch, generator=generator))[0][:, :colours]
     tensors["encoder.conv_in.weight"] = torch.zeros(ch, colours, 3, 3)
     tensors["encoder.conv_in.weight"][:, :, 1, 1] = carry
     tensors["encoder.conv_in.bias"] = torch.zeros(ch)
-    seen = model.encoder.conv_in.weight.sum(dim=(2, 3)) @ carry.T
+    first_response = model.encoder.conv_in.weight.sum(dim=(2, 3)) @ carry.T
     average = torch.zeros(ch, ch, 3, 3)
-    average[:, :, :2, :2] = seen[:, :, None, None] / 4
+    average[:, :, :2, :2] = first_response[:, :, None, None] / 4
     tensors["encoder.down.0.downsample.conv.weight"] = average
     tensors["encoder.down.0.downsample.conv.bias"] = model.encoder.conv_in.bias.clone()
     binomial = torch.tensor([0.25, 0.5, 0.25])
@@ -125,7 +126,7 @@ def grow(model: AutoEncoder, generator: torch.Generator) -> AutoEncoder:
 
 
 def _one_level_deeper(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Levels are numbered from the finest, so every old level's number rises by one."""
+    """Yield tensors with every old level's number raised by one, because levels are numbered from the finest."""
     for name, tensor in tensors.items():
         parts = name.split(".")
         if parts[1] in ("down", "up"):
@@ -135,12 +136,12 @@ def _one_level_deeper(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]
 
 @torch.no_grad()
 def _silence(model: AutoEncoder) -> None:
-    """Every residual branch of the model adds nothing at first."""
+    """Make every residual branch of the model add nothing at first."""
     for module in model.modules():
-        last = {ResnetBlock: "conv2", AttentionBlock: "proj_out"}.get(type(module))
-        if last is not None:
-            nn.init.zeros_(getattr(module, last).weight)
-            nn.init.zeros_(getattr(module, last).bias)
+        last_layer = {ResnetBlock: "conv2", AttentionBlock: "proj_out"}.get(type(module))
+        if last_layer is not None:
+            nn.init.zeros_(getattr(module, last_layer).weight)
+            nn.init.zeros_(getattr(module, last_layer).bias)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""A small trainer for FLUX-shaped autoencoders: enough to give a toy world its own latents in minutes, no adversary needed.
+"""A small trainer for FLUX-shaped autoencoders: it gives a toy world its latents in minutes, without an adversary.
 
 Loss = mean|x - y| + edge_weight * mean|grad x - grad y| + kl_weight * KL(posterior || N(0, 1)) per latent element. The edge
-term compares differences of neighbouring pixels, which keeps shape borders sharp where L1 alone blurs them.
+term compares differences of neighbouring pixels, which keeps shape borders sharp that L1 alone would blur.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """`lr` rises linearly over `warmup` steps and then falls to zero along a cosine; `clip` bounds the gradient norm."""
+    """``lr`` rises linearly over ``warmup`` steps and then falls to zero along a cosine; ``clip`` bounds the gradient norm."""
 
     steps: int = 2000
     lr: float = 1e-3
@@ -31,7 +31,7 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """One step's numbers; `psnr` in dB for images in [-1, 1]."""
+    """The numbers of one step; ``psnr`` is in dB for images in [-1, 1]."""
 
     step: int
     loss: float
@@ -40,34 +40,34 @@ class Progress:
 
 
 def edge_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of the horizontal and vertical pixel differences of images [b, c, h, w]; a scalar."""
+    """Return the mean absolute difference of the horizontal and vertical pixel differences of images [b, c, h, w], a scalar."""
     difference = x - y
     return (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / 2
 
 
 def kl_per_element(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) averaged over all elements; a scalar."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) averaged over all elements, a scalar."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
+    """Return the peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
     return 10 * math.log10(4 / max((x - y).square().mean().item(), 1e-12))
 
 
 def learning_rate(settings: TrainerSettings, step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, then a cosine to zero."""
+    """Return the rate of step 0, 1, ...: linear warm-up, then a cosine to zero."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
 def quiet_posterior(model: AutoEncoder, logvar: float = -6.0) -> None:
-    """Makes a new model start with this log variance everywhere (-6 is a deviation of 0.05), in place.
+    """Make a new model start with this log variance everywhere (-6 is a deviation of 0.05), in place.
 
-    Freshly initialised, the deviation is 1 while means are near 0: the decoder would see noise and learn the average image first.
+    Fresh weights give a deviation of 1 and means near 0. The decoder would then see noise and learn the average image first.
     """
     convolution, z = model.encoder.conv_out, model.arch.z_channels
     convolution.weight[z:].zero_()
@@ -82,13 +82,22 @@ def train_autoencoder(
     report_every: int = 50,
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> Progress:
-    """Trains all weights of `model` in place on batches [b, 3, H, W] in [-1, 1]; returns the last step's numbers.
+    """Train all weights of ``model`` in place.
 
-    `optimizers` replaces AdamW; a parameter group's `lr_factor`, where it has one, multiplies the scheduled rate.
+    A new model should go through ``quiet_posterior`` first. The latent scale and shift are not learned: call ``fit_latent_scale``
+    afterwards. With ch 32 every GroupNorm group of the finest level is a single channel, so an image's overall colour survives there
+    only as contrast between its parts.
 
-    A new model should go through `quiet_posterior` first. The latent scale and shift are not learned: call `fit_latent_scale`
-    afterwards. Mind that with ch 32 every GroupNorm group of the finest level is a single channel, so an image's overall colour
-    only survives there as contrast between its parts.
+    Args:
+        model: The autoencoder.
+        batches: Batches [b, 3, H, W] in [-1, 1].
+        settings: The settings of the training.
+        report: Receives the numbers of a step.
+        report_every: The number of steps between reports.
+        optimizers: Replace AdamW; the optional ``lr_factor`` of a parameter group multiplies the scheduled rate.
+
+    Returns:
+        The numbers of the last step.
     """
     if settings.steps < 1:
         raise ValueError(f"autoencoder training needs at least one step, got steps={settings.steps}")
@@ -110,8 +119,8 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in optimizers:
             optimizer.step()
-        last = step == settings.steps - 1
-        if last or (report is not None and step % report_every == 0):
+        is_last_step = step == settings.steps - 1
+        if is_last_step or (report is not None and step % report_every == 0):
             progress = Progress(step, loss.item(), l1.item(), psnr(output.detach(), images))
             if report is not None:
                 report(progress)
@@ -121,10 +130,10 @@ def train_autoencoder(
 
 @torch.no_grad()
 def fit_latent_scale(model: AutoEncoder, images: Tensor) -> None:
-    """Sets the architecture's scale and shift so that latents of `images` [b, 3, H, W] have mean 0 and variance 1.
+    """Set the architecture's scale and shift so that latents of ``images`` [b, 3, H, W] have mean 0 and variance 1.
 
-    Flow matching mixes latents with N(0, 1) noise; latents of another size would change what a timestep means.
-    Reconstructions do not change: `decode` undoes what `sample` does.
+    Flow matching mixes latents with N(0, 1) noise, so latents of another scale would change what a timestep means.
+    Reconstructions do not change, because ``decode`` undoes what ``sample`` does.
     """
     mean, logvar = model.encode_moments(images)
     variance = mean.var() + logvar.exp().mean()

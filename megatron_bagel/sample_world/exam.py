@@ -1,7 +1,7 @@
 """An exam on the sample world: prompts whose truth is known, as files for generation, and marks for the answers.
 
-Scenes come from another stream than any training row, so every picture is new to the model; with held-out pairs half of the scenes
-show a (colour, shape) pair that training never did. An edit counts when what was asked for changed and nothing else did.
+Scenes come from another random stream than the training rows, so every picture is new to the model. With held-out pairs, half of the
+scenes show a (colour, shape) pair that training never did. An edit counts if it changed what it should and nothing else.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from PIL import Image
 
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.score import Reading, read_single
-from megatron_bagel.sample_world.text import captions, draw_edit, place
+from megatron_bagel.sample_world.text import captions, draw_edit, position_phrase
 from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, Shape, World, draw_scene, pick, render, to_png
 
-#: Names the scenes of exams; training data is named by seeds below it.
+#: Keys the scenes of exams; training data use smaller seeds.
 SEED = 10_000
 QUESTIONS: dict[str, tuple[str, Callable[[Scene], str]]] = {
     "colour": ("what color is it?", lambda scene: scene.shapes[0].colour),
-    "position": ("where is it?", lambda scene: place(scene.shapes[0].position)),
+    "position": ("where is it?", lambda scene: position_phrase(scene.shapes[0].position)),
     "shape": ("what shape is it?", lambda scene: scene.shapes[0].shape),
 }
 CHANCE = {"colour": 1 / len(COLOURS), "position": 1 / len(POSITIONS), "shape": 1 / len(SHAPES), "background": 1 / len(BACKGROUNDS)}
@@ -32,7 +32,7 @@ CHANCE = {"colour": 1 / len(COLOURS), "position": 1 / len(POSITIONS), "shape": 1
 
 @dataclass(frozen=True)
 class Exam:
-    """How many prompts of each kind: pictures from words, questions of each of the three kinds, edits of each kind in ``edit_kinds``."""
+    """The number of prompts of each kind: pictures from words, questions of each kind, and edits of each kind in ``edit_kinds``."""
 
     pictures: int = 48
     questions: int = 48
@@ -41,7 +41,7 @@ class Exam:
 
 
 def exam_rows(world: World, exam: Exam) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray | None]]:
-    """(prompt line, truth line, picture shown) of every question; ``world`` is the one trained on, with its held-out pairs."""
+    """Yield (prompt line, truth line, shown picture) of every question; ``world`` is the training world with its held-out pairs."""
     for number in range(exam.pictures):
         scene, pairs = exam_scene(world, "t2i", number)
         name = f"t2i_{number:03d}"
@@ -62,7 +62,7 @@ def exam_rows(world: World, exam: Exam) -> Iterable[tuple[dict[str, Any], dict[s
 
 
 def exam_scene(world: World, kind: str, number: int) -> tuple[Scene, str]:
-    """A scene, and whether its pair is "seen" in training or "held out": every second one is, where the world holds pairs out."""
+    """Return a scene, and whether training has "seen" its pair or it is "held out": every second one, if the world holds pairs out."""
     rng = keyed_generator(SEED, kind, number)
     scene = draw_scene(world, rng)
     if not world.held_out or number % 2 == 0:
@@ -76,87 +76,90 @@ def _truth(name: str, kind: str, pairs: str, scene: Scene) -> dict[str, Any]:
 
 
 def write_exam(world: World, exam: Exam, out: Path) -> None:
-    """``prompts.jsonl`` for ``megatron_bagel.generate --input``, the pictures it shows, and ``truth.jsonl`` for ``marks``."""
+    """Write ``prompts.jsonl`` for ``megatron_bagel.generate --input``, its pictures, and ``truth.jsonl`` for ``marks``."""
     out.mkdir(parents=True, exist_ok=True)
     prompts, truths = [], []
-    for prompt, truth, shown in exam_rows(world, exam):
+    for prompt, truth, picture in exam_rows(world, exam):
         prompts.append(json.dumps(prompt) + "\n")
         truths.append(json.dumps(truth) + "\n")
-        if shown is not None:
-            (out / prompt["image"]).write_bytes(to_png(shown))
+        if picture is not None:
+            (out / prompt["image"]).write_bytes(to_png(picture))
     (out / "prompts.jsonl").write_text("".join(prompts))
     (out / "truth.jsonl").write_text("".join(truths))
 
 
-def marks(asked: Path, answered: Path) -> dict[tuple[str, str], list[bool]]:
-    """Right or wrong by (what, "seen" or "held out"): "t2i colour", "question position", "edit recolour success", ..."""
-    results = {row["id"]: row for row in read_lines(answered / "results.jsonl")}
+def marks(exam_folder: Path, answer_folder: Path) -> dict[tuple[str, str], list[bool]]:
+    """Return right or wrong by (name, "seen" or "held out"): "t2i colour", "question position", "edit recolour success", ..."""
+    results = {row["id"]: row for row in read_lines(answer_folder / "results.jsonl")}
     table: dict[tuple[str, str], list[bool]] = {}
-    for truth in read_lines(asked / "truth.jsonl"):
+    for truth in read_lines(exam_folder / "truth.jsonl"):
         if truth["id"] not in results:
-            raise ValueError(f"{answered / 'results.jsonl'} has no answer to {truth['id']}; generate the rest with --resume")
+            raise ValueError(f"{answer_folder / 'results.jsonl'} has no answer to {truth['id']}; generate the others with --resume")
         result = results[truth["id"]]
         if "answer" in truth:
-            found = {truth["kind"]: result["text"].strip() == truth["answer"]}
+            results_by_name = {truth["kind"]: result["text"].strip() == truth["answer"]}
         else:
-            found = picture_marks(truth, read_picture(answered / result["image"]))
-        for name, right in found.items():
+            results_by_name = picture_marks(truth, read_picture(answer_folder / result["image"]))
+        for name, right in results_by_name.items():
             table.setdefault((name, truth["pairs"]), []).append(right)
     return table
 
 
-def picture_marks(truth: Mapping[str, Any], seen: Reading) -> dict[str, bool]:
-    """Marks of one picture: each attribute for a picture from words; asked, kept and success for an edit."""
-    wanted = attributes(to_scene(truth["scene"]))
-    found = {"background": seen.background}
-    if seen.shape is not None:
-        found |= {"colour": seen.shape.colour, "position": seen.shape.position, "shape": seen.shape.shape}
-    right = {name: found.get(name) == value for name, value in wanted.items()}
+def picture_marks(truth: Mapping[str, Any], reading: Reading) -> dict[str, bool]:
+    """Mark one picture: each attribute for a picture from words; asked, kept and success for an edit."""
+    expected = attributes(to_scene(truth["scene"]))
+    actual = {"background": reading.background}
+    if reading.shape is not None:
+        actual |= {"colour": reading.shape.colour, "position": reading.shape.position, "shape": reading.shape.shape}
+    correct = {name: actual.get(name) == value for name, value in expected.items()}
     if "before" not in truth:
-        return {f"{truth['kind']} {name}": value for name, value in right.items()}
-    before = attributes(to_scene(truth["before"]))
-    changed = [name for name in wanted if wanted[name] != before[name]]
-    asked, kept = all(right[name] for name in changed), all(value for name, value in right.items() if name not in changed)
-    return {f"{truth['kind']} asked": asked, f"{truth['kind']} kept": kept, f"{truth['kind']} success": asked and kept}
+        return {f"{truth['kind']} {name}": value for name, value in correct.items()}
+    attributes_before = attributes(to_scene(truth["before"]))
+    changed_names = [name for name in expected if expected[name] != attributes_before[name]]
+    is_done, is_kept = (
+        all(correct[name] for name in changed_names),
+        all(value for name, value in correct.items() if name not in changed_names),
+    )
+    return {f"{truth['kind']} asked": is_done, f"{truth['kind']} kept": is_kept, f"{truth['kind']} success": is_done and is_kept}
 
 
 def attributes(scene: Scene) -> dict[str, str]:
-    """What is read off a picture of one shape."""
+    """Return the attributes that are read from a picture of one shape."""
     shape = scene.shapes[0]
     return {"colour": shape.colour, "position": shape.position, "shape": shape.shape, "background": scene.background}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; ValueError where it is missing."""
+    """Return the rows of a JSONL file. Raises ValueError if it does not exist."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}; run the step before this one first")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def to_scene(row: Mapping[str, Any]) -> Scene:
-    """A scene from its JSON form."""
+    """Build a scene from its JSON form."""
     return Scene(row["background"], tuple(Shape(**shape) for shape in row["shapes"]), row["width"], row["height"])
 
 
 def read_picture(path: Path) -> Reading:
-    """What a PNG of one shape shows."""
+    """Read a PNG of one shape."""
     return read_single(np.asarray(Image.open(path).convert("RGB")))
 
 
-def picture_grid(asked: Path, answered: Path, columns: int = 8, ids: Sequence[str] | None = None) -> Image.Image:
-    """Drawn pictures side by side, twice their size; edits as pairs of before and after. ValueError when there is none."""
+def picture_grid(exam_folder: Path, answer_folder: Path, columns: int = 8, ids: Sequence[str] | None = None) -> Image.Image:
+    """Arrange drawn pictures in a grid at twice their size, edits as pairs of before and after. Raises ValueError if there are none."""
     pictures = []
-    for row in read_lines(answered / "results.jsonl"):
+    for row in read_lines(answer_folder / "results.jsonl"):
         if "image" in row and (ids is None or row["id"] in ids):
             if row["task"] == "edit":
-                pictures.append(Image.open(asked / f"{row['id']}.png").convert("RGB"))
-            pictures.append(Image.open(answered / row["image"]).convert("RGB"))
+                pictures.append(Image.open(exam_folder / f"{row['id']}.png").convert("RGB"))
+            pictures.append(Image.open(answer_folder / row["image"]).convert("RGB"))
     if not pictures:
-        raise ValueError(f"{answered / 'results.jsonl'} holds no picture")
+        raise ValueError(f"{answer_folder / 'results.jsonl'} holds no picture")
     width, height = pictures[0].size
     step_x, step_y = 2 * width + 8, 2 * height + 8
     grid = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), (200, 200, 200))
     for i, picture in enumerate(pictures):
-        place_ = (i % columns * step_x + 4, i // columns * step_y + 4)
-        grid.paste(picture.resize((2 * width, 2 * height), Image.Resampling.NEAREST), place_)
+        corner = (i % columns * step_x + 4, i // columns * step_y + 4)
+        grid.paste(picture.resize((2 * width, 2 * height), Image.Resampling.NEAREST), corner)
     return grid

@@ -1,11 +1,11 @@
-"""Writes the sample world in exactly the folder layout and file schemas of BAGEL's data guide, so that the same folder feeds both.
+"""Writes the sample world in exactly the folders and file schemas of BAGEL's data guide, so that one folder feeds both programs.
 
 t2i/NNNN.parquet                      image (PNG bytes), captions (JSON dict as a string)
 editing/seedxedit_multi/NNNN.parquet  image_list, instruction_list (per step a list of ways to put it)
 editing/parquet_info/seedxedit_multi.json
 vlm/images/N.png, vlm/llava_ov_si.jsonl
-text/text.jsonl                       {"text": ...}; ours, only where asked for
-dataset.yaml                          groups, weights, transforms and where the data lies
+text/text.jsonl                       {"text": ...}; this project's addition, only on request
+dataset.yaml                          groups, weights, transforms and the location of the data
 """
 
 import json
@@ -32,13 +32,13 @@ EDIT_SCHEMA = pa.schema([
 
 VAE_STRIDE, VIT_STRIDE = 16, 14  # pixels of a token's side
 
-# Drawing from words needs the most examples; an editing example has three images and costs as much as two others.
+# Drawing from words needs the most examples. An editing example has three images and costs as much as two others.
 WEIGHTS = {"t2i_pretrain": 1.0, "unified_edit": 0.25, "vlm_sft": 0.5, "text": 0.25}
 
 
 @dataclass(frozen=True)
 class FolderSpec:
-    """How much of each kind to write, and how. Row i of a kind depends on (world, seed, i) alone, not on the counts."""
+    """How much of each kind to write, and how. Row i of a kind depends only on (world, seed, i), not on the counts."""
 
     world: World
     seed: int = 0
@@ -58,21 +58,21 @@ class FolderSpec:
     rows_per_group: int = 100
 
     def __post_init__(self) -> None:
-        """Raises ValueError for counts that make no data set, naming the flag."""
+        """Check the counts. Raises ValueError naming the flag if they make no dataset."""
         if min(self.t2i, self.edit, self.vlm, self.text) < 0 or self.t2i + self.edit + self.vlm + self.text == 0:
             raise ValueError("--t2i, --edit, --vlm and --text are counts of samples: not negative, and not all zero")
         if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
             raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
         if self.vit_side is not None and self.vit_side < VIT_STRIDE:
             raise ValueError(f"--vit-image-size must be {VIT_STRIDE} or more, one patch of the vision tower, not {self.vit_side}")
-        at_least_one = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
-        for name in at_least_one:
+        positive_counts = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
+        for name in positive_counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
 
 
 def t2i_row(spec: FolderSpec, i: int) -> dict:
-    """Row i of the text-to-image data: a picture and its captions."""
+    """Return row i of the text-to-image data: a picture and its captions."""
     scene = draw_scene(spec.world, keyed_generator(spec.seed, "t2i", i))
     wordings = captions(scene, spec.world)[: spec.captions_per_image]
     named = {f"caption_{n}" if n else "caption": text for n, text in enumerate(wordings)}
@@ -80,7 +80,7 @@ def t2i_row(spec: FolderSpec, i: int) -> dict:
 
 
 def edit_row(spec: FolderSpec, i: int) -> dict:
-    """Row i of the editing data: 2 to `edit_steps` + 1 pictures and the instruction for each step."""
+    """Return row i of the editing data: 2 to ``edit_steps`` + 1 pictures and the instruction for each step."""
     rng = keyed_generator(spec.seed, "edit", i)
     scene = draw_scene(spec.world, rng)
     images, instructions = [to_png(render(scene))], []
@@ -93,34 +93,34 @@ def edit_row(spec: FolderSpec, i: int) -> dict:
 
 
 def vlm_row(spec: FolderSpec, i: int) -> tuple[dict, np.ndarray]:
-    """Line i of the conversations, and its picture: some questions about it with their answers, each asked once."""
+    """Return line i of the conversations, and its picture: some questions about it with their answers, each asked once."""
     rng = keyed_generator(spec.seed, "vlm", i)
     scene = draw_scene(spec.world, rng)
-    asked = questions(scene, spec.world)
-    chosen = [asked[k] for k in rng.permutation(len(asked))[: spec.questions_per_image]]
+    pairs = questions(scene, spec.world)
+    selected_pairs = [pairs[k] for k in rng.permutation(len(pairs))[: spec.questions_per_image]]
     turns = []
-    for n, (question, answer) in enumerate(chosen):
+    for n, (question, answer) in enumerate(selected_pairs):
         turns.append({"from": "human", "value": question if n else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
     return {"id": i, "image": f"{i}.png", "conversations": turns}, render(scene)
 
 
 def text_row(spec: FolderSpec, i: int) -> dict:
-    """Line i of the plain text: a caption without its picture."""
+    """Return line i of the plain text: a caption without its picture."""
     rng = keyed_generator(spec.seed, "text", i)
     return {"text": pick(rng, captions(draw_scene(spec.world, rng), spec.world))}
 
 
 def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
-    """Writes the data under `root` for a life at `final` (paths inside the files name the latter); returns the dataset YAML."""
+    """Write the data under ``root`` for later use at ``final``, which paths inside the files name; return the dataset YAML."""
     dataset: dict = {}
-    where: dict = {}
+    dataset_info: dict = {}
     size = _transform_sizes(spec.world, spec.vit_side)
     if spec.t2i:
         counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
         args = {"image_transform_args": dict(size["vae"])}
         dataset["t2i_pretrain"] = {"dataset_names": ["t2i"], **args, **_weight(spec, "t2i_pretrain", [len(counts)])}
-        where["t2i_pretrain"] = {"t2i": {"data_dir": str(final / "t2i"), "num_files": len(counts), "num_total_samples": spec.t2i}}
+        dataset_info["t2i_pretrain"] = {"t2i": {"data_dir": str(final / "t2i"), "num_files": len(counts), "num_total_samples": spec.t2i}}
     if spec.edit:
         counts = _write_parquet(root / "editing/seedxedit_multi", EDIT_SCHEMA, edit_row, spec, spec.edit, "edit")
         folder, info = final / "editing/seedxedit_multi", final / "editing/parquet_info/seedxedit_multi.json"
@@ -133,7 +133,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
             "vit_image_transform_args": dict(size["vit"]),
             **_weight(spec, "unified_edit", [len(counts)]),
         }
-        where["unified_edit"] = {"seedxedit_multi": {
+        dataset_info["unified_edit"] = {"seedxedit_multi": {
             "data_dir": str(folder), "num_files": len(counts), "num_total_samples": spec.edit, "parquet_info_path": str(info),
         }}  # fmt: skip
     if spec.vlm:
@@ -142,19 +142,19 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
             "dataset_names": ["llava_ov"], "image_transform_args": dict(size["vit"]),
             "shuffle_lines": True, "shuffle_seed": 0, **_weight(spec, "vlm_sft", [spec.vlm]),
         }  # fmt: skip
-        where["vlm_sft"] = {"llava_ov": {
+        dataset_info["vlm_sft"] = {"llava_ov": {
             "data_dir": str(final / "vlm/images"), "jsonl_path": str(final / "vlm/llava_ov_si.jsonl"), "num_total_samples": spec.vlm,
         }}  # fmt: skip
     if spec.text:
         (root / "text").mkdir()
         _write_lines(root / "text/text.jsonl", (text_row(spec, i) for i in _progress(spec.text, "text")))
         dataset["text"] = {"dataset_names": ["text"], **_weight(spec, "text", [spec.text])}
-        where["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
-    return {**dataset, "dataset_info": where}
+        dataset_info["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
+    return {**dataset, "dataset_info": dataset_info}
 
 
 def write_yaml(content: dict, path: Path, comment: str) -> None:
-    """A YAML file in the order of `content`, with a comment on top."""
+    """Write a YAML file in the order of ``content``, with a comment on top."""
     path.write_text(f"# {comment}\n" + yaml.safe_dump(content, sort_keys=False))
 
 
@@ -163,39 +163,43 @@ def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict:
 
 
 def _transform_sizes(world: World, vit_side: int | None) -> dict[str, dict[str, int]]:
-    """Transform settings that leave the pictures' sizes as near as the strides allow, or shrink the longest to `vit_side` for the ViT."""
+    """Return transform settings that keep pictures near their sizes, or shrink the longest side to ``vit_side`` for the ViT."""
     sides = [side for size in world.picture_sizes for side in size]
 
     def args(stride: int, longest_side: int) -> dict[str, int]:
-        wanted = (longest_side, min(sides) * longest_side / max(sides))
-        longest, shortest = (max(stride, math.ceil(side / stride) * stride) for side in wanted)
+        target_sides = (longest_side, min(sides) * longest_side / max(sides))
+        longest, shortest = (max(stride, math.ceil(side / stride) * stride) for side in target_sides)
         return {"image_stride": stride, "max_image_size": longest, "min_image_size": shortest}
 
     return {"vae": args(VAE_STRIDE, max(sides)), "vit": args(VIT_STRIDE, vit_side or max(sides))}
 
 
-def _progress(count: int, what: str) -> Iterable[int]:
-    return tqdm(range(count), desc=what, unit="row", disable=None)
+def _progress(count: int, description: str) -> Iterable[int]:
+    return tqdm(range(count), desc=description, unit="row", disable=None)
 
 
 def _write_parquet(
-    folder: Path, schema: pa.Schema, make: Callable[[FolderSpec, int], dict], spec: FolderSpec, count: int, what: str
+    folder: Path, schema: pa.Schema, make: Callable[[FolderSpec, int], dict], spec: FolderSpec, count: int, description: str
 ) -> list[tuple[str, int, int]]:
-    """Rows 0..count-1 in files of `rows_per_file`; (file name, row groups, rows) of each. Holds one row group in memory."""
+    """Write rows 0 to count - 1 in files of ``rows_per_file``, with one row group in memory.
+
+    Returns:
+        File name, number of row groups and number of rows of each file.
+    """
     folder.mkdir(parents=True)
-    written = []
-    with tqdm(total=count, desc=what, unit="row", disable=None) as bar:
+    file_counts = []
+    with tqdm(total=count, desc=description, unit="row", disable=None) as bar:
         for number, start in enumerate(range(0, count, spec.rows_per_file)):
             stop = min(start + spec.rows_per_file, count)
             name, groups = f"{number:04d}.parquet", 0
             with pq.ParquetWriter(folder / name, schema) as writer:
-                for first in range(start, stop, spec.rows_per_group):
-                    rows = [make(spec, i) for i in range(first, min(first + spec.rows_per_group, stop))]
+                for group_start in range(start, stop, spec.rows_per_group):
+                    rows = [make(spec, i) for i in range(group_start, min(group_start + spec.rows_per_group, stop))]
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=len(rows))
                     groups += 1
                     bar.update(len(rows))
-            written.append((name, groups, stop - start))
-    return written
+            file_counts.append((name, groups, stop - start))
+    return file_counts
 
 
 def _write_conversations(folder: Path, spec: FolderSpec) -> None:
@@ -211,6 +215,6 @@ def _write_conversations(folder: Path, spec: FolderSpec) -> None:
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    with path.open("w", encoding="utf-8") as out:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            out.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")

@@ -1,7 +1,7 @@
-"""Reads what a picture of the sample world shows off its pixels, so that generated pictures are scored without any network.
+"""Reads a picture of the sample world from its pixels, so that generated pictures are scored without any network.
 
-Backgrounds are grey and shapes are chromatic, so saturation finds the shape, its hue gives the colour, its centre the place, and
-the best overlap with drawn outlines its kind. Reads noisy and slightly misplaced pictures too.
+Backgrounds are grey and shapes are chromatic. Saturation therefore finds the shape, its hue gives the colour, its centre the position,
+and the best overlap with drawn outlines its kind. It also reads noisy and slightly misplaced pictures.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SEARCH = 3  # pixels around the found centre in which outlines are tried, at 64 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read: one shape with its share of overlap (0 to 1) with the ideal outline. None: no shape was found."""
+    """The content of a picture: one shape and its overlap (0 to 1) with the ideal outline, or None if no shape was found."""
 
     background: str
     shape: Shape | None
@@ -28,14 +28,14 @@ class Reading:
 
 
 def nearest(colour: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
-    """The table's name whose colour is nearest to an RGB value [3] in Euclidean distance."""
+    """Return the table's name whose colour is nearest to an RGB value [3] in Euclidean distance."""
     names = list(table)
     distances = ((np.array([table[name] for name in names], dtype=np.float64) - colour) ** 2).sum(axis=1)
     return names[int(distances.argmin())]
 
 
 def chroma_mask(pixels: np.ndarray) -> np.ndarray:
-    """bool [H, W] of the pixels that belong to a shape; `pixels` is uint8 [H, W, 3]. Smoothed over 3 x 3 against noise."""
+    """Return which pixels of ``pixels`` (uint8 [H, W, 3]) belong to a shape, bool [H, W], smoothed over 3 x 3 against noise."""
     padded = np.pad(pixels.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = pixels.shape[:2]
     smooth = sum(padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)) / 9
@@ -43,7 +43,7 @@ def chroma_mask(pixels: np.ndarray) -> np.ndarray:
 
 
 def read_single(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Reading:
-    """Reads a picture of one shape, uint8 [H, W, 3]; `sizes` are those the world has."""
+    """Read a picture of one shape, uint8 [H, W, 3]; ``sizes`` are those of the world."""
     mask = chroma_mask(pixels)
     background = nearest(_median(pixels[~mask], pixels), BACKGROUNDS)
     if mask.mean() < MIN_CELL_SHARE / 9:
@@ -52,7 +52,7 @@ def read_single(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Read
 
 
 def read_scene(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Scene:
-    """Reads a picture of any number of shapes, one per cell of the 3 x 3 grid at most."""
+    """Read a picture of any number of shapes, at most one per cell of the 3 x 3 grid."""
     mask = chroma_mask(pixels)
     height, width = mask.shape
     shapes = []
@@ -60,15 +60,15 @@ def read_scene(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Scene
         x, y = centre(position, width, height)
         rows = slice(round(y - height / 6), round(y + height / 6))
         columns = slice(round(x - width / 6), round(x + width / 6))
-        inside = np.zeros_like(mask)
-        inside[rows, columns] = mask[rows, columns]
-        if inside[rows, columns].mean() >= MIN_CELL_SHARE:
-            shapes.append(_read_shape(pixels, inside, sizes)[0])
+        cell_mask = np.zeros_like(mask)
+        cell_mask[rows, columns] = mask[rows, columns]
+        if cell_mask[rows, columns].mean() >= MIN_CELL_SHARE:
+            shapes.append(_read_shape(pixels, cell_mask, sizes)[0])
     return Scene(nearest(_median(pixels[~mask], pixels), BACKGROUNDS), tuple(shapes), width, height)
 
 
-def _median(chosen: np.ndarray, all_pixels: np.ndarray) -> np.ndarray:
-    return np.median(chosen if len(chosen) else all_pixels.reshape(-1, 3), axis=0)
+def _median(selected: np.ndarray, all_pixels: np.ndarray) -> np.ndarray:
+    return np.median(selected if len(selected) else all_pixels.reshape(-1, 3), axis=0)
 
 
 def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) -> tuple[Shape, float]:
@@ -76,7 +76,7 @@ def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) ->
     ys, xs = np.nonzero(mask)
     core = pixels[_eroded(mask)]  # edge pixels are mixed with the background
     colour = nearest(_median(core, pixels[mask]), COLOURS)
-    # The middle of the bounding box is the same point of every kind of shape; a triangle's centroid is not.
+    # The middle of the bounding box is the same point of every kind of shape, unlike the centroid of a triangle.
     box = (np.quantile(xs, [0.01, 0.99]).mean() + 0.5, np.quantile(ys, [0.01, 0.99]).mean() + 0.5)
     cells = [centre(position, width, height) for position in POSITIONS]
     position = POSITIONS[int(np.argmin([(x - box[0]) ** 2 + (y - box[1]) ** 2 for x, y in cells]))]
@@ -95,30 +95,30 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _outline_mask(kind: str, size: str, width: int, height: int) -> np.ndarray:
-    """The mask an ideal shape in the centre gives, through the same smoothing as a real picture."""
+    """Return the mask of an ideal shape in the centre, after the same smoothing as a real picture."""
     return chroma_mask(render(Scene("black", (Shape("red", kind, "center", size),), width, height)))
 
 
 def _overlap(mask: np.ndarray, kind: str, size: str, box: tuple[float, float]) -> float:
-    """Largest intersection over union of the mask with the ideal outline around the place found."""
+    """Return the largest intersection over union of the mask with the ideal outline near the shape's position."""
     height, width = mask.shape
     ideal = _outline_mask(kind, size, width, height)
     dx, dy = round(box[0] - width / 2), round(box[1] - height / 2)
     reach = max(1, round(SEARCH * min(width, height) / 64))
-    best = 0.0
+    best_overlap = 0.0
     for sy in range(dy - reach, dy + reach + 1):
         for sx in range(dx - reach, dx + reach + 1):
             moved = _shifted(ideal, sy, sx)
             union = (mask | moved).sum()
-            best = max(best, float((mask & moved).sum() / union))
-    return best
+            best_overlap = max(best_overlap, float((mask & moved).sum() / union))
+    return best_overlap
 
 
 def _shifted(mask: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """The mask moved down and right, empty where nothing moved in."""
+    """Return the mask moved down and right, with empty pixels at the edges it left."""
     height, width = mask.shape
-    out = np.zeros_like(mask)
-    out[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[
+    shifted = np.zeros_like(mask)
+    shifted[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[
         max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)
     ]
-    return out
+    return shifted

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer in the form of Qwen2's (same text splitting, same special tokens), of any vocabulary size.
 
-Small worlds need small vocabularies: with Qwen2.5's own 151,665 tokens the embedding of a laptop-sized model would be most of it.
+Small worlds need small vocabularies: Qwen2.5's 151,665 tokens would make the embedding most of a laptop-sized model.
 """
 
 import json
@@ -20,19 +20,25 @@ BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = 512) -> int:
-    """Writes tokenizer.json, vocab.json, merges.txt and tokenizer_config.json into `folder`; returns the number of tokens.
+    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json into ``folder``.
 
-    `vocab_size` counts the special tokens; fewer come out when the texts hold fewer merges. Every byte has a token, so any
-    text can be encoded. Raises ValueError where the size leaves no room for bytes and special tokens.
+    ``vocab_size`` includes the special tokens, and is not reached if the texts hold fewer merges. Every byte has a token, so any text
+    can be encoded.
+
+    Returns:
+        The number of tokens.
+
+    Raises:
+        ValueError: If the size leaves no room for bytes and special tokens.
     """
-    smallest = BYTES + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
+    min_vocab_size = BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < min_vocab_size:
         raise ValueError(f"a vocabulary of {vocab_size} has no room for {BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens; "
-                         f"use {smallest} or more")  # fmt: skip
+                         f"use {min_vocab_size} or more")  # fmt: skip
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pre_split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

@@ -1,8 +1,8 @@
-"""A world of coloured shapes small enough to be mastered on a laptop, drawn here so that every picture's truth is known.
+"""A world of coloured shapes that a laptop can master, drawn here so that every picture's truth is known.
 
-A scene is a background and some shapes, each with a colour, a size and one of nine places. Scenes are drawn from a keyed
-generator, so picture i of a data set is the same whatever else is made, and however many processes make it. The words about a
-scene (captions, questions, edits) are in text.py, the scorer that reads a picture back is score.py.
+A scene is a background and some shapes, each with a colour, a size and one of nine positions. Scenes come from a keyed generator, so
+picture i of a dataset is the same regardless of the other pictures and of the number of processes. text.py has the words about a scene
+(captions, questions, edits), and score.py reads a picture back.
 """
 
 import io
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Shape colours are chromatic and backgrounds are grey, so that a shape can be told from any background by saturation alone.
+# Shape colours are chromatic and backgrounds are grey, so saturation alone separates a shape from any background.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 25),
     "green": (20, 150, 50),
@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Shapes are in reading order of their places, no two in the same place."""
+    """The content of a picture. Shapes are in reading order of their positions, at most one per position."""
 
     background: str
     shapes: tuple[Shape, ...]
@@ -55,9 +55,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """Which words scenes are drawn from; the defaults are the first world: one large shape per picture.
+    """The words that scenes are drawn from. The defaults are the first world: one large shape per picture.
 
-    `held_out` names (colour, shape) pairs that `draw_scene` never makes: what a model does with them is generalisation.
+    ``held_out`` contains (colour, shape) pairs that ``draw_scene`` never makes; a model that handles them generalises.
     """
 
     colours: tuple[str, ...] = tuple(COLOURS)
@@ -70,28 +70,28 @@ class World:
     held_out: frozenset[tuple[str, str]] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a word the renderer does not know, an empty list, or a world without any allowed pair."""
-        known = {"colours": COLOURS, "backgrounds": BACKGROUNDS, "shapes": SHAPES, "positions": POSITIONS, "sizes": SIZES}
-        for name, words in known.items():
-            chosen = getattr(self, name)
-            unknown = [word for word in chosen if word not in words]
-            if unknown or not chosen:
-                raise ValueError(f"the sample world's {name} must be some of {', '.join(words)}; got {', '.join(chosen) or 'none'}")
+        """Check the words. Raises ValueError for one the renderer does not know, an empty list, or a world without any allowed pair."""
+        words_by_field = {"colours": COLOURS, "backgrounds": BACKGROUNDS, "shapes": SHAPES, "positions": POSITIONS, "sizes": SIZES}
+        for name, words in words_by_field.items():
+            selected = getattr(self, name)
+            unknown = [word for word in selected if word not in words]
+            if unknown or not selected:
+                raise ValueError(f"the sample world's {name} must be some of {', '.join(words)}; got {', '.join(selected) or 'none'}")
         if not 1 <= self.max_count <= len(self.positions):
             raise ValueError(f"a picture holds 1 to {len(self.positions)} shapes (one per position), not {self.max_count}")
         for width, height in self.picture_sizes:
             if min(width, height) < 32:
                 raise ValueError(f"pictures of {width}x{height} pixels are too small to tell shapes apart; use sides of 32 or more")
         if not self.pairs():
-            raise ValueError("every (colour, shape) pair of the sample world is held out, so nothing is left to draw")
+            raise ValueError("every (colour, shape) pair of the sample world is held out, so none can be drawn")
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """All (colour, shape) pairs that may be drawn."""
+        """Return all (colour, shape) pairs that may be drawn."""
         return tuple((c, s) for c in self.colours for s in self.shapes if (c, s) not in self.held_out)
 
 
 def parse_pairs(texts: Sequence[str]) -> frozenset[tuple[str, str]]:
-    """["red:circle", ...] → {("red", "circle"), ...}; ValueError for anything that is no known colour and shape."""
+    """Parse ["red:circle", ...] as {("red", "circle"), ...}. Raises ValueError for anything but a known colour and shape."""
     pairs = set()
     for text in texts:
         colour, _, shape = text.partition(":")
@@ -103,30 +103,30 @@ def parse_pairs(texts: Sequence[str]) -> frozenset[tuple[str, str]]:
 
 
 def pick(rng: np.random.Generator, choices: Sequence) -> object:
-    """One of the choices, uniformly; unlike Generator.choice it keeps the Python type (tuples stay tuples)."""
+    """Return one of the choices, uniformly; unlike Generator.choice it keeps the Python type (tuples stay tuples)."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def draw_scene(world: World, rng: np.random.Generator) -> Scene:
-    """A random scene of the world: 1 to `max_count` shapes, all words uniform over what the world allows."""
+    """Draw a random scene of the world: 1 to ``max_count`` shapes, with all allowed words equally likely."""
     count = int(rng.integers(1, world.max_count + 1))
-    places = sorted(rng.permutation(len(world.positions))[:count], key=lambda p: POSITIONS.index(world.positions[p]))
+    position_indices = sorted(rng.permutation(len(world.positions))[:count], key=lambda p: POSITIONS.index(world.positions[p]))
     shapes = []
-    for place in places:
+    for position_index in position_indices:
         colour, shape = pick(rng, world.pairs())
-        shapes.append(Shape(colour, shape, world.positions[place], pick(rng, world.sizes)))
+        shapes.append(Shape(colour, shape, world.positions[position_index], pick(rng, world.sizes)))
     width, height = pick(rng, world.picture_sizes)
     return Scene(pick(rng, world.backgrounds), tuple(shapes), width, height)
 
 
 def centre(position: str, width: int, height: int) -> tuple[float, float]:
-    """(x, y) in pixels of a named place: the centre of its cell in a 3 x 3 grid over the picture."""
+    """Return the (x, y) in pixels of a named position: the centre of its cell in a 3 x 3 grid over the picture."""
     row, column = divmod(POSITIONS.index(position), 3)
     return (column + 0.5) * width / 3, (row + 0.5) * height / 3
 
 
 def outline(shape: str, x: float, y: float, side: float) -> list[tuple[float, float]]:
-    """Corners of a shape in a bounding box of `side` around (x, y); two corners of the box for the circle."""
+    """Return the corners of a shape in a bounding box of ``side`` around (x, y); for the circle, two corners of the box."""
     r = side / 2
     if shape == "circle":
         return [(x - r, y - r), (x + r, y + r)]
@@ -141,7 +141,7 @@ def outline(shape: str, x: float, y: float, side: float) -> list[tuple[float, fl
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene's picture, uint8 [height, width, 3], with anti-aliased edges."""
+    """Render the scene's picture, uint8 [height, width, 3], with anti-aliased edges."""
     n = SUPERSAMPLING
     canvas = Image.new("RGB", (scene.width * n, scene.height * n), BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
@@ -155,7 +155,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """PNG file content of a uint8 [height, width, 3] picture; the same pixels give the same bytes."""
+    """Return the PNG file content of a uint8 [height, width, 3] picture; the same pixels give the same bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -102,10 +102,10 @@ def test_each_format_is_read_and_handed_on(tmp_path: Path, name: str) -> None:
         ("geneval", "a.jsonl", '{"prompt": "a"}\n{"tag": 1}\n', "a.jsonl, line 2: there is no prompt"),
         ("geneval", "a.jsonl", "{", "a.jsonl, line 1: not JSON"),
         ("geneval", "a.jsonl", "", "holds no question"),
-        ("wise", "a.json", '[{"Prompt": "a", "prompt_id": 1}, {"Prompt": "b", "prompt_id": 1}]', "'1' must name one question alone"),
+        ("wise", "a.json", '[{"Prompt": "a", "prompt_id": 1}, {"Prompt": "b", "prompt_id": 1}]', "'1' must name exactly one question"),
         ("wise", "a.json", '{"Prompt": "a"}', "expected a list of prompts"),
         ("mmvet", "a.jsonl", '{"image": "a.png", "text": "b"}', "a.jsonl, line 1: there is no question_id"),
-        ("mme", "a.txt", "a.png\tonly a question\n", "a.txt, line 1: .* found 2 fields"),
+        ("mme", "a.txt", "a.png\tonly a question\n", "a.txt, line 1: .* got 2 fields"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, file: str, content: str, said: str) -> None:

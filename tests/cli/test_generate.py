@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path, capsys: pytest.
     assert (torn / "00000.png").stat().st_mtime_ns == before
     first, second = (Image.open(out / "00002.png").tobytes() for out in (torn, whole))
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) <= 1
-    for change, said in ((["--cfg-text-scale", "2"], "cfg_text_scale 3.0 there, 2.0 now"), (["--seed", "5"], "another prompt or seed")):
+    for change, said in ((["--cfg-text-scale", "2"], "cfg_text_scale was 3.0, now 2.0"), (["--seed", "5"], "another prompt or seed")):
         assert main([*argv, *change, "--out", str(torn), "--resume"]) == 2
         assert said in capsys.readouterr().err
 

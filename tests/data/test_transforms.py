@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_bagel.data.transforms import (
     TransformArgs,
+    complete_size,
     decode_rgb,
     decoded_size,
     image_tensor,
@@ -25,7 +26,6 @@ from megatron_bagel.data.transforms import (
     output_size,
     output_sizes,
     vit_patches,
-    whole_size,
 )
 
 
@@ -113,10 +113,10 @@ def test_the_short_check_of_a_jpeg_finds_what_decoding_finds(mode: str, progress
         return False
 
     cuts = [*range(0, len(data), 61), len(data) - 1]
-    for check in (decoded_size, whole_size):
+    for check in (decoded_size, complete_size):
         assert [found(check, data[:cut]) for cut in cuts] == [found(decode_rgb, data[:cut]) for cut in cuts]
     assert found(decoded_size, data[: len(data) // 2])
-    assert whole_size(data) == whole_size(data + bytes(20)) == (150, 100)
+    assert complete_size(data) == complete_size(data + bytes(20)) == (150, 100)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
@@ -124,10 +124,10 @@ def test_the_check_of_the_structure_finds_images_that_are_cut_off(kind: str) -> 
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(buffer, kind)
     data = buffer.getvalue()
-    assert whole_size(data) == (32, 40)
+    assert complete_size(data) == (32, 40)
     for cut in (0, 10, len(data) // 3, len(data) // 2):
         with pytest.raises(ValueError, match="image"):
-            whole_size(data[:cut])
+            complete_size(data[:cut])
 
 
 def test_the_check_of_the_structure_finds_a_flipped_bit_in_a_png() -> None:
@@ -137,4 +137,4 @@ def test_the_check_of_the_structure_finds_a_flipped_bit_in_a_png() -> None:
         data = bytearray(buffer.getvalue())
         data[place] ^= 8
         with pytest.raises(ValueError, match="image|above the limit"):
-            whole_size(bytes(data))
+            complete_size(bytes(data))

@@ -70,7 +70,7 @@ def _compare(read_all: bool) -> int:
     for mine, theirs in zip(tower.parameters(), alone.tower.parameters(), strict=True):
         dist.all_reduce(mine.grad, group=replica.group)
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
-    return sum(int(pack.held.sum()) for pack in loaded if pack.held is not None)
+    return sum(int(pack.is_read.sum()) for pack in loaded if pack.is_read is not None)
 
 
 LAYOUTS = [

@@ -77,7 +77,7 @@ def shared_tensors() -> Iterator[torch.Tensor]:
         if isinstance(thing, PackContext):
             yield from (thing.cos, thing.sin)
         elif isinstance(thing, SdpaPlan):
-            yield from (*thing.masks, thing.queries, thing.keys, thing.back)
+            yield from (*thing.masks, thing.queries, thing.keys, thing.row_of_slot)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

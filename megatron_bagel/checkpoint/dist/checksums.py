@@ -15,6 +15,8 @@ from megatron_bagel.common.files import digest, write_whole
 
 CHECKSUM_FILE = "checksums.json"
 _PART = ".sums-"
+
+
 def digests(paths: list[Path]) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of files by file name, computed on a few threads (hashing releases Python's lock)."""
     with ThreadPoolExecutor(max_workers=4) as pool:

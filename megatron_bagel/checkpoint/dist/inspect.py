@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from megatron_bagel.checkpoint.dist import unpickle_guard
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
-from megatron_bagel.checkpoint.dist.checksums import digest, file_problems, read_checksums
+from megatron_bagel.checkpoint.dist.checksums import file_problems, read_checksums
+from megatron_bagel.common.files import digest
 
 _PARALLEL_SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
@@ -109,7 +110,11 @@ def verify(folder: Path) -> None:
     problems = file_problems(folder)
     if not problems:
         progress = tqdm(sorted(sums), unit="file", desc="verifying", mininterval=1.0, disable=None)
-        problems = [f"{name} does not have the checksum it was written with" for name in progress if digest(folder / name) != sums[name]]
+        problems = [
+            f"{name} does not have the checksum it was written with"
+            for name in progress
+            if digest(folder / name).sha256 != sums[name]["sha256"]
+        ]
     if problems:
         raise ValueError(f"{folder} is damaged: {'; '.join(problems)}")
     print(f"{folder}: {len(sums)} files, {sum(entry['bytes'] for entry in sums.values()) / 1e9:.3f} GB, as they were written")

@@ -148,7 +148,9 @@ class LocalCheckpoints:
         newest_step = max((step for steps in steps_by_rank for step in steps), default=-1)
         if newest_step > min_step:
             ranks_without_it = [str(rank) for rank, steps in enumerate(steps_by_rank) if newest_step not in steps]
-            self._warn(f"the one of step {newest_step} in {self._root} is not used: it is not there for rank {', '.join(ranks_without_it[:8])}")
+            self._warn(
+                f"the one of step {newest_step} in {self._root} is not used: it is not there for rank {', '.join(ranks_without_it[:8])}"
+            )
 
     def _warn(self, text: str) -> None:
         if self._rank == 0:

@@ -66,5 +66,7 @@ def _merge_settings(entry_state: Any, main_state: Any) -> Any:
         merged = {key: _merge_settings(value, main_state[key]) if key in main_state else value for key, value in entry_state.items()}
         return merged | {key: copy.deepcopy(value) for key, value in main_state.items() if key not in entry_state and isinstance(key, str)}
     if isinstance(entry_state, list) and isinstance(main_state, list) and len(entry_state) == len(main_state):
-        return [_merge_settings(left, right) if isinstance(left, Mapping) else left for left, right in zip(entry_state, main_state, strict=True)]
+        return [
+            _merge_settings(left, right) if isinstance(left, Mapping) else left for left, right in zip(entry_state, main_state, strict=True)
+        ]
     return entry_state

@@ -73,7 +73,9 @@ class Saver:
         text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
         self._start_time = time.perf_counter()
-        temporary_folder = on_first_rank(lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}")
+        temporary_folder = on_first_rank(
+            lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}"
+        )
         with self._readable_errors():
             request = self._request(temporary_folder, text, trained)
             if self.settings.background:

@@ -4,6 +4,7 @@ Tensors are in model space under the weight map's names: ``<name>`` is the weigh
 ``optimizer.state.<kind>.<name>`` the optimizer's. A checkpoint therefore does not depend on the parallel sizes that wrote it, and any
 part of it can be read without building a model (tensor_reader.py). All functions here are collective: every rank calls them.
 """
+
 from __future__ import annotations
 
 import logging
@@ -152,8 +153,12 @@ def load_weights_only(
             if entry.name in missing_names:
                 assign(parameter, initial_value(entry), entry)
     if dist.get_rank() == 0:
-        unused_names = sorted(WeightMap(BagelArch.from_dict(state["arch"])).entries.keys() - {key.removeprefix("ema.") for key in requested_keys})
-        logger.info("%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(requested_keys), weights, shorten(unused_names))
+        unused_names = sorted(
+            WeightMap(BagelArch.from_dict(state["arch"])).entries.keys() - {key.removeprefix("ema.") for key in requested_keys}
+        )
+        logger.info(
+            "%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(requested_keys), weights, shorten(unused_names)
+        )
     for name in sorted(missing_names):
         logger.info("%s: %s is absent and allowed to be: it starts from its seeded value", folder, name)
 
@@ -186,9 +191,7 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
         while hasattr(module, "module"):
             module = module.module
         # A copy, because Megatron writes this run's process group into it. Modules outside Megatron are complete on every rank.
-        state = sharded_state_dict_default(
-            module, "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group()
-        )
+        state = sharded_state_dict_default(module, "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group())
         if name == TOWER:
             # The tower is complete on the ranks of every pipeline stage, or only on the first stage.
             stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -236,7 +239,9 @@ def sharded_state(trained: Trained, is_loading: bool, own_buffers: bool = False)
 
 def _load(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder))
-    return dist_checkpointing.load(template, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, data_parallel_group()))
+    return dist_checkpointing.load(
+        template, str(folder), sharded_strategy=FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
+    )
 
 
 def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], allowed_missing: Collection[str] = ()) -> None:
@@ -247,9 +252,7 @@ def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], a
         result = module.load_state_dict(loaded["model"].get(name, {}), strict=False)
         missing_keys = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         if result.unexpected_keys or (missing_keys and not allowed_missing):
-            raise ValueError(
-                f"module {name} got no value for {shorten(missing_keys)}, and cannot use {shorten(result.unexpected_keys)}"
-            )
+            raise ValueError(f"module {name} got no value for {shorten(missing_keys)}, and cannot use {shorten(result.unexpected_keys)}")
 
 
 def _check_contents(folder: Path, template: Mapping[str, Any], exact: bool = True) -> set[str]:
@@ -265,7 +268,9 @@ def _check_contents(folder: Path, template: Mapping[str, Any], exact: bool = Tru
     rank_shapes = {tensor.key: (tuple(tensor.global_shape), int(tensor.allow_shape_mismatch)) for tensor in sharded_tensors(template)}
     shapes_by_rank: list[dict[str, tuple[tuple[int, ...], int]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(shapes_by_rank, rank_shapes)
-    requested_shapes = {key: shape_and_free_dims for rank_part in shapes_by_rank if rank_part for key, shape_and_free_dims in rank_part.items()}
+    requested_shapes = {
+        key: shape_and_free_dims for rank_part in shapes_by_rank if rank_part for key, shape_and_free_dims in rank_part.items()
+    }
     missing_keys = sorted(requested_shapes.keys() - stored_shapes.keys())
     unexpected_keys = sorted(stored_shapes.keys() - requested_shapes.keys()) if exact else []
     if missing_keys or unexpected_keys:

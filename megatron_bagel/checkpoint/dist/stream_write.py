@@ -76,7 +76,7 @@ class _SummedFile:
         return getattr(self._file, name)
 
     def entry(self) -> dict[str, Any]:
-        """Return the result of ``checksums.digest`` for the file."""
+        """Return the file's entry in ``checksums.json``."""
         return {"bytes": self._bytes, "sha256": self._sum.hexdigest()}
 
 

@@ -1,7 +1,7 @@
 """Builds the index of a dataset config, alone or as one of several jobs: plan, write shards with any number of processes, publish.
 
-Everything is written into a build folder and renamed at the end, so an index is whole or not there. A build that was cut off goes
-on with the shards it had not finished.
+Everything is written into a build folder that is renamed at the end, so an index is complete or absent. An interrupted build
+continues with its unfinished shards.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megatron_bagel.data.index.shard_writer import write_shard
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 
-_LOG_SECONDS = 30.0  # between progress lines where there is no terminal
-_written: Synchronized | None = None  # in a worker process: rows written by all workers together
+_LOG_SECONDS = 30.0  # between progress lines without a terminal
+_shared_row_count: Synchronized | None = None  # in a worker process: rows written by all workers together
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """``workers`` 0 builds in this process. Of ``num_jobs`` jobs this one, ``job_index``, writes its share of the shards.
+    """Options of one build job, which is number ``job_index`` of ``num_jobs`` and writes its share of the shards.
 
-    ``progress`` goes to stderr: a bar, or in a log file a line now and then.
+    ``workers`` 0 builds in this process. ``progress`` goes to stderr: a bar, or a line now and then in a log file.
     """
 
     workers: int = 0
@@ -57,19 +57,23 @@ class BuildOptions:
 def build_index(
     groups: Sequence[GroupConfig], tokenizer_path: Path, output: Path, options: BuildOptions = BuildOptions()
 ) -> Manifest | None:
-    """Build the index of ``groups`` at ``output`` and return its manifest; one that is there and still fits is returned as it is.
+    """Build the index of ``groups`` at ``output``, or return the existing one if it matches.
 
-    One of several jobs writes its shards into a folder of its own beside ``output`` and returns None; `merge_jobs` then makes the
-    index. Raises ValueError when a source is missing, when ``output`` holds something else (unless ``overwrite``), or when not one
-    row of a dataset is usable.
+    One of several jobs writes its shards into a separate folder beside ``output``; ``merge_jobs`` then makes the index.
+
+    Returns:
+        The manifest, or None for one of several jobs.
+
+    Raises:
+        ValueError: If a source is missing, ``output`` holds something else (unless ``overwrite``), or a dataset has no usable row.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     plan = plan_index(groups, tokenizer, options.rows_per_shard, options.checks)
     build = build_folder(output, options.job_index, options.num_jobs)
     with locked(build):
         if output.exists() and not options.overwrite:
-            manifest = _existing(output, plan.build_key)
-            shutil.rmtree(build, ignore_errors=True)  # what a kill right after publishing left over
+            manifest = _check_existing(output, plan.build_key)
+            shutil.rmtree(build, ignore_errors=True)  # the leftovers of a kill right after publishing
             return manifest
         _prepare(build, plan)
         if not (build / INDEX / MANIFEST).is_file():
@@ -77,7 +81,7 @@ def build_index(
         return publish(build, plan.summary(), output) if options.num_jobs == 1 else None
 
 
-def _existing(output: Path, build_key: str) -> Manifest:
+def _check_existing(output: Path, build_key: str) -> Manifest:
     manifest = read_manifest(output)
     if manifest.build_key != build_key:
         raise ValueError(f"{output} holds the index of other sources or another tokenizer; give --overwrite or another --output")
@@ -85,7 +89,7 @@ def _existing(output: Path, build_key: str) -> Manifest:
 
 
 def _prepare(build: Path, plan: IndexPlan) -> None:
-    """An unfinished build of the same inputs is continued, any other is removed."""
+    """Keep an unfinished build of the same inputs and remove any other."""
     path, content = build / PLAN, json.dumps(plan.summary())
     if build.exists() and not (path.is_file() and path.read_text() == content):
         shutil.rmtree(build)
@@ -94,57 +98,57 @@ def _prepare(build: Path, plan: IndexPlan) -> None:
 
 
 def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: BuildOptions) -> None:
-    mine = plan.shards[options.job_index :: options.num_jobs]
-    todo = [shard for shard in mine if finished_shard(build, shard.group, shard.dataset, shard.name) is None]
-    rows, left = (sum(shard.rows for shard in shards) for shards in (mine, todo))
-    pause = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
-    with tqdm(total=rows, initial=rows - left, unit="row", desc="index", disable=not options.progress, **pause) as bar:
-        if options.workers == 0 or len(todo) < 2:
-            for shard in todo:
+    job_shards = plan.shards[options.job_index :: options.num_jobs]
+    open_shards = [shard for shard in job_shards if finished_shard(build, shard.group, shard.dataset, shard.name) is None]
+    rows, open_rows = (sum(shard.rows for shard in shards) for shards in (job_shards, open_shards))
+    tqdm_settings = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
+    with tqdm(total=rows, initial=rows - open_rows, unit="row", desc="index", disable=not options.progress, **tqdm_settings) as bar:
+        if options.workers == 0 or len(open_shards) < 2:
+            for shard in open_shards:
                 write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
         else:
-            for count in _in_processes(build, todo, tokenizer_path, options.workers, spawn=plan.is_remote):
+            for count in _in_processes(build, open_shards, tokenizer_path, options.workers, spawn=plan.is_remote):
                 bar.update(count)
 
 
-def _in_processes(build: Path, todo: Sequence[ShardPlan], tokenizer_path: Path, workers: int, spawn: bool) -> Iterator[int]:
-    """Write shards in worker processes; yields the rows done since the last time, about every second.
+def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path, workers: int, spawn: bool) -> Iterator[int]:
+    """Write shards in worker processes and yield the rows written since the last time, about every second.
 
-    Clients of remote file systems run threads, which do not survive a fork, so ``spawn`` starts fresh processes for them.
+    ``spawn`` starts fresh processes for remote sources: clients of remote file systems run threads, which do not survive a fork.
     """
     context = get_context("spawn" if spawn else "fork")
-    written, seen = context.Value("q"), 0
+    row_count, yielded_rows = context.Value("q"), 0
     try:
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (written,)) as pool:
-            running = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in todo}
-            while running:
-                done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in done:
+        with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (row_count,)) as pool:
+            pending = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in shards}
+            while pending:
+                finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in finished:
                     future.result()
-                before, seen = seen, written.value
-                yield seen - before
+                previous_rows, yielded_rows = yielded_rows, row_count.value
+                yield yielded_rows - previous_rows
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process of the build was killed, perhaps for want of memory; run the same command again, with fewer --workers: "
+            "a worker process of the build was killed, perhaps because memory ran out; run the same command again with fewer --workers: "
             "finished shards are kept"
         ) from error
 
 
-def _start_worker(written: Synchronized) -> None:
-    global _written
-    _written = written
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one shard, one core; also silences the warning about forks
+def _start_worker(row_count: Synchronized) -> None:
+    global _shared_row_count
+    _shared_row_count = row_count
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per shard; also silences the warning about forks
 
 
 def _write_in_worker(build: Path, shard: ShardPlan, tokenizer_path: Path) -> None:
     def count(rows: int) -> None:
-        with _written.get_lock():
-            _written.value += rows
+        with _shared_row_count.get_lock():
+            _shared_row_count.value += rows
 
     write_shard(build, shard, _tokenizer(tokenizer_path), count)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of this process, loaded once."""
+    """Load the tokenizer once per process."""
     return load_tokenizer(path)

@@ -1,12 +1,12 @@
-"""The index on disk, described once for its writer and its reader.
+"""The format of the index on disk, described once for its writer and its reader.
 
-    INDEX/manifest.json                      what is in it, of which sources, with which tokenizer; written last
-    INDEX/skipped.jsonl                      every row kept out: dataset, file, row, reason
+    INDEX/manifest.json                      datasets, sources and tokenizer; written last
+    INDEX/skipped.jsonl                      every skipped row: dataset, file, row, reason
     INDEX/<group>/<dataset>/00000.bin .idx   bytes (Megatron-Core's IndexedDataset of uint8): per sample its texts, then its images;
                                              a text is its token ids as little-endian int32, an image the bytes of the source
     INDEX/<group>/<dataset>/00000.arrow      planning data, one row per sample (Arrow IPC, one record batch)
 
-A dataset is cut into shards by its source rows alone, so an index has the same bytes however many processes built it.
+A dataset is cut into shards by its source rows alone, so an index has the same bytes for any number of processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PLANNING_SCHEMA = pa.schema([
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: ``name`` is its files' stem; ``files`` maps an ending to (bytes, sha256)."""
+    """One shard: ``name`` is the stem of its files, and ``files`` maps a suffix to (bytes, sha256)."""
 
     name: str
     samples: int
@@ -51,7 +51,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source file of a dataset: its rows and how many of them became samples."""
+    """One source file of a dataset: the number of its rows, and of those that became samples."""
 
     path: str
     rows: int
@@ -60,7 +60,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One dataset of the index; ``skipped`` counts rows kept out, by reason without its particulars."""
+    """One dataset of the index; ``skipped`` counts skipped rows by reason without its particulars."""
 
     group: str
     name: str
@@ -70,7 +70,7 @@ class DatasetInfo:
 
     @property
     def key(self) -> str:
-        """``group/name``: the dataset's name everywhere, and the key of its random draws."""
+        """Return ``group/name``: the dataset's name everywhere, and the key of its random draws."""
         return f"{self.group}/{self.name}"
 
     @property
@@ -80,7 +80,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says. ``build_key`` names the inputs it was built from: sources, tokenizer, settings."""
+    """The content of ``manifest.json``. ``build_key`` identifies the inputs: sources, tokenizer, settings."""
 
     schema_version: int
     build_key: str
@@ -90,11 +90,11 @@ class Manifest:
     datasets: list[DatasetInfo]
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     def summary(self) -> str:
-        """Lines for the console: what each dataset holds, and what was left out and why."""
+        """Return lines for the console: the contents of each dataset, and the skipped rows by reason."""
         lines = []
         for dataset in self.datasets:
             images, tokens = (sum(getattr(shard, name) for shard in dataset.shards) for name in ("images", "tokens"))
@@ -104,15 +104,15 @@ class Manifest:
 
 
 def shard_from_dict(content: dict[str, Any]) -> ShardInfo:
-    """Inverse of `dataclasses.asdict` after a trip through JSON."""
+    """Invert ``dataclasses.asdict`` after a round trip through JSON."""
     return ShardInfo(**{**content, "files": {ending: tuple(value) for ending, value in content["files"].items()}})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the index in ``folder``. Raises ValueError when there is none, or one of another schema."""
+    """Read the manifest of the index in ``folder``. Raises ValueError if there is none, or one of another schema."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} is no index: it has no {MANIFEST}; build one with data_tools/build_index.py")
+        raise ValueError(f"{folder} is not an index: it has no {MANIFEST}; build one with data_tools/build_index.py")
     try:
         content = json.loads(path.read_text())
         version = content["schema_version"]
@@ -135,5 +135,5 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def dataset_folder(index: Path, group: str, name: str) -> Path:
-    """Where the shards of a dataset lie."""
+    """Return the folder of a dataset's shards."""
     return index / group / name

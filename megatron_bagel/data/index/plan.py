@@ -1,6 +1,6 @@
-"""What an index will hold, before a byte of it is written: source files in order, cut into shards by their rows alone.
+"""Plans what an index will hold before a byte of it is written: source files in order, cut into shards by their rows alone.
 
-Every job of a build makes the same plan, and so the same shards, whatever part of them it then writes.
+Every job of a build makes the same plan, and therefore the same shards, before it writes its part of them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ IMAGE_CHECKS = ("structure", "decode", "header")
 
 @dataclass(frozen=True)
 class ImageChecks:
-    """How closely images are looked at: ``depth`` "structure" (complete, checksums right), "decode" (every pixel) or "header" (format
-    and size only), and the number of pixels above which one is taken for a decompression bomb."""
+    """How closely images are checked.
+
+    ``depth`` is "structure" (complete, checksums right), "decode" (every pixel) or "header" (format and size only). An image of more
+    than ``max_pixels`` pixels counts as a decompression bomb.
+    """
 
     depth: str = "structure"
     max_pixels: int = PIXEL_LIMIT
@@ -41,7 +44,7 @@ class ImageChecks:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What a shard is made of."""
+    """The source rows of a shard."""
 
     group: str
     dataset: str
@@ -51,13 +54,13 @@ class ShardPlan:
 
     @property
     def rows(self) -> int:
-        """Source rows of the shard."""
+        """Return the number of source rows of the shard."""
         return sum(unit.rows for unit in self.units)
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """The sources (place, rows) and shards of one dataset; ``bad_files`` are (place, reason) of files kept out whole."""
+    """The sources (location, rows) and shards of one dataset; ``bad_files`` are (location, reason) of skipped files."""
 
     group: str
     name: str
@@ -68,7 +71,7 @@ class DatasetPlan:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Everything the manifest says that is known before building. ``build_key`` names the inputs: files, tokenizer, settings."""
+    """The part of the manifest that is known before building. ``build_key`` identifies the inputs: files, tokenizer, settings."""
 
     build_key: str
     tokenizer_fingerprint: str
@@ -78,60 +81,60 @@ class IndexPlan:
 
     @property
     def shards(self) -> list[ShardPlan]:
-        """All shards, in the order of the index."""
+        """Return all shards in the order of the index."""
         return [shard for dataset in self.datasets for shard in dataset.shards]
 
     @property
     def is_remote(self) -> bool:
-        """Whether a source is not a local file."""
-        return any(is_remote(place) for dataset in self.datasets for place, _ in dataset.sources)
+        """Return whether a source is not a local file."""
+        return any(is_remote(location) for dataset in self.datasets for location, _ in dataset.sources)
 
     def summary(self) -> dict[str, Any]:
-        """What joining finished shards needs, for a JSON file: the shards by name only."""
+        """Return what merging finished shards needs, for a JSON file: the shards only by name."""
         datasets = [{**vars(dataset), "shards": [shard.name for shard in dataset.shards]} for dataset in self.datasets]
         return {**vars(self), "datasets": datasets}
 
 
 def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rows_per_shard: int, checks: ImageChecks) -> IndexPlan:
-    """Plan the index of ``groups``. Raises ValueError when a source is missing or no file of a dataset can be used."""
+    """Plan the index of ``groups``. Raises ValueError if a source is missing or no file of a dataset is usable."""
     datasets = [_plan_dataset(group, entry, rows_per_shard, checks) for group in groups for entry in group.datasets]
-    stats = [(place, *size_and_time(place)) for dataset in datasets for place, _ in dataset.sources]
+    stats = [(location, *size_and_time(location)) for dataset in datasets for location, _ in dataset.sources]
     content = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(dataset) for dataset in datasets], stats]
     build_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets)
 
 
 def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
-    where = f"dataset {group.name}/{entry.name}"
-    place = entry.place
+    label = f"dataset {group.name}/{entry.name}"
+    location = entry.location
     if group.name in (T2I, EDIT):
-        if place.data_dir is None:
-            raise ValueError(f"{where}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
-        return _plan_parquet(group.name, entry, _parquet_files(place.data_dir, where), rows_per_shard, checks)
-    if place.jsonl_path is None or (group.name == VLM and place.data_dir is None):
-        raise ValueError(f"{where}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
-    if not is_file(place.jsonl_path):
-        raise ValueError(f"{where}: there is no file {place.jsonl_path} (jsonl_path)")
-    if group.name == VLM and not is_folder(place.data_dir):
-        raise ValueError(f"{where}: there is no image folder {place.data_dir} (data_dir)")
-    jsonl, images = absolute(place.jsonl_path), "" if place.data_dir is None else absolute(place.data_dir)
+        if location.data_dir is None:
+            raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
+        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label), rows_per_shard, checks)
+    if location.jsonl_path is None or (group.name == VLM and location.data_dir is None):
+        raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
+    if not is_file(location.jsonl_path):
+        raise ValueError(f"{label}: there is no file {location.jsonl_path} (jsonl_path)")
+    if group.name == VLM and not is_folder(location.data_dir):
+        raise ValueError(f"{label}: there is no image folder {location.data_dir} (data_dir)")
+    jsonl, images = absolute(location.jsonl_path), "" if location.data_dir is None else absolute(location.data_dir)
     units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rows_per_shard)
     shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), checks) for i, unit in enumerate(units)]
     return DatasetPlan(group.name, entry.name, [(jsonl, sum(unit.rows for unit in units))], shards, [])
 
 
-def _parquet_files(folder: str, where: str) -> list[str]:
+def _parquet_files(folder: str, label: str) -> list[str]:
     try:
         files = list_files(folder, ".parquet")
     except ValueError as error:
-        raise ValueError(f"{where}: {error} (data_dir)") from error
+        raise ValueError(f"{label}: {error} (data_dir)") from error
     if not files:
-        raise ValueError(f"{where}: no *.parquet in {folder} (data_dir)")
+        raise ValueError(f"{label}: no *.parquet in {folder} (data_dir)")
     return files
 
 
 def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
-    """Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
+    """Plan a parquet dataset. Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
     bad_files = [(path, "the file is not listed in parquet_info") for path in _unlisted(files, entry)]
     unlisted = {path for path, _ in bad_files}
     sources: list[tuple[str, int]] = []
@@ -153,15 +156,15 @@ def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_sh
 
 
 def _unlisted(files: list[str], entry: DatasetEntry) -> list[str]:
-    """Files that the dataset's parquet_info does not list. Its keys match by their last two parts: data sets move between machines."""
-    info = entry.place.parquet_info_path
+    """Return files that parquet_info does not list. Its keys match by their last two parts, because datasets move between machines."""
+    info = entry.location.parquet_info_path
     if info is None:
         return []
     try:
-        listed = json.loads(read_raw(info))
+        reasons = json.loads(read_raw(info))
     except (OSError, ValueError) as error:
         raise ValueError(f"dataset {entry.name}: parquet_info_path {info} cannot be read as JSON ({error})") from error
-    known = {last_parts(key) for key in listed}
+    known = {last_parts(key) for key in reasons}
     unlisted = [path for path in files if last_parts(path) not in known]
     if len(unlisted) == len(files):
         raise ValueError(

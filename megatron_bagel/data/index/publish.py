@@ -1,12 +1,12 @@
-"""From finished shards to an index: the manifest is written last and the folder then appears under its name in one rename.
+"""Turns finished shards into an index: the manifest is written last, and one rename then makes the folder visible.
 
-A build folder holds the growing index and, apart from it, what only building needs:
+A build folder holds the growing index and, separately, what only building needs:
 
-    BUILD/plan.json                          the plan: what the shards are of, and in which order
-    BUILD/state/<group>/<dataset>/00000.json, .skipped.jsonl      a shard that is complete, and the rows it left out
+    BUILD/plan.json                          the plan: the shards, their contents and their order
+    BUILD/state/<group>/<dataset>/00000.json, .skipped.jsonl      a complete shard, and the rows it skipped
     BUILD/index/<group>/<dataset>/00000.bin ...                   the index as it will be published
 
-The jobs of a build have a build folder each, ``OUTPUT.job-00002-of-00008``; merging puts their shards together.
+Each job of a build has its build folder, ``OUTPUT.job-00002-of-00008``; merging collects their shards.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ from megatron_bagel.data.index.format import (
 )
 
 PLAN, STATE, INDEX = "plan.json", "state", "index"
-_PATIENCE = 3.0  # seconds for the workers of a build that was killed to end too: they hold its lock until then
+_LOCK_TIMEOUT = 3.0  # seconds for the workers of a killed build to end, because they hold its lock
 
 
 def build_folder(output: Path, job: int = 0, jobs: int = 1) -> Path:
-    """Where one job of a build works until the index is published at ``output``."""
+    """Return the folder in which one job of a build works until the index is published at ``output``."""
     return output.with_name(f"{output.name}.building" if jobs == 1 else f"{output.name}.job-{job:05d}-of-{jobs:05d}")
 
 
 def finished_shard(build: Path, group: str, dataset: str, name: str) -> ShardInfo | None:
-    """The description of a shard that is complete, with all its files in place; else None."""
+    """Return the description of a complete shard whose files all exist, else None."""
     path = dataset_folder(build / STATE, group, dataset) / f"{name}.json"
     if not path.is_file():
         return None
     info, stem = shard_from_dict(json.loads(path.read_text())), dataset_folder(build / INDEX, group, dataset) / name
-    files = [(Path(f"{stem}.{ending}"), size) for ending, (size, _) in info.files.items()]
+    files = [(Path(f"{stem}.{suffix}"), size) for suffix, (size, _) in info.files.items()]
     return info if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
 def short_reason(reason: str) -> str:
-    """The reason without its particulars (numbers, paths, parentheses), to count rows by."""
+    """Return the reason without its particulars (numbers, paths, parentheses), as a key to count rows by."""
     words = reason.split(" (")[0].split("; ")[0].split()
     return " ".join("N" if word.isdigit() else "PATH" if "/" in word else word for word in words)
 
 
 def skipped_line(group: str, dataset: str, path: str, row: int | None, reason: str) -> str:
-    """One line of `skipped.jsonl`; row None stands for the whole file."""
+    """Return one line of ``skipped.jsonl``; row None stands for the entire file."""
     return json.dumps({"dataset": f"{group}/{dataset}", "file": path, "row": row, "reason": reason}) + "\n"
 
 
 def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
-    """Turn a build folder whose shards are all complete into the index ``output``, replacing what was there.
+    """Turn a build folder with complete shards into the index ``output``, which replaces an existing one.
 
-    Can be repeated after a kill at any point. Raises ValueError when not one row of a dataset is usable.
+    It can be repeated after a kill at any point. Raises ValueError if a dataset has no usable row.
     """
     if not (build / INDEX / MANIFEST).is_file():
         datasets = [_dataset_info(build, dataset) for dataset in plan["datasets"]]
@@ -89,10 +89,13 @@ def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
 
 
 def merge_jobs(output: Path, parts: Sequence[Path], overwrite: bool = False) -> Manifest:
-    """Publish at ``output`` what the jobs of a build made in the folders ``parts``, which are then removed.
+    """Publish at ``output`` what the jobs of a build wrote into the folders ``parts``, and remove these folders.
 
-    The index has the same bytes as one made by a single job. Raises ValueError when parts are missing, unfinished or of other
-    builds, or when ``output`` is there already and is not that index (unless ``overwrite``).
+    The index has the same bytes as one made by a single job.
+
+    Raises:
+        ValueError: If parts are missing, unfinished or of other builds, or if ``output`` already holds another index (unless
+            ``overwrite``).
     """
     plan = _common_plan(parts)
     build = build_folder(output)
@@ -113,9 +116,9 @@ def merge_jobs(output: Path, parts: Sequence[Path], overwrite: bool = False) -> 
 
 @contextmanager
 def locked(build: Path) -> Iterator[None]:
-    """Keep a second process out of a build folder. Raises ValueError when another one is in it."""
+    """Keep other processes out of a build folder. Raises ValueError if one is in it."""
     build.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(build.with_name(f"{build.name}.lock"), timeout=_PATIENCE, thread_local=False)
+    lock = FileLock(build.with_name(f"{build.name}.lock"), timeout=_LOCK_TIMEOUT, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -123,14 +126,14 @@ def locked(build: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is still ours: whoever waits for it notices that the name is gone, and makes the file anew.
+        # Unlinked while the lock is held: a waiting process notices that the name is gone, and creates the file again.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:
     if not parts:
-        raise ValueError("there is nothing to merge: no folder of a build job was found or given")
+        raise ValueError("there is nothing to merge: no folder of a build job exists or was given")
     plans = []
     for part in parts:
         if not (part / PLAN).is_file():
@@ -142,14 +145,14 @@ def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:
 
 
 def _collect(parts: Sequence[Path], plan: dict[str, Any], build: Path) -> None:
-    """Bring every shard from the job that finished it into ``build``. Raises ValueError when one is finished nowhere."""
+    """Bring every shard into ``build`` from the job that finished it. Raises ValueError if no job has finished one."""
     names = [(dataset["group"], dataset["name"], shard) for dataset in plan["datasets"] for shard in dataset["shards"]]
     finished = {name: part for name in names for part in parts if finished_shard(part, *name)}
-    missing = [name for name in names if name not in finished]
-    if missing:
+    unfinished = [name for name in names if name not in finished]
+    if unfinished:
         raise ValueError(
-            f"{len(missing)} of {len(names)} shards are not finished, the first being {'/'.join(missing[0])}; run the jobs that are "
-            f"missing or broke off again. Looked at: {', '.join(part.name for part in parts)}"
+            f"{len(unfinished)} of {len(names)} shards are not finished, the first one {'/'.join(unfinished[0])}; run the missing or "
+            f"interrupted jobs again. Searched: {', '.join(part.name for part in parts)}"
         )
     for (group, dataset, shard), part in finished.items():
         for kind, endings in ((INDEX, SHARD_FILES), (STATE, ("json", "skipped.jsonl"))):
@@ -161,7 +164,7 @@ def _collect(parts: Sequence[Path], plan: dict[str, Any], build: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system cannot do that."""
+    """Give the file a second name, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Opens an index in milliseconds whatever its size: the manifest is read, everything else is memory-mapped when first touched.
+"""Opens an index of any size in milliseconds: it reads the manifest and memory-maps everything else on first access.
 
-A reader can be pickled and forked freely; every process maps the files for itself.
+A reader can be pickled and forked freely; every process maps the files separately.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ import numpy as np
 import pyarrow as pa
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_bagel.data.index.columns import PlanningColumns, Ragged, gathered
+from megatron_bagel.data.index.columns import PlanningColumns, Ragged, concatenate_rows
 from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
-from megatron_bagel.data.index.train_val_split import EVERYTHING, Split, SplitRows
+from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValRows, TrainValSplit
 from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.records import Record
 from megatron_bagel.data.tokenizer import Tokenizer
 
-OPENING = threading.Lock()  # held by a thread from `open_indexed` until it has copied what it wants
+OPENING = threading.Lock()  # a thread holds it from ``open_indexed`` until it has copied the bytes
 
 
 @lru_cache(maxsize=64)
 def open_indexed(stem: str, changed: int, multimodal: bool) -> IndexedDataset:
-    """The sequences of a shard. An open one holds three file descriptors, and a large index has more shards than a process may have
-    files open; so a process keeps the ones used last. Views of their bytes must not outlive the next call.
+    """Open the sequences of a shard, and keep the shards used last.
 
-    ``changed``, the time of the ``.bin``, tells a shard from another one that lay there before.
+    An open shard holds three file descriptors, and a large index has more shards than a process may have open files. Views of their
+    bytes must not outlive the next call. ``changed``, the time of the ``.bin``, distinguishes a shard from an earlier one at the path.
     """
     return IndexedDataset(stem, multimodal=multimodal, mmap=True)
 
 
 class Shard(PlanningColumns):
-    """One shard, mapped into memory. The columns are read-only views of the file, one entry per sample; they hold no open file."""
+    """One memory-mapped shard. Its columns are read-only views with one entry per sample, and hold no open file."""
 
     def __init__(self, folder: Path, info: ShardInfo) -> None:
-        """Raises ValueError when a file is missing or has another size than the manifest says (a copy that broke off)."""
+        """Map the shard. Raises ValueError if a file is missing or its size differs from the manifest (an interrupted copy)."""
         stem = folder / info.name
-        for ending, (size, _) in info.files.items():
-            path = Path(f"{stem}.{ending}")
-            found = path.stat() if path.is_file() else None
-            if found is None or found.st_size != size:
-                has = "no file" if found is None else found.st_size
-                raise ValueError(f"{path} should have {size} bytes but has {has}; copy or build the index again")
+        for suffix, (size, _) in info.files.items():
+            path = Path(f"{stem}.{suffix}")
+            stat = path.stat() if path.is_file() else None
+            if stat is None or stat.st_size != size:
+                actual_size = "no file" if stat is None else stat.st_size
+                raise ValueError(f"{path} should have {size} bytes but has {actual_size}; copy or build the index again")
         self._bytes = str(stem), Path(f"{stem}.bin").stat().st_mtime_ns, True
-        with pa.memory_map(f"{stem}.arrow") as mapped:  # the columns keep the mapping when the file is closed
+        with pa.memory_map(f"{stem}.arrow") as mapped:  # the columns keep the mapping after the file is closed
             batch = pa.ipc.open_file(mapped).get_batch(0)
         super().__init__(*(_ragged(batch.column(name)) for name in ("text_tokens", "structure", "width", "height")))
         self.source_file = batch.column("source_file").to_numpy()
         self.source_row = batch.column("source_row").to_numpy()
 
     def sequence(self, number: int) -> np.ndarray:
-        """Bytes of one text or image of the shard, as a uint8 view."""
+        """Return the bytes of one text or image of the shard, as a uint8 view."""
         return open_indexed(*self._bytes)[number][0]
 
 
@@ -66,7 +66,7 @@ def _ragged(column: pa.ListArray) -> Ragged:
     return Ragged(column.offsets.to_numpy(), column.values.to_numpy())
 
 
-Rows = SplitRows | np.ndarray  # row numbers; either is indexed by an array of places
+Rows = TrainValRows | np.ndarray  # row numbers, indexed by an array of positions
 
 
 class DatasetReader:
@@ -87,12 +87,12 @@ class DatasetReader:
         return {**self.__dict__, "_shards": {}}
 
     def record(self, index: int) -> Record:
-        """Planning data of row ``index``."""
+        """Return the planning data of row ``index``."""
         shard, row = self._locate(index)
         return Record(self.group, shard.text_tokens[row], shard.structure[row], shard.width[row], shard.height[row])
 
     def text_ids(self, index: int, text: int) -> np.ndarray:
-        """Token ids (int64) of one text of row ``index``. Raises ValueError when its bytes are none."""
+        """Return the token ids (int64) of one text of row ``index``. Raises ValueError if the bytes are no valid ids."""
         shard, row = self._locate(index)
         if not 0 <= text < len(shard.text_tokens[row]):
             raise IndexError(f"{self.name} row {index} has {len(shard.text_tokens[row])} texts, no text {text}")
@@ -103,7 +103,7 @@ class DatasetReader:
         return ids
 
     def image_bytes(self, index: int, image: int) -> bytes:
-        """The encoded image as it was in the source."""
+        """Return the encoded image, unchanged from the source."""
         shard, row = self._locate(index)
         texts, images = len(shard.text_tokens[row]), len(shard.width[row])
         if not 0 <= image < images:
@@ -111,22 +111,22 @@ class DatasetReader:
         with OPENING:
             return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
 
-    def image_place(self, index: int, image: int) -> tuple[str, int]:
-        """(name of the shard, number among its images) of one image of row ``index``."""
+    def image_number_in_shard(self, index: int, image: int) -> tuple[str, int]:
+        """Return the name of the shard and the number among its images of one image of row ``index``."""
         shard, row = self._locate(index)
         return self.info.shards[self._number_of(index)].name, int(shard.width.offsets[row]) + image
 
     def shard_rows(self, number: int) -> range:
-        """Rows of the dataset that lie in shard ``number``."""
+        """Return the rows of the dataset in shard ``number``."""
         return range(self._starts[number], self._starts[number + 1])
 
     def source(self, index: int) -> tuple[str, int]:
-        """(file, row in it) that row ``index`` came from, for messages."""
+        """Return the source file and the row in it of row ``index``, for messages."""
         shard, row = self._locate(index)
         return self.info.sources[int(shard.source_file[row])].path, int(shard.source_row[row])
 
     def columns(self, rows: np.ndarray) -> tuple[PlanningColumns, np.ndarray]:
-        """Planning data of ``rows`` [n], gathered shard by shard, and the order in which they come: ``rows[order]``."""
+        """Return the planning data of ``rows`` [n], shard by shard, and their order: ``rows[order]``."""
         order = np.argsort(rows)
         numbers = np.searchsorted(self._starts, rows[order], side="right") - 1
         bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist() if len(rows) else []
@@ -135,42 +135,42 @@ class DatasetReader:
             for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
             for number in [int(numbers[begin])]
         )
-        return gathered(parts), order
+        return concatenate_rows(parts), order
 
     def shards(self) -> list[Shard]:
-        """All shards in row order, for work on whole columns."""
+        """Return all shards in row order, for work on full columns."""
         return [self._shard(number) for number in range(len(self.info.shards))]
 
-    def used_rows(self, entry: DatasetEntry, group: GroupConfig, split: Split = EVERYTHING) -> list[Rows]:
-        """Rows of the part of ``split`` that ``num_used_data`` takes, in one or more passes: those of the first files by name (T2I,
-        editing), or of a number of lines (VLM, text).
+    def used_rows(self, entry: DatasetEntry, group: GroupConfig, train_val_split: TrainValSplit = ALL_ROWS) -> list[Rows]:
+        """Return the rows of the part of ``train_val_split`` that ``num_used_data`` selects, in one or more passes.
 
-        Lines are the first ones, or with ``shuffle_lines`` a choice that depends on ``shuffle_seed`` alone. More files than there
-        are give further passes over the first ones, as the original repeats the list of files.
+        It counts files in order of name (T2I, editing) or lines (VLM, text). Lines are the first ones, or with ``shuffle_lines`` a
+        choice that depends only on ``shuffle_seed``. A number larger than that of the files adds passes over the first ones, because
+        the original repeats the list of files.
         """
 
-        def first(stop: int) -> list[Rows]:
-            rows = SplitRows(self.name, len(self), stop, split)
+        def rows_up_to(stop: int) -> list[Rows]:
+            rows = TrainValRows(self.name, len(self), stop, train_val_split)
             return [rows] if len(rows) else []
 
-        used = entry.num_used_data
-        if used is None:
-            return first(len(self))
+        num_used = entry.num_used_data
+        if num_used is None:
+            return rows_up_to(len(self))
         sources = self.info.sources
         if self.group in (T2I, EDIT):
-            passes, rest = divmod(used, len(sources))
-            return first(len(self)) * passes + first(sum(source.samples for source in sources[:rest]))
+            passes, num_remaining = divmod(num_used, len(sources))
+            return rows_up_to(len(self)) * passes + rows_up_to(sum(source.samples for source in sources[:num_remaining]))
         lines = sources[0].rows
-        if used >= lines:
-            return first(len(self))
+        if num_used >= lines:
+            return rows_up_to(len(self))
         line_of_row = np.concatenate([shard.source_row for shard in self.shards()])
         if not group.shuffle_lines:
-            return first(int(np.searchsorted(line_of_row, used)))
+            return rows_up_to(int(np.searchsorted(line_of_row, num_used)))
         draws = keyed_uniform(group.shuffle_seed, self.name, "shuffle_lines", np.arange(lines))
-        taken = np.zeros(lines, dtype=bool)
-        taken[np.argsort(draws, kind="stable")[:used]] = True
-        rows = np.flatnonzero(taken[line_of_row])
-        return [rows[SplitRows(self.name, len(self), len(self), split).contains(rows)]]
+        is_used = np.zeros(lines, dtype=bool)
+        is_used[np.argsort(draws, kind="stable")[:num_used]] = True
+        rows = np.flatnonzero(is_used[line_of_row])
+        return [rows[TrainValRows(self.name, len(self), len(self), train_val_split).contains(rows)]]
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
@@ -200,7 +200,7 @@ class IndexedSamples:
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> IndexedSamples:
-        """Raises ValueError when ``folder`` holds no index of this version, or one made with another tokenizer than the one given."""
+        """Open an index. Raises ValueError if ``folder`` holds no index of this version, or one of another tokenizer."""
         folder = Path(folder)
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
@@ -211,7 +211,7 @@ class IndexedSamples:
         return cls(manifest, {info.key: DatasetReader(folder, info, manifest.vocabulary_size) for info in manifest.datasets})
 
     def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:
-        """The reader of one dataset of the config. Raises ValueError when the index lacks it."""
+        """Return the reader of one dataset of the config. Raises ValueError if the index lacks it."""
         key = f"{group.name}/{entry.name}"
         if key not in self.datasets:
             raise ValueError(f"the index has no dataset {key}; it has {', '.join(self.datasets)}; build it again with this dataset config")

@@ -1,4 +1,4 @@
-"""Writes one shard of the index: reads its source rows, checks images, tokenises texts. Runs in a worker process, alone."""
+"""Writes one shard of the index in a worker process: reads its source rows, checks images, tokenises texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skippe
 from megatron_bagel.data.sources.records import RawSample
 from megatron_bagel.data.sources.rows import BadRow, read_unit
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import decoded_size, open_image, whole_size
+from megatron_bagel.data.transforms import complete_size, decoded_size, open_image
 
 
 class _Columns:
@@ -48,26 +48,26 @@ class _Columns:
 
 
 def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
-    """(width, height) in pixels of an encoded image. Raises BadRow when it is corrupt, as far as ``checks`` look, or too large."""
+    """Return the (width, height) in pixels of an encoded image. Raises BadRow if ``checks`` find it corrupt or too large."""
     try:
         if checks.depth == "header":
             return open_image(data, checks.max_pixels).size
-        return (decoded_size if checks.depth == "decode" else whole_size)(data, checks.max_pixels)
+        return (decoded_size if checks.depth == "decode" else complete_size)(data, checks.max_pixels)
     except ValueError as error:
         raise BadRow(f"corrupt image: {error}") from error
 
 
 def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
-    """Write the shard's files into a build folder (publish.py); its description comes last and says that it is complete.
+    """Write the shard's files into a build folder (publish.py). The description is written last and marks the shard as complete.
 
-    ``progress`` gets row counts. Raises ValueError when the files cannot be written, for example because the disk is full.
+    ``progress`` receives row counts. Raises ValueError if the files cannot be written, for example because the disk is full.
     """
     try:
         return _write_shard(build, plan, tokenizer, progress)
     except OSError as error:
         raise ValueError(
-            f"shard {plan.group}/{plan.dataset}/{plan.name} cannot be written to {build} ({error.strerror or error}); when that is "
-            "cured, run the same command again: finished shards are kept"
+            f"shard {plan.group}/{plan.dataset}/{plan.name} cannot be written to {build} ({error.strerror or error}); fix the cause and "
+            "run the same command again: finished shards are kept"
         ) from error
 
 
@@ -98,7 +98,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                 counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
     builder.finalize(f"{stem}.idx")
     columns.write(Path(f"{stem}.arrow"))
-    files = {ending: _checksum(Path(f"{stem}.{ending}")) for ending in SHARD_FILES}
+    files = {suffix: _checksum(Path(f"{stem}.{suffix}")) for suffix in SHARD_FILES}
     info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
     write_whole(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
     return info
@@ -113,7 +113,7 @@ def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: To
 
 
 def _checksum(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a file, which is also pushed to disk."""
+    """Flush a file to disk and return its (bytes, sha256)."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return digest(path)

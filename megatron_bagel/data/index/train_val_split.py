@@ -1,8 +1,8 @@
-"""Which rows of a dataset are trained on and which are held out for validation: a keyed choice, without a list of rows.
+"""Which rows of a dataset are for training and which are held out for validation: a keyed choice without a list of rows.
 
-Of every block of rows one is held out, at a keyed place. So the k-th row of either part is found by arithmetic and one draw, in a
-data set of any size, and the choice depends on nothing but the dataset's name and the row's number: not on seeds, epochs,
-``num_used_data`` or the number of ranks.
+One row of every block is held out, at a keyed offset. Arithmetic and one draw then give the k-th row of either part, in a dataset of
+any size. The choice depends only on the dataset's name and the row's number, not on seeds, epochs, ``num_used_data`` or the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ Part = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
-class Split:
-    """Of every ``block`` rows one is held out (0: none); ``part`` is the side that is read."""
+class TrainValSplit:
+    """One of every ``block`` rows is held out (0: none); ``part`` is the part that is read."""
 
     block: int = 0
     part: Part = "train"
 
     @classmethod
-    def parse(cls, text: str | None, part: Part = "train") -> Split:
-        """From the flag ``--split``: the weights of training and validation, such as "99,1" (Megatron's spelling). None, or a
-        validation weight of 0, holds nothing out; other shares are rounded to one row of a whole number of rows.
+    def parse(cls, text: str | None, part: Part = "train") -> TrainValSplit:
+        """Parse the flag ``--split``: the weights of training and validation, such as "99,1" (Megatron's spelling).
 
-        Raises ValueError naming the flag.
+        None, or a validation weight of 0, holds nothing out. Other shares are rounded to one row in a whole number of rows.
+
+        Raises:
+            ValueError: Naming the flag, if the text is not two valid weights.
         """
         if text is None:
             return cls(0, part)
@@ -45,52 +47,52 @@ class Split:
         return cls(round((train + validation) / validation) if validation else 0, part)
 
 
-EVERYTHING = Split()
+ALL_ROWS = TrainValSplit()
 
 
 @dataclass(frozen=True)
-class SplitRows:
-    """The rows of one part among the first ``stop`` of a dataset of ``total`` rows, in order; read like a ``range`` of them.
+class TrainValRows:
+    """The rows of one part among the first ``stop`` of a dataset of ``total`` rows, in order, indexed like a ``range``.
 
-    A dataset smaller than a block is a block of its own, so that it too has a held-out row (where it has two rows).
+    A dataset smaller than a block is one block, so that it has a held-out row as well (if it has two rows).
     """
 
     dataset: str
     total: int
     stop: int
-    split: Split
+    train_val_split: TrainValSplit
 
     def __len__(self) -> int:
         if not self._block:
-            return 0 if self.split.part == "validation" else self.stop
-        full, rest = divmod(self.stop, self._block)
-        held_out = full + int(rest > 0 and self._held_out(np.array([full]))[0] < self.stop)
-        return held_out if self.split.part == "validation" else self.stop - held_out
+            return 0 if self.train_val_split.part == "validation" else self.stop
+        num_blocks, remainder = divmod(self.stop, self._block)
+        held_out = num_blocks + int(remainder > 0 and self._held_out(np.array([num_blocks]))[0] < self.stop)
+        return held_out if self.train_val_split.part == "validation" else self.stop - held_out
 
-    def __getitem__(self, places: int | np.ndarray) -> np.ndarray:
-        """Row numbers (int64) at ``places`` of this part. Raises IndexError beyond its end."""
-        places = np.asarray(places, dtype=np.int64)
-        if places.size and not 0 <= places.min() <= places.max() < len(self):
-            raise IndexError(f"the {self.split.part} part of {self.dataset} has {len(self)} rows")
+    def __getitem__(self, positions: int | np.ndarray) -> np.ndarray:
+        """Return the row numbers (int64) at ``positions`` of this part. Raises IndexError past its end."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"the {self.train_val_split.part} part of {self.dataset} has {len(self)} rows")
         if not self._block:
-            return places
-        if self.split.part == "validation":
-            return self._held_out(places)
-        block, offset = np.divmod(places, self._block - 1)
+            return positions
+        if self.train_val_split.part == "validation":
+            return self._held_out(positions)
+        block, offset = np.divmod(positions, self._block - 1)
         rows = block * self._block + offset
         return rows + (rows >= self._held_out(block))
 
     def contains(self, rows: np.ndarray) -> np.ndarray:
-        """Which of ``rows`` [n] of the dataset belong to the part, bool [n]."""
+        """Return which of ``rows`` [n] of the dataset belong to the part, bool [n]."""
         held_out = rows == self._held_out(rows // self._block) if self._block else np.zeros(len(rows), dtype=bool)
-        return (held_out if self.split.part == "validation" else ~held_out) & (rows < self.stop)
+        return (held_out if self.train_val_split.part == "validation" else ~held_out) & (rows < self.stop)
 
     @property
     def _block(self) -> int:
-        block = min(self.split.block, self.total)
+        block = min(self.train_val_split.block, self.total)
         return block if block > 1 else 0
 
     def _held_out(self, blocks: np.ndarray) -> np.ndarray:
-        """The held-out row of each of ``blocks``; in the last block it may lie beyond the dataset's end, and is then none."""
+        """Return the held-out row of each of ``blocks``. In the last block it may be past the dataset's end, and then does not exist."""
         draw = keyed_integers(self._block, 0, self.dataset, "split", np.atleast_1d(blocks)).reshape(np.shape(blocks))
         return blocks * self._block + draw

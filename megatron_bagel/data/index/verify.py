@@ -1,4 +1,4 @@
-"""Reads every byte of an index and says what is wrong with it, by shard, source file and row: for after a copy, or a doubtful disk."""
+"""Reads every byte of an index and reports problems by shard, source file and row, after a copy or if a disk is in doubt."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from megatron_bagel.data.transforms import decode_rgb
 
 
 def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard: ShardInfo, decode: bool = True) -> Iterator[str]:
-    """What is wrong with one shard, a sentence each: files against the manifest, columns against each other and the bytes, token
-    ids against the vocabulary, and (``decode``) every image, which must decode to the size that planning uses."""
+    """Yield a sentence for each problem of one shard.
+
+    The check compares files with the manifest, columns with each other and with the bytes, and token ids with the vocabulary. With
+    ``decode`` every image must decode to the size that planning uses.
+    """
     folder = dataset_folder(index, dataset.group, dataset.name)
-    where = f"{dataset.key}/{shard.name}"
+    label = f"{dataset.key}/{shard.name}"
     try:
         data = Shard(folder, shard)
     except (ValueError, OSError) as error:
-        yield f"{where}: {error}"
+        yield f"{label}: {error}"
         return
-    for ending in SHARD_FILES:
-        if digest(folder / f"{shard.name}.{ending}").sha256 != shard.files[ending][1]:
-            yield f"{where}: {shard.name}.{ending} does not have the checksum of the manifest; copy or build the index again"
-    found = {"samples": len(data.source_row), "texts": len(data.text_tokens.values), "images": len(data.width.values)}
-    wrong = {name: count for name, count in found.items() if count != getattr(shard, name)}
-    if wrong:
-        yield f"{where}: the columns hold {wrong}, the manifest says { ({name: getattr(shard, name) for name in wrong}) }"
+    for suffix in SHARD_FILES:
+        if digest(folder / f"{shard.name}.{suffix}").sha256 != shard.files[suffix][1]:
+            yield f"{label}: {shard.name}.{suffix} does not have the checksum of the manifest; copy or build the index again"
+    actual_counts = {"samples": len(data.source_row), "texts": len(data.text_tokens.values), "images": len(data.width.values)}
+    differing = {name: count for name, count in actual_counts.items() if count != getattr(shard, name)}
+    if differing:
+        yield f"{label}: the columns hold {differing}, the manifest says { ({name: getattr(shard, name) for name in differing}) }"
         return
     sequence = 0
     for row in range(shard.samples):
         texts, images = len(data.text_tokens[row]), len(data.width[row])
         for problem in _sample_problems(data, row, sequence, dataset.group, manifest.vocabulary_size, decode):
             source = dataset.sources[int(data.source_file[row])].path
-            yield f"{where} sample {row} ({source}, row {int(data.source_row[row])}): {problem}"
+            yield f"{label} sample {row} ({source}, row {int(data.source_row[row])}): {problem}"
         sequence += texts + images
 
 
@@ -47,10 +50,10 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, vocabular
     if problem := _structure_problem(group, data.structure[row], len(tokens), len(widths)):
         yield problem
     for text, count in enumerate(tokens):
-        stored = data.sequence(sequence + text)
-        if len(stored) != 4 * count:
-            yield f"text {text} has {len(stored)} bytes for {count} tokens"
-        elif count and not 0 <= (ids := stored.view("<i4")).min() <= ids.max() < vocabulary:
+        stored_bytes = data.sequence(sequence + text)
+        if len(stored_bytes) != 4 * count:
+            yield f"text {text} has {len(stored_bytes)} bytes for {count} tokens"
+        elif count and not 0 <= (ids := stored_bytes.view("<i4")).min() <= ids.max() < vocabulary:
             yield f"text {text} has token ids outside the vocabulary of {vocabulary}"
     for image, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)) if decode else ():
         try:
@@ -63,12 +66,12 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, vocabular
 
 
 def _structure_problem(group: str, structure: np.ndarray, texts: int, images: int) -> str | None:
-    """A structure column that does not describe its sample's texts and images (records.py)."""
+    """Return a sentence if a structure column does not describe its sample's texts and images (records.py), else None."""
     if group == T2I:
-        fits = len(structure) == 0 and texts >= 1 and images == 1
+        is_consistent = len(structure) == 0 and texts >= 1 and images == 1
     elif group == EDIT:
-        fits = images >= 2 and len(structure) == images - 1 and int(structure.sum()) * forms_per_instruction(images) == texts
+        is_consistent = images >= 2 and len(structure) == images - 1 and int(structure.sum()) * forms_per_instruction(images) == texts
     else:
-        known = bool(np.isin(structure, np.arange(ANSWER_ITEM + 1)).all())
-        fits = known and int((structure == IMAGE_ITEM).sum()) == images and len(structure) == texts + images
-    return None if fits else f"structure {structure.tolist()} does not describe {texts} texts and {images} images"
+        has_known_codes = bool(np.isin(structure, np.arange(ANSWER_ITEM + 1)).all())
+        is_consistent = has_known_codes and int((structure == IMAGE_ITEM).sum()) == images and len(structure) == texts + images
+    return None if is_consistent else f"structure {structure.tolist()} does not describe {texts} texts and {images} images"

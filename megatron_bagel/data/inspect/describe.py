@@ -1,4 +1,4 @@
-"""What an index, a sample or a pack holds, in words: the text half of the inspector (the pictures are in figures.py)."""
+"""Describes an index, a sample or a pack in words: the texts of the inspector (figures.py draws the pictures)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BINS = 32  # powers of two: an int32 column needs no more
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of a column's values: bin k holds values in [2^(k-1), 2^k), bin 0 the zeros. Made shard by shard, so of any size."""
+    """Counts of a column's values: bin k holds values in [2^(k-1), 2^k), bin 0 the zeros. It is built shard by shard, for any size."""
 
     counts: np.ndarray
     total: int
@@ -31,7 +31,7 @@ class Histogram:
 
     @classmethod
     def of(cls, parts: Iterable[np.ndarray]) -> Histogram:
-        """Over the values of ``parts``, arrays of whole numbers of at least 0."""
+        """Count the values of ``parts``, arrays of whole numbers of at least 0."""
         counts, total, largest = np.zeros(_BINS, dtype=np.int64), 0, 0
         for values in parts:
             exponents = np.frexp(values.astype(np.float64))[1] if len(values) else np.empty(0, dtype=np.int64)
@@ -41,28 +41,28 @@ class Histogram:
 
     @property
     def values(self) -> int:
-        """How many values were counted."""
+        """Return the number of values."""
         return int(self.counts.sum())
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """(smallest, largest value, count) of the bins from the first to the last that is not empty."""
+        """Return (smallest, largest value, count) of the bins from the first to the last non-empty one."""
         filled = np.flatnonzero(self.counts)
         span = range(filled[0], filled[-1] + 1) if len(filled) else ()
         return [(2 ** (k - 1) if k else 0, 2**k - 1 if k else 0, int(self.counts[k])) for k in span]
 
     def lines(self, title: str) -> list[str]:
-        """A bar chart of characters."""
+        """Return a bar chart made of characters."""
         if not self.values:
             return []
         lines = [f"  {title}: {self.values} values, mean {self.total / self.values:.1f}, largest {self.largest}"]
-        most = int(self.counts.max())
+        largest_count = int(self.counts.max())
         for low, high, count in self.bins():
-            lines.append(f"    {low:>6} to {high:<6} {'#' * -(-_BAR * count // most):<{_BAR}} {count}")
+            lines.append(f"    {low:>6} to {high:<6} {'#' * -(-_BAR * count // largest_count):<{_BAR}} {count}")
         return lines
 
 
 def describe_schema(manifest: Manifest) -> str:
-    """Versions, tokenizer and planning columns."""
+    """Return versions, tokenizer and planning columns."""
     columns = ", ".join(f"{field.name} ({field.type})" for field in PLANNING_SCHEMA)
     return (
         f"schema {manifest.schema_version}, tokenizer {manifest.tokenizer_path} ({manifest.vocabulary_size} tokens, "
@@ -71,12 +71,12 @@ def describe_schema(manifest: Manifest) -> str:
 
 
 def histograms(reader: DatasetReader) -> dict[str, Histogram]:
-    """Of every column of `COLUMNS`, by its title."""
+    """Return a histogram of every column of ``COLUMNS`` by its title."""
     return {title: Histogram.of(getattr(shard, column).values for shard in reader.shards()) for column, title in COLUMNS}
 
 
 def describe_dataset(reader: DatasetReader) -> str:
-    """Counts of a dataset, its text lengths and image sizes."""
+    """Return the counts of a dataset, its text lengths and image sizes."""
     info = reader.info
     size = sum(bytes_ for shard in info.shards for bytes_, _ in shard.files.values())
     lines = [
@@ -90,7 +90,7 @@ def describe_dataset(reader: DatasetReader) -> str:
 
 
 def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> str:
-    """Source, texts and image sizes of one sample, in order."""
+    """Return source, texts and image sizes of one sample, in order."""
     record, (path, row) = reader.record(index), reader.source(index)
     lines = [f"{reader.name} sample {index}: {path}, row {row}"]
     lines += [f"  image {i}: {w} x {h}" for i, (w, h) in enumerate(zip(record.widths, record.heights, strict=True))]
@@ -102,7 +102,7 @@ def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> 
 
 
 def describe_pack(plan: PackPlan, pack: Pack, capacity: int) -> str:
-    """Fill, tokens by expert, losses and mask area of a pack, and its samples with their items."""
+    """Return fill, tokens by expert, losses and mask area of a pack, and its samples with their items."""
     vae, length = len(pack.vae_positions), max(pack.sequence_length, 1)
     area = PackMask.of(pack).area()
     lines = [
@@ -114,7 +114,7 @@ def describe_pack(plan: PackPlan, pack: Pack, capacity: int) -> str:
     for sample in pack.samples:
         items = []
         for item in sample.items:
-            what = f"text {len(item.ids)}" if item.kind == "text" else f"{item.kind} {item.width}x{item.height}"
-            items.append(what + (" learned" if item.loss else "") + (" dropped" if item.dropped else ""))
+            description = f"text {len(item.ids)}" if item.kind == "text" else f"{item.kind} {item.width}x{item.height}"
+            items.append(description + (" learned" if item.loss else "") + (" dropped" if item.dropped else ""))
         lines.append(f"  {sample.dataset} row {sample.index} epoch {sample.epoch}: {', '.join(items)}")
     return "\n".join(lines)

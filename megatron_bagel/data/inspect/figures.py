@@ -1,4 +1,4 @@
-"""Pictures of an index, a sample or a pack, drawn without a display: the picture half of the inspector."""
+"""Draws an index, a sample or a pack without a display: the pictures of the inspector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
 
-MASK_SIDE = 768  # queries and keys of the drawn mask; longer packs are drawn at every n-th token
+MASK_SIDE = 768  # queries and keys of the drawn mask; longer packs show every n-th token
 _KINDS = ("text", "ViT", "clean latent", "noised latent")
 _KIND_COLOURS = ("#4878d0", "#6acc64", "#ee854a", "#d65f5f")
 _MODES = ("causal", "full", "noise")
@@ -28,7 +28,7 @@ _OFF = "#f2f2f2"
 
 
 def overview_figure(readers: list[DatasetReader]) -> Figure:
-    """Histograms of text lengths and image sizes, a row of panels per dataset."""
+    """Draw histograms of text lengths and image sizes, a row of panels per dataset."""
     figure = Figure(figsize=(12, 2.6 * len(readers)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(readers), len(COLUMNS), squeeze=False)
@@ -42,7 +42,7 @@ def overview_figure(readers: list[DatasetReader]) -> Figure:
 
 
 def sample_figure(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> Figure:
-    """The pictures of a sample side by side, and its texts below them."""
+    """Draw the pictures of a sample side by side, and its texts below them."""
     record, (path, row) = reader.record(index), reader.source(index)
     texts = [tokenizer.decode(reader.text_ids(index, text).tolist()) for text in range(len(record.text_tokens))]
     words = "\n".join(textwrap.fill(f"text {i}: {text}", 110) for i, text in enumerate(texts))
@@ -61,7 +61,7 @@ def sample_figure(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> Fi
 
 
 def pack_figure(plan: PackPlan, pack: Pack) -> Figure:
-    """A pack along its tokens: samples, splits, kinds of tokens, experts and what is learned; below them the attention mask."""
+    """Draw a pack along its tokens: samples, splits, kinds of tokens, experts and losses; below them the attention mask."""
     figure = Figure(figsize=(10, 11.5), layout="constrained")
     FigureCanvasAgg(figure)
     strips = token_strips(pack)
@@ -74,9 +74,9 @@ def pack_figure(plan: PackPlan, pack: Pack) -> Figure:
         if names:
             patches = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
             axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-    places = np.unique(np.linspace(0, pack.sequence_length - 1, min(MASK_SIDE, pack.sequence_length)).astype(np.int64))
+    positions = np.unique(np.linspace(0, pack.sequence_length - 1, min(MASK_SIDE, pack.sequence_length)).astype(np.int64))
     end = pack.sequence_length
-    panels[-1].imshow(PackMask.of(pack).allowed(places, places), cmap="Greys", interpolation="nearest", extent=(0, end, end, 0))
+    panels[-1].imshow(PackMask.of(pack).allowed(positions, positions), cmap="Greys", interpolation="nearest", extent=(0, end, end, 0))
     panels[-1].set_xlabel("key", fontsize=8)
     panels[-1].set_ylabel("query", fontsize=8)
     figure.suptitle(f"pack {plan.number}: {end} tokens, {len(pack.sample_lens)} samples", fontsize=10)
@@ -84,23 +84,23 @@ def pack_figure(plan: PackPlan, pack: Pack) -> Figure:
 
 
 def token_strips(pack: Pack) -> list[tuple[str, np.ndarray, tuple[str, ...], tuple[str, ...]]]:
-    """(title, value per token [sequence_length], names of the values, their colours) of each strip of the pack's picture."""
+    """Return each strip of the pack's picture: (title, value per token [sequence_length], names of the values, their colours)."""
     mask = PackMask.of(pack)
     kinds = np.zeros(pack.sequence_length, dtype=np.int64)
     kinds[pack.vit_positions], kinds[pack.vae_positions], kinds[pack.mse_positions] = 1, 2, 3
-    learned = np.zeros(pack.sequence_length, dtype=np.int64)
-    learned[pack.ce_positions], learned[pack.mse_positions] = 1, 2
+    loss_kinds = np.zeros(pack.sequence_length, dtype=np.int64)
+    loss_kinds[pack.ce_positions], loss_kinds[pack.mse_positions] = 1, 2
     return [
         ("samples", mask.token_samples() % 2, (), ("#b0b0b0", "#606060")),
         ("splits", np.repeat(pack.split_modes, pack.split_lens), _MODES, _MODE_COLOURS),
         ("tokens", kinds, _KINDS, _KIND_COLOURS),
         ("expert", (kinds >= 2).astype(np.int64), ("understanding", "generation"), ("#4878d0", "#ee854a")),
-        ("learned", learned, ("no loss", "CE", "MSE"), (_OFF, "#4878d0", "#d65f5f")),
+        ("learned", loss_kinds, ("no loss", "CE", "MSE"), (_OFF, "#4878d0", "#d65f5f")),
     ]
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""From a run's settings to its loader: which groups take part, which index holds them, how samples become packs.
+"""Builds a run's loader from its settings: which groups take part, which index holds them, how samples become packs.
 
 It knows ranks only as two numbers, this replica's place and how many there are.
 """
@@ -15,7 +15,7 @@ from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.index.train_val_split import Part, Split
+from megatron_bagel.data.index.train_val_split import Part, TrainValSplit
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import PackLoader, PackReader
 from megatron_bagel.data.loading.settings import DataSettings
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def layout_spec(arch: BagelArch, tokenizer: Tokenizer) -> LayoutSpec:
-    """What the layout needs to know of the model and its tokens."""
+    """Return what the layout needs to know of the model and its tokens."""
     return LayoutSpec(
         bos=tokenizer.bos,
         eos=tokenizer.eos,
@@ -57,9 +57,11 @@ def training_groups(settings: DataSettings) -> list[GroupConfig]:
 def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
     """Make the index below ``results_dir`` where no ``--index_dir`` is given, and return the index's folder.
 
-    One process of the run calls this before the others open the index. A finished index of the same sources is kept as it is.
-    Raises ValueError when it is of other sources (a run must not change its data unnoticed), and when ``--index_dir`` holds none:
-    a large index is built by data_tools/build_index.py, not by a training run.
+    One process of the run calls this before the others open the index. A finished index of the same sources stays unchanged.
+
+    Raises:
+        ValueError: If it is of other sources, because a run must not change its data unnoticed, or if ``--index_dir`` holds no index:
+            data_tools/build_index.py builds a large index, a training run does not.
     """
     folder = settings.index
     if settings.given_index is None:
@@ -80,10 +82,10 @@ def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
 def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokenizer, part: Part = "train") -> list[GroupSource]:
     """The groups over the rows that ``--split`` gives to training or to validation; held-out samples keep all their conditions.
 
-    Raises ValueError as `open_loader` does, and for "validation" when nothing is held out.
+    Raises ValueError as ``open_loader`` does, and for "validation" if nothing is held out.
     """
-    split = Split.parse(settings.split, part)
-    if part == "validation" and not split.block:
+    train_val_split = TrainValSplit.parse(settings.split, part)
+    if part == "validation" and not train_val_split.block:
         raise ValueError('no rows are held out for validation: give --split, such as "99,1"')
     plan_settings = PlanSettings(
         seed=settings.seed,
@@ -95,7 +97,7 @@ def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokeniz
     index, groups = IndexedSamples.open(settings.index, tokenizer), training_groups(settings)
     cache = settings.latent_cache
     latents = LatentCache(cache, index.manifest, groups) if cache is not None and settings.visual_gen else None
-    return open_sources(groups, index, plan_settings, split, latents)
+    return open_sources(groups, index, plan_settings, train_val_split, latents)
 
 
 def stored_posterior(settings: DataSettings, arch: BagelArch) -> AutoencoderArch | None:
@@ -107,11 +109,20 @@ def open_loader(
     settings: DataSettings, arch: BagelArch, tokenizer: Tokenizer, global_batch: int | BatchSizes, replica: int = 0, replicas: int = 1,
     share: EncodingShare | None = None,
 ) -> PackLoader:  # fmt: skip
-    """The loader of one data-parallel replica, at the first pack. ``global_batch`` is its packs, or how they grow; only the images of
-    this rank's ``share`` of the encoding are read, by default all.
+    """Open the loader of one data-parallel replica, at the first pack.
 
-    Raises ValueError for anything wrong with the data configuration that can be seen without decoding an image: unknown groups,
-    images too large for the model, an index that is missing or was made with another tokenizer, no sample at all.
+    Args:
+        config: The configuration.
+        arch: The model.
+        tokenizer: The tokenizer.
+        global_batch: The packs of a global batch, or how they grow.
+        replica: The number of this replica.
+        replicas: The number of replicas.
+        share: This rank's share of the encoding; only its images are read (default: all).
+
+    Raises:
+        ValueError: For any problem of the data configuration that shows without decoding an image: unknown groups, images too large for
+            the model, an index that is missing or has another tokenizer, no sample at all.
     """
     sizes = global_batch if isinstance(global_batch, BatchSizes) else BatchSizes.of(global_batch, [])
     sources, reading = training_sources(settings, arch, tokenizer), settings.reader

@@ -1,7 +1,7 @@
 """Which rank of a model replica reads, decodes and encodes which image of a step: integers, the same on every rank.
 
-A picture that a sample shows more than once (to the ViT and to the autoencoder, or noised and clean) stays on one rank, so that it
-is read once per replica.
+A picture that a sample shows more than once (to the ViT and to the autoencoder, or noised and clean) stays on one rank, so that each
+replica reads it once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_bagel.layout.pack import LayoutSpec, item_grid
 
 
 class EncodedImage(Protocol):
-    """What dealing needs of an image: its encoder ("vit" or "vae"), the sample of its pack, which picture of that, its tokens."""
+    """The properties of an image that its assignment needs: encoder ("vit" or "vae"), sample of its pack, picture of it, tokens."""
 
     kind: str
     sample: int
@@ -30,7 +30,7 @@ class EncodedImage(Protocol):
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """An `EncodedImage` known from its sample alone, before a pack is laid out."""
+    """An ``EncodedImage`` known from its sample alone, before a pack is laid out."""
 
     kind: str
     sample: int
@@ -39,22 +39,22 @@ class PlannedImage:
 
 
 def planned_images(samples: Sequence[Sample], spec: LayoutSpec) -> list[PlannedImage]:
-    """The images of a pack of ``samples``, in the order of `Pack.images`."""
-    found = []
+    """Return the images of a pack of ``samples``, in the order of ``Pack.images``."""
+    images = []
     for number, sample in enumerate(samples):
         for item in sample.items:
             if item.kind != "text" and not item.dropped:
                 rows, columns = item_grid(item, spec)
-                found.append(PlannedImage(item.kind, number, item.image, rows * columns))
-    return found
+                images.append(PlannedImage(item.kind, number, item.image, rows * columns))
+    return images
 
 
 @dataclass(frozen=True)
 class EncoderCosts:
-    """Work of encoding an image, in units of one token's work in the decoder's matrix products (`CostModel`).
+    """Work of encoding an image, in units of one token's work in the decoder's matrix products (``CostModel``).
 
-    ``vit_token`` per token and ``vit_pair`` per (query, key) pair of the vision tower; ``vae_token`` per latent token of the frozen
-    autoencoder.
+    ``vit_token`` counts per token and ``vit_pair`` per (query, key) pair of the vision tower; ``vae_token`` counts per latent token of
+    the frozen autoencoder.
     """
 
     vit_token: float
@@ -63,7 +63,7 @@ class EncoderCosts:
 
     @classmethod
     def of(cls, arch: BagelArch, frozen_vit: bool = False) -> EncoderCosts:
-        """Costs of a model by its floating-point operations. A frozen tower has no backward pass, twice the work of the forward."""
+        """Return a model's costs by its floating-point operations. A frozen tower has no backward pass, which is two thirds of the work."""
         base, passes = CostModel.of(arch), 1 / 3 if frozen_vit else 1.0
         pair = 0.0
         if arch.vit is not None:
@@ -72,17 +72,20 @@ class EncoderCosts:
         return cls(base.vit_token * passes, pair * passes, base.vae_token)
 
     def image(self, image: EncodedImage) -> float:
-        """Cost of one encoding."""
+        """Return the cost of encoding one image."""
         if image.kind == "vae":
             return self.vae_token * image.tokens
         return image.tokens * (self.vit_token + self.vit_pair * image.tokens)
 
 
 def assign_images(packs: Sequence[Sequence[EncodedImage]], ranks: int, costs: EncoderCosts) -> list[np.ndarray]:
-    """Owner of every image of a replica's ``packs`` of one step, int64 [images] per pack, from 0 to ``ranks`` - 1.
+    """Assign the images of a replica's packs of one step to ranks.
 
-    The costliest picture goes first, each to the rank with the least work so far (Graham's longest-processing-time rule); ties go to
-    the earlier picture and the lower rank.
+    The most expensive picture goes first, each to the rank with the least work so far (Graham's longest-processing-time rule).
+    Ties go to the earlier picture and the lower rank.
+
+    Returns:
+        The owner of every image, int64 [images] per pack, from 0 to ``ranks`` - 1.
     """
     work: dict[tuple[int, int, int], float] = {}
     for number, images in enumerate(packs):
@@ -98,12 +101,12 @@ def assign_images(packs: Sequence[Sequence[EncodedImage]], ranks: int, costs: En
 
 @dataclass(frozen=True)
 class EncodingShare:
-    """The place of a rank among the ``ranks`` of its replica that encode."""
+    """A rank among the ``ranks`` of its replica that encode."""
 
     rank: int
     ranks: int
     costs: EncoderCosts
 
     def owners(self, packs: Sequence[Sequence[EncodedImage]]) -> list[np.ndarray]:
-        """`assign_images` to these ranks."""
+        """Return the owners of the images of ``packs`` (``assign_images``)."""
         return assign_images(packs, self.ranks, self.costs)

@@ -1,4 +1,4 @@
-"""The fixed packs that a run is validated on: the same held-out samples, with the same noise, every time and on every layout."""
+"""The fixed packs of validation: the same held-out samples with the same noise every time and for any parallel sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_bagel.data.planner.permutation import permuted
 
 @dataclass(frozen=True)
 class HeldOutPack:
-    """A pack to validate on. ``repeated`` ones only keep ranks in step with each other: their losses do not count."""
+    """A pack to validate on. ``repeated`` packs only keep ranks in step, and their losses do not count."""
 
     plan: PackPlan
     repeated: bool = False
@@ -25,23 +25,23 @@ class HeldOutPack:
 def held_out_samples(
     source: GroupSource, count: int, max_num_tokens: int, seed: int = 0, purpose: str = "validation"
 ) -> dict[str, np.ndarray]:
-    """Indexes of up to ``count`` samples of each dataset of a group, drawn by name, at most ``max_num_tokens`` long.
+    """Return indexes of up to ``count`` samples of each dataset of a group, drawn by key.
 
-    A dataset with fewer gives all it has; longer samples are passed over, as in training.
+    Samples of more than ``max_num_tokens`` tokens are skipped, as in training. A dataset with fewer samples gives all of them.
     """
-    chosen: dict[str, np.ndarray] = {}
+    indexes_by_dataset: dict[str, np.ndarray] = {}
     for name, indexes in source.datasets().items():
-        # Too long ones are rare; where they are not, a dataset is looked through up to eight times over.
-        tried = np.arange(min(len(indexes), 8 * count))
-        candidates = indexes.start + permuted(tried, len(indexes), seed, purpose, name) if len(indexes) else tried
+        # Long samples are rare. If they are not, up to eight times ``count`` candidates are measured.
+        positions = np.arange(min(len(indexes), 8 * count))
+        candidates = indexes.start + permuted(positions, len(indexes), seed, purpose, name) if len(indexes) else positions
         measures = source.measure(candidates, 0)
-        fitting = (measures.full_tokens <= max_num_tokens) & (measures.tokens > 0)
-        chosen[name] = candidates[fitting][:count]
-    return chosen
+        is_usable = (measures.full_tokens <= max_num_tokens) & (measures.tokens > 0)
+        indexes_by_dataset[name] = candidates[is_usable][:count]
+    return indexes_by_dataset
 
 
 def held_out_packs(sources: Sequence[GroupSource], count: int, max_num_tokens: int, max_num_tokens_per_sample: int) -> list[PackPlan]:
-    """Packs of up to ``count`` held-out samples of every dataset, in epoch 0. Raises ValueError when none fits."""
+    """Pack up to ``count`` held-out samples of every dataset, in epoch 0. Raises ValueError if no sample is short enough."""
     rows: list[tuple[int, int, int, int]] = []
     for number, source in enumerate(sources):
         for indexes in held_out_samples(source, count, min(max_num_tokens, max_num_tokens_per_sample)).values():
@@ -54,15 +54,15 @@ def held_out_packs(sources: Sequence[GroupSource], count: int, max_num_tokens: i
     waiting = np.array(rows, dtype=np.int64)
     plans: list[PackPlan] = []
     while len(waiting):
-        taken = fill(waiting[:, 2], max_num_tokens, max_num_tokens)
-        samples = tuple((int(source), int(index), 0) for source, index in waiting[taken, :2])
-        plans.append(PackPlan(len(plans), samples, int(waiting[taken, 2].sum()), int(waiting[taken, 3].sum()) / COST_UNIT))
-        waiting = np.delete(waiting, taken, axis=0)
+        pack_rows = fill(waiting[:, 2], max_num_tokens, max_num_tokens)
+        samples = tuple((int(source), int(index), 0) for source, index in waiting[pack_rows, :2])
+        plans.append(PackPlan(len(plans), samples, int(waiting[pack_rows, 2].sum()), int(waiting[pack_rows, 3].sum()) / COST_UNIT))
+        waiting = np.delete(waiting, pack_rows, axis=0)
     return plans
 
 
 def share_of(plans: Sequence[PackPlan], replica: int, replicas: int, multiple: int = 1) -> list[HeldOutPack]:
-    """The packs of one replica: as many for each, a multiple of ``multiple``; what is missing is filled with repeated packs."""
-    each = -(-len(plans) // (replicas * multiple)) * multiple
-    mine = [HeldOutPack(plan) for plan in plans[replica::replicas]]
-    return mine + [HeldOutPack(plans[0], repeated=True)] * (each - len(mine))
+    """Return the packs of one replica. All replicas get equally many, a multiple of ``multiple``, padded with repeated packs."""
+    packs_per_replica = -(-len(plans) // (replicas * multiple)) * multiple
+    replica_packs = [HeldOutPack(plan) for plan in plans[replica::replicas]]
+    return replica_packs + [HeldOutPack(plans[0], repeated=True)] * (packs_per_replica - len(replica_packs))

@@ -1,8 +1,7 @@
-"""From plans to packs with pixels: worker processes read, decode and transform ahead of the training loop.
+"""Turns plans into packs with pixels: worker processes read, decode and transform ahead of the training loop.
 
-A worker gets a finished plan and draws nothing that is not keyed, so the number of workers changes speed and nothing else. The
-plans come from a planner in the training process itself; the position that is saved is that of the packs handed out, not of
-those the workers are busy with.
+A worker receives a finished plan and draws only by key, so the number of workers changes only the speed. The plans come from a planner
+in the training process. The saved position is that of the packs handed out, not of the packs the workers are reading.
 """
 
 from __future__ import annotations
@@ -30,24 +29,27 @@ from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
 from megatron_bagel.platform.launch.signals import leave_signals_to_the_ranks
 
-_WORTH_THREADS = 128 * 128  # pixels of a picture, on average over a pack
+_MIN_THREADED_PIXELS = 128 * 128  # average pixels of a pack's pictures from which decoding uses threads
 
 
 class ReadableSource(SiblingSource, Protocol):
-    """A source whose samples can be read, not only planned. It must be picklable where workers are spawned."""
+    """A source whose samples can be planned and read. It must be picklable if workers are spawned."""
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """The plan of one sample, with its token ids."""
+        """Return the plan of one sample, with its token ids."""
         ...
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """One image of a sample, float32 of `stored_shape`, on any thread. Raises ValueError when it cannot be decoded."""
+        """Return one image of a sample, float32 of ``stored_shape``, on any thread. Raises ValueError if it cannot be decoded."""
         ...
 
 
 def stored_shape(image: PackImage, posterior: AutoencoderArch | None) -> tuple[int, int, int]:
-    """Shape of what a source gives for an image: its transformed pixels [3, height, width] or, for a VAE image of a run with a
-    latent cache, the ``posterior`` of its autoencoder, mean and log variance [2 * z, height / downsample, width / downsample]."""
+    """Return the shape of what a source returns for an image.
+
+    It is that of the transformed pixels, [3, height, width]. For a VAE image of a run with a latent cache it is that of mean and log
+    variance of the autoencoder ``posterior``, [2 * z, height / downsample, width / downsample].
+    """
     if posterior is None or image.kind != "vae":
         return 3, image.height, image.width
     return 2 * posterior.z_channels, image.height // posterior.downsample, image.width // posterior.downsample
@@ -55,14 +57,14 @@ def stored_shape(image: PackImage, posterior: AutoencoderArch | None) -> tuple[i
 
 @dataclass
 class LoadedPack:
-    """A pack with its pixels. Images of a kind share one buffer: a tensor per image would cost a file handle each on its way
+    """A pack with its pixels. Images of a kind share one buffer, because a tensor per image would cost a file handle each on its way
     from a worker.
 
-    ``vit_patches`` [n_vit, patch * patch * 3] in sequence order; ``vae_buffer`` holds the VAE images one after the other;
-    ``raw_timesteps`` float32 [VAE images], -inf for clean ones. With a latent cache ``posterior`` is the shape of its autoencoder,
-    and VAE images are posteriors (`stored_shape`). ``held`` bool [images] says which of the pack's images were read (all by default);
-    the pixels of the others are not there. ``failures`` are the places in the pack, with the reason, of samples that could not be
-    read; such a pack is not fit for training, `PackLoader.replaced` mends it.
+    ``vit_patches`` [n_vit, patch * patch * 3] is in sequence order, ``vae_buffer`` holds the VAE images one after the other, and
+    ``raw_timesteps`` float32 [VAE images] is -inf for clean ones. With a latent cache, VAE images are posteriors of the autoencoder
+    ``posterior`` (``stored_shape``). ``is_read`` bool [images] marks the pack's images that were read (default: all); pixels of the
+    others are absent. ``failures`` are the positions in the pack of samples that could not be read, with the reasons. Such a pack
+    cannot be trained on until ``PackLoader.replaced`` has replaced these samples.
     """
 
     plan: PackPlan
@@ -71,23 +73,23 @@ class LoadedPack:
     vae_buffer: torch.Tensor
     raw_timesteps: np.ndarray
     posterior: AutoencoderArch | None = None
-    held: np.ndarray | None = None
+    is_read: np.ndarray | None = None
     failures: tuple[tuple[int, str], ...] = ()
 
-    def held_of(self, kind: str) -> list[bool]:
-        """Which of the pack's images of one kind were read."""
-        held = np.ones(len(self.pack.images), dtype=bool) if self.held is None else self.held
-        return [bool(here) for image, here in zip(self.pack.images, held, strict=True) if image.kind == kind]
+    def read_mask(self, kind: str) -> list[bool]:
+        """Return for each of the pack's images of one kind whether it was read."""
+        is_read = np.ones(len(self.pack.images), dtype=bool) if self.is_read is None else self.is_read
+        return [bool(is_image_read) for image, is_image_read in zip(self.pack.images, is_read, strict=True) if image.kind == kind]
 
     def _read(self, kind: str) -> list[PackImage]:
-        return list(compress(self.pack.images_of(kind), self.held_of(kind)))
+        return list(compress(self.pack.images_of(kind), self.read_mask(kind)))
 
     def vit_images(self) -> Sequence[torch.Tensor]:
-        """Views [tokens, patch * patch * 3] of the ViT images that were read, in sequence order."""
+        """Return views [tokens, patch * patch * 3] of the ViT images that were read, in sequence order."""
         return torch.split(self.vit_patches, [image.tokens for image in self._read("vit")])
 
     def vae_images(self) -> list[torch.Tensor]:
-        """Views of the VAE images that were read, each of its `stored_shape`, in sequence order."""
+        """Return views of the VAE images that were read, each of its ``stored_shape``, in sequence order."""
         shapes = [stored_shape(image, self.posterior) for image in self._read("vae")]
         pieces = torch.split(self.vae_buffer, [math.prod(shape) for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -95,7 +97,7 @@ class LoadedPack:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one replica trains on in one step: its ``packs`` (microbatches), out of the global batch's ``plans``."""
+    """The data of one replica in one step: its ``packs`` (microbatches), and the ``plans`` of the global batch."""
 
     packs: list[LoadedPack]
     plans: list[PackPlan]
@@ -103,49 +105,60 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Pack ``number`` of the ``packs`` that a replica trains on in one step: who reads an image depends on all of them."""
+    """Pack ``number`` of the ``packs`` of a replica in one step; all of them together decide which rank reads an image."""
 
     packs: tuple[PackPlan, ...]
     number: int
 
 
 class UnreadableError(ValueError):
-    """A text or an image whose bytes cannot be read or decoded, in a message with its place."""
+    """A text or an image whose bytes cannot be read or decoded; the message names its location."""
 
 
 class PackReader(Dataset):
-    """Reads planned packs; ``reader[plan]`` runs in a worker. A `PackPlan` is read whole or not at all (UnreadableError), of a
-    `StepPlan` only the images of this rank's ``share``, and samples that cannot be read become ``failures``."""
+    """Reads planned packs; ``reader[plan]`` runs in a worker.
+
+    A ``PackPlan`` is read completely, or raises UnreadableError. Of a ``StepPlan`` only the images of this rank's ``share`` are read,
+    and samples that cannot be read become ``failures``.
+    """
 
     def __init__(
         self, sources: Sequence[ReadableSource], spec: LayoutSpec, seed: int, posterior: AutoencoderArch | None = None,
         share: EncodingShare | None = None, decode_threads: int = 0,
     ) -> None:  # fmt: skip
-        """``seed`` names the timestep draws. ``posterior`` is given when the sources read VAE images from a latent cache, ``share``
-        when the ranks of the replica share the encoding of its images. Large pictures are decoded on ``decode_threads``."""
+        """Prepare to read packs.
+
+        Args:
+            sources: The dataset groups.
+            spec: The settings of the layout.
+            seed: Keys the timestep draws.
+            posterior: The autoencoder of the latent cache from which the sources read VAE images, if any.
+            share: This rank's share of the encoding if the ranks of the replica share it.
+            decode_threads: The number of threads that decode large pictures.
+        """
         self.sources, self.spec, self.seed, self.posterior, self.share = list(sources), spec, seed, posterior, share
         self.threads = DecodeThreads(decode_threads)
-        self._dealt: tuple[tuple[PackPlan, ...], list[np.ndarray]] = ((), [])
+        self._owners_of_packs: tuple[tuple[PackPlan, ...], list[np.ndarray]] = ((), [])
 
-    def __getitem__(self, wanted: PackPlan | StepPlan) -> LoadedPack:
-        plan, held = (wanted, None) if isinstance(wanted, PackPlan) else (wanted.packs[wanted.number], self._held(wanted))
+    def __getitem__(self, request: PackPlan | StepPlan) -> LoadedPack:
+        plan, is_read = (request, None) if isinstance(request, PackPlan) else (request.packs[request.number], self._read_mask(request))
         samples, failures = self._samples(plan)
-        if failures and isinstance(wanted, PackPlan):
+        if failures and isinstance(request, PackPlan):
             raise UnreadableError(next(iter(failures.values())))
         pack = build_pack(samples, self.spec)
-        if failures:  # pictures wait for the pack that takes its place
-            nothing = torch.zeros(0), torch.zeros(0), np.zeros(0, dtype=np.float32)
-            return LoadedPack(plan, pack, *nothing, held=np.zeros(len(pack.images), dtype=bool), failures=tuple(failures.items()))
+        if failures:  # the replacing pack reads the pictures
+            no_pixels = torch.zeros(0), torch.zeros(0), np.zeros(0, dtype=np.float32)
+            return LoadedPack(plan, pack, *no_pixels, is_read=np.zeros(len(pack.images), dtype=bool), failures=tuple(failures.items()))
         _check_length(plan, pack)
-        images = pack.images if held is None else tuple(compress(pack.images, held))
-        read = self._read(plan, images)
-        for place, (_, reason) in enumerate(read):
-            if reason and isinstance(wanted, PackPlan):
+        images = pack.images if is_read is None else tuple(compress(pack.images, is_read))
+        decoded = self._read(plan, images)
+        for number, (_, reason) in enumerate(decoded):
+            if reason and isinstance(request, PackPlan):
                 raise UnreadableError(reason)
             if reason:
-                failures.setdefault(images[place].sample, reason)
-        patches = [vit_patches(read[place][0], self.spec.vit_patch) for place, image in enumerate(images) if image.kind == "vit"]
-        pixels = [read[place][0].reshape(-1) for place, image in enumerate(images) if image.kind == "vae"]
+                failures.setdefault(images[number].sample, reason)
+        patches = [vit_patches(decoded[number][0], self.spec.vit_patch) for number, image in enumerate(images) if image.kind == "vit"]
+        pixels = [decoded[number][0].reshape(-1) for number, image in enumerate(images) if image.kind == "vae"]
         return LoadedPack(
             plan=plan,
             pack=pack,
@@ -153,56 +166,56 @@ class PackReader(Dataset):
             vae_buffer=torch.cat(pixels) if pixels else torch.zeros(0),
             raw_timesteps=raw_timesteps(pack, self.seed),
             posterior=self.posterior,
-            held=held,
+            is_read=is_read,
             failures=tuple(sorted(failures.items())),
         )
 
     def layout(self, plan: PackPlan) -> Pack:
-        """Every integer of a planned pack, without a pixel."""
+        """Return every integer of a planned pack, without a pixel."""
         pack = build_pack([self.sources[source].sample(index, epoch) for source, index, epoch in plan.samples], self.spec)
         _check_length(plan, pack)
         return pack
 
     def _samples(self, plan: PackPlan) -> tuple[list[Sample], dict[int, str]]:
-        """The samples of a pack whose texts can be read, and the places of the others with the reason."""
+        """Return the samples of a pack whose texts can be read, and the positions of the others with the reason."""
         samples, failures = [], {}
-        for place, (source, index, epoch) in enumerate(plan.samples):
+        for position, (source, index, epoch) in enumerate(plan.samples):
             try:
                 samples.append(self.sources[source].sample(index, epoch))
             except (ValueError, OSError) as error:
-                failures[place] = f"{self.sources[source].describe(index)} cannot be read: {error}"
+                failures[position] = f"{self.sources[source].describe(index)} cannot be read: {error}"
         return samples, failures
 
-    def _held(self, wanted: StepPlan) -> np.ndarray | None:
-        """Which images of the pack this rank encodes; None for all of them."""
+    def _read_mask(self, request: StepPlan) -> np.ndarray | None:
+        """Return which images of the pack this rank encodes; None means all of them."""
         if self.share is None:
             return None
-        if self._dealt[0] != wanted.packs:
-            images = [planned_images(self._samples(plan)[0], self.spec) for plan in wanted.packs]
-            self._dealt = wanted.packs, self.share.owners(images)
-        return self._dealt[1][wanted.number] == self.share.rank
+        if self._owners_of_packs[0] != request.packs:
+            images = [planned_images(self._samples(plan)[0], self.spec) for plan in request.packs]
+            self._owners_of_packs = request.packs, self.share.owners(images)
+        return self._owners_of_packs[1][request.number] == self.share.rank
 
     def _read(self, plan: PackPlan, images: Sequence[PackImage]) -> list[tuple[torch.Tensor, str]]:
-        """Pixels of every image, or zeros and the reason why there are none."""
+        """Return the pixels of every image with an empty string, or zeros with the reason of the failure."""
         pictures: dict[tuple[int, int], list[int]] = {}
-        for place, image in enumerate(images):
-            pictures.setdefault((image.sample, image.image), []).append(place)
+        for number, image in enumerate(images):
+            pictures.setdefault((image.sample, image.image), []).append(number)
 
-        def read(places: list[int]) -> list[tuple[torch.Tensor, str]]:
-            found = []
-            for place in places:  # picture by picture: a source keeps the last one it decoded
+        def read(numbers: list[int]) -> list[tuple[torch.Tensor, str]]:
+            results = []
+            for number in numbers:  # picture by picture, because a source caches the last one it decoded
                 try:
-                    found.append((self._pixels(plan, images[place]), ""))
+                    results.append((self._pixels(plan, images[number]), ""))
                 except UnreadableError as error:
-                    found.append((torch.zeros(stored_shape(images[place], self.posterior)), str(error)))
-            return found
+                    results.append((torch.zeros(stored_shape(images[number], self.posterior)), str(error)))
+            return results
 
         jobs = list(pictures.values())
-        area = sum(images[places[0]].height * images[places[0]].width for places in jobs)
-        # Handing a small picture to another thread costs more than decoding it.
-        done = self.threads.map(read, jobs) if area >= _WORTH_THREADS * len(jobs) else map(read, jobs)
-        found = dict(zip(chain.from_iterable(jobs), chain.from_iterable(done), strict=True))
-        return [found[place] for place in range(len(images))]
+        area = sum(images[numbers[0]].height * images[numbers[0]].width for numbers in jobs)
+        # Handing a small picture to another thread would cost more than decoding it.
+        job_results = self.threads.map(read, jobs) if area >= _MIN_THREADED_PIXELS * len(jobs) else map(read, jobs)
+        results = dict(zip(chain.from_iterable(jobs), chain.from_iterable(job_results), strict=True))
+        return [results[number] for number in range(len(images))]
 
     def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor:
         source, index, _ = plan.samples[image.sample]
@@ -214,7 +227,7 @@ class PackReader(Dataset):
         if tuple(pixels.shape) != (planned := stored_shape(image, self.posterior)):
             raise ValueError(
                 f"image {image.image} of {self.sources[source].describe(index)} has shape {tuple(pixels.shape)} after its transform, "
-                f"planned were {planned}; the index was built from another file: build it anew"
+                f"but the plan says {planned}; the index was built from another file, so build it again"
             )
         return pixels
 
@@ -223,29 +236,32 @@ def _check_length(plan: PackPlan, pack: Pack) -> None:
     if pack.sequence_length != plan.tokens:
         raise ValueError(
             f"pack {plan.number} was planned with {plan.tokens} tokens and has {pack.sequence_length}; "
-            "the index changed under the run: build it anew, or run data_tools/build_index.py's output unchanged"
+            "the index changed during the run, so build it again or restore the output of data_tools/build_index.py"
         )
 
 
 class PackLoader:
-    """Endless iterator of `StepBatch` for one data-parallel replica, starting where the planner's loaded state stands."""
+    """Endless iterator of ``StepBatch`` for one data-parallel replica, starting at the planner's loaded state."""
 
     def __init__(
         self, planner: Planner, reader: PackReader, replica: int = 0, replicas: int = 1, num_workers: int = 0, prefetch_factor: int = 2,
         sizes: BatchSizes | None = None,
     ) -> None:  # fmt: skip
-        """``prefetch_factor`` packs are read ahead by each of ``num_workers`` processes; 0 workers read in this process. ``sizes`` of
-        the global batches are the planner's own, always the same, by default."""
+        """Prepare the loader of replica ``replica`` of ``replicas``.
+
+        Each of ``num_workers`` processes reads ``prefetch_factor`` packs ahead; 0 workers read in this process. ``sizes`` of the global
+        batches default to the planner's constant size.
+        """
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas} does not exist")
         self.planner, self.reader = planner, reader
         self.replica, self.replicas = replica, replicas
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
-        self.consumed_packs = planner.made
+        self.consumed_packs = planner.packs_made
         self.sizes = sizes or BatchSizes.of(planner.config.global_batch_size, [])
         for size in self.sizes.steps:
-            assign_packs([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuse uneven sizes now
-        self._batches: list[list[PackPlan]] = []  # planned, not yet handed out
+            assign_packs([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuses uneven sizes early
+        self._batches: list[list[PackPlan]] = []  # planned but not yet handed out
         self._loaded: Iterator[LoadedPack] | None = None
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -253,42 +269,42 @@ class PackLoader:
 
     def __next__(self) -> StepBatch:
         if self._loaded is None:
-            ahead = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks} if self.num_workers else {}
+            settings = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks} if self.num_workers else {}
             plans = _Plans(self)
-            self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **ahead))
-        each = self.sizes.at(self.consumed_packs) // self.replicas
-        packs = [next(self._loaded) for _ in range(each)]
+            self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **settings))
+        packs_per_replica = self.sizes.at(self.consumed_packs) // self.replicas
+        packs = [next(self._loaded) for _ in range(packs_per_replica)]
         plans = self._batches.pop(0)
         self.consumed_packs += len(plans)
         return StepBatch(packs, plans)
 
     def replaced(self, batch: StepBatch, failed: Sequence[tuple[int, int]]) -> StepBatch:
-        """``batch`` with other samples in the places ``failed``, (pack of the batch, sample of the pack), read in this process.
+        """Return ``batch`` with other samples at the positions ``failed``, (pack of the batch, sample of the pack).
 
-        Raises ValueError when a dataset has no sample to put there.
+        They are read in this process. Raises ValueError if a dataset has no sample for a position.
         """
-        places: dict[int, list[int]] = {}
+        positions: dict[int, list[int]] = {}
         for pack, sample in failed:
-            places.setdefault(pack, []).append(sample)
+            positions.setdefault(pack, []).append(sample)
         plans = [
-            replaced_plan(pack.plan, places[number], self.reader.sources, self.planner.config) if number in places else pack.plan
+            replaced_plan(pack.plan, positions[number], self.reader.sources, self.planner.config) if number in positions else pack.plan
             for number, pack in enumerate(batch.packs)
         ]
-        # Who reads an image depends on all images of the step, so where ranks share them other packs are read again too.
-        again = range(len(plans)) if self.reader.share is not None else places
-        packs = [self.reader[StepPlan(tuple(plans), number)] if number in again else pack for number, pack in enumerate(batch.packs)]
-        new = {plan.number: plan for plan in plans}
-        return StepBatch(packs, [new.get(plan.number, plan) for plan in batch.plans])
+        # All images of a step decide who reads which, so where ranks share the images the other packs are read again as well.
+        reread = range(len(plans)) if self.reader.share is not None else positions
+        packs = [self.reader[StepPlan(tuple(plans), number)] if number in reread else pack for number, pack in enumerate(batch.packs)]
+        new_plans = {plan.number: plan for plan in plans}
+        return StepBatch(packs, [new_plans.get(plan.number, plan) for plan in batch.plans])
 
     def state_dict(self) -> dict[str, Any]:
-        """The planner's state after the packs handed out so far, whatever the workers have read beyond."""
+        """Return the planner's state after the packs handed out so far, regardless of what the workers have read."""
         return self.planner.state_at(self.consumed_packs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after a saved state; what was read ahead is thrown away."""
+        """Continue after a saved state; packs read ahead are discarded."""
         self.close()
         self.planner.load_state_dict(state)
-        self.consumed_packs = self.planner.made
+        self.consumed_packs = self.planner.packs_made
 
     def close(self) -> None:
         """Stop the workers. Iterating again continues after the packs handed out."""
@@ -296,15 +312,15 @@ class PackLoader:
         self._batches.clear()
 
     def plan_next(self) -> list[PackPlan]:
-        """Plan the next global batch beyond all planned ones, and give this replica's packs of it."""
-        first = self.consumed_packs + sum(map(len, self._batches))
-        plans = self.planner.packs(first, self.sizes.at(first))
+        """Plan the next global batch after all planned ones, and return this replica's packs of it."""
+        first_pack = self.consumed_packs + sum(map(len, self._batches))
+        plans = self.planner.packs(first_pack, self.sizes.at(first_pack))
         self._batches.append(plans)
         return assign_packs(plans, self.replicas)[self.replica]
 
 
 class _Plans:
-    """Sampler over this replica's plans. The data loader draws from it as its workers fall idle."""
+    """Sampler over this replica's plans. The data loader draws from it whenever a worker is idle."""
 
     def __init__(self, loader: PackLoader) -> None:
         self.loader = loader

@@ -1,6 +1,6 @@
-"""All noise of a training step, named by the image it is for: the same image gets the same noise on any rank, in any pack.
+"""All noise of a training step, keyed by its image: the same image gets the same noise on any rank and in any pack.
 
-Nothing here draws from a generator that advances, so kill, resume, other sizes and other packing leave every number as it was.
+Nothing here draws from a generator that advances. A kill, a resume, other parallel sizes or other packing therefore change no number.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from megatron_bagel.data.keyed_random import keyed_generator, keyed_normal
 from megatron_bagel.layout.pack import Pack, PackImage
 
 
-def _name(pack: Pack, image: PackImage, what: str) -> tuple[str, int, int, str, int, str]:
-    """Key of a draw for one VAE image. An editing step has an image twice, noised and clean: two encodings, two draws."""
+def _draw_name(pack: Pack, image: PackImage, purpose: str) -> tuple[str, int, int, str, int, str]:
+    """Return the key of a draw for one VAE image. An editing step encodes an image twice, noised and clean, with separate draws."""
     sample = pack.samples[image.sample]
-    return sample.dataset, sample.index, sample.epoch, what, image.image, "noised" if image.noised else "clean"
+    return sample.dataset, sample.index, sample.epoch, purpose, image.image, "noised" if image.noised else "clean"
 
 
 def raw_timesteps(pack: Pack, seed: int) -> np.ndarray:
-    """Raw timestep of every VAE image, float32 [images]: standard normal for noised ones, -inf (timestep 0) for clean ones.
+    """Return the raw timestep of every VAE image, float32 [images]: standard normal if noised, -inf (timestep 0) if clean.
 
     Frames of one clip share a draw.
     """
@@ -35,9 +35,11 @@ def raw_timesteps(pack: Pack, seed: int) -> np.ndarray:
 
 
 def flow_noise(pack: Pack, seed: int, channels: int) -> torch.Tensor:
-    """Noise of every VAE token, float32 [n_vae, channels] on the CPU; zeros for clean images, whose timestep is 0."""
+    """Return the noise of every VAE token, float32 [n_vae, channels] on the CPU; zeros for clean images, whose timestep is 0."""
     parts = [
-        keyed_normal((image.tokens, channels), seed, *_name(pack, image, "flow")) if image.noised else torch.zeros(image.tokens, channels)
+        keyed_normal((image.tokens, channels), seed, *_draw_name(pack, image, "flow"))
+        if image.noised
+        else torch.zeros(image.tokens, channels)
         for image in pack.images_of("vae")
     ]
     return torch.cat(parts) if parts else torch.zeros(0, channels)
@@ -46,11 +48,11 @@ def flow_noise(pack: Pack, seed: int, channels: int) -> torch.Tensor:
 def posterior_noise(
     pack: Pack, seed: int, z_channels: int, downsample: int, images: Sequence[PackImage] | None = None
 ) -> list[torch.Tensor]:
-    """Noise to sample the autoencoder's posterior with, one float32 [z_channels, height / downsample, width / downsample] per image.
+    """Return the noise that samples the autoencoder's posterior, float32 [z_channels, height / downsample, width / downsample] each.
 
-    ``images`` are all VAE images of the pack by default.
+    ``images`` defaults to all VAE images of the pack.
     """
     return [
-        keyed_normal((z_channels, image.height // downsample, image.width // downsample), seed, *_name(pack, image, "posterior"))
+        keyed_normal((z_channels, image.height // downsample, image.width // downsample), seed, *_draw_name(pack, image, "posterior"))
         for image in (pack.images_of("vae") if images is None else images)
     ]

@@ -1,4 +1,4 @@
-"""Packs of a global batch, dealt to data-parallel replicas so that none waits long for another."""
+"""Assigns the packs of a global batch to data-parallel replicas so that no replica waits long for another."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ class PackPlan:
 
 
 def assign_packs(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan]]:
-    """Deal a global batch to data-parallel replicas: equally many packs each, costs as equal as a greedy deal makes them.
+    """Assign a global batch to data-parallel replicas: equally many packs each, with costs balanced greedily.
 
-    The costliest pack goes first, each to the replica with the least work so far (Graham's longest-processing-time rule); inside
-    a replica packs keep their canonical order. Raises ValueError when the packs cannot be shared out evenly.
+    The most expensive pack goes first, each to the replica with the least work so far (Graham's longest-processing-time rule). Inside a
+    replica packs keep their canonical order.
+
+    Raises:
+        ValueError: If the number of replicas does not divide the number of packs.
     """
     if replicas < 1 or len(packs) % replicas:
         raise ValueError(
-            f"a global batch of {len(packs)} packs cannot be dealt evenly to {replicas} data-parallel replicas; "
+            f"a global batch of {len(packs)} packs cannot be divided evenly among {replicas} data-parallel replicas; "
             "make --global_batch_size a multiple of the number of replicas"
         )
     in_order = sorted(packs, key=lambda pack: pack.number)

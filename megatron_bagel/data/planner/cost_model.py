@@ -1,6 +1,6 @@
 """What the planner knows of a sample: three numbers per candidate, so that millions of them are planned as arrays.
 
-A sample's real length is known before it is read, because condition dropout is a keyed draw and not a surprise of the loader.
+A sample's final length is known before it is read, because condition dropout is a keyed draw.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CostModel:
 
     @classmethod
     def of(cls, arch: BagelArch) -> CostModel:
-        """The ratios of a model, by its floating-point operations (2 per multiply-add; backward twice the forward pass)."""
+        """Return the ratios of a model by its floating-point operations (2 per multiply-add; backward twice the forward pass)."""
         llm, vit, autoencoder = arch.llm, arch.vit, arch.autoencoder
         queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
         per_layer = llm.hidden_size * (2 * queries + 2 * keys) + 3 * llm.hidden_size * llm.intermediate_size
@@ -48,22 +48,22 @@ class CostModel:
 
 
 def _encoder_work_per_pixel(arch: AutoencoderArch) -> float:
-    """Operations of the encoder's 3x3 convolutions per input pixel: two per residual block, each level at a quarter of the area."""
+    """Return the operations of the encoder's 3x3 convolutions per input pixel: two per residual block, a quarter area per level."""
     work, width = 18.0 * arch.in_channels * arch.ch, arch.ch
     for level, multiple in enumerate(arch.ch_mult):
-        own = arch.ch * multiple
-        work += 18.0 * (width * own + (2 * arch.num_res_blocks - 1) * own * own) / 4**level
-        width = own
+        level_width = arch.ch * multiple
+        work += 18.0 * (width * level_width + (2 * arch.num_res_blocks - 1) * level_width * level_width) / 4**level
+        width = level_width
     return work + 4 * 18.0 * width * width / 4 ** (len(arch.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Arrays [n] (int64) over samples.
+    """Measures of samples, arrays [n] (int64).
 
-    ``tokens`` is the length in the pack, with the border tokens and without dropped items; ``full_tokens`` counts dropped items
-    too and is what the limit per sample is held against, so that dropout cannot decide which samples are ever trained on;
-    ``cost`` is in units of 1 / COST_UNIT decoder token.
+    ``tokens`` is the length in the pack, with border tokens and without dropped items. ``full_tokens`` also counts dropped items; the
+    limit per sample applies to it, so that dropout cannot decide which samples are ever trained on. ``cost`` is in units of
+    1 / COST_UNIT decoder token.
     """
 
     tokens: np.ndarray
@@ -74,7 +74,7 @@ class Measures:
 class SampleSource(Protocol):
     """A group of the data configuration as the planner sees it. Indexes count from 0 to ``len(source)``.
 
-    ``keep_position`` False starts the source anew on resume. ``describe`` names a sample for a reader: dataset, file and row.
+    ``keep_position`` False restarts the source on resume. ``describe`` names a sample for a reader: dataset, file and row.
     """
 
     name: str
@@ -90,7 +90,7 @@ class SampleSource(Protocol):
 
 
 def measure_sample(sample: Sample, spec: LayoutSpec, costs: CostModel) -> tuple[int, int, int]:
-    """(tokens, full_tokens, cost) of one sample, as in `Measures`."""
+    """Return (tokens, full_tokens, cost) of one sample, as in ``Measures``."""
     tokens = full_tokens = vit = vae = 0
     for item in sample.items:
         length = _undropped_tokens(item, spec)
@@ -114,17 +114,17 @@ def _undropped_tokens(item: Item, spec: LayoutSpec) -> int:
 
 
 def mask_area(items: Iterable[Item], spec: LayoutSpec) -> int:
-    """(query, key) pairs that attention works on in one sample, by the rule of layout/mask.py."""
-    area = seen = split = 0
+    """Return the (query, key) pairs that attention computes in one sample, by the rule of ``layout/mask.py``."""
+    area = visible_tokens = split_tokens = 0
     mode = Mode.CAUSAL
     for item in items:
         if item.dropped:
             continue
         if item.split_start:
-            split, mode = 0, split_mode(item)
-        split += item_tokens(item, spec)
+            split_tokens, mode = 0, split_mode(item)
+        split_tokens += item_tokens(item, spec)
         if item.split_end:
-            inside = split * (split + 1) // 2 if mode == Mode.CAUSAL else split * split
-            area += split * seen + inside
-            seen += 0 if mode == Mode.NOISE else split
+            split_area = split_tokens * (split_tokens + 1) // 2 if mode == Mode.CAUSAL else split_tokens * split_tokens
+            area += split_tokens * visible_tokens + split_area
+            visible_tokens += 0 if mode == Mode.NOISE else split_tokens
     return area

@@ -1,4 +1,4 @@
-"""A dataset group of the config, over the index: what the planner measures and the loader reads."""
+"""A dataset group of the config over the index: the planner measures it, and the loader reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples, Rows
-from megatron_bagel.data.index.train_val_split import EVERYTHING, Split
+from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValSplit
 from megatron_bagel.data.planner.cost_model import Measures
 from megatron_bagel.data.planner.sample_lengths import measure_rows
 from megatron_bagel.data.planner.sample_plan import (
@@ -29,7 +29,7 @@ from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
 
-_MEASURED = 1 << 13  # rows measured at once: the arrays stay in the cache, and one conversation of many turns widens few of them
+_ROWS_PER_MEASUREMENT = 1 << 13  # the arrays stay in the CPU's cache, and one conversation of many turns widens few of them
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class _Pass:
 
 
 class _LastPicture(threading.local):
-    """The picture that a thread decoded last, and its place: dataset, row, number. It does not travel with a pickled source."""
+    """The last picture that a thread decoded, and its location: dataset, row, number. It is not pickled with the source."""
 
-    place: tuple[str, int, int] | None = None
+    location: tuple[str, int, int] | None = None
     picture: Image
 
     def __reduce__(self) -> tuple[type[_LastPicture], tuple[()]]:
@@ -53,68 +53,70 @@ class _LastPicture(threading.local):
 
 
 class GroupSource:
-    """The samples of a group: its datasets one after the other, each in one or more passes (`DatasetReader.used_rows`).
+    """The samples of a group: its datasets one after the other, each in one or more passes (``DatasetReader.used_rows``).
 
     Pass k of n in epoch e draws as epoch e * n + k of its dataset, so that passes differ in captions, dropout and noise.
     """
 
     def __init__(
-        self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings, split: Split = EVERYTHING,
+        self, group: GroupConfig, readers: Sequence[DatasetReader], settings: PlanSettings, train_val_split: TrainValSplit = ALL_ROWS,
         latents: LatentCache | None = None,
     ) -> None:  # fmt: skip
-        """``split`` says which rows are read; VAE images come from ``latents`` where given.
+        """Open the group over the rows of ``train_val_split``; VAE images come from ``latents`` if given.
 
-        Raises ValueError when the group's images can be too large for the model, or when it has no sample at all.
+        Raises ValueError if the group's images can be too large for the model, or if it has no sample at all.
         """
         check_image_limits(group, settings.layout, settings.visual_und)
         self.group, self.settings, self.latents = group, settings, latents
         self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
-        self._last = _LastPicture()
+        self._last_picture = _LastPicture()
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
-            passes = reader.used_rows(entry, group, split)
+            passes = reader.used_rows(entry, group, train_val_split)
             if len(group.datasets) == 1:
-                passes = passes[:1]  # alone in its group, a dataset's repetitions change nothing
+                passes = passes[:1]  # repeating the only dataset of a group changes nothing
             self._passes += [_Pass(reader, rows, number, len(passes)) for number, rows in enumerate(passes)]
-        self._starts = np.cumsum([0, *(len(each.rows) for each in self._passes)])
+        self._starts = np.cumsum([0, *(len(dataset_pass.rows) for dataset_pass in self._passes)])
         if not len(self):
             names = ", ".join(entry.name for entry in group.datasets)
             raise ValueError(
-                f"group {group.name} has no sample for {split.part}: the index of {names} is empty, num_used_data takes only skipped "
-                "rows, or --split leaves none"
+                f"group {group.name} has no sample for {train_val_split.part}: the index of {names} is empty, num_used_data selects only "
+                "skipped rows, or --split leaves none"
             )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def datasets(self) -> dict[str, range]:
-        """Name of each dataset, and the group's indexes of its first pass: each of its rows once."""
+        """Return each dataset's name and the group's indexes of its first pass, which has each of its rows once."""
         ranges: dict[str, range] = {}
-        for number, each in enumerate(self._passes):
-            ranges.setdefault(each.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
+        for number, dataset_pass in enumerate(self._passes):
+            ranges.setdefault(dataset_pass.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
         return ranges
 
     def siblings(self, index: int) -> range:
-        """The group's indexes of the pass over a dataset that ``index`` belongs to."""
+        """Return the group's indexes of the pass over a dataset that contains ``index``."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return range(int(self._starts[number]), int(self._starts[number + 1]))
 
     def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
-        """Lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
+        """Return lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
         if len(self._passes) == 1 and len(indexes):
-            alone = self._passes[0]
-            return Measures(*self._measure_pass(alone, alone.rows[indexes], epoch))
+            single_pass = self._passes[0]
+            return Measures(*self._measure_pass(single_pass, single_pass.rows[indexes], epoch))
         measured = np.zeros((3, len(indexes)), dtype=np.int64)
         numbers = np.searchsorted(self._starts, indexes, side="right") - 1
         for number in np.unique(numbers):
-            each, mine = self._passes[number], numbers == number
-            offsets = indexes[mine] - self._starts[number]
-            measured[:, mine] = self._measure_pass(each, each.rows[offsets], epoch * each.passes + each.number)
+            dataset_pass, is_pass = self._passes[number], numbers == number
+            offsets = indexes[is_pass] - self._starts[number]
+            measured[:, is_pass] = self._measure_pass(
+                dataset_pass, dataset_pass.rows[offsets], epoch * dataset_pass.passes + dataset_pass.number
+            )
         return Measures(*measured)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """The plan of one sample, with its token ids."""
+        """Return the plan of one sample, with its token ids."""
         reader, row, epoch = self._locate(index, epoch)
         record = reader.record(row)
         draws = KeyedDraws(self.settings.seed, reader.name, row, epoch)
@@ -125,10 +127,12 @@ class GroupSource:
         return Sample(reader.name, row, epoch, items, self.group.name)
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """One image of a sample after its transform, float32 [3, height, width]; a VAE image of a source with a latent cache is its
-        posterior, [2 * z, height / downsample, width / downsample].
+        """Return one image of a sample after its transform, float32 [3, height, width].
 
-        Raises ValueError when it cannot be decoded, or is another picture than the index says.
+        With a latent cache, a VAE image is its posterior, [2 * z, height / downsample, width / downsample].
+
+        Raises:
+            ValueError: If it cannot be decoded, or differs from the picture in the index.
         """
         if self.latents is None or image.kind != "vae":
             return self.picture(index, image)
@@ -137,52 +141,58 @@ class GroupSource:
         return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
 
     def picture(self, index: int, image: PackImage) -> torch.Tensor:
-        """One image of a sample after its transform, float32 [3, height, width], whether a latent cache holds it or not.
+        """Return one image of a sample after its transform, float32 [3, height, width], also if a latent cache holds it.
 
-        Raises ValueError as `pixels` does.
+        Raises ValueError as ``pixels`` does.
         """
         reader, row, _ = self._locate(index, 0)
         decoded = self._decoded(reader, row, image.image)
         return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
 
     def _decoded(self, reader: DatasetReader, row: int, number: int) -> Image:
-        """One picture of a row. The last one is kept: ViT and autoencoder often take the same."""
-        if self._last.place == (reader.name, row, number):
-            return self._last.picture
+        """Decode one picture of a row. The last one is cached, because ViT and autoencoder often take the same."""
+        if self._last_picture.location == (reader.name, row, number):
+            return self._last_picture.picture
         record = reader.record(row)
         width, height = int(record.widths[number]), int(record.heights[number])
         decoded = decode_rgb(reader.image_bytes(row, number), width * height)
         if decoded.size != (width, height):
             raise ValueError(f"the picture is {decoded.width} x {decoded.height}, the index says {width} x {height}; build it again")
-        self._last.place, self._last.picture = (reader.name, row, number), decoded
+        self._last_picture.location, self._last_picture.picture = (reader.name, row, number), decoded
         return decoded
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from, for messages."""
+        """Return where a sample comes from, for messages."""
         reader, row, _ = self._locate(index, 0)
         path, line = reader.source(row)
         return f"{reader.name} sample {row} ({path}, row {line})"
 
-    def _measure_pass(self, each: _Pass, rows: np.ndarray, epoch: int) -> np.ndarray:
+    def _measure_pass(self, dataset_pass: _Pass, rows: np.ndarray, epoch: int) -> np.ndarray:
         measured = np.zeros((3, len(rows)), dtype=np.int64)
-        columns, order = each.reader.columns(rows)
-        for first in range(0, len(rows), _MEASURED):
-            mine = order[first : first + _MEASURED]
-            places = np.arange(first, first + len(mine))
-            measured[:, mine] = measure_rows(columns, places, each.reader.name, rows[mine], epoch, self.group, self.settings)
+        columns, order = dataset_pass.reader.columns(rows)
+        for start in range(0, len(rows), _ROWS_PER_MEASUREMENT):
+            chunk = order[start : start + _ROWS_PER_MEASUREMENT]
+            column_rows = np.arange(start, start + len(chunk))
+            measured[:, chunk] = measure_rows(columns, column_rows, dataset_pass.reader.name, rows[chunk], epoch, self.group, self.settings)
         return measured
 
     def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"group {self.name} has samples 0 to {len(self) - 1}, no sample {index}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        each = self._passes[number]
-        return each.reader, int(each.rows[index - int(self._starts[number])]), epoch * each.passes + each.number
+        dataset_pass = self._passes[number]
+        return (
+            dataset_pass.reader,
+            int(dataset_pass.rows[index - int(self._starts[number])]),
+            epoch * dataset_pass.passes + dataset_pass.number,
+        )
 
 
 def open_sources(
-    groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, split: Split = EVERYTHING,
+    groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, train_val_split: TrainValSplit = ALL_ROWS,
     latents: LatentCache | None = None,
 ) -> list[GroupSource]:  # fmt: skip
-    """One source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
-    return [GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, split, latents) for group in groups]
+    """Open one source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
+    return [
+        GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, train_val_split, latents) for group in groups
+    ]

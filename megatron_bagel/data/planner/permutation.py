@@ -1,8 +1,8 @@
-"""The shuffled order of a data set with random access: place -> row, one pass visits every row once, nothing is stored.
+"""The shuffled order of a dataset with random access: position -> row. One pass visits every row once, and nothing is stored.
 
-Up to 2^16 rows the order is the argsort of one random word per row. Above, a Feistel network over the next power of two is
-walked until it lands inside the range (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so a
-data set of a billion rows costs no memory and any place of any epoch is reached at once.
+For up to 2^16 rows the order is the argsort of one random word per row. Above, a Feistel network over the next power of two is
+applied until the result is inside the range (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). A
+dataset of a billion rows then needs no memory, and any position of any epoch is available at once.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import numpy as np
 from megatron_bagel.data.keyed_random import keyed_word, mix64
 
 _STORED_SIZE = 1 << 16
-_ROUNDS = 6  # even, so that the two halves end with the widths they began with
+_ROUNDS = 6  # even, so that the two halves end with their initial widths
 
 
-def permuted(places: np.ndarray, size: int, seed: int, *what: int | str) -> np.ndarray:
-    """Rows (int64) at ``places`` of the order of ``range(size)`` named by ``(seed, *what)``.
+def permuted(positions: np.ndarray, size: int, seed: int, *name: int | str) -> np.ndarray:
+    """Return the rows (int64) at ``positions`` of the order of ``range(size)`` keyed by ``(seed, *name)``.
 
-    ``places`` is an int64 array with values in [0, size). For a fixed name this is a bijection of ``range(size)``.
+    ``positions`` is an int64 array with values in [0, size). For a fixed key this is a bijection of ``range(size)``.
     """
     if size <= _STORED_SIZE:
-        return _stored(size, seed, what)[places]
-    return _feistel(places, size, seed, what)
+        return _stored(size, seed, name)[positions]
+    return _feistel(positions, size, seed, name)
 
 
 @lru_cache(maxsize=32)
-def _stored(size: int, seed: int, what: tuple[int | str, ...]) -> np.ndarray:
-    return np.argsort(keyed_word(seed, *what, np.arange(size)), kind="stable")
+def _stored(size: int, seed: int, name: tuple[int | str, ...]) -> np.ndarray:
+    return np.argsort(keyed_word(seed, *name, np.arange(size)), kind="stable")
 
 
-def _feistel(places: np.ndarray, size: int, seed: int, what: tuple[int | str, ...]) -> np.ndarray:
+def _feistel(positions: np.ndarray, size: int, seed: int, name: tuple[int | str, ...]) -> np.ndarray:
     bits = (size - 1).bit_length()
-    keys = [np.uint64(keyed_word(seed, *what, "round", i)) for i in range(_ROUNDS)]
-    rows = _network(places.astype(np.uint64), bits, keys)
-    while (outside := rows >= size).any():
-        rows[outside] = _network(rows[outside], bits, keys)
+    keys = [np.uint64(keyed_word(seed, *name, "round", i)) for i in range(_ROUNDS)]
+    rows = _network(positions.astype(np.uint64), bits, keys)
+    while (is_outside := rows >= size).any():
+        rows[is_outside] = _network(rows[is_outside], bits, keys)
     return rows.astype(np.int64)
 
 
 def _network(values: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
-    """A bijection of [0, 2^bits) on uint64 arrays: halves of ``bits // 2`` and the rest, swapping roles every round."""
+    """Apply a bijection of [0, 2^bits) to uint64 values: two halves of the bits swap roles every round."""
     right_bits = bits // 2
     left_bits = bits - right_bits
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)

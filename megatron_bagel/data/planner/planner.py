@@ -1,9 +1,9 @@
-"""Which samples make which pack: a pure function of (configuration, data, number of packs already made).
+"""Which samples make which pack: a pure function of (configuration, data, number of earlier packs).
 
-Packs form one endless global sequence that knows nothing of ranks or workers; a global batch is a slice of it. Every rank runs
-the planner itself and gets the same packs, and a run that resumes on other sizes continues the same sequence. Packs are planned in
-blocks (block.py). The state is the stream's counters, the samples that wait, and the packs of the begun block that are still
-to come: at most a few hundred kilobytes, whatever the size of the data.
+Packs form one endless global sequence that is independent of ranks and workers; a global batch is a slice of it. Every rank runs the
+planner and gets the same packs, and a run that resumes with other parallel sizes continues the same sequence. Packs are planned in
+blocks (block.py). The state consists of the stream's counters, the waiting samples, and the remaining packs of the current block: at
+most a few hundred kilobytes for data of any size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from megatron_bagel.data.planner.stream import TOKENS, CandidateStream, Skips
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED = 4096  # packs behind the newest, at least, whose state can be asked for without planning anew
+_REMEMBERED_PACKS = 4096  # packs behind the newest whose state is available without planning again
 
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """``max_num_tokens`` is a pack's capacity. A pack is filled in stream order up to ``expected_num_tokens``, beyond by best fit.
+    """Settings of the planner.
 
-    ``window`` is how many candidates are left over at least when packs are made (the original's ``max_buffer_size``): more fill packs
-    better, and move samples further from their place in the stream. Samples longer than ``max_num_tokens_per_sample`` are skipped,
-    counted and listed.
+    ``max_num_tokens`` is a pack's capacity. A pack is filled in stream order up to ``expected_num_tokens``, and beyond by best fit.
+    At least ``window`` candidates stay waiting (the original's ``max_buffer_size``). A larger window fills packs better and moves
+    samples further from their position in the stream. Samples longer than ``max_num_tokens_per_sample`` are skipped, counted and
+    listed.
     """
 
     max_num_tokens: int = 36864
@@ -52,16 +53,16 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """A block in the sequence: its first pack's number, and the stream's counters behind it."""
+class _PlannedBlock:
+    """A block in the sequence: the number of its first pack, and the stream's counters behind it."""
 
-    first: int
+    first_pack: int
     block: Block
     counters: dict[str, Any]
 
     @cached_property
     def end(self) -> int:
-        return self.first + len(self.block)
+        return self.first_pack + len(self.block)
 
 
 class Planner:
@@ -75,46 +76,46 @@ class Planner:
 
     @property
     def skips(self) -> Skips:
-        """Samples left out so far."""
+        """Return the samples skipped so far."""
         return self.stream.skips
 
     def skipped(self) -> list[dict[str, Any]]:
-        """The first thousand samples left out, for a log or a file: group, sample index, epoch, reason, and where the sample lies."""
+        """Return the first thousand skipped samples for a log or a file: group, sample index, epoch, reason and origin."""
         sources = {source.name: source for source in self.stream.sources}
         return [
             {"group": name, "index": index, "epoch": epoch, "reason": reason, "where": sources[name].describe(index)}
-            for (name, index, epoch), reason in self.skips.listed.items()
+            for (name, index, epoch), reason in self.skips.reasons.items()
         ]
 
     def batch(self, step: int) -> list[PackPlan]:
-        """The packs of global batch ``step`` (counted from 0), in canonical order."""
+        """Return the packs of global batch ``step`` (counted from 0), in canonical order."""
         return self.packs(step * self.config.global_batch_size, self.config.global_batch_size)
 
     def packs(self, first: int, count: int) -> list[PackPlan]:
-        """Packs ``first`` to ``first + count - 1`` of the sequence. Asking in order is cheap; a jump is planned through."""
-        made = [self._pack(number) for number in range(first, first + count)]
-        self._made = first + count
-        return made
+        """Return packs ``first`` to ``first + count - 1`` of the sequence. A jump ahead plans all packs in between."""
+        plans = [self._pack(number) for number in range(first, first + count)]
+        self._packs_made = first + count
+        return plans
 
     @property
-    def made(self) -> int:
-        """Packs of the sequence that were made so far: up to the last one asked for."""
-        return self._made
+    def packs_made(self) -> int:
+        """Return the number of packs made so far: up to the last requested one."""
+        return self._packs_made
 
     def state_dict(self) -> dict[str, Any]:
-        """State after the packs made so far: numbers, strings and lists only."""
-        return self.state_at(self._made)
+        """Return the state after the packs made so far: only numbers, strings and lists."""
+        return self.state_at(self._packs_made)
 
     def state_at(self, packs: int) -> dict[str, Any]:
-        """State after the first ``packs`` packs, without planning anything where the planner still remembers that point.
+        """Return the state after the first ``packs`` packs, without planning if the planner still remembers that point.
 
-        The loader plans ahead of training; a checkpoint asks for the state after the packs that were trained on.
+        The loader plans ahead of training, so a checkpoint asks for the state after the packs that were trained on.
         """
-        planned = self._reach(packs, packs)
-        block, done = planned.block, packs - planned.first
-        bounds = block.bounds[done:]
+        planned_block = self._reach(packs, packs)
+        block, done_packs = planned_block.block, packs - planned_block.first_pack
+        bounds = block.bounds[done_packs:]
         return {
-            **planned.counters,
+            **planned_block.counters,
             "packs": packs,
             "waiting": picks(block.waiting).tolist(),
             "ages": block.waiting[:, AGE].tolist(),
@@ -124,15 +125,16 @@ class Planner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after a saved state. Groups are matched by name, so groups may be added, removed or reordered.
 
-        Packs that were planned already come as they are; a changed configuration counts from the next block on. Only packs that a
-        removed group or a smaller ``max_num_tokens`` makes impossible are taken apart, and their samples packed anew.
+        Packs planned before the save stay unchanged, and a changed configuration applies from the next block on. Packs that a removed
+        group or a smaller ``max_num_tokens`` makes impossible are taken apart, and their samples packed again.
 
-        Raises ValueError when a group changed its size: its order would no longer be the one that was interrupted.
+        Raises:
+            ValueError: If a group has changed its size, because its order would not be the interrupted one.
         """
         if state["seed"] != self.config.seed:
             log.warning(
-                "--data_seed is %d, the checkpoint was taken with %d: orders change under way, so in the epoch that was begun some samples "
-                "come twice and some not at all", self.config.seed, state["seed"],
+                "--data_seed is %d, but the checkpoint was saved with %d: the order changes, so some samples of the current epoch come "
+                "twice and others not at all", self.config.seed, state["seed"],
             )  # fmt: skip
         self.stream.restart()
         numbers = self._matched_groups(state)
@@ -140,51 +142,52 @@ class Planner:
         waiting = [[*pick, age] for pick, age in zip(state["waiting"], state["ages"], strict=True)]
         packs = []
         for planned in state["planned"]:
-            here = [[numbers[number], index, epoch] for number, index, epoch in planned if number in numbers]
-            rows = self.stream.measured(np.array(here, dtype=np.int64).reshape(-1, 3))
-            if len(here) == len(planned) and rows[:, TOKENS].sum() <= self.config.max_num_tokens:
+            known_picks = [[numbers[number], index, epoch] for number, index, epoch in planned if number in numbers]
+            rows = self.stream.measure_picks(np.array(known_picks, dtype=np.int64).reshape(-1, 3))
+            if len(known_picks) == len(planned) and rows[:, TOKENS].sum() <= self.config.max_num_tokens:
                 packs.append(rows)
             else:
                 waiting += [[*pick, 0] for pick in planned]
-        kept = [[numbers[number], index, epoch, age] for number, index, epoch, age in waiting if number in numbers]
-        kept = np.array(kept, dtype=np.int64).reshape(-1, 4)
+        known_waiting = [[numbers[number], index, epoch, age] for number, index, epoch, age in waiting if number in numbers]
+        known_waiting = np.array(known_waiting, dtype=np.int64).reshape(-1, 4)
         rows = np.concatenate([no_candidates()[:, :AGE], *packs])
         bounds = np.cumsum([0, *map(len, packs)])
-        block = Block(rows, bounds, np.column_stack([self.stream.measured(kept[:, :3]), kept[:, 3]]))
-        self._begin(_Planned(state["packs"], block, self._counters(state["blocks"])))
+        block = Block(rows, bounds, np.column_stack([self.stream.measure_picks(known_waiting[:, :3]), known_waiting[:, 3]]))
+        self._begin(_PlannedBlock(state["packs"], block, self._counters(state["blocks"])))
 
     def _matched_groups(self, state: Mapping[str, Any]) -> dict[int, int]:
-        """Where the saved groups stand in this configuration, by their saved numbers; sets the stream to their places."""
-        saved = {name: number for number, name in enumerate(state["names"])}
+        """Return the current numbers of the saved groups by their saved numbers, and set the stream to their positions."""
+        saved_numbers = {name: number for number, name in enumerate(state["names"])}
         numbers = {}
         for number, source in enumerate(self.stream.sources):
-            if source.name not in saved or not source.keep_position:
+            if source.name not in saved_numbers or not source.keep_position:
                 log.info("dataset group %s starts at the beginning of its order", source.name)
                 continue
-            old = saved[source.name]
-            if state["sizes"][old] != len(source):
+            saved_number = saved_numbers[source.name]
+            if state["sizes"][saved_number] != len(source):
                 raise ValueError(
-                    f"dataset group {source.name!r} has {len(source)} samples, the checkpoint was taken with {state['sizes'][old]}; "
-                    "use the same data and num_used_data, or set resume_data_status: False for this group to start its order anew"
+                    f"dataset group {source.name!r} has {len(source)} samples, but the checkpoint was saved with "
+                    f"{state['sizes'][saved_number]}; use the same data "
+                    "and num_used_data, or set resume_data_status: False for this group to restart its order"
                 )
-            numbers[old] = number
-            self.stream.places[number] = state["places"][old]
-            self.stream.streaks[number] = state["streaks"][old]
-            self.stream.skips.counts[number] = state["skipped"][old]
-        if gone := sorted(set(saved) - {source.name for source in self.stream.sources}):
-            log.warning("dataset groups %s of the checkpoint are not in the configuration any more", ", ".join(gone))
+            numbers[saved_number] = number
+            self.stream.positions[number] = state["places"][saved_number]
+            self.stream.streaks[number] = state["streaks"][saved_number]
+            self.stream.skips.counts[number] = state["skipped"][saved_number]
+        if removed_names := sorted(set(saved_numbers) - {source.name for source in self.stream.sources}):
+            log.warning("the configuration no longer has the dataset groups %s of the checkpoint", ", ".join(removed_names))
         return numbers
 
     def _restart(self) -> None:
         self.stream.restart()
-        nothing = Block(no_candidates()[:, :AGE], np.zeros(1, dtype=np.int64), no_candidates())
-        self._begin(_Planned(0, nothing, self._counters(0)))
+        empty_block = Block(no_candidates()[:, :AGE], np.zeros(1, dtype=np.int64), no_candidates())
+        self._begin(_PlannedBlock(0, empty_block, self._counters(0)))
 
-    def _begin(self, planned: _Planned) -> None:
-        """Continue behind ``planned``, with the stream standing there."""
-        self._base = planned
-        self._blocks = deque([planned])
-        self._made = planned.first
+    def _begin(self, planned_block: _PlannedBlock) -> None:
+        """Continue behind ``planned_block``, where the stream now is."""
+        self._base = planned_block
+        self._blocks = deque([planned_block])
+        self._packs_made = planned_block.first_pack
 
     def _counters(self, blocks: int) -> dict[str, Any]:
         stream = self.stream
@@ -194,49 +197,49 @@ class Planner:
             "names": [source.name for source in stream.sources],
             "sizes": [len(source) for source in stream.sources],
             "draws": stream.draws,
-            "places": list(stream.places),
+            "places": list(stream.positions),
             "streaks": list(stream.streaks),
             "skipped": list(stream.skips.counts),
         }
 
     def _pack(self, number: int) -> PackPlan:
-        """Pack ``number`` of the sequence."""
-        planned = self._reach(number, number + 1)
-        block, place = planned.block, number - planned.first
-        samples = tuple(zip(*picks(block.rows[block.bounds[place] : block.bounds[place + 1]]).T.tolist(), strict=True))
-        tokens, cost = block.sums[place]
+        """Return pack ``number`` of the sequence."""
+        planned_block = self._reach(number, number + 1)
+        block, offset = planned_block.block, number - planned_block.first_pack
+        samples = tuple(zip(*picks(block.rows[block.bounds[offset] : block.bounds[offset + 1]]).T.tolist(), strict=True))
+        tokens, cost = block.sums[offset]
         return PackPlan(number, samples, tokens, cost / COST_UNIT)
 
-    def _reach(self, begin: int, packs: int) -> _Planned:
-        """The first block from ``begin`` on at whose end ``packs`` packs or more are made; plans as far as needed."""
-        if begin < self._blocks[0].first:
-            if begin < self._base.first:
+    def _reach(self, begin: int, packs: int) -> _PlannedBlock:
+        """Return the first block from ``begin`` on whose end is at ``packs`` packs or more; plan as far as needed."""
+        if begin < self._blocks[0].first_pack:
+            if begin < self._base.first_pack:
                 self._restart()
             else:
                 self._rewind(self._base)
         while self._blocks[-1].end < packs:
             self._plan_block()
-        if self._blocks[-1].first < packs:
+        if self._blocks[-1].first_pack < packs:
             return self._blocks[-1]
-        # Mostly one of the newest: workers read a little ahead of training.
-        for place in range(len(self._blocks) - 1, 0, -1):
-            if self._blocks[place - 1].end < packs:
-                return self._blocks[place]
+        # The block is mostly one of the newest, because workers read slightly ahead of training.
+        for position in range(len(self._blocks) - 1, 0, -1):
+            if self._blocks[position - 1].end < packs:
+                return self._blocks[position]
         return self._blocks[0]
 
     def _plan_block(self) -> None:
-        last = self._blocks[-1]
-        number = last.counters["blocks"]
-        block = plan_block(self.stream, last.block.waiting, number, self._settings)
-        self._blocks.append(_Planned(last.end, block, self._counters(number + 1)))
-        remembered = max(_REMEMBERED, 32 * self.config.global_batch_size)
-        while self._blocks[1].first < self._blocks[-1].first - remembered:
+        last_block = self._blocks[-1]
+        number = last_block.counters["blocks"]
+        block = plan_block(self.stream, last_block.block.waiting, number, self._settings)
+        self._blocks.append(_PlannedBlock(last_block.end, block, self._counters(number + 1)))
+        remembered = max(_REMEMBERED_PACKS, 32 * self.config.global_batch_size)
+        while self._blocks[1].first_pack < self._blocks[-1].first_pack - remembered:
             self._blocks.popleft()
 
-    def _rewind(self, planned: _Planned) -> None:
-        """Set the stream back to where it stood behind ``planned``; what was listed as skipped stays listed."""
-        counters = planned.counters
+    def _rewind(self, planned_block: _PlannedBlock) -> None:
+        """Reset the stream to its counters behind ``planned_block``; recorded skips stay recorded."""
+        counters = planned_block.counters
         self.stream.draws = counters["draws"]
-        self.stream.places, self.stream.streaks = list(counters["places"]), list(counters["streaks"])
+        self.stream.positions, self.stream.streaks = list(counters["places"]), list(counters["streaks"])
         self.stream.skips.counts = list(counters["skipped"])
-        self._begin(planned)
+        self._begin(planned_block)

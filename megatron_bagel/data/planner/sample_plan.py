@@ -1,9 +1,9 @@
-"""What a sample shows this epoch: which caption, which edit steps, which conditions are dropped; integers only.
+"""What a sample shows in an epoch: which caption, which edit steps, which conditions are dropped; integers only.
 
-The rules are the original's, the draws are not: each is a pure function of (seed, dataset, row, epoch, its own name), so a sample's
-length is known before it is read and no draw depends on another sample. One quirk of the original is kept, because it shapes the
-mix of examples: an editing chain of two steps whose instructions are joined ends one step early when it would have ended on the
-row's last image, so that a joined instruction then has one part.
+The rules are the original's, but each draw is a pure function of (seed, dataset, row, epoch, its name). A sample's length is therefore
+known before it is read, and no draw depends on another sample. One quirk of the original stays, because it shapes the mix of examples.
+An editing chain of two steps with joined instructions ends one step early if it would end on the row's last image; the joined
+instruction then has one part.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ JOIN_PROBABILITY = 0.5
 
 
 class Draws(Protocol):
-    """Source of a sample's choices; ``what`` names the choice."""
+    """A source of a sample's choices, each with a name."""
 
-    def choice(self, count: int, what: str) -> int:
-        """A number in [0, count)."""
+    def choice(self, count: int, choice_name: str) -> int:
+        """Return a number in [0, count)."""
         ...
 
-    def chance(self, probability: float, what: str) -> bool:
-        """True with ``probability``."""
+    def chance(self, probability: float, choice_name: str) -> bool:
+        """Return True with ``probability``."""
         ...
 
 
@@ -47,16 +47,16 @@ class KeyedDraws:
     index: int
     epoch: int
 
-    def choice(self, count: int, what: str) -> int:
-        return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, what)
+    def choice(self, count: int, choice_name: str) -> int:
+        return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, choice_name)
 
-    def chance(self, probability: float, what: str) -> bool:
-        return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, what) < probability
+    def chance(self, probability: float, choice_name: str) -> bool:
+        return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, choice_name) < probability
 
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Probability that a condition of a kind is left out, drawn for every condition by itself."""
+    """Probability that a condition of a kind is left out, drawn separately for every condition."""
 
     text: float = 0.1
     vae: float = 0.3
@@ -70,7 +70,7 @@ class ConditionDropout:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a sample's plan depends on beside the sample. ``visual_und`` False leaves the ViT images of editing samples out."""
+    """The inputs of a sample's plan besides the sample. ``visual_und`` False leaves out the ViT images of editing samples."""
 
     seed: int
     layout: LayoutSpec
@@ -81,7 +81,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """One item before its ids and sizes are looked up: ``texts`` are positions among the record's texts, joined in order."""
+    """One item before its ids and sizes are known: ``texts`` are indexes of the record's texts, joined in order."""
 
     kind: str
     loss: bool = False
@@ -92,7 +92,7 @@ class PlannedItem:
 
 
 def choose_items(record: Record, draws: Draws) -> list[PlannedItem]:
-    """The items of a sample in sequence order, before dropout."""
+    """Choose the items of a sample in sequence order, before dropout."""
     if record.group == T2I:
         caption = draws.choice(len(record.text_tokens), "caption")
         return [PlannedItem("text", droppable=True, texts=(caption,)), PlannedItem("vae", loss=True, image=0)]
@@ -142,7 +142,7 @@ def _turns(record: Record) -> list[PlannedItem]:
 
 
 def drop_conditions(items: Sequence[PlannedItem], dropout: ConditionDropout, draws: Draws) -> list[PlannedItem]:
-    """Mark the conditions that dropout removes; each has its own draw, in plan order."""
+    """Mark the conditions that dropout removes; each has a separate draw, in plan order."""
     return [
         replace(item, dropped=draws.chance(getattr(dropout, item.kind), f"drop{position}")) if item.droppable else item
         for position, item in enumerate(items)
@@ -150,7 +150,7 @@ def drop_conditions(items: Sequence[PlannedItem], dropout: ConditionDropout, dra
 
 
 def transform_of(group: GroupConfig, kind: str) -> TransformArgs:
-    """The transform of images of ``kind`` ("vit" or "vae") in a group. Raises ValueError when the config has none."""
+    """Return the transform of images of ``kind`` ("vit" or "vae") in a group. Raises ValueError if the config has none."""
     args = group.vit_image_transform if group.name == EDIT and kind == "vit" else group.image_transform
     if args is None:
         raise ValueError(f"group {group.name} has images but no transform for them in the dataset config")
@@ -160,7 +160,7 @@ def transform_of(group: GroupConfig, kind: str) -> TransformArgs:
 def build_items(
     planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray]
 ) -> tuple[Item, ...]:
-    """Items with their token ids, which ``text_ids`` reads, and image sizes after the transform."""
+    """Build items with their token ids, which ``text_ids`` reads, and image sizes after the transform."""
     items = []
     for item in planned:
         if item.kind == "text":
@@ -175,9 +175,9 @@ def build_items(
 
 
 def active_groups(groups: Sequence[GroupConfig], visual_gen: bool, visual_und: bool) -> tuple[list[GroupConfig], list[str]]:
-    """Groups that a run with these flags can train on, and a sentence for each one that is left out.
+    """Return the groups that a run with these flags can train on, and a sentence for each excluded one.
 
-    Raises ValueError when nothing is left.
+    Raises ValueError if no group remains.
     """
     active, reasons = [], []
     for group in groups:
@@ -193,9 +193,10 @@ def active_groups(groups: Sequence[GroupConfig], visual_gen: bool, visual_und: b
 
 
 def check_image_limits(group: GroupConfig, spec: LayoutSpec, visual_und: bool = True) -> None:
-    """Refuse transforms whose images could be larger than the model's position tables, or do not fit its patches.
+    """Check that a transform's images fit the model's position tables and its patches.
 
-    Raises ValueError naming the YAML key and the flag. With ``interpolate_pos`` positions are spread over the table: no limit.
+    With ``interpolate_pos`` positions are spread over the table, so there is no limit. Raises ValueError naming the YAML key and the
+    flag.
     """
     if group.name == TEXT:
         return

@@ -1,7 +1,7 @@
-"""The endless stream of candidates: groups drawn by weight, samples of a group in a fresh order every epoch, none twice in one.
+"""The endless stream of candidates: groups drawn by weight, and each group's samples in a new order every epoch, once per epoch.
 
-Everything is addressed by counters (draw number; place in a group's order), so the stream's whole state is one integer per group
-and one for the draws. Candidates travel as rows of an int64 array with the columns below.
+Everything is addressed by counters (draw number, position in a group's order). The stream's entire state is therefore one integer per
+group and one for the draws. Candidates are rows of an int64 array with the columns below.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from megatron_bagel.data.planner.permutation import permuted
 
 SOURCE, INDEX, EPOCH, TOKENS, FULL_TOKENS, COST = range(6)
 COLUMNS = 6
-_CHUNK_BITS = 16  # candidates of a group are measured in runs of up to 2^16: in a large index each run touches every shard
+_CHUNK_BITS = 16  # candidates of a group are measured in runs of up to 2^16; in a large index each run touches every shard
 _DRAW_BITS = 12  # groups are drawn in runs of 2^12
-_LISTED = 1000  # skipped samples kept by name; the rest are only counted
-_HOPELESS = 64, 1_000_000  # at least and at most so many skipped in a row, in between once round the source, end the run
+_MAX_LISTED = 1000  # skipped samples recorded by name; later ones are only counted
+_STREAK_LIMITS = 64, 1_000_000  # bounds of the skips in a row that end a run; between them it is the source's size
 
 
 @dataclass
 class Skips:
-    """Samples left out while planning: how many of each source, and the first of them by (source name, index, epoch)."""
+    """Samples skipped while planning: their number per source, and the reasons of the first ones by (source name, index, epoch)."""
 
     counts: list[int]
-    listed: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    reasons: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def add(self, name: str, rows: np.ndarray, reason: str) -> None:
-        """Count ``rows`` (of one source) and list them with the reason while there is room."""
+        """Count ``rows`` (of one source) and record the reason of the first ones."""
         self.counts[int(rows[0, SOURCE])] += len(rows)
-        for row in rows[: _LISTED - len(self.listed)]:
-            self.listed[name, int(row[INDEX]), int(row[EPOCH])] = f"{int(row[FULL_TOKENS])} tokens: {reason}"
+        for row in rows[: _MAX_LISTED - len(self.reasons)]:
+            self.reasons[name, int(row[INDEX]), int(row[EPOCH])] = f"{int(row[FULL_TOKENS])} tokens: {reason}"
 
 
 class CandidateStream:
-    """Weighted draws over sources. ``draws`` and ``places`` (one per source) are the state."""
+    """Weighted draws over sources. ``draws`` and ``positions`` (one per source) are the state."""
 
     def __init__(self, sources: Sequence[SampleSource], seed: int, max_tokens_per_sample: int) -> None:
-        """``max_tokens_per_sample`` is the length above which a sample is skipped.
+        """Start the stream at the first draw; samples of more than ``max_tokens_per_sample`` tokens are skipped.
 
-        Raises ValueError when there is no sample at all, or no positive weight to draw by.
+        Raises ValueError if there is no sample at all, or no positive weight.
         """
         for source in sources:
             if len(source) == 0:
-                raise ValueError(f"dataset group {source.name!r} has no sample: build its index, or take the group out of the config")
+                raise ValueError(f"dataset group {source.name!r} has no sample; build its index, or remove the group from the config")
             if source.weight < 0:
                 raise ValueError(f"dataset group {source.name!r} has weight {source.weight}; weights are 0 or more")
         total = sum(source.weight for source in sources)
@@ -61,115 +61,115 @@ class CandidateStream:
         self.limit = max_tokens_per_sample
         self._cumulative = np.cumsum([source.weight for source in sources]) / total
         self._chunks: dict[int, tuple[int, np.ndarray]] = {}
-        self._draws_kept: tuple[int, np.ndarray] | None = None
+        self._draw_cache: tuple[int, np.ndarray] | None = None
         self.restart()
 
     def restart(self) -> None:
-        """Back to the very first draw."""
+        """Return to the very first draw."""
         self.draws = 0
-        self.places = [0] * len(self.sources)
-        self.streaks = [0] * len(self.sources)  # skipped in a row
+        self.positions = [0] * len(self.sources)
+        self.streaks = [0] * len(self.sources)  # samples skipped in a row
         self.skips = Skips([0] * len(self.sources))
 
     def draw(self, count: int) -> np.ndarray:
-        """About ``count`` candidates of groups drawn by weight, [n, COLUMNS]; fewer when some are skipped, so n may be 0."""
-        chosen = self._chosen(count)
-        if (chosen == chosen[0]).all():
-            rows = self._advance(int(chosen[0]), count)
+        """Return up to ``count`` candidates of groups drawn by weight, [n, COLUMNS]; skipped ones are left out, so n may be 0."""
+        source_numbers = self._draw_sources(count)
+        if (source_numbers == source_numbers[0]).all():
+            rows = self._advance(int(source_numbers[0]), count)
             usable = self._usable(rows)
             return rows if usable.all() else rows[usable]
         rows = np.empty((count, COLUMNS), dtype=np.int64)
         for number in range(len(self.sources)):
-            mine = chosen == number
-            if hits := int(np.count_nonzero(mine)):
-                rows[mine] = self._advance(number, hits)
+            is_source = source_numbers == number
+            if hits := int(np.count_nonzero(is_source)):
+                rows[is_source] = self._advance(number, hits)
         return rows[self._usable(rows)]
 
     def next_of(self, number: int) -> np.ndarray:
-        """The next usable candidate of one source, [COLUMNS]."""
+        """Return the next usable candidate of one source, [COLUMNS]."""
         while True:
             rows = self._advance(number, 1)
             if self._usable(rows)[0]:
                 return rows[0]
 
-    def measured(self, picks: np.ndarray) -> np.ndarray:
-        """Full candidate rows for ``picks`` [n, 3] of (source, index, epoch), as kept in a saved state."""
+    def measure_picks(self, picks: np.ndarray) -> np.ndarray:
+        """Return full candidate rows for ``picks`` [n, 3] of (source, index, epoch), the form of a saved state."""
         rows = np.zeros((len(picks), COLUMNS), dtype=np.int64)
         rows[:, :3] = picks
         keys = (rows[:, SOURCE] << 40) + rows[:, EPOCH]
-        alone = len(keys) > 0 and bool((keys == keys[0]).all())  # as a run of one source mostly is
-        for key in keys[:1].tolist() if alone else np.unique(keys).tolist():
-            mine = slice(None) if alone else keys == key
-            measures = self.sources[key >> 40].measure(rows[mine, INDEX], key & ((1 << 40) - 1))
-            rows[mine, TOKENS], rows[mine, FULL_TOKENS], rows[mine, COST] = measures.tokens, measures.full_tokens, measures.cost
+        has_one_key = len(keys) > 0 and bool((keys == keys[0]).all())  # as in most runs of one source
+        for key in keys[:1].tolist() if has_one_key else np.unique(keys).tolist():
+            is_key = slice(None) if has_one_key else keys == key
+            measures = self.sources[key >> 40].measure(rows[is_key, INDEX], key & ((1 << 40) - 1))
+            rows[is_key, TOKENS], rows[is_key, FULL_TOKENS], rows[is_key, COST] = measures.tokens, measures.full_tokens, measures.cost
         return rows
 
-    def _chosen(self, count: int) -> np.ndarray:
-        """Source numbers of the next ``count`` draws."""
+    def _draw_sources(self, count: int) -> np.ndarray:
+        """Return the source numbers of the next ``count`` draws."""
         begin, self.draws = self.draws, self.draws + count
-        return _slices(self._drawn, begin, self.draws, _DRAW_BITS)
+        return _slices(self._draw_chunk, begin, self.draws, _DRAW_BITS)
 
     def _advance(self, number: int, count: int) -> np.ndarray:
-        """The next ``count`` rows of a source's order, usable or not."""
+        """Return the next ``count`` rows of a source's order, usable or not."""
         bits = min(_CHUNK_BITS, len(self.sources[number]).bit_length())
-        begin, self.places[number] = self.places[number], self.places[number] + count
-        return _slices(lambda chunk: self._chunk(number, chunk, bits), begin, self.places[number], bits)
+        begin, self.positions[number] = self.positions[number], self.positions[number] + count
+        return _slices(lambda chunk: self._chunk(number, chunk, bits), begin, self.positions[number], bits)
 
-    def _drawn(self, chunk: int) -> np.ndarray:
-        """Source numbers of draws [chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS); the last run asked for is kept."""
-        if self._draws_kept is None or self._draws_kept[0] != chunk:
+    def _draw_chunk(self, chunk: int) -> np.ndarray:
+        """Return the source numbers of draws [chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS). The latest run is cached."""
+        if self._draw_cache is None or self._draw_cache[0] != chunk:
             uniforms = keyed_uniform(self.seed, "group", np.arange(chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS))
-            chosen = np.searchsorted(self._cumulative, uniforms, side="right").clip(max=len(self.sources) - 1)
-            self._draws_kept = chunk, chosen
-        return self._draws_kept[1]
+            source_numbers = np.searchsorted(self._cumulative, uniforms, side="right").clip(max=len(self.sources) - 1)
+            self._draw_cache = chunk, source_numbers
+        return self._draw_cache[1]
 
     def _chunk(self, number: int, chunk: int, bits: int) -> np.ndarray:
-        """Measured candidates at places [chunk << bits, (chunk + 1) << bits) of a source; the last one asked for is kept."""
-        kept = self._chunks.get(number)
-        if kept is not None and kept[0] == chunk:
-            return kept[1]
+        """Return measured candidates at positions [chunk << bits, (chunk + 1) << bits) of a source. The latest run is cached."""
+        cached = self._chunks.get(number)
+        if cached is not None and cached[0] == chunk:
+            return cached[1]
         source, size = self.sources[number], len(self.sources[number])
-        places = np.arange(chunk << bits, (chunk + 1) << bits)
-        picks = np.empty((len(places), 3), dtype=np.int64)
-        picks[:, SOURCE], picks[:, EPOCH] = number, places // size
-        for epoch in range(int(places[0]) // size, int(places[-1]) // size + 1):
-            mine = picks[:, EPOCH] == epoch
-            picks[mine, INDEX] = permuted(places[mine] % size, size, self.seed, "order", source.name, epoch)
-        rows = self.measured(picks)
+        positions = np.arange(chunk << bits, (chunk + 1) << bits)
+        picks = np.empty((len(positions), 3), dtype=np.int64)
+        picks[:, SOURCE], picks[:, EPOCH] = number, positions // size
+        for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
+            is_epoch = picks[:, EPOCH] == epoch
+            picks[is_epoch, INDEX] = permuted(positions[is_epoch] % size, size, self.seed, "order", source.name, epoch)
+        rows = self.measure_picks(picks)
         self._chunks[number] = chunk, rows
         return rows
 
     def _usable(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows are short enough (and not empty), [n] bool; counts the others and gives up on a hopeless source."""
+        """Return which rows are short enough (and not empty), [n] bool. Counts the others and raises ValueError if none comes."""
         usable = (rows[:, FULL_TOKENS] <= self.limit) & (rows[:, TOKENS] > 0)
         if usable.all():
             for number in set(rows[:, SOURCE].tolist()):
                 self.streaks[number] = 0
             return usable
         for number in np.unique(rows[:, SOURCE]):
-            mine = rows[:, SOURCE] == number
-            bad = rows[mine & ~usable]
-            if not len(bad):
+            is_source = rows[:, SOURCE] == number
+            bad_rows = rows[is_source & ~usable]
+            if not len(bad_rows):
                 self.streaks[number] = 0
                 continue
             source = self.sources[number]
-            self.skips.add(source.name, bad, f"longer than {self.limit} tokens, or empty")
-            good = np.flatnonzero(usable[mine])
-            self.streaks[number] = int(mine.sum()) - 1 - int(good[-1]) if len(good) else self.streaks[number] + len(bad)
-            if self.streaks[number] >= min(max(len(source), _HOPELESS[0]), _HOPELESS[1]):
+            self.skips.add(source.name, bad_rows, f"longer than {self.limit} tokens, or empty")
+            good_rows = np.flatnonzero(usable[is_source])
+            self.streaks[number] = int(is_source.sum()) - 1 - int(good_rows[-1]) if len(good_rows) else self.streaks[number] + len(bad_rows)
+            if self.streaks[number] >= min(max(len(source), _STREAK_LIMITS[0]), _STREAK_LIMITS[1]):
                 raise ValueError(
                     f"dataset group {source.name!r}: {self.streaks[number]} samples in a row are longer than {self.limit} tokens "
-                    f"(or empty), the last being {source.describe(int(bad[-1, INDEX]))} with {int(bad[-1, FULL_TOKENS])} tokens; raise "
-                    "--max_num_tokens_per_sample and --max_num_tokens, or shrink the images in the dataset configuration"
+                    f"(or empty), the last one {source.describe(int(bad_rows[-1, INDEX]))} with {int(bad_rows[-1, FULL_TOKENS])} tokens; "
+                    "raise --max_num_tokens_per_sample and --max_num_tokens, or shrink the images in the dataset configuration"
                 )
         return usable
 
 
 def _slices(run: Callable[[int], np.ndarray], begin: int, end: int, bits: int) -> np.ndarray:
-    """Entries [begin, end) of an endless array that ``run(k)`` gives in pieces of 2^bits."""
-    parts, place = [], begin
-    while place < end:
-        inside = place & ((1 << bits) - 1)
-        parts.append(run(place >> bits)[inside : inside + end - place])
-        place += len(parts[-1])
+    """Return entries [begin, end) of an endless array that ``run(k)`` returns in pieces of 2^bits."""
+    parts, position = [], begin
+    while position < end:
+        offset = position & ((1 << bits) - 1)
+        parts.append(run(position >> bits)[offset : offset + end - position])
+        position += len(parts[-1])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,7 +1,7 @@
-"""The dataset YAML of BAGEL's guide as typed objects; a key it does not know is an error that names the nearest one it does.
+"""The dataset YAML of BAGEL's guide as typed objects; an unknown key is an error that names the nearest known one.
 
-The original looks the place of a dataset up in a Python file. Here the YAML says it, in a section ``dataset_info`` of the same
-shape (group → name → ``data_dir``, ``jsonl_path``, ``parquet_info_path``), or it follows from ``--data-root`` and the guide's layout.
+The original looks up a dataset's location in a Python file. Here the YAML contains it, in a section ``dataset_info`` of the same
+shape (group → name → ``data_dir``, ``jsonl_path``, ``parquet_info_path``), or it follows from ``--data-root`` and the guide's folders.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _GROUP_KEYS = (
     "dataset_names", "weight", "is_mandatory", "num_used_data", "image_transform_args", "vit_image_transform_args",
     "frame_sampler_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "data_dir", "jsonl_path", "parquet_info_path",
 )  # fmt: skip
-_PLACE_KEYS = ("data_dir", "jsonl_path", "parquet_info_path")
-# The original's Python table carries these counts beside the paths and uses them nowhere; they may stay when it is copied.
-_INFO_KEYS = (*_PLACE_KEYS, "num_files", "num_total_samples")
+_LOCATION_KEYS = ("data_dir", "jsonl_path", "parquet_info_path")
+# The original's Python table also carries these unused counts; they may stay when the table is copied.
+_INFO_KEYS = (*_LOCATION_KEYS, "num_files", "num_total_samples")
 
 
 @dataclass(frozen=True)
-class DatasetPlace:
-    """Where a dataset lies: the folder of parquet files or of images, and the files beside it (None: not needed or not given).
+class DatasetLocation:
+    """Location of a dataset: the folder of parquet files or of images, and the files beside it (None: not needed or not given).
 
-    Local paths or URLs, see files.py.
+    Each is a local path or a URL, see files.py.
     """
 
     data_dir: str | None = None
@@ -43,11 +43,11 @@ class DatasetPlace:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of a group. ``num_used_data`` counts parquet files (T2I, editing) or lines (VLM, text); None takes all."""
+    """One dataset of a group. ``num_used_data`` counts parquet files (T2I, editing) or lines (VLM, text); None selects all."""
 
     name: str
     num_used_data: int | None
-    place: DatasetPlace
+    location: DatasetLocation
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class GroupConfig:
     """One top-level entry of the YAML: datasets of one kind that share a weight and their image transforms.
 
     ``image_transform`` is for the VAE in the T2I and editing groups and for the ViT in the VLM group; ``vit_image_transform`` is
-    the editing group's ViT copy. ``shuffle_lines`` and ``shuffle_seed`` say which lines ``num_used_data`` takes.
-    ``frame_sampler`` says which frames of videos go into the index (VLM group). ``resume_data_status`` False starts the group's
-    data anew when a run resumes.
+    for the editing group's ViT copy. ``shuffle_lines`` and ``shuffle_seed`` choose the lines that ``num_used_data`` selects.
+    ``frame_sampler`` chooses the frames of videos in the index (VLM group). ``resume_data_status`` False restarts the group's data
+    when a run resumes.
     """
 
     name: str
@@ -73,14 +73,14 @@ class GroupConfig:
 
     @property
     def makes_images(self) -> bool:
-        """Whether its loss is on generated images (T2I, editing) rather than on text."""
+        """Return whether its loss is on generated images (T2I, editing) instead of on text."""
         return self.name in (T2I, EDIT)
 
 
 def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[GroupConfig]:
-    """Read the dataset YAML at ``path``; relative places start at ``data_root``, or else at the YAML's own folder.
+    """Read the dataset YAML at ``path``; relative locations start at ``data_root``, or else at the YAML's folder.
 
-    Raises ValueError, naming file, group and key, for anything unknown, missing or of the wrong type.
+    Raises ValueError naming file, group and key for anything unknown, missing or of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,166 +92,168 @@ def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[G
     return parse_groups(content, str(path), str(path.parent), None if data_root is None else str(data_root))
 
 
-def parse_groups(content: Any, where: str, base: str | Path, data_root: str | Path | None = None) -> list[GroupConfig]:
-    """Groups of an already loaded YAML; ``where`` names it in errors, relative places start at ``data_root`` or else ``base``."""
+def parse_groups(content: Any, label: str, base: str | Path, data_root: str | Path | None = None) -> list[GroupConfig]:
+    """Parse the groups of a loaded YAML. ``label`` names it in errors; relative locations start at ``data_root`` or else ``base``."""
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{where}: expected groups ({', '.join(GROUPS)}) with their settings")
+        raise ValueError(f"{label}: expected groups ({', '.join(GROUPS)}) with their settings")
     content, base, data_root = dict(content), str(base), None if data_root is None else str(data_root)
     info = content.pop("dataset_info", None) or {}
-    _refuse_unknown(content, GROUPS, f"{where}: dataset group")
-    _refuse_unknown(info, GROUPS, f"{where}, dataset_info: dataset group")
-    groups = [_parse_group(name, keys, info.get(name) or {}, f"{where}, group {name}", base, data_root) for name, keys in content.items()]
+    _refuse_unknown(content, GROUPS, f"{label}: dataset group")
+    _refuse_unknown(info, GROUPS, f"{label}, dataset_info: dataset group")
+    groups = [_parse_group(name, keys, info.get(name) or {}, f"{label}, group {name}", base, data_root) for name, keys in content.items()]
     if not groups:
-        raise ValueError(f"{where}: no dataset group ({', '.join(GROUPS)})")
+        raise ValueError(f"{label}: no dataset group ({', '.join(GROUPS)})")
     if not any(group.weight > 0 or group.is_mandatory for group in groups):
-        raise ValueError(f"{where}: every group has weight 0 and none is mandatory, so no sample would ever be drawn; set a weight")
+        raise ValueError(f"{label}: every group has weight 0 and none is mandatory, so no sample would ever be drawn; set a weight")
     return groups
 
 
-def _parse_group(name: str, keys: Any, info: Mapping[str, Any], where: str, base: str, data_root: str | None) -> GroupConfig:
+def _parse_group(name: str, keys: Any, info: Mapping[str, Any], label: str, base: str, data_root: str | None) -> GroupConfig:
     if not isinstance(keys, dict):
-        raise ValueError(f"{where}: expected settings such as dataset_names, got {keys!r}")
-    _refuse_unknown(keys, _GROUP_KEYS, f"{where}: key")
+        raise ValueError(f"{label}: expected settings such as dataset_names, got {keys!r}")
+    _refuse_unknown(keys, _GROUP_KEYS, f"{label}: key")
     names = keys.get("dataset_names")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n and "/" not in n for n in names):
-        raise ValueError(f"{where}: dataset_names must be a list of names, got {names!r}")
+        raise ValueError(f"{label}: dataset_names must be a list of names, got {names!r}")
     if len(set(names)) != len(names):
-        raise ValueError(f"{where}: dataset_names lists a name twice: {names}")
-    _refuse_unknown(info, names, f"{where}, dataset_info: dataset")
-    used = _used(keys.get("num_used_data"), names, where)
-    places = _places(name, names, keys, info, where, base, data_root)
+        raise ValueError(f"{label}: dataset_names lists a name twice: {names}")
+    _refuse_unknown(info, names, f"{label}, dataset_info: dataset")
+    num_used = _num_used_data(keys.get("num_used_data"), names, label)
+    locations = _dataset_locations(name, names, keys, info, label, base, data_root)
     needs_vae, needs_vit = name in (T2I, EDIT, VLM), name == EDIT
     return GroupConfig(
         name=name,
-        datasets=tuple(DatasetEntry(*entry) for entry in zip(names, used, places, strict=True)),
-        weight=_number(keys.get("weight", 0.0), f"{where}: weight"),
-        is_mandatory=_boolean(keys.get("is_mandatory", False), f"{where}: is_mandatory"),
-        image_transform=_transform(keys, "image_transform_args", needs_vae, where),
-        vit_image_transform=_transform(keys, "vit_image_transform_args", needs_vit, where),
-        frame_sampler=_frame_sampler(name, keys.get("frame_sampler_args"), f"{where}, frame_sampler_args"),
-        shuffle_lines=_boolean(keys.get("shuffle_lines", False), f"{where}: shuffle_lines"),
-        shuffle_seed=int(_number(keys.get("shuffle_seed", 0), f"{where}: shuffle_seed")),
-        resume_data_status=_boolean(keys.get("resume_data_status", True), f"{where}: resume_data_status"),
+        datasets=tuple(DatasetEntry(*entry) for entry in zip(names, num_used, locations, strict=True)),
+        weight=_number(keys.get("weight", 0.0), f"{label}: weight"),
+        is_mandatory=_boolean(keys.get("is_mandatory", False), f"{label}: is_mandatory"),
+        image_transform=_transform(keys, "image_transform_args", needs_vae, label),
+        vit_image_transform=_transform(keys, "vit_image_transform_args", needs_vit, label),
+        frame_sampler=_frame_sampler(name, keys.get("frame_sampler_args"), f"{label}, frame_sampler_args"),
+        shuffle_lines=_boolean(keys.get("shuffle_lines", False), f"{label}: shuffle_lines"),
+        shuffle_seed=int(_number(keys.get("shuffle_seed", 0), f"{label}: shuffle_seed")),
+        resume_data_status=_boolean(keys.get("resume_data_status", True), f"{label}: resume_data_status"),
     )
 
 
-def _places(
-    group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], where: str, base: str, data_root: str | None
-) -> list[DatasetPlace]:
+def _dataset_locations(
+    group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], label: str, base: str, data_root: str | None
+) -> list[DatasetLocation]:
     root = data_root if data_root is not None else base
-    parallel = {key: _parallel_list(keys[key], names, f"{where}: {key}") for key in _PLACE_KEYS if key in keys}
-    places = []
+    parallel = {key: _parallel_list(keys[key], names, f"{label}: {key}") for key in _LOCATION_KEYS if key in keys}
+    locations = []
     for i, name in enumerate(names):
-        own = info.get(name) or {}
-        _refuse_unknown(own, _INFO_KEYS, f"{where}, dataset_info of {name}: key")
-        given = {key: value[i] for key, value in parallel.items()} | {key: own[key] for key in _PLACE_KEYS if own.get(key)}
-        if wrong := [key for key, value in given.items() if not isinstance(value, str)]:
-            raise ValueError(f"{where}: {wrong[0]} of {name} must be a path or URL, got {given[wrong[0]]!r}")
-        if given:
-            place = DatasetPlace(**{key: join(root, value) for key, value in given.items()})
+        dataset_info = info.get(name) or {}
+        _refuse_unknown(dataset_info, _INFO_KEYS, f"{label}, dataset_info of {name}: key")
+        settings = {key: value[i] for key, value in parallel.items()} | {
+            key: dataset_info[key] for key in _LOCATION_KEYS if dataset_info.get(key)
+        }
+        if wrong_keys := [key for key, value in settings.items() if not isinstance(value, str)]:
+            raise ValueError(f"{label}: {wrong_keys[0]} of {name} must be a path or URL, got {settings[wrong_keys[0]]!r}")
+        if settings:
+            location = DatasetLocation(**{key: join(root, value) for key, value in settings.items()})
         elif data_root is not None:
-            place = guide_place(group, name, data_root)
+            location = guide_location(group, name, data_root)
         else:
-            place = DatasetPlace()  # a finished index needs no places; building one asks for them
-        places.append(place)
-    return places
+            location = DatasetLocation()  # a finished index needs no location, and building one checks for it
+        locations.append(location)
+    return locations
 
 
-def guide_place(group: str, name: str, root: str) -> DatasetPlace:
-    """Where the folder layout of BAGEL's guide keeps dataset ``name`` of ``group``, below ``root``."""
+def guide_location(group: str, name: str, root: str) -> DatasetLocation:
+    """Return the location of dataset ``name`` of ``group`` below ``root``, by the folders of BAGEL's guide."""
     if group == T2I:
-        own = join(root, f"t2i/{name}")
-        return DatasetPlace(data_dir=own if is_folder(own) else join(root, "t2i"))
+        own_folder = join(root, f"t2i/{name}")
+        return DatasetLocation(data_dir=own_folder if is_folder(own_folder) else join(root, "t2i"))
     if group == EDIT:
         info = join(root, f"editing/parquet_info/{name}.json")
-        return DatasetPlace(data_dir=join(root, f"editing/{name}"), parquet_info_path=info if is_file(info) else None)
+        return DatasetLocation(data_dir=join(root, f"editing/{name}"), parquet_info_path=info if is_file(info) else None)
     folder = join(root, "vlm" if group == VLM else "text")
     jsonl = join(folder, f"{name}.jsonl")
     if not is_file(jsonl) and is_folder(folder):
         similar = [path for path in list_files(folder, ".jsonl") if path.rsplit("/", 1)[-1].startswith(name)]
         jsonl = similar[0] if len(similar) == 1 else jsonl
-    return DatasetPlace(data_dir=join(folder, "images") if group == VLM else None, jsonl_path=jsonl)
+    return DatasetLocation(data_dir=join(folder, "images") if group == VLM else None, jsonl_path=jsonl)
 
 
-def _refuse_unknown(given: Any, known: Iterable[str], what: str) -> None:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what}s expected as a mapping, got {given!r}")
-    known = list(known)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{what} {key!r} is unknown; {hint}Known: {', '.join(known)}")
+def _refuse_unknown(mapping: Any, known_keys: Iterable[str], key_kind: str) -> None:
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{key_kind}s expected as a mapping, got {mapping!r}")
+    known_keys = list(known_keys)
+    for key in mapping:
+        if key not in known_keys:
+            closest = difflib.get_close_matches(str(key), known_keys, n=1, cutoff=0.4)
+            hint = f"did you mean {closest[0]!r}? " if closest else ""
+            raise ValueError(f"{key_kind} {key!r} is unknown; {hint}Known: {', '.join(known_keys)}")
 
 
-def _transform(keys: Mapping[str, Any], key: str, needed: bool, where: str) -> TransformArgs | None:
+def _transform(keys: Mapping[str, Any], key: str, needed: bool, label: str) -> TransformArgs | None:
     args = keys.get(key)
     if args is None:
         if needed:
-            raise ValueError(f"{where}: {key} is missing (image_stride, max_image_size, min_image_size)")
+            raise ValueError(f"{label}: {key} is missing (image_stride, max_image_size, min_image_size)")
         return None
-    _refuse_unknown(args, [f.name for f in fields(TransformArgs)], f"{where}, {key}: key")
-    missing = [name for name in ("image_stride", "max_image_size", "min_image_size") if name not in args]
-    if missing:
-        raise ValueError(f"{where}, {key}: {', '.join(missing)} missing")
+    _refuse_unknown(args, [f.name for f in fields(TransformArgs)], f"{label}, {key}: key")
+    missing_names = [name for name in ("image_stride", "max_image_size", "min_image_size") if name not in args]
+    if missing_names:
+        raise ValueError(f"{label}, {key}: {', '.join(missing_names)} missing")
     values: dict[str, Any] = {}
     for name, value in args.items():
         if name in ("image_mean", "image_std"):
             if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
-                raise ValueError(f"{where}, {key}: {name} must be a list of 3 numbers, got {value!r}")
+                raise ValueError(f"{label}, {key}: {name} must be a list of 3 numbers, got {value!r}")
             values[name] = tuple(float(x) for x in value)
         elif not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{where}, {key}: {name} must be a whole number, got {value!r}")
+            raise ValueError(f"{label}, {key}: {name} must be a whole number, got {value!r}")
         else:
             values[name] = value
     try:
         return TransformArgs(**values)
     except ValueError as error:
-        raise ValueError(f"{where}, {key}: {error}") from error
+        raise ValueError(f"{label}, {key}: {error}") from error
 
 
-def _frame_sampler(group: str, args: Any, where: str) -> FrameSampler | None:
+def _frame_sampler(group: str, args: Any, label: str) -> FrameSampler | None:
     if args is None:
         return None
     if group != VLM:
-        raise ValueError(f"{where}: only the group {VLM} has videos; take the key out")
-    _refuse_unknown(args, [f.name for f in fields(FrameSampler)], f"{where}: key")
+        raise ValueError(f"{label}: only the group {VLM} has videos; remove the key")
+    _refuse_unknown(args, [f.name for f in fields(FrameSampler)], f"{label}: key")
     for name, value in args.items():
-        wanted = str if name == "sample" else int
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} must be a {'word' if wanted is str else 'whole number'}, got {value!r}")
+        expected_type = str if name == "sample" else int
+        if not isinstance(value, expected_type) or isinstance(value, bool):
+            raise ValueError(f"{label}: {name} must be a {'word' if expected_type is str else 'whole number'}, got {value!r}")
     if "max_num_frames" not in args:
-        raise ValueError(f"{where}: max_num_frames is missing")
+        raise ValueError(f"{label}: max_num_frames is missing")
     try:
         return FrameSampler(**args)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{label}: {error}") from error
 
 
-def _used(value: Any, names: list[str], where: str) -> list[int | None]:
+def _num_used_data(value: Any, names: list[str], label: str) -> list[int | None]:
     if value is None:
         return [None] * len(names)
-    counts = _parallel_list(value, names, f"{where}: num_used_data")
+    counts = _parallel_list(value, names, f"{label}: num_used_data")
     for count in counts:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{where}: num_used_data must be whole numbers of at least 1, got {value!r}")
+            raise ValueError(f"{label}: num_used_data must be whole numbers of at least 1, got {value!r}")
     return list(counts)
 
 
-def _parallel_list(value: Any, names: list[str], what: str) -> list[Any]:
+def _parallel_list(value: Any, names: list[str], setting: str) -> list[Any]:
     values = value if isinstance(value, list) else [value]
     if len(values) != len(names):
-        raise ValueError(f"{what} needs one entry per dataset name ({len(names)}), got {value!r}")
+        raise ValueError(f"{setting} needs one entry per dataset name ({len(names)}), got {value!r}")
     return values
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: Any, setting: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{what} must be a number of at least 0, got {value!r}")
+        raise ValueError(f"{setting} must be a number of at least 0, got {value!r}")
     return value
 
 
-def _boolean(value: Any, what: str) -> bool:
+def _boolean(value: Any, setting: str) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{what} must be true or false, got {value!r}")
+        raise ValueError(f"{setting} must be true or false, got {value!r}")
     return value

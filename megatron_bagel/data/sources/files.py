@@ -1,6 +1,6 @@
-"""Source files wherever they lie: local paths, and URLs that pyarrow (s3, gs, hdfs) or fsspec (any other scheme) can open.
+"""Opens source files from local paths, and from URLs that pyarrow (s3, gs, hdfs) or fsspec (any other scheme) supports.
 
-Places are plain strings, because a ``Path`` would fold the two slashes of a URL. Only sources can be remote; an index is
+Locations are plain strings, because a ``Path`` would merge the two slashes of a URL. Only sources can be remote; an index is
 memory-mapped and therefore local.
 """
 
@@ -18,104 +18,104 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
-_BUCKET_SCHEMES = ("s3", "gs", "gcs")  # what follows the scheme begins with the bucket, which is part of pyarrow's path
+_BUCKET_SCHEMES = ("s3", "gs", "gcs")  # the bucket follows the scheme and is part of pyarrow's path
 _ARROW_SCHEMES = (*_BUCKET_SCHEMES, "file", "hdfs", "viewfs")
-_TRIES, _PAUSE = 4, 1.0  # for remote reads: attempts, and seconds before the second one (doubled each time)
+_MAX_ATTEMPTS, _FIRST_PAUSE = 4, 1.0  # of remote reads; seconds before the second attempt, doubled for each further one
 T = TypeVar("T")
 
 
-def is_remote(place: str) -> bool:
-    """Whether ``place`` is a URL rather than a local path."""
-    return "://" in place
+def is_remote(location: str) -> bool:
+    """Return whether ``location`` is a URL instead of a local path."""
+    return "://" in location
 
 
 def join(root: str, name: str) -> str:
-    """``name`` below ``root``; an absolute path or a URL stays as it is."""
+    """Return ``name`` below ``root``; an absolute path or a URL is returned unchanged."""
     if is_remote(name) or os.path.isabs(name):
         return name
     return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
 
 
-def absolute(place: str) -> str:
-    """The place as any process finds it, whatever its working directory."""
-    return place if is_remote(place) else str(Path(place).absolute())
+def absolute(location: str) -> str:
+    """Return the location in a form that does not depend on a process's working directory."""
+    return location if is_remote(location) else str(Path(location).absolute())
 
 
-def last_parts(place: str) -> tuple[str, ...]:
-    """Folder and file name of a place: what stays the same when a data set moves."""
-    return tuple(part for part in place.split("/") if part)[-2:]
+def last_parts(location: str) -> tuple[str, ...]:
+    """Return the folder and file name of a location, which stay the same when a dataset moves."""
+    return tuple(part for part in location.split("/") if part)[-2:]
 
 
 def list_files(folder: str, ending: str) -> list[str]:
-    """Files directly in ``folder`` whose names end in ``ending``, sorted. Raises ValueError when there is no such folder."""
+    """Return the files directly in ``folder`` whose names end in ``ending``, sorted. Raises ValueError if the folder does not exist."""
     if not is_remote(folder):
         if not Path(folder).is_dir():
             raise ValueError(f"there is no folder {folder}")
         return sorted(str(path) for path in Path(folder).absolute().glob(f"*{ending}"))
     system, path = _file_system(folder)
-    found = _patiently(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
-    names = sorted(info.base_name for info in found if info.type == fs.FileType.File and info.base_name.endswith(ending))
+    infos = _with_retries(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+    names = sorted(info.base_name for info in infos if info.type == fs.FileType.File and info.base_name.endswith(ending))
     if not names and _info(folder).type != fs.FileType.Directory:
         raise ValueError(f"there is no folder {folder}")
     return [join(folder, name) for name in names]
 
 
-def is_file(place: str) -> bool:
-    """Whether there is a file at ``place``."""
-    return _info(place).type == fs.FileType.File if is_remote(place) else Path(place).is_file()
+def is_file(location: str) -> bool:
+    """Return whether there is a file at ``location``."""
+    return _info(location).type == fs.FileType.File if is_remote(location) else Path(location).is_file()
 
 
-def is_folder(place: str) -> bool:
-    """Whether there is a folder at ``place``. Object stores know folders only by the files below them."""
-    return _info(place).type == fs.FileType.Directory if is_remote(place) else Path(place).is_dir()
+def is_folder(location: str) -> bool:
+    """Return whether there is a folder at ``location``. Object stores know folders only by the files below them."""
+    return _info(location).type == fs.FileType.Directory if is_remote(location) else Path(location).is_dir()
 
 
-def size_and_time(place: str) -> tuple[int, int]:
-    """Bytes of a file, and when it was last changed in nanoseconds (0 where the store does not say)."""
-    if is_remote(place):
-        info = _info(place)
+def size_and_time(location: str) -> tuple[int, int]:
+    """Return the bytes of a file and its modification time in nanoseconds (0 if the store does not report it)."""
+    if is_remote(location):
+        info = _info(location)
         return info.size, info.mtime_ns or 0
-    stat = os.stat(place)
+    stat = os.stat(location)
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_raw(place: str) -> BinaryIO:
-    """A file for reading, with ``seek``. Raises OSError when there is none."""
-    if not is_remote(place):
-        return open(place, "rb")
-    system, path = _file_system(place)
-    return io.BufferedReader(_patiently(lambda: system.open_input_file(path)), 1 << 20)
+def open_raw(location: str) -> BinaryIO:
+    """Open a seekable file for reading. Raises OSError if it does not exist."""
+    if not is_remote(location):
+        return open(location, "rb")
+    system, path = _file_system(location)
+    return io.BufferedReader(_with_retries(lambda: system.open_input_file(path)), 1 << 20)
 
 
-def read_raw(place: str) -> bytes:
-    """All bytes of a file. Raises OSError when it cannot be read."""
-    if not is_remote(place):
-        return Path(place).read_bytes()
-    system, path = _file_system(place)
+def read_raw(location: str) -> bytes:
+    """Return all bytes of a file. Raises OSError if it cannot be read."""
+    if not is_remote(location):
+        return Path(location).read_bytes()
+    system, path = _file_system(location)
 
     def read() -> bytes:
         with system.open_input_stream(path) as file:
             return file.read()
 
-    return _patiently(read)
+    return _with_retries(read)
 
 
-def _info(place: str) -> fs.FileInfo:
-    system, path = _file_system(place)
-    return _patiently(lambda: system.get_file_info(path))
+def _info(location: str) -> fs.FileInfo:
+    system, path = _file_system(location)
+    return _with_retries(lambda: system.get_file_info(path))
 
 
-def _file_system(place: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a URL and the path in it. Raises ValueError when its scheme is unknown or its package not installed."""
-    scheme, rest = place.split("://", 1)
+def _file_system(location: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a URL and the path in it. Raises ValueError for an unknown scheme or a missing package."""
+    scheme, path_with_host = location.split("://", 1)
     if scheme not in _ARROW_SCHEMES:
-        return _fsspec_system(scheme), rest
-    host, _, path = rest.partition("/")
+        return _fsspec_system(scheme), path_with_host
+    host, _, path = path_with_host.partition("/")
     try:
         system = _arrow_system(f"{scheme}://{host}" if scheme != "file" else "file:///")
-        return system, rest if scheme in _BUCKET_SCHEMES else f"/{path}"
+        return system, path_with_host if scheme in _BUCKET_SCHEMES else f"/{path}"
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(f"{place} cannot be opened: {error}") from error
+        raise ValueError(f"{location} cannot be opened: {error}") from error
 
 
 @lru_cache(maxsize=16)
@@ -128,16 +128,16 @@ def _fsspec_system(scheme: str) -> fs.FileSystem:
     try:
         return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
     except (ImportError, ValueError) as error:
-        raise ValueError(f"places that begin with {scheme}:// cannot be opened: {error}") from error
+        raise ValueError(f"locations that begin with {scheme}:// cannot be opened: {error}") from error
 
 
-def _patiently(read: Callable[[], T]) -> T:
-    """The result of a remote read, which may fail for a moment; a missing file is told at once."""
-    for attempt in range(_TRIES - 1):
+def _with_retries(read: Callable[[], T]) -> T:
+    """Return the result of a remote read, repeated after temporary failures; a missing file fails at once."""
+    for attempt in range(_MAX_ATTEMPTS - 1):
         try:
             return read()
         except FileNotFoundError:
             raise
         except OSError:
-            time.sleep(_PAUSE * 2**attempt)
+            time.sleep(_FIRST_PAUSE * 2**attempt)
     return read()

@@ -1,4 +1,4 @@
-"""A sample as the index holds it: texts, images and a few structure integers whose meaning depends on the group.
+"""A sample in the index: texts, images and a few structure integers whose meaning depends on the group.
 
 | group | texts | structure |
 | --- | --- | --- |
@@ -6,7 +6,7 @@
 | unified_edit | per step, per alternative instruction a: "a", and with 3 images or more also "a." and " a." | alternatives per step |
 | vlm_sft, text | the texts in order | IMAGE_ITEM, TEXT_ITEM or ANSWER_ITEM per item, in order |
 
-The two extra forms of an instruction are what a joined instruction ("a. b.") is made of: its ids are those of "a." and " b.".
+A joined instruction ("a. b.") consists of the two extra forms of its parts: its ids are those of "a." and " b.".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN, ENDED, CONTINUED = 0, 1, 2  # forms of an instruction: "a", "a.", " a."
 
 @dataclass(frozen=True)
 class RawSample:
-    """A good row of a source file: its texts and structure as in the table above, and the encoded bytes of its images."""
+    """A valid row of a source file: its texts and structure as in the table above, and the encoded bytes of its images."""
 
     texts: list[str]
     structure: list[int]
@@ -31,7 +31,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Record:
-    """What planning knows of a sample: no text, no pixel. ``text_tokens`` [texts], ``widths`` and ``heights`` [images] in pixels."""
+    """The planning data of a sample, without text or pixels: ``text_tokens`` [texts], ``widths`` and ``heights`` [images] in pixels."""
 
     group: str
     text_tokens: np.ndarray
@@ -41,11 +41,11 @@ class Record:
 
 
 def forms_per_instruction(num_images: int) -> int:
-    """How many forms the index holds of every editing instruction of a sample of ``num_images`` images."""
+    """Return how many forms the index stores of every editing instruction of a sample of ``num_images`` images."""
     return 3 if num_images > 2 else 1
 
 
 def instruction_index(alternatives: Sequence[int] | np.ndarray, num_images: int, step: int, alternative: int, form: int) -> int:
-    """Position among an editing sample's texts of one form of one alternative of the instruction from image ``step`` to the next."""
-    before = int(sum(int(n) for n in alternatives[:step]))
-    return (before + alternative) * forms_per_instruction(num_images) + form
+    """Return the index among an editing sample's texts of one form of an alternative instruction from image ``step`` to the next."""
+    num_earlier = int(sum(int(n) for n in alternatives[:step]))
+    return (num_earlier + alternative) * forms_per_instruction(num_images) + form

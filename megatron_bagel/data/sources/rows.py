@@ -1,7 +1,7 @@
-"""Source files of BAGEL's guide, row by row: each row is a sample, or a reason why it is not one.
+"""Reads the source files of BAGEL's guide row by row: each row is a sample, or a reason why it is not one.
 
-No reader raises for a bad row: the reason goes into the index's list of skipped rows. Rules are the original's, except where
-it crashes, trains on nothing, or drops rows without a word.
+No reader raises for a bad row: the reason goes into the index's list of skipped rows. The rules are the original's, except where
+it crashes, trains on nothing, or silently drops rows.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction
 
 
 class BadRow(ValueError):
-    """Why a row is kept out of the index."""
+    """The reason why a row is not in the index."""
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """A run of rows of one source file: a whole parquet file, or the bytes [start, stop) of a jsonl file.
+    """A run of rows of one source file: a full parquet file, or the bytes [start, stop) of a jsonl file.
 
-    ``source`` numbers the file among those of its dataset, ``first_row`` numbers its rows; ``image_dir`` is where a jsonl file's
-    images and videos lie, ``frames`` says what is taken of a video.
+    ``source`` numbers the file among those of its dataset, and ``first_row`` its first row. ``image_dir`` holds a jsonl file's images
+    and videos, and ``frames`` chooses the frames of a video.
     """
 
     group: str
@@ -47,7 +47,7 @@ class SourceUnit:
 
 
 def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
-    """Rows of ``unit`` in file order: (row number in the file, sample or reason). A file that breaks off ends with a reason."""
+    """Yield the rows of ``unit`` in file order: (row number in the file, sample or reason). A truncated file ends with a reason."""
     if unit.group in PARQUET_COLUMNS:
         yield from _read_parquet(unit)
     else:
@@ -55,15 +55,15 @@ def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
 
 
 def check_parquet(path: str, group: str) -> int:
-    """Number of rows of a parquet file by its footer. Raises BadRow when it is not parquet or lacks a column the group needs."""
+    """Return the number of rows in a parquet file's footer. Raises BadRow if it is not parquet or lacks a required column."""
     try:
         file = pq.ParquetFile(open_raw(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise BadRow(f"not a readable parquet file ({_first_line(error)})") from error
     with file:
-        missing = [name for name in PARQUET_COLUMNS[group] if name not in file.schema_arrow.names]
-        if missing:
-            raise BadRow(f"no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}")
+        missing_columns = [name for name in PARQUET_COLUMNS[group] if name not in file.schema_arrow.names]
+        if missing_columns:
+            raise BadRow(f"no column {', '.join(missing_columns)}; the file has {', '.join(file.schema_arrow.names)}")
         return file.metadata.num_rows
 
 
@@ -73,9 +73,9 @@ def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
     try:
         with open_raw(unit.path) as raw, pq.ParquetFile(raw) as file:
             for batch in file.iter_batches(batch_size=64, columns=list(PARQUET_COLUMNS[unit.group])):
-                for first, second in zip(batch.column(0), batch.column(1), strict=True):
+                for first_value, second_value in zip(batch.column(0), batch.column(1), strict=True):
                     try:
-                        sample: RawSample | BadRow = parse(first.as_py(), second.as_py())
+                        sample: RawSample | BadRow = parse(first_value.as_py(), second_value.as_py())
                     except BadRow as error:
                         sample = error
                     yield row, sample
@@ -101,7 +101,7 @@ def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
 
 
 def parse_t2i(image: Any, captions: Any) -> RawSample:
-    """``captions`` is a JSON dict of alternative captions; an empty dict stands for the caption " ", as in the original."""
+    """Parse a T2I row. ``captions`` is a JSON dict of alternatives; as in the original, an empty one means the caption " "."""
     if not isinstance(image, bytes):
         raise BadRow(f"column image holds {type(image).__name__}, not bytes")
     if not isinstance(captions, str):
@@ -119,7 +119,7 @@ def parse_t2i(image: Any, captions: Any) -> RawSample:
 
 
 def parse_edit(images: Any, instructions: Any) -> RawSample:
-    """``images`` is a chain of pictures, ``instructions[i]`` the alternative instructions for the step from i to i + 1."""
+    """Parse a chain of ``images``; ``instructions[i]`` are the alternative instructions for the step from i to i + 1."""
     if not isinstance(images, list) or not all(isinstance(image, bytes) for image in images):
         raise BadRow("column image_list is not a list of bytes")
     if not isinstance(instructions, list) or not all(isinstance(step, list) for step in instructions):
@@ -141,9 +141,9 @@ def parse_edit(images: Any, instructions: Any) -> RawSample:
 
 
 def parse_vlm(content: dict[str, Any], unit: SourceUnit, row: int) -> RawSample:
-    """A conversation: human turns split at their ``<image>`` marks, answers with loss; files are read from the unit's ``image_dir``.
+    """Parse a conversation: human turns are cut at their ``<image>`` marks, answers have a loss, files are read from ``image_dir``.
 
-    A video stands for as many images as frames are taken of it, at the place of its ``<video>`` mark.
+    The frames of a video replace its ``<video>`` mark as images.
     """
     is_video = "video" in content
     names = [] if is_video else _image_names(content.get("image") or [])
@@ -178,7 +178,7 @@ def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
 
 
 def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
-    """Texts and structure; with ``frames`` the first ``<video>`` mark stands for so many images."""
+    """Return texts and structure; the first ``<video>`` mark stands for ``frames`` images."""
     if not isinstance(turns, list) or not turns:
         raise BadRow("conversations is missing or empty")
     texts: list[str] = []
@@ -210,7 +210,7 @@ def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
 
 
 def parse_text(content: dict[str, Any]) -> RawSample:
-    """A plain text, every token of it learned."""
+    """Parse a plain text, every token of which is learned."""
     text = content.get("text")
     if not isinstance(text, str):
         raise BadRow("no string under 'text'")
@@ -229,11 +229,11 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _read_file(kind: str, place: str) -> bytes:
+def _read_file(kind: str, location: str) -> bytes:
     try:
-        return read_raw(place)
+        return read_raw(location)
     except OSError as error:
-        raise BadRow(f"{kind} {place} cannot be read ({error.strerror or _first_line(error)})") from error
+        raise BadRow(f"{kind} {location} cannot be read ({error.strerror or _first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -241,20 +241,20 @@ def _first_line(error: Exception) -> str:
 
 
 def scan_jsonl(path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int) -> list[SourceUnit]:
-    """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter), by one pass over its bytes."""
+    """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter) in one pass over its bytes."""
     units: list[SourceUnit] = []
-    start = position = first = row = 0
+    start = position = first_row = row = 0
 
-    def cut() -> None:
-        units.append(SourceUnit(group, path, 0, first, row - first, start, position, image_dir, frames))
+    def add_unit() -> None:
+        units.append(SourceUnit(group, path, 0, first_row, row - first_row, start, position, image_dir, frames))
 
     with open_raw(path) as file:
         for line in file:
             position += len(line)
             row += 1
-            if row - first == rows_per_unit:
-                cut()
-                start, first = position, row
-    if row > first:
-        cut()
+            if row - first_row == rows_per_unit:
+                add_unit()
+                start, first_row = position, row
+    if row > first_row:
+        add_unit()
     return units

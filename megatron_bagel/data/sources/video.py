@@ -1,7 +1,7 @@
-"""Which frames of a video a conversation shows, and the frames themselves: a video becomes images when the index is built.
+"""Which frames of a video a conversation shows, and the frames themselves: the index build turns a video into images.
 
-Needs PyAV (the extra ``video``). The original draws frames anew in every epoch; here the draw is made once per row, so that an
-index holds pictures of known size and training decodes no video.
+It needs PyAV (the extra ``video``). The original draws other frames in every epoch. Here each row is drawn once, so that an index
+holds pictures of known size and training decodes no video.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ JPEG_QUALITY = 95
 class FrameSampler:
     """The YAML's ``frame_sampler_args``, by the original's rules.
 
-    ``sample`` "rand" draws a number of frames between ``min_num_frames`` and ``max_num_frames``, cuts the video into as many runs
-    and draws a frame of each; "middle" takes the run's middle frame; "fps2" takes two frames per second, the first
-    ``max_num_frames`` of them.
+    ``sample`` "rand" draws a number of frames between ``min_num_frames`` and ``max_num_frames``, cuts the video into that many runs
+    and draws a frame of each. "middle" takes the middle frame of each run. "fps2" takes two frames per second, up to
+    ``max_num_frames``.
     """
 
     max_num_frames: int
@@ -39,7 +39,7 @@ class FrameSampler:
 
     @property
     def rate(self) -> float | None:
-        """Frames per second of "fps...", else None."""
+        """Return the frames per second of "fps...", else None."""
         try:
             rate = float(self.sample.removeprefix("fps")) if self.sample.startswith("fps") else 0.0
         except ValueError:
@@ -47,13 +47,13 @@ class FrameSampler:
         return rate if 0 < rate < float("inf") else None
 
     def choose(self, frames: int, fps: float, *key: int | str) -> list[int]:
-        """Frame numbers, ascending, out of ``frames`` at ``fps`` per second; ``key`` names the draws."""
+        """Choose frame numbers, ascending, out of ``frames`` at ``fps`` per second; ``key`` names the draws."""
         if self.rate is not None:
             seconds = np.arange(0.5 / self.rate, frames / fps + 0.5 / self.rate, 1 / self.rate)
-            chosen = np.rint(seconds * fps).astype(int)
-            return chosen[chosen < frames][: self.max_num_frames].tolist() or [frames // 2]
-        wanted = self.min_num_frames + keyed_integers(self.max_num_frames - self.min_num_frames + 1, 0, *key, "frames")
-        edges = np.linspace(0, frames, min(wanted, frames) + 1).astype(int)
+            frame_numbers = np.rint(seconds * fps).astype(int)
+            return frame_numbers[frame_numbers < frames][: self.max_num_frames].tolist() or [frames // 2]
+        num_frames = self.min_num_frames + keyed_integers(self.max_num_frames - self.min_num_frames + 1, 0, *key, "frames")
+        edges = np.linspace(0, frames, min(num_frames, frames) + 1).astype(int)
         if self.sample == "middle":
             return ((edges[:-1] + edges[1:] - 1) // 2).tolist()
         draws = keyed_integers(np.diff(edges), 0, *key, "frame", np.arange(len(edges) - 1))
@@ -61,9 +61,9 @@ class FrameSampler:
 
 
 def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[bytes]:
-    """The chosen frames of a video file, each as the bytes of a JPEG file.
+    """Return the chosen frames of a video file, each as the bytes of a JPEG file.
 
-    Raises ValueError when PyAV is not installed, or when the bytes are no video that it can decode.
+    Raises ValueError if PyAV is not installed, or if it cannot decode the bytes.
     """
     try:
         import av
@@ -74,8 +74,8 @@ def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[by
             rate = container.streams.video[0].average_rate
             total = sum(packet.size > 0 for packet in container.demux(video=0))
         with av.open(io.BytesIO(data)) as container:
-            chosen = set(sampler.choose(total, float(rate or 1), *key)) if total else set()
-            frames = [_jpeg(frame) for number, frame in enumerate(container.decode(video=0)) if number in chosen]
+            frame_numbers = set(sampler.choose(total, float(rate or 1), *key)) if total else set()
+            frames = [_jpeg(frame) for number, frame in enumerate(container.decode(video=0)) if number in frame_numbers]
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"not a readable video ({error})") from error
     if not frames:

@@ -1,4 +1,4 @@
-"""The command line of generation: every option of the original's inferencer under one ``--help``."""
+"""The command line of generation: every option of the original's inferencer in one ``--help``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ The settings of BAGEL's demo: pictures --cfg-text-scale 4; edits --cfg-text-scal
 """
 
 
-class _Ordered(argparse.Action):
+class _AppendInOrder(argparse.Action):
     """Keeps --prompt and --image in the order in which they were given."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -29,7 +29,7 @@ class _Ordered(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``megatron_bagel.generate``; defaults are those of the original's inferencer."""
+    """Return the command line of ``megatron_bagel.generate``; defaults are those of the original's inferencer."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_bagel.generate",
         description=_DESCRIPTION,
@@ -60,8 +60,10 @@ def _add_model(group: Any) -> None:
 
 def _add_prompts(group: Any) -> None:
     group.add_argument("--task", choices=("t2i", "edit", "understand", "interleave"), default="t2i", help="default: %(default)s")
-    group.add_argument("--prompt", action=_Ordered, nargs="+", metavar="TEXT", help="texts; each a prompt of its own, except in interleave")
-    group.add_argument("--image", action=_Ordered, nargs="+", metavar="FILE", help="input images, shown before every prompt")
+    group.add_argument(
+        "--prompt", action=_AppendInOrder, nargs="+", metavar="TEXT", help="texts; each a prompt of its own, except in interleave"
+    )
+    group.add_argument("--image", action=_AppendInOrder, nargs="+", metavar="FILE", help="input images, shown before every prompt")
     group.add_argument("--input", metavar="FILE", help="JSONL with one prompt per line (docs/generation.md lists its keys)")
     group.add_argument("--output", choices=("image", "text"), help="what interleave produces (default: image)")
     group.add_argument("--out", default="generated", metavar="DIR", help="folder for results.jsonl and PNG files (default: %(default)s)")
@@ -109,7 +111,7 @@ def _add_serve(group: Any) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'HxW' -> (height, width)."""
+    """Parse "HxW" as (height, width)."""
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.isdigit() for side in sides):
         raise ValueError(f"--image-size {text} is not of the form HxW, for example 512x768")
@@ -117,9 +119,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Arguments of ``parser`` (default: generation's own); underscores in flag names read as dashes."""
-    dashed = []
+    """Parse ``argv`` with ``parser`` (default: generation's); underscores in flag names count as dashes."""
+    dashed_words = []
     for word in argv:
         name, equals, value = word.partition("=")
-        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-    return (parser or build_parser()).parse_args(dashed)
+        dashed_words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return (parser or build_parser()).parse_args(dashed_words)

@@ -1,4 +1,4 @@
-"""Prompt files of public benchmarks, and the file layouts their own scorers read; generation between the two is the usual one.
+"""Reads the prompt files of public benchmarks and writes the file formats of their scorers; generation in between is the usual one.
 
 | name | reads | writes, below the output folder |
 | --- | --- | --- |
@@ -7,9 +7,9 @@
 | gedit | *.parquet: key, instruction, instruction_language, task_type, input_image | fullset/<task>/<language>/<key>.png |
 | vqa | *.jsonl: {"question_id", "image", "question" or "text"} | answers.json: [{"question_id", "answer"}, ...] |
 | mmvet | the same | answers.json: {"<question_id>": answer} |
-| mme | a folder of <task>.txt: image, question, truth, tab between | <task>.txt with the answer as a fourth column |
+| mme | a folder of <task>.txt: image, question, truth, separated by tabs | <task>.txt with the answer as a fourth column |
 
-Layouts are those that the benchmarks' published scorers document; nothing is downloaded.
+The formats are those that the benchmarks' published scorers document; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from PIL import Image
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt
 
-#: Answers of a run by the name of their prompt, as results.jsonl has them; several samples of a prompt in their order.
+#: Answers of a run by the name of their prompt, as in results.jsonl; several samples of a prompt are in order.
 Answers = Mapping[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """A question of a benchmark: the prompt, and what its row holds, for the scorer."""
+    """A question of a benchmark: the prompt, and its row, which the scorer needs."""
 
     prompt: Prompt
     row: dict[str, Any]
@@ -42,7 +42,7 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read and handed on. ``options`` are the settings of generation BAGEL was measured with."""
+    """How a benchmark is read and written. ``options`` are the generation settings of BAGEL's published measurements."""
 
     read: Callable[[Path, Path], Iterator[BenchmarkItem]]
     write: Callable[[list[BenchmarkItem], Answers, Path, Path], None]
@@ -50,16 +50,18 @@ class Benchmark:
 
 
 def read_benchmark(name: str, questions: Path, work: Path) -> list[BenchmarkItem]:
-    """All questions; ``work`` takes pictures that must be files. Raises ValueError naming file and row for what cannot be read."""
+    """Read all questions; ``work`` holds pictures that must be files. Raises ValueError naming the file and row of a problem."""
     if not questions.exists():
         raise ValueError(f"{questions} does not exist; give the questions of {name}")
     items = list(BENCHMARKS[name].read(questions, work))
     if not items:
         raise ValueError(f"{questions} holds no question of {name}")
     names = Counter(item.prompt.name for item in items)
-    for called, count in names.items():
-        if count > 1 or not called or called.startswith(".") or any(sign in called for sign in "/\\\0"):
-            raise ValueError(f"{questions}: '{called}' must name one question alone and be fit for a file's name; it occurs {count} times")
+    for question_name, count in names.items():
+        if count > 1 or not question_name or question_name.startswith(".") or any(sign in question_name for sign in "/\\\0"):
+            raise ValueError(
+                f"{questions}: '{question_name}' must name exactly one question and be a valid file name; it occurs {count} times"
+            )
     return items
 
 
@@ -67,44 +69,44 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        label = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
+            raise ValueError(f"{label}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-        yield where, row
+            raise ValueError(f"{label}: expected an object, found {type(row).__name__}")
+        yield label, row
 
 
-def _value(row: Mapping[str, Any], where: str, *names: str) -> Any:
-    """The first of ``names`` that the row has."""
+def _value(row: Mapping[str, Any], label: str, *names: str) -> Any:
+    """Return the value of the first of ``names`` that the row has."""
     for name in names:
         if name in row:
             return row[name]
-    raise ValueError(f"{where}: there is no {' or '.join(names)}; the row has {', '.join(row)}")
+    raise ValueError(f"{label}: there is no {' or '.join(names)}; the row has {', '.join(row)}")
 
 
-def _prompt(where: str, name: str, task: str, text: str, images: tuple[str, ...] = ()) -> Prompt:
+def _prompt(label: str, name: str, task: str, text: str, images: tuple[str, ...] = ()) -> Prompt:
     try:
         return make_prompt(name, task, [text], images)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{label}: {error}") from error
 
 
 # ------------------------------------------------------------------ GenEval
 def _read_geneval(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for number, (where, row) in enumerate(_lines(path)):
-        yield BenchmarkItem(_prompt(where, f"{number:05d}", "t2i", _value(row, where, "prompt")), row)
+    for number, (label, row) in enumerate(_lines(path)):
+        yield BenchmarkItem(_prompt(label, f"{number:05d}", "t2i", _value(row, label, "prompt")), row)
 
 
-def _write_geneval(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
+def _write_geneval(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
     for item in items:
         folder = out / item.prompt.name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "metadata.jsonl").write_text(json.dumps(item.row, ensure_ascii=False) + "\n", encoding="utf-8")
         for number, answer in enumerate(answers[item.prompt.name]):
-            shutil.copyfile(made / answer["image"], folder / "samples" / f"{number:05d}.png")
+            shutil.copyfile(generated_folder / answer["image"], folder / "samples" / f"{number:05d}.png")
 
 
 # ------------------------------------------------------------------ WISE
@@ -118,14 +120,14 @@ def _read_wise(path: Path, work: Path) -> Iterator[BenchmarkItem]:
         if not isinstance(rows, list):
             raise ValueError(f"{file}: expected a list of prompts, found {type(rows).__name__}")
         for number, row in enumerate(rows, start=1):
-            where = f"{file}, entry {number}"
-            yield BenchmarkItem(_prompt(where, str(_value(row, where, "prompt_id")), "t2i", _value(row, where, "Prompt")), row)
+            label = f"{file}, entry {number}"
+            yield BenchmarkItem(_prompt(label, str(_value(row, label, "prompt_id")), "t2i", _value(row, label, "Prompt")), row)
 
 
-def _write_wise(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
+def _write_wise(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for item in items:
-        shutil.copyfile(made / answers[item.prompt.name][0]["image"], out / "images" / f"{item.prompt.name}.png")
+        shutil.copyfile(generated_folder / answers[item.prompt.name][0]["image"], out / "images" / f"{item.prompt.name}.png")
 
 
 # ------------------------------------------------------------------ GEdit
@@ -134,78 +136,78 @@ def _read_gedit(path: Path, work: Path) -> Iterator[BenchmarkItem]:
     columns = ("key", "instruction", "instruction_language", "task_type", "input_image")
     for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
         table = pq.ParquetFile(file)
-        missing = [name for name in columns if name not in table.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{file}: there is no column {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}")
+        missing_columns = [name for name in columns if name not in table.schema_arrow.names]
+        if missing_columns:
+            raise ValueError(f"{file}: there is no column {', '.join(missing_columns)}; it has {', '.join(table.schema_arrow.names)}")
         number = 0
         for batch in table.iter_batches(64, columns=list(columns)):
             for row in batch.to_pylist():
-                where, image = f"{file}, row {number}", row.pop("input_image")
+                label, image = f"{file}, row {number}", row.pop("input_image")
                 data = image.get("bytes") if isinstance(image, dict) else image
                 if not isinstance(data, bytes):
-                    raise ValueError(f"{where}: input_image holds no bytes")
+                    raise ValueError(f"{label}: input_image holds no bytes")
                 name, source = f"{row['key']}_{row['instruction_language']}", work / f"{row['key']}.png"
                 if not source.is_file():
-                    _decoded(data, where).save(source)
-                yield BenchmarkItem(_prompt(where, name, "edit", row["instruction"], (str(source),)), {**row, "source": str(source)})
+                    _decoded(data, label).save(source)
+                yield BenchmarkItem(_prompt(label, name, "edit", row["instruction"], (str(source),)), {**row, "source": str(source)})
                 number += 1
 
 
-def _decoded(data: bytes, where: str) -> Image.Image:
+def _decoded(data: bytes, label: str) -> Image.Image:
     try:
         return decode_rgb(data)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{label}: {error}") from error
 
 
-def _write_gedit(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
+def _write_gedit(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
     for item in items:
         folder = out / "fullset" / item.row["task_type"] / item.row["instruction_language"]
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made / answers[item.prompt.name][0]["image"], folder / f"{item.row['key']}.png")
+        shutil.copyfile(generated_folder / answers[item.prompt.name][0]["image"], folder / f"{item.row['key']}.png")
         shutil.copyfile(item.row["source"], folder / f"{item.row['key']}_SRCIMG.png")
 
 
 # ------------------------------------------------------------------ questions about images
 def _read_questions(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for where, row in _lines(path):
-        image, text = _value(row, where, "image"), _value(row, where, "question", "text")
-        name = str(_value(row, where, "question_id"))
-        yield BenchmarkItem(_prompt(where, name, "understand", text, (str(path.parent / image),)), row)
+    for label, row in _lines(path):
+        image, text = _value(row, label, "image"), _value(row, label, "question", "text")
+        name = str(_value(row, label, "question_id"))
+        yield BenchmarkItem(_prompt(label, name, "understand", text, (str(path.parent / image),)), row)
 
 
-def _write_vqa(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
-    said = [{"question_id": item.row["question_id"], "answer": _text(answers, item)} for item in items]
-    (out / "answers.json").write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def _write_vqa(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
+    answer_rows = [{"question_id": item.row["question_id"], "answer": _text(answers, item)} for item in items]
+    (out / "answers.json").write_text(json.dumps(answer_rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_mmvet(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
-    said = {str(item.row["question_id"]): _text(answers, item) for item in items}
-    (out / "answers.json").write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def _write_mmvet(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
+    answer_by_id = {str(item.row["question_id"]): _text(answers, item) for item in items}
+    (out / "answers.json").write_text(json.dumps(answer_by_id, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_mme(path: Path, work: Path) -> Iterator[BenchmarkItem]:
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; mme takes one with a <task>.txt for each task, and the images below it")
+        raise ValueError(f"{path} is not a folder; mme needs one with a <task>.txt for each task, and the images below it")
     for file in sorted(path.glob("*.txt")):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            fields, where = line.split("\t"), f"{file}, line {number}"
+            fields, label = line.split("\t"), f"{file}, line {number}"
             if len(fields) != 3:
-                raise ValueError(f"{where}: expected image, question and truth with a tab between, found {len(fields)} fields")
+                raise ValueError(f"{label}: expected image, question and truth separated by tabs, got {len(fields)} fields")
             image, question, truth = fields
-            places = [folder / image for folder in (path / file.stem, path / file.stem / "images", path)]
-            place = next((place for place in places if place.is_file()), places[0])
+            candidates = [folder / image for folder in (path / file.stem, path / file.stem / "images", path)]
+            image_path = next((image_path for image_path in candidates if image_path.is_file()), candidates[0])
             row = {"task": file.stem, "image": image, "question": question, "truth": truth}
-            yield BenchmarkItem(_prompt(where, f"{file.stem}_{number:05d}", "understand", question, (str(place),)), row)
+            yield BenchmarkItem(_prompt(label, f"{file.stem}_{number:05d}", "understand", question, (str(image_path),)), row)
 
 
-def _write_mme(items: list[BenchmarkItem], answers: Answers, made: Path, out: Path) -> None:
+def _write_mme(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
     lines: dict[str, list[str]] = {}
     for item in items:
         fields = [item.row["image"], item.row["question"], item.row["truth"], " ".join(_text(answers, item).split())]
         lines.setdefault(item.row["task"], []).append("\t".join(fields) + "\n")
-    for task, found in lines.items():
-        (out / f"{task}.txt").write_text("".join(found), encoding="utf-8")
+    for task, task_lines in lines.items():
+        (out / f"{task}.txt").write_text("".join(task_lines), encoding="utf-8")
 
 
 def _text(answers: Answers, item: BenchmarkItem) -> str:
@@ -213,14 +215,14 @@ def _text(answers: Answers, item: BenchmarkItem) -> str:
 
 
 _PICTURES = {"num_timesteps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0}
-_SEEN = {"vit_transform": (980, 378)}
-_EDITS = {**_PICTURES, **_SEEN, "cfg_img_scale": 1.5, "cfg_renorm_type": "text_channel"}
-#: Settings that BAGEL's own evaluation scripts use (its scripts/eval).
+_IMAGE_INPUT = {"vit_transform": (980, 378)}
+_EDITS = {**_PICTURES, **_IMAGE_INPUT, "cfg_img_scale": 1.5, "cfg_renorm_type": "text_channel"}
+#: Settings of BAGEL's evaluation scripts (its scripts/eval).
 BENCHMARKS: dict[str, Benchmark] = {
     "geneval": Benchmark(_read_geneval, _write_geneval, {**_PICTURES, "num_samples": 4, "cfg_interval": (0.0, 1.0)}),
     "wise": Benchmark(_read_wise, _write_wise, {**_PICTURES, "cfg_interval": (0.4, 1.0)}),
     "gedit": Benchmark(_read_gedit, _write_gedit, {**_EDITS, "cfg_interval": (0.4, 1.0)}),
-    "vqa": Benchmark(_read_questions, _write_vqa, {**_SEEN, "max_length": 100}),
-    "mmvet": Benchmark(_read_questions, _write_mmvet, {**_SEEN, "max_length": 1000}),
-    "mme": Benchmark(_read_mme, _write_mme, {**_SEEN, "max_length": 20}),
+    "vqa": Benchmark(_read_questions, _write_vqa, {**_IMAGE_INPUT, "max_length": 100}),
+    "mmvet": Benchmark(_read_questions, _write_mmvet, {**_IMAGE_INPUT, "max_length": 1000}),
+    "mme": Benchmark(_read_mme, _write_mme, {**_IMAGE_INPUT, "max_length": 20}),
 }

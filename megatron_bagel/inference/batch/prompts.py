@@ -32,23 +32,23 @@ class Prompt:
     seed: int | None = None
 
     def request(self) -> Request:
-        """The prompt with its images read as RGB. Raises ValueError naming a file that is no readable image."""
+        """Return the request with its images read as RGB. Raises ValueError naming a file that is no readable image."""
         terms = tuple(read_image(value) if kind == "image" else value for kind, value in self.terms)
         return Request(terms, self.output, self.think, self.system_prompt, self.size)
 
     def check_files(self) -> None:
-        """Raise ValueError for an image that is not there, before a model is loaded for it."""
+        """Check that all images exist, before a model is loaded for them. Raises ValueError naming an absent one."""
         for kind, value in self.terms:
             if kind == "image" and not Path(value).is_file():
                 raise ValueError(f"{self.name}: image {value} does not exist")
 
     def record(self) -> dict[str, Any]:
-        """What the results file repeats of the prompt."""
+        """Return the part of the prompt that the results file repeats."""
         return {"id": self.name, "task": self.task, "terms": [{kind: value} for kind, value in self.terms]}
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, transparency on white."""
+    """Read an image file as RGB, with white for transparency."""
     try:
         return decode_rgb(Path(path).read_bytes())
     except ValueError as error:
@@ -62,21 +62,21 @@ def make_prompt(
     images: Sequence[str],
     terms: Sequence[tuple[str, str]] = (),
     output: str | None = None,
-    **rest: Any,
+    **options: Any,
 ) -> Prompt:
-    """A prompt with the rules of its task checked: images come first, then the texts; ``interleave`` takes ``terms`` as they are.
+    """Make a prompt after checking the rules of its task: images come first, then texts; ``interleave`` keeps ``terms`` in order.
 
-    Raises ValueError that begins with ``name``.
+    Raises ValueError with a message that begins with ``name``.
     """
     if task not in TASKS:
         raise ValueError(f"{name}: task '{task}' is unknown; choose one of {', '.join(TASKS)}")
     if task == "interleave":
         if not terms:
             raise ValueError(f"{name}: task interleave needs terms, texts and images in their order")
-        return Prompt(name, task, tuple(terms), output or "image", **rest)
-    fixed = "text" if task == "understand" else "image"
-    if output not in (None, fixed):
-        raise ValueError(f"{name}: task {task} gives {fixed}, not {output}; use task interleave to choose")
+        return Prompt(name, task, tuple(terms), output or "image", **options)
+    task_output = "text" if task == "understand" else "image"
+    if output not in (None, task_output):
+        raise ValueError(f"{name}: task {task} gives {task_output}, not {output}; use task interleave to choose")
     if terms:
         raise ValueError(f"{name}: terms belong to task interleave; task {task} takes a prompt and images")
     if not texts or not all(text.strip() for text in texts):
@@ -85,16 +85,19 @@ def make_prompt(
         raise ValueError(f"{name}: task t2i takes no image; use task edit to change one, or understand to ask about one")
     if task == "edit" and not images:
         raise ValueError(f"{name}: task edit needs an image to change")
-    ordered = [("image", str(image)) for image in images] + [("text", text) for text in texts]
-    return Prompt(name, task, tuple(ordered), fixed, **rest)
+    ordered_terms = [("image", str(image)) for image in images] + [("text", text) for text in texts]
+    return Prompt(name, task, tuple(ordered_terms), task_output, **options)
 
 
 def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> list[Prompt]:
-    """Prompts of a JSONL file. A line is an object with ``prompt``, and where wanted ``image`` (a path or a list of paths,
-    relative to the file), ``task``, ``id``, ``think``, ``size`` ([height, width]), ``seed``, ``system_prompt``; for task
-    interleave ``terms`` ([{"text": ...}, {"image": ...}]) and ``output`` instead of prompt and image.
+    """Read the prompts of a JSONL file.
 
-    ``task`` and ``defaults`` hold where a line does not say. Raises ValueError naming file and line.
+    A line is an object with ``prompt`` and optionally ``image`` (a path or a list of paths, relative to the file), ``task``, ``id``,
+    ``think``, ``size`` ([height, width]), ``seed`` and ``system_prompt``. For task interleave it has ``terms`` ([{"text": ...},
+    {"image": ...}]) and ``output`` instead of prompt and image. ``task`` and ``defaults`` apply to lines without these keys.
+
+    Raises:
+        ValueError: Naming file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,45 +110,45 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
         raise ValueError(f"--input {path} holds no prompt")
     name, count = Counter(prompt.name for prompt in prompts).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"--input {path}: id '{name}' occurs more than once; pictures are named by it")
+        raise ValueError(f"--input {path}: id '{name}' occurs more than once, but it names the picture")
     return prompts
 
 
-def _parse(line: str, where: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
+def _parse(line: str, label: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        raise ValueError(f"{label}: not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+        raise ValueError(f"{label}: expected an object, got {type(row).__name__}")
     unknown = sorted(set(row) - set(_KEYS))
     if unknown:
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+        raise ValueError(f"{label}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")
     images = row.get("image", [])
     images = [images] if isinstance(images, str) else images
-    rest = {key: row.get(key, defaults.get(key)) for key in ("think", "size", "seed", "system_prompt")}
-    if rest["size"] is not None:
-        rest["size"] = _size(rest["size"], where)
+    options = {key: row.get(key, defaults.get(key)) for key in ("think", "size", "seed", "system_prompt")}
+    if options["size"] is not None:
+        options["size"] = _size(options["size"], label)
     name = str(row.get("id", f"{number:05d}"))
     if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ValueError(f"{where}: id '{name}' cannot name a file")
-    terms = [_term(term, where, folder) for term in row.get("terms", [])]
+        raise ValueError(f"{label}: id '{name}' cannot name a file")
+    terms = [_term(term, label, folder) for term in row.get("terms", [])]
     texts = [row["prompt"]] if "prompt" in row else []
     images = [str(folder / image) for image in images]
     try:
-        return make_prompt(name, row.get("task", task), texts, images, terms, row.get("output"), **rest)
+        return make_prompt(name, row.get("task", task), texts, images, terms, row.get("output"), **options)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{label}: {error}") from error
 
 
-def _size(size: Any, where: str) -> tuple[int, int]:
+def _size(size: Any, label: str) -> tuple[int, int]:
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size)):
-        raise ValueError(f"{where}: size is {size!r}, expected [height, width] in pixels")
+        raise ValueError(f"{label}: size is {size!r}, expected [height, width] in pixels")
     return size[0], size[1]
 
 
-def _term(term: Any, where: str, folder: Path) -> tuple[str, str]:
+def _term(term: Any, label: str, folder: Path) -> tuple[str, str]:
     if not (isinstance(term, dict) and len(term) == 1 and set(term) <= {"text", "image"}):
-        raise ValueError(f'{where}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
+        raise ValueError(f'{label}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
     ((kind, value),) = term.items()
     return kind, str(folder / value) if kind == "image" else str(value)

@@ -1,4 +1,4 @@
-"""Copies of the model that answer prompts side by side, when more processes were launched than share one decoder."""
+"""Copies of the model that answer prompts in parallel, if more processes were launched than share one decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Replicas:
-    """This process's copy of the model is ``number`` of ``count``; the process that ``writes`` is rank 0."""
+    """This process's copy of the model is ``number`` of ``count``; rank 0 is the process that ``writes``."""
 
     number: int
     count: int
@@ -24,31 +24,31 @@ class Replicas:
 
     @classmethod
     def launched(cls) -> Replicas:
-        """Of the process groups that exist."""
+        """Return the copies of the existing process groups."""
         group = parallel_state.get_data_parallel_group()
         return cls(dist.get_rank(group), dist.get_world_size(group), dist.get_rank() == 0)
 
     def agreed(self, make: Callable[[], Value]) -> Value:
-        """What ``make`` returns on the process that writes, on every process. A ValueError there is raised on all. Collective."""
-        told: list[Value | ValueError | None] = [None]
+        """Call ``make`` on the writing process and return its result on all; so is a ValueError raised on all. Collective."""
+        result_or_error: list[Value | ValueError | None] = [None]
         if self.writes:
             try:
-                told[0] = make()
+                result_or_error[0] = make()
             except ValueError as error:
-                told[0] = error
-        dist.broadcast_object_list(told, src=0)
-        if isinstance(told[0], ValueError):
-            raise told[0]
-        return told[0]
+                result_or_error[0] = error
+        dist.broadcast_object_list(result_or_error, src=0)
+        if isinstance(result_or_error[0], ValueError):
+            raise result_or_error[0]
+        return result_or_error[0]
 
     def collected(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Answers of all copies in their order, on the process that writes; its own elsewhere. Collective."""
-        light = [replace(answer, latents=None) for answer in answers]
+        """Return the answers of all copies in order on the writing process, and this process's answers elsewhere. Collective."""
+        light_answers = [replace(answer, latents=None) for answer in answers]
         if self.count == 1:
-            return light
+            return light_answers
         group = parallel_state.get_data_parallel_group()
-        # Ranks that share a decoder have the same answers: only the first of each sends them.
-        mine = light if parallel_state.get_tensor_model_parallel_rank() == 0 else []
-        parts: list[list[Answer]] | None = [[] for _ in range(self.count)] if self.number == 0 else None
-        dist.gather_object(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
-        return [answer for part in parts or [light] for answer in part]
+        # Ranks that share a decoder have the same answers, so only the first of them sends its answers.
+        local_answers = light_answers if parallel_state.get_tensor_model_parallel_rank() == 0 else []
+        answers_by_copy: list[list[Answer]] | None = [[] for _ in range(self.count)] if self.number == 0 else None
+        dist.gather_object(local_answers, answers_by_copy, dst=dist.get_global_rank(group, 0), group=group)
+        return [answer for copy_answers in answers_by_copy or [light_answers] for answer in copy_answers]

@@ -1,7 +1,7 @@
 """What one prompt asks for, and how a batch of prompts becomes contexts and answers: the rules of the conversation.
 
-The rules are the original's. Every text is read under all views but the one without the last text; every image only under
-the main view, after which the view without text restarts from there. Thoughts enter the main view alone.
+The rules are the original's. Every text is read under all views except the one without the last text. Every image is read only under
+the main view, after which the view without text restarts from there. Thoughts enter only the main view.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Term = str | Image.Image | Sequence[int]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: its terms in order, and what comes out.
+    """One prompt: its terms in order, and the kind of its output.
 
-    A term is a text, its token ids, or an RGB image. ``think`` puts ``system_prompt`` first (a text or its ids; the
-    project's own wording when ``None``), and for an image lets the model write down a plan before drawing it. ``size``
-    is (height, width) in pixels of the picture; ``None`` takes the last input image's size, or ``default_size`` without one.
+    A term is a text, its token ids, or an RGB image. ``think`` puts ``system_prompt`` first (a text or its ids; ``None`` means the
+    project's wording), and for an image lets the model write a plan before drawing. ``size`` is the (height, width) in pixels of the
+    picture; ``None`` means the last input image's size, or ``default_size`` without one.
     """
 
     terms: tuple[Term, ...]
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request produced; ``image`` is uint8 [H, W, 3], ``latents`` [tokens, channels] before decoding."""
+    """The result of a request; ``image`` is uint8 [H, W, 3], ``latents`` [tokens, channels] are before decoding."""
 
     text: GeneratedText | None = None
     thought: GeneratedText | None = None
@@ -62,12 +62,12 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """A request on its way: its views, its noise, and the size of the last image it was shown."""
+    """A request in progress: its views, its noise, and the size of the last image it has read."""
 
     request: Request
     noise: NoiseSource
     views: GuidedContext = field(default_factory=GuidedContext)
-    shown: tuple[int, int] | None = None
+    last_image_size: tuple[int, int] | None = None
 
     @property
     def draws(self) -> bool:
@@ -76,7 +76,7 @@ class Conversation:
 
 @dataclass
 class Observers:
-    """Hooks for checks and progress bars; called with what ``generate_text`` and ``generate_latents`` see."""
+    """Hooks for checks and progress bars, called by ``generate_text`` and ``generate_latents``."""
 
     logits: LogitsObserver | None = None
     step: StepObserver | None = None
@@ -91,48 +91,48 @@ def answer(
     image: ImageSampling,
     observers: Observers | None = None,
 ) -> list[Answer]:
-    """Answer a batch of requests; each comes out as it would alone (unless ``image.couple_batch`` asks otherwise)."""
+    """Answer a batch of requests. Each answer is the one it would get alone, unless ``image.couple_batch`` couples them."""
     observers = observers or Observers()
     conversations = [Conversation(request, source) for request, source in zip(requests, noise, strict=True)]
     read_terms(engine, conversations)
-    written = _write(engine, [c for c in conversations if not c.draws or c.request.think], text, observers)
+    texts = _write(engine, [c for c in conversations if not c.draws or c.request.think], text, observers)
     thinkers = [c for c in conversations if c.draws and c.request.think]
-    extended = engine.add_text([c.views.main for c in thinkers], [engine.tokenizer.encode(written[id(c)].text) for c in thinkers])
+    extended = engine.add_text([c.views.main for c in thinkers], [engine.tokenizer.encode(texts[id(c)].text) for c in thinkers])
     for conversation, main in zip(thinkers, extended, strict=True):
         conversation.views = replace(conversation.views, main=main)
-    drawn = _draw(engine, [c for c in conversations if c.draws], image, observers)
+    pictures = _draw(engine, [c for c in conversations if c.draws], image, observers)
     return [
-        Answer(thought=written.get(id(c)), latents=drawn[id(c)][0], image=drawn[id(c)][1]) if c.draws else Answer(text=written[id(c)])
+        Answer(thought=texts.get(id(c)), latents=pictures[id(c)][0], image=pictures[id(c)][1]) if c.draws else Answer(text=texts[id(c)])
         for c in conversations
     ]
 
 
 def read_terms(engine: Engine, conversations: Sequence[Conversation]) -> None:
-    """Bring every conversation's views up to the end of its terms, one term of each per round."""
+    """Read the terms of every conversation into its views, one term of each per round."""
     thinking = [c for c in conversations if c.request.think]
     prompts = [_ids(engine, _system_prompt(c.request)) for c in thinking]
-    # The think prompt belongs to the views without the text and without the images alike: both are taken after it.
+    # The think prompt belongs to both reduced views, which start after it.
     _extend(thinking, "main", lambda contexts: engine.add_text(contexts, prompts))
     _extend(thinking, "without_images", lambda contexts: engine.add_text(contexts, prompts))
-    for place in range(max((len(c.request.terms) for c in conversations), default=0)):
-        here = [c for c in conversations if place < len(c.request.terms)]
-        _read_texts(engine, [c for c in here if not isinstance(c.request.terms[place], Image.Image)], place)
-        _read_images(engine, [c for c in here if isinstance(c.request.terms[place], Image.Image)], place)
+    for term_index in range(max((len(c.request.terms) for c in conversations), default=0)):
+        with_term = [c for c in conversations if term_index < len(c.request.terms)]
+        _read_texts(engine, [c for c in with_term if not isinstance(c.request.terms[term_index], Image.Image)], term_index)
+        _read_images(engine, [c for c in with_term if isinstance(c.request.terms[term_index], Image.Image)], term_index)
 
 
-def _read_texts(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
-    ids = [_ids(engine, c.request.terms[place]) for c in conversations]
+def _read_texts(engine: Engine, conversations: Sequence[Conversation], term_index: int) -> None:
+    ids = [_ids(engine, c.request.terms[term_index]) for c in conversations]
     for conversation in conversations:
         conversation.views = replace(conversation.views, without_text=conversation.views.main)
     _extend(conversations, "main", lambda contexts: engine.add_text(contexts, ids))
     _extend(conversations, "without_images", lambda contexts: engine.add_text(contexts, ids))
 
 
-def _read_images(engine: Engine, conversations: Sequence[Conversation], place: int) -> None:
-    images = {id(c): engine.resize(c.request.terms[place]) for c in conversations}
+def _read_images(engine: Engine, conversations: Sequence[Conversation], term_index: int) -> None:
+    images = {id(c): engine.resize(c.request.terms[term_index]) for c in conversations}
     for conversation in conversations:
         width, height = images[id(conversation)].size
-        conversation.shown = (height, width)
+        conversation.last_image_size = (height, width)
     drawing = [c for c in conversations if c.draws]
     noise = [c.noise.posterior(engine.posterior_shape(images[id(c)])) for c in drawing]
     _extend(drawing, "main", lambda contexts: engine.add_latents(contexts, [images[id(c)] for c in drawing], noise))
@@ -161,7 +161,7 @@ def _system_prompt(request: Request) -> str | Sequence[int]:
 
 
 def _write(engine: Engine, conversations: Sequence[Conversation], sampling: TextSampling, observers: Observers) -> dict[int, GeneratedText]:
-    """Text of each conversation, by identity."""
+    """Return the text of each conversation by identity."""
     if not conversations:
         return {}
     draws = [c.noise.text() for c in conversations]
@@ -170,7 +170,7 @@ def _write(engine: Engine, conversations: Sequence[Conversation], sampling: Text
 
 
 def default_size(engine: Engine) -> tuple[int, int]:
-    """1024 x 1024, or the largest square the model's position table reaches."""
+    """Return 1024 x 1024, or the largest square of the model's position table."""
     reach = engine.arch.max_latent_size * engine.arch.vae_token_pixels
     return min(DEFAULT_SIDE, reach), min(DEFAULT_SIDE, reach)
 
@@ -178,11 +178,11 @@ def default_size(engine: Engine) -> tuple[int, int]:
 def _draw(
     engine: Engine, conversations: Sequence[Conversation], sampling: ImageSampling, observers: Observers
 ) -> dict[int, tuple[Tensor, np.ndarray]]:
-    """(latent tokens, pixels) of each conversation, by identity."""
+    """Return (latent tokens, pixels) of each conversation by identity."""
     if not conversations:
         return {}
     engine.need_autoencoder()
-    grids = [engine.latent_grid(*(c.request.size or c.shown or default_size(engine))) for c in conversations]
+    grids = [engine.latent_grid(*(c.request.size or c.last_image_size or default_size(engine))) for c in conversations]
     channels = engine.arch.latent_token_dim
     noise = [c.noise.initial((rows * columns, channels)) for c, (rows, columns) in zip(conversations, grids, strict=True)]
     latents = generate_latents(engine, [c.views for c in conversations], grids, noise, sampling, observers.step)

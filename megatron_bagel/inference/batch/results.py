@@ -1,7 +1,7 @@
 """Answers as lines of ``results.jsonl`` with pictures beside it, and a run over many prompts that can be interrupted.
 
-A picture is on disk before its line is, and lines are written in the order of the prompts. So the lines that are there are done, and a
-run that goes on makes the others; what they were made with is kept in ``settings.json`` and must not have changed.
+A picture is on disk before its line, and lines are written in the order of the prompts. Existing lines are therefore finished, and a
+resumed run makes the others. ``settings.json`` records the settings of the answers, which must not change.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ RESULTS, SETTINGS = "results.jsonl", "settings.json"
 
 
 class AnswerWriter:
-    """Writes the answers of one run into a folder; ``done`` are the names already answered there, with ``resume``."""
+    """Writes the answers of one run into a folder. With ``resume``, ``answered`` holds the records already in it by name."""
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None, resume: bool = False) -> None:
-        """``settings`` decide the answers (plain JSON values). Raises ValueError when a run that is resumed was made with others."""
+        """Open the folder. ``settings`` (plain JSON values) decide the answers; a resumed run must have the same, or ValueError."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings, path = json.loads(json.dumps(dict(settings or {}))), self.folder / SETTINGS
-        kept: list[dict[str, Any]] = []
+        kept_records: list[dict[str, Any]] = []
         if resume and path.is_file():
             _check_same(json.loads(path.read_text(encoding="utf-8")), settings, path)
-            kept = _answered(self.folder / RESULTS)
-        self.done = {record["id"]: record for record in kept}
-        write_whole(self.folder / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+            kept_records = _complete_records(self.folder / RESULTS)
+        self.answered = {record["id"]: record for record in kept_records}
+        write_whole(self.folder / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept_records))
         write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        self._lines = (self.folder / RESULTS).open("a", encoding="utf-8")
+        self._results_file = (self.folder / RESULTS).open("a", encoding="utf-8")
 
     def __enter__(self) -> AnswerWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lines.close()
+        self._results_file.close()
 
     def has(self, name: str, prompt: Prompt, seed: int) -> bool:
-        """Whether ``name`` is answered. Raises ValueError when its answer is one to another prompt or seed."""
-        record = self.done.get(name)
+        """Return whether ``name`` is answered. Raises ValueError if its answer belongs to another prompt or seed."""
+        record = self.answered.get(name)
         if record is None:
             return False
-        asked = json.loads(json.dumps({**prompt.record(), "id": name, "seed": seed}))
-        if any(record.get(key) != value for key, value in asked.items()):
+        expected = json.loads(json.dumps({**prompt.record(), "id": name, "seed": seed}))
+        if any(record.get(key) != value for key, value in expected.items()):
             raise ValueError(
-                f"{self.folder / RESULTS}: {name} is the answer to another prompt or seed; give another --out, or leave --resume out"
+                f"{self.folder / RESULTS}: {name} is the answer to another prompt or seed; give another --out, or drop --resume"
             )
         return True
 
     def write(self, name: str, prompt: Prompt, seed: int, answer: Answer) -> dict[str, Any]:
-        """Save one answer under ``name``; the line that was written."""
+        """Save one answer under ``name`` and return the written record."""
         record = {**prompt.record(), "id": name, "seed": seed}
         if answer.thought is not None:
             record["thought"] = answer.thought.text
@@ -66,18 +66,18 @@ class AnswerWriter:
         if answer.image is not None:
             record["image"] = f"{name}.png"
             Image.fromarray(answer.image).save(self.folder / record["image"])
-        self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._lines.flush()
+        self._results_file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._results_file.flush()
         return record
 
 
-def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
-    differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-    if differing:
-        told = ", ".join(f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in differing)
-        raise ValueError(f"--resume: {path} says the answers there were made with other settings: {told}; give another --out")
+def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    differing_keys = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
+    if differing_keys:
+        differences = ", ".join(f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in differing_keys)
+        raise ValueError(f"--resume: {path} records other settings of the existing answers: {differences}; give another --out")
 
 
-def _answered(path: Path) -> list[dict[str, Any]]:
+def _complete_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of an interrupted run. Raises ValueError for a broken line before the last."""
     return [record for _, record in whole_lines(path, "remove the file to start again")] if path.is_file() else []

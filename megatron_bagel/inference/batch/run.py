@@ -1,4 +1,4 @@
-"""From prompts to answers on disk: load, answer batch by batch, write what is there, and go on where a run was interrupted."""
+"""Runs prompts to answers on disk: load, answer batch by batch, write, and continue an interrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_bagel.inference.core.sampling import TextSampling
 
 
 def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
-    """Refuse what this model cannot do before the first answer is begun."""
+    """Check that this model can do what the prompts ask before the first answer."""
     for prompt in prompts:
         if prompt.output == "image":
             engine.need_autoencoder()
@@ -32,11 +32,11 @@ def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
 
 
 def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
-    """Answer ``prompts`` with the options of ``args`` (arguments.py) into ``args.out``; returns how many answers there are.
+    """Answer ``prompts`` with the options of ``args`` (arguments.py) into ``args.out``; return the number of answers.
 
-    Raises ValueError for options or prompts that cannot be, before anything is written.
+    Raises ValueError for impossible options or prompts before anything is written.
     """
-    # Imports Megatron-Core, which must find the platform installed.
+    # Imports Megatron-Core, so the platform must be installed first.
     from megatron_bagel.inference.batch.replicas import Replicas
 
     for name in ("num_samples", "batch_size"):
@@ -54,26 +54,26 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
 
     def begin() -> set[str]:
         nonlocal writer
-        writer = AnswerWriter(args.out, _deciding(args), args.resume)
+        writer = AnswerWriter(args.out, _answer_settings(args), args.resume)
         return {job.name for job in jobs if writer.has(job.name, job.prompt, job.seed)}
 
-    done = replicas.agreed(begin)
-    left = [job for job in jobs if job.name not in done]
-    each = args.batch_size * replicas.count
+    answered_names = replicas.agreed(begin)
+    open_jobs = [job for job in jobs if job.name not in answered_names]
+    round_size = args.batch_size * replicas.count
     with writer or nullcontext():
-        for start in range(0, len(left), each):
-            began, round_ = time.monotonic(), left[start : start + each]
-            mine = round_[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
-            noise = [KeyedNoise(job.seed, job.prompt.name) for job in mine]
-            answers = replicas.collected(answer(engine, [job.prompt.request() for job in mine], noise, text, image))
+        for start in range(0, len(open_jobs), round_size):
+            start_time, round_jobs = time.monotonic(), open_jobs[start : start + round_size]
+            local_jobs = round_jobs[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
+            noise = [KeyedNoise(job.seed, job.prompt.name) for job in local_jobs]
+            answers = replicas.collected(answer(engine, [job.prompt.request() for job in local_jobs], noise, text, image))
             if writer is not None:
-                seconds = (time.monotonic() - began) / len(round_)
-                _write(writer, round_, answers, seconds, (len(done) + start, len(jobs)))
+                seconds = (time.monotonic() - start_time) / len(round_jobs)
+                _write(writer, round_jobs, answers, seconds, (len(answered_names) + start, len(jobs)))
     return len(jobs)
 
 
 def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
-    """How texts and pictures are made. Raises ValueError naming an option out of its range."""
+    """Return how texts and pictures are made. Raises ValueError naming an option out of its range."""
     if args.enable_taylorseer:
         raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
     guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
@@ -82,7 +82,7 @@ def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
 
 
 def open_engine(args: Namespace) -> Engine:
-    """The model of ``--model``."""
+    """Load the model of ``--model``."""
     from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 
     named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
@@ -92,7 +92,7 @@ def open_engine(args: Namespace) -> Engine:
 
 @dataclass(frozen=True)
 class _Job:
-    """One answer to be made. The prompt's name keys the noise too: prompts of one seed must not all start from the same picture."""
+    """One answer to make. The prompt's name also keys the noise, so that prompts of one seed start from different pictures."""
 
     name: str
     prompt: Prompt
@@ -100,22 +100,22 @@ class _Job:
 
     @classmethod
     def of(cls, prompt: Prompt, sample: int, args: Namespace) -> _Job:
-        """Sample number ``sample`` of a prompt; seeds count up."""
+        """Return the job of sample number ``sample`` of a prompt; seeds count up."""
         seed = (args.seed if prompt.seed is None else prompt.seed) + sample
         return cls(prompt.name if args.num_samples == 1 else f"{prompt.name}_{sample}", prompt, seed)
 
 
-def _deciding(args: Namespace) -> dict[str, Any]:
-    """The options that decide what an answer is, beside the prompt."""
+def _answer_settings(args: Namespace) -> dict[str, Any]:
+    """Return the options that decide an answer, besides the prompt."""
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
     free = of_prompts | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def _write(writer: AnswerWriter, jobs: Sequence[_Job], answers: Sequence[Answer], seconds: float, place: tuple[int, int]) -> None:
-    """Write a round's answers and say so; ``place`` is (answers before these, all answers), ``seconds`` one answer's share."""
+def _write(writer: AnswerWriter, jobs: Sequence[_Job], answers: Sequence[Answer], seconds: float, progress: tuple[int, int]) -> None:
+    """Write a round's answers and print them; ``progress`` is (earlier answers, all answers), ``seconds`` the time per answer."""
     for row, (job, result) in enumerate(zip(jobs, answers, strict=True)):
         record = writer.write(job.name, job.prompt, job.seed, result)
-        said = " ".join(str(record[key]) for key in ("thought", "text") if key in record)
-        shown = f"{writer.folder / record['image']} {said}".strip() if "image" in record else said
-        print(f"[{place[0] + row + 1}/{place[1]}] {job.name} ({seconds:.1f} s): {shown}", flush=True)
+        text = " ".join(str(record[key]) for key in ("thought", "text") if key in record)
+        description = f"{writer.folder / record['image']} {text}".strip() if "image" in record else text
+        print(f"[{progress[0] + row + 1}/{progress[1]}] {job.name} ({seconds:.1f} s): {description}", flush=True)

@@ -1,6 +1,6 @@
-"""The system prompts of think mode, in our own words; any text can be put in their place.
+"""The system prompts of think mode, in this project's words; any other text can replace them.
 
-The released weights were tuned with other wordings of the same request; who wants their exact behaviour passes that wording.
+The released weights were tuned with other wordings of the same request. Pass that wording to get their exact behaviour.
 """
 
 from __future__ import annotations

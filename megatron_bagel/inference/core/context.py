@@ -1,4 +1,4 @@
-"""What has been said so far: cached keys and values, their number, and the RoPE position of the next item."""
+"""A conversation so far: cached keys and values, their number, and the RoPE position of the next item."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_bagel.inference.core.kv_cache import LayerCache
 class Context:
     """One sample's past. ``caches`` maps Megatron's 1-based layer number to that layer's cache.
 
-    ``length`` counts cached tokens; ``position`` counts RoPE positions, of which an image takes one whatever its size.
-    A context never changes, so keeping an earlier one is a snapshot of the conversation at that point.
+    ``length`` counts cached tokens, and ``position`` counts RoPE positions; an image of any size takes one position.
+    A context never changes, so an earlier one is a snapshot of the conversation at that point.
     """
 
     caches: Mapping[int, LayerCache] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Context:
     position: int = 0
 
     def advanced(self, caches: Mapping[int, LayerCache], tokens: int, positions: int) -> Context:
-        """The context after ``tokens`` more tokens that took ``positions`` RoPE positions."""
+        """Return the context after ``tokens`` more tokens that take ``positions`` RoPE positions."""
         return Context(caches, self.length + tokens, self.position + positions)
 
 
@@ -29,8 +29,8 @@ class Context:
 class GuidedContext:
     """A conversation in the three views that classifier-free guidance compares.
 
-    ``main`` is everything; ``without_text`` is everything before the last text; ``without_images`` is all texts alone,
-    with RoPE positions of its own.
+    ``main`` is everything, ``without_text`` is everything before the last text, and ``without_images`` is all texts alone,
+    with separate RoPE positions.
     """
 
     main: Context = field(default_factory=Context)

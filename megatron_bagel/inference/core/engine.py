@@ -1,7 +1,7 @@
-"""What a trained model can do to a context: read text, read an image, predict a token, predict a velocity.
+"""What a trained model can do with a context: read text, read an image, predict a token, predict a velocity.
 
-Every method takes lists, one entry per context, and makes one pass of the decoder for all of them. Contexts are values:
-the given ones stay as they were, extended ones are returned.
+Every method takes lists with one entry per context, and makes one pass of the decoder for all of them. Contexts are values:
+methods do not change them and return extended ones.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class PassRow:
-    """New tokens of one context: embeddings by expert, and how many RoPE positions they take.
+    """New tokens of one context: embeddings by expert, and the number of RoPE positions they take.
 
-    Text takes one position per token; an image's tokens all share one.
+    Text takes one position per token, and all tokens of an image share one.
     """
 
     context: Context
@@ -52,22 +52,22 @@ class PassRow:
         return 0 if self.gen is None else len(self.gen)
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """RoPE positions of the und and of the gen tokens."""
+        """Return the RoPE positions of the und and of the gen tokens."""
         start = self.context.position
         if self.shared_position:
             return torch.full((len(self.und),), start), torch.full((self.n_gen,), start)
         return torch.arange(start, start + len(self.und)), torch.zeros(0, dtype=torch.long)
 
     def advance(self) -> int:
-        """RoPE positions the row takes."""
+        """Return the number of RoPE positions of the row."""
         return 1 if self.shared_position else len(self.und)
 
 
 @dataclass
 class Engine:
-    """A model ready for inference, on one process or on each of the ranks that share its decoder, which then all make the same calls.
+    """A model ready for inference, on one process or on each rank that shares its decoder; these ranks make the same calls.
 
-    ``vision_tower`` is missing in models without image understanding, ``autoencoder`` in those without image generation.
+    ``vision_tower`` is None in models without image understanding, ``autoencoder`` in those without image generation.
     """
 
     decoder: Decoder
@@ -98,18 +98,18 @@ class Engine:
         return self._run(rows, causal=True, keep=True)[1]
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """An input image at the size the autoencoder will see; the vision tower gets its own resize of this one."""
+        """Return an input image at the size for the autoencoder; the vision tower resizes this result again."""
         size = output_size(self.vae_transform, *image.size)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
     def posterior_shape(self, image: Image.Image) -> tuple[int, int, int]:
-        """Shape [z, h, w] of the posterior noise that ``add_latents`` wants for an image."""
+        """Return the shape [z, h, w] of the posterior noise that ``add_latents`` needs for an image."""
         width, height = output_size(self.vae_transform, *image.size)
         ae = self.need_autoencoder().arch
         return ae.z_channels, height // ae.downsample, width // ae.downsample
 
     def add_latents(self, contexts: Sequence[Context], images: Sequence[Image.Image], noise: Sequence[Tensor]) -> list[Context]:
-        """Read each RGB image through the autoencoder, as a clean condition; ``noise`` [z, h, w] samples its posterior."""
+        """Read each RGB image through the autoencoder as a clean condition; ``noise`` [z, h, w] samples its posterior."""
         autoencoder = self.need_autoencoder()
         pixels = [image_tensor(image, self.vae_transform, *output_size(self.vae_transform, *image.size)) for image in images]
         moments = autoencoder.encode_many([p.to(self.device) for p in pixels])
@@ -138,23 +138,23 @@ class Engine:
 
     # ------------------------------------------------------------------ predicting
     def next_logits(self, contexts: Sequence[Context], tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
-        """Read one token into each context; logits [contexts, V] of the one after it, and the extended contexts."""
+        """Read one token into each context; return logits [contexts, V] of the next token, and the extended contexts."""
         embeddings = self._embed_ids(tokens).split(1)
         rows = [PassRow(context, e, shared_position=False) for context, e in zip(contexts, embeddings, strict=True)]
         hidden, extended = self._run(rows, causal=True, keep=True)
         return self.decoder.all_text_logits(hidden), extended
 
     def logits_of(self, contexts: Sequence[Context], ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits [tokens, V] after each token of a text read into its context at once; contexts are not extended."""
+        """Return logits [tokens, V] after each token of a text per context, in one pass; contexts are not extended."""
         embeddings = self._embed_ids([token for text in ids for token in text]).split([len(text) for text in ids])
         rows = [PassRow(context, e, shared_position=False) for context, e in zip(contexts, embeddings, strict=True)]
         hidden, _ = self._run(rows, causal=True, keep=False)
         return list(self.decoder.all_text_logits(hidden).split([len(text) for text in ids]))
 
     def velocities(self, contexts: Sequence[Context], embedded: Sequence[Tensor]) -> list[Tensor]:
-        """Flow velocity [tokens, channels] of a noised picture under each context, float32; contexts are not extended.
+        """Return the flow velocity [tokens, channels] of a noised picture under each context, float32; contexts are not extended.
 
-        ``embedded`` [tokens, hidden] comes from ``embed_latents``; one picture may stand under several contexts.
+        ``embedded`` [tokens, hidden] comes from ``embed_latents``; several contexts may share one picture.
         """
         borders = self._borders()
         rows = [PassRow(context, borders, picture) for context, picture in zip(contexts, embedded, strict=True)]
@@ -163,31 +163,31 @@ class Engine:
         return list(self.decoder.velocity(generated).float().split([row.n_gen for row in rows]))
 
     def embed_latents(self, x_t: Tensor, t: float, position_ids: Tensor) -> Tensor:
-        """Decoder input [tokens, hidden] of latent tokens [tokens, channels] at time ``t`` (0 is clean)."""
+        """Embed latent tokens [tokens, channels] at time ``t`` (0 is clean) as decoder input [tokens, hidden]."""
         times = torch.full((len(x_t),), t, dtype=torch.float32, device=self.device)
         return self.decoder.embed_latents(x_t.to(self.device), times, position_ids)
 
     def latent_grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of latent tokens of a picture of ``height`` x ``width`` pixels.
+        """Return the (rows, columns) of latent tokens of a picture of ``height`` x ``width`` pixels.
 
         Raises:
-            ValueError: a side is not a multiple of a token's pixels, or larger than the position table reaches.
+            ValueError: If a side is not a multiple of a token's pixels, or exceeds the position table.
         """
         stride, limit = self.arch.vae_token_pixels, self.arch.max_latent_size * self.arch.vae_token_pixels
         for name, side in (("height", height), ("width", width)):
             if side < stride or side % stride:
                 raise ValueError(f"image {name} {side} must be a positive multiple of {stride}, the pixels of a latent token")
             if side > limit:
-                raise ValueError(f"image {name} {side} is larger than the model's positions reach: max_latent_size allows {limit} pixels")
+                raise ValueError(f"image {name} {side} exceeds the model's position table: max_latent_size allows {limit} pixels")
         return height // stride, width // stride
 
     def latent_position_ids(self, rows: int, columns: int) -> Tensor:
-        """Position ids [rows * columns] of a picture's latent tokens."""
+        """Return the position ids [rows * columns] of a picture's latent tokens."""
         ids = grid_position_ids(rows, columns, self.arch.max_latent_size, self.arch.interpolate_pos)
         return torch.from_numpy(ids).to(self.device)
 
     def need_autoencoder(self) -> AutoEncoder:
-        """The autoencoder; ValueError where the model has none."""
+        """Return the autoencoder. Raises ValueError if the model has none."""
         if self.autoencoder is None:
             raise ValueError("this model has no autoencoder (visual_gen off): it can neither draw nor edit; use --task understand")
         return self.autoencoder
@@ -203,11 +203,11 @@ class Engine:
         return self.decoder.embed_text(torch.tensor(list(ids), dtype=torch.long, device=self.device))
 
     def _borders(self) -> Tensor:
-        """Embeddings [2, hidden] of the tokens before and after an image."""
+        """Return the embeddings [2, hidden] of the tokens before and after an image."""
         return self._embed_ids([self.tokenizer.start_of_image, self.tokenizer.end_of_image])
 
     def _run(self, rows: Sequence[PassRow], causal: bool, keep: bool) -> tuple[Tensor, list[Context]]:
-        """One pass; hidden states [tokens, hidden] after the final norms, und of all rows before gen, and the new contexts."""
+        """Run one pass; return hidden states [tokens, hidden] after the final norms (und of all rows first) and the new contexts."""
         attention = CachedAttention([NewTokens(row.context, len(row.und), row.n_gen) for row in rows], causal, keep)
         gen = [row.gen for row in rows if row.gen is not None]
         hidden = torch.cat([row.und for row in rows] + gen)

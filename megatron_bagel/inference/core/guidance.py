@@ -1,6 +1,6 @@
-"""Classifier-free guidance with two conditions dropped in turn (text, images) and the norms it is pulled back to.
+"""Classifier-free guidance with two conditions that are dropped in turn (text, images), and its renormalisation.
 
-Everything here is arithmetic on velocities; which context a velocity was computed under is the caller's affair.
+Everything here is arithmetic on velocities; the caller decides which context each velocity comes from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 RENORM_TYPES = ("global", "channel", "text_channel")
-# Keeps the ratio of norms finite when the guided velocity vanishes; the value is BAGEL's.
+# Keeps the ratio of norms finite if the guided velocity vanishes; the value is BAGEL's.
 NORM_EPS = 1e-8
 
 
@@ -20,10 +20,10 @@ class Guidance:
     """How strongly a picture follows its text and its input images.
 
     ``text_scale`` and ``img_scale`` extrapolate away from the velocity without the text and without the images; 1 turns
-    a guidance off. They act for t in (``interval[0]``, ``interval[1]``]. ``renorm_type`` says which norm may not grow:
-    of the whole call (``global``), of every token (``channel``), or of every token after the text step only
-    (``text_channel``, which suits editing). ``renorm_min`` bounds the shrinking from below: 1 turns it off.
-    As in the original, image guidance has an effect only together with text guidance.
+    a guidance off. They act for t in (``interval[0]``, ``interval[1]``]. ``renorm_type`` chooses the norm that may not grow:
+    of the entire call (``global``), of every token (``channel``), or of every token after the text step only
+    (``text_channel``, which suits editing). ``renorm_min`` bounds the shrinking from below; 1 turns it off.
+    As in the original, image guidance acts only together with text guidance.
     """
 
     text_scale: float = 3.0
@@ -44,35 +44,35 @@ class Guidance:
                 raise ValueError(f"{name} is {scale}, it must be at least 1 (1 turns the guidance off)")
 
     def scales_at(self, t: float) -> tuple[float, float]:
-        """(text scale, image scale) in force at time ``t``."""
+        """Return (text scale, image scale) at time ``t``."""
         if self.interval[0] < t <= self.interval[1]:
             return self.text_scale, self.img_scale
         return 1.0, 1.0
 
     def needs(self, t: float) -> tuple[bool, bool]:
-        """Which extra velocities a step at ``t`` reads: (without text, without images)."""
+        """Return which extra velocities a step at ``t`` reads: (without text, without images)."""
         text, img = self.scales_at(t)
-        # Image guidance starts from the text-guided velocity; without that one the original drops it, and so do we.
+        # Image guidance starts from the text-guided velocity; without text guidance the original drops it.
         return text > 1.0, text > 1.0 and img > 1.0
 
 
-def shrink_factor(before: Tensor, after: Tensor, per_token: bool, minimum: float) -> Tensor:
-    """Factor in [minimum, 1] that brings the norm of ``after`` back to that of ``before``; both [tokens, channels].
+def shrink_factor(reference: Tensor, guided_velocity: Tensor, per_token: bool, minimum: float) -> Tensor:
+    """Return the factor in [minimum, 1] that reduces the norm of ``guided_velocity`` to that of ``reference``.
 
-    Per token the result is [tokens, 1], else a scalar over all tokens of the call.
+    Both are [tokens, channels]. The result is [tokens, 1] per token, else a scalar over all tokens of the call.
     """
     if per_token:
-        old, new = before.norm(dim=-1, keepdim=True), after.norm(dim=-1, keepdim=True)
+        reference_norm, norm = reference.norm(dim=-1, keepdim=True), guided_velocity.norm(dim=-1, keepdim=True)
     else:
-        old, new = before.norm(), after.norm()
-    return (old / (new + NORM_EPS)).clamp(min=minimum, max=1.0)
+        reference_norm, norm = reference.norm(), guided_velocity.norm()
+    return (reference_norm / (norm + NORM_EPS)).clamp(min=minimum, max=1.0)
 
 
 def guide(v: Tensor, without_text: Tensor | None, without_images: Tensor | None, scales: tuple[float, float], guidance: Guidance) -> Tensor:
-    """Guided velocity [tokens, channels] from the velocity under the full context and under the two reduced ones.
+    """Return the guided velocity [tokens, channels] from the velocities under the full context and under the two reduced ones.
 
-    ``scales`` is what ``guidance.scales_at(t)`` gave; a reduced velocity that ``guidance.needs(t)`` does not name may be
-    ``None``. Formulas: v_t = v_ct + s_t (v - v_ct), v' = v_ci + s_i (v_t - v_ci), then the renormalisation.
+    ``scales`` is the result of ``guidance.scales_at(t)``. A reduced velocity that ``guidance.needs(t)`` does not need may be ``None``.
+    Formulas: v_t = v_ct + s_t (v - v_ct), v' = v_ci + s_i (v_t - v_ci), then the renormalisation.
     """
     text_scale, img_scale = scales
     if text_scale <= 1.0 or without_text is None:
@@ -88,10 +88,10 @@ def guide(v: Tensor, without_text: Tensor | None, without_images: Tensor | None,
 
 
 def time_grid(num_timesteps: int, shift: float) -> Tensor:
-    """Times from 1 to 0, float32 [num_timesteps], shifted by s t / (1 + (s - 1) t): ``num_timesteps - 1`` Euler steps.
+    """Return times from 1 to 0, float32 [num_timesteps], shifted by s t / (1 + (s - 1) t): ``num_timesteps - 1`` Euler steps.
 
     Raises:
-        ValueError: fewer than two points, or a shift that is not positive.
+        ValueError: If there are fewer than two points, or the shift is not positive.
     """
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps is {num_timesteps}; the time grid needs at least 2 points (N points make N - 1 steps)")

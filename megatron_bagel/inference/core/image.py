@@ -1,4 +1,4 @@
-"""A picture out of a context: Euler steps of the flow from noise (t = 1) to data (t = 0) under guidance, then decoding."""
+"""Draws a picture from a context: Euler steps of the flow from noise (t = 1) to data (t = 0) under guidance, then decoding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ StepObserver = Callable[[int, float, Tensor, Tensor], None]
 class ImageSampling:
     """How pictures are drawn. ``num_timesteps`` points in time make ``num_timesteps - 1`` steps.
 
-    ``couple_batch`` takes the global renormalisation's norms over all pictures of a call, as the original does; off, a
-    picture does not depend on the others it is drawn with.
+    ``couple_batch`` computes the norms of global renormalisation over all pictures of a call, as the original does. Without it, a
+    picture does not depend on the others of its batch.
     """
 
     num_timesteps: int = 50
@@ -45,9 +45,17 @@ def generate_latents(
     sampling: ImageSampling,
     observe: StepObserver | None = None,
 ) -> list[Tensor]:
-    """Latent tokens [rows * columns, channels] of a picture per context; ``grids`` are (rows, columns), ``noise`` the start.
+    """Draw a picture per context as latent tokens [rows * columns, channels].
 
-    The contexts are not extended: a picture that should be seen by what follows is read in with ``Engine.add_latents``.
+    The contexts are not extended; ``Engine.add_latents`` reads a picture into a context.
+
+    Args:
+        engine: The model.
+        contexts: The contexts.
+        grids: The (rows, columns) of each picture's tokens.
+        noise: The starting point of each picture, [rows * columns, channels].
+        sampling: How pictures are drawn.
+        observe: Called after every step.
     """
     sizes = [rows * columns for rows, columns in grids]
     position_ids = torch.cat([engine.latent_position_ids(*grid) for grid in grids])
@@ -65,7 +73,7 @@ def generate_latents(
 def _guided_velocity(
     engine: Engine, contexts: Sequence[GuidedContext], pictures: Sequence[Tensor], t: float, sampling: ImageSampling
 ) -> Tensor:
-    """Velocity [tokens of all pictures, channels] after guidance; all views of all contexts go through one pass."""
+    """Return the guided velocity [tokens of all pictures, channels]; one pass computes all views of all contexts."""
     guidance = sampling.guidance
     text, images = guidance.needs(t)
     views = [[c.main for c in contexts]]
@@ -73,24 +81,24 @@ def _guided_velocity(
         views.append([c.without_text for c in contexts])
     if images:
         views.append([c.without_images for c in contexts])
-    flat = engine.velocities([c for view in views for c in view], list(pictures) * len(views))
+    velocities = engine.velocities([c for view in views for c in view], list(pictures) * len(views))
     count = len(contexts)
-    split = [flat[i * count : (i + 1) * count] for i in range(len(views))]
+    view_velocities = [velocities[i * count : (i + 1) * count] for i in range(len(views))]
     if sampling.couple_batch:
-        split = [[torch.cat(view)] for view in split]
+        view_velocities = [[torch.cat(view)] for view in view_velocities]
     scales = guidance.scales_at(t)
-    guided = [guide(v[0], v[1] if text else None, v[2] if images else None, scales, guidance) for v in zip(*split, strict=True)]
+    guided = [guide(v[0], v[1] if text else None, v[2] if images else None, scales, guidance) for v in zip(*view_velocities, strict=True)]
     return torch.cat(guided)
 
 
 def decode_picture(engine: Engine, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """Latent tokens [rows * columns, channels] -> uint8 [H, W, 3]."""
+    """Decode latent tokens [rows * columns, channels] to uint8 [H, W, 3]."""
     return decode_latents(engine.need_autoencoder(), tokens, grid, engine.arch.latent_patch_size)
 
 
 @torch.no_grad()
 def decode_latents(autoencoder: AutoEncoder, tokens: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
-    """Latent tokens [rows * columns, channels] -> uint8 [H, W, 3]; values are truncated to integers, as in the original."""
+    """Decode latent tokens [rows * columns, channels] to uint8 [H, W, 3]; values are truncated to integers, as in the original."""
     latent = unpatchify(tokens, *grid, patch)
     parameter = next(autoencoder.parameters())
     pixels = autoencoder.decode(latent[None].to(parameter))[0].float()

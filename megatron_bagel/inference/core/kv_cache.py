@@ -1,8 +1,8 @@
-"""Keys and values a context has already computed: append-only and shared between snapshots without copying.
+"""The keys and values that a context has computed: append-only, and shared between snapshots without copying.
 
-Guidance needs three views of one conversation (all of it, without its last text, without its images) that share long
-prefixes. A cache is therefore a value: appending returns a new one, and the old one stays valid. Storage is shared as
-long as only one of the holders grows; the second one to grow past a shared prefix copies it.
+Guidance needs three views of one conversation (complete, without its last text, without its images) that share long prefixes. A
+cache is therefore a value: appending returns a new one, and the old one stays valid. Caches share storage while only one of them grows;
+the second one to grow past a shared prefix copies it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class _Storage:
-    """A buffer of ``capacity`` tokens, [capacity, kv_heads, head_dim], of which the first ``filled`` belong to someone."""
+    """A buffer of ``capacity`` tokens, [capacity, kv_heads, head_dim]; a cache uses the first ``filled``."""
 
     keys: Tensor
     values: Tensor
@@ -23,7 +23,7 @@ class _Storage:
 
 
 class LayerCache:
-    """Keys and values of one layer for one context; never changes once made."""
+    """Keys and values of one layer for one context; it never changes."""
 
     __slots__ = ("_storage", "length")
 
@@ -33,16 +33,16 @@ class LayerCache:
 
     @property
     def keys(self) -> Tensor | None:
-        """[length, kv_heads, head_dim] after RoPE; ``None`` while nothing was appended."""
+        """Return the keys after RoPE, [length, kv_heads, head_dim], or ``None`` if nothing was appended."""
         return None if self._storage is None else self._storage.keys[: self.length]
 
     @property
     def values(self) -> Tensor | None:
-        """[length, kv_heads, head_dim]; ``None`` while nothing was appended."""
+        """Return the values, [length, kv_heads, head_dim], or ``None`` if nothing was appended."""
         return None if self._storage is None else self._storage.values[: self.length]
 
     def append(self, keys: Tensor, values: Tensor) -> LayerCache:
-        """The cache followed by ``keys`` and ``values`` [n, kv_heads, head_dim]."""
+        """Return a cache that also holds ``keys`` and ``values`` [n, kv_heads, head_dim]."""
         total = self.length + len(keys)
         storage = self._storage
         if storage is None or storage.filled != self.length or total > len(storage.keys):
@@ -53,15 +53,15 @@ class LayerCache:
         return LayerCache(storage, total)
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``append`` would hold, as fresh tensors; for queries that leave the cache as it is."""
+        """Return the content of ``append`` as fresh tensors, for queries that do not change the cache."""
         if self._storage is None:
             return keys, values
         return torch.cat((self._storage.keys[: self.length], keys)), torch.cat((self._storage.values[: self.length], values))
 
-    def _grown(self, total: int, like: Tensor) -> _Storage:
-        # Doubling makes the copies of a long decode cost O(tokens) in all.
-        shape = (max(2 * self.length, total), *like.shape[1:])
-        storage = _Storage(like.new_empty(shape), like.new_empty(shape), self.length)
+    def _grown(self, total: int, example: Tensor) -> _Storage:
+        # Doubling limits the total cost of copies during a long decode to O(tokens).
+        shape = (max(2 * self.length, total), *example.shape[1:])
+        storage = _Storage(example.new_empty(shape), example.new_empty(shape), self.length)
         if self._storage is not None:
             storage.keys[: self.length] = self._storage.keys[: self.length]
             storage.values[: self.length] = self._storage.values[: self.length]

@@ -1,4 +1,4 @@
-"""From a folder on disk to an ``Engine``: a Hugging Face folder in the released layout, or a training checkpoint."""
+"""Builds an ``Engine`` from a folder on disk: a Hugging Face folder in the released format, or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_bagel.data.transforms import TransformArgs
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size
 
-# (longest side, shortest side) in pixels of input images, BAGEL's own.
+# (longest side, shortest side) in pixels of input images, BAGEL's defaults.
 VAE_SIDES = (1024, 512)
 VIT_SIDES = (980, 224)
 DTYPES = SHORT
@@ -41,10 +41,10 @@ class LoadOptions(OpenOptions):
 
 
 def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
-    """A model ready for inference from an HF folder, a checkpoint folder, or a folder of checkpoints (the newest is taken).
+    """Load a model for inference from an HF folder, a checkpoint folder, or a folder of checkpoints (the newest is used).
 
     Raises:
-        ValueError: nothing loadable at ``path``, missing or left-over tensors, or settings that do not fit the model.
+        ValueError: If ``path`` holds no model, tensors are missing or unexpected, or settings do not match the model.
     """
     options = options or LoadOptions()
     _join(options.tensor_parallel)
@@ -62,45 +62,46 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
 def image_transforms(
     arch: BagelArch, vae_transform: tuple[int, int] | None, vit_transform: tuple[int, int] | None
 ) -> tuple[TransformArgs, TransformArgs]:
-    """Transforms of input images for the autoencoder and the vision tower.
+    """Return the transforms of input images for the autoencoder and the vision tower.
 
-    BAGEL's own sides are lowered to what the model's position tables reach; sides that were asked for are refused instead.
+    Default sides are lowered to the limit of the model's position tables; requested sides above it are an error.
     """
     vit_patch = arch.vit.patch_size if arch.vit else 14
-    vae_reach = _Reach("max_latent_size", arch.vae_token_pixels, arch.max_latent_size)
-    vit_reach = _Reach("vit_max_num_patch_per_side", vit_patch, arch.vit_max_num_patch_per_side)
+    vae_limit = _PositionLimit("max_latent_size", arch.vae_token_pixels, arch.max_latent_size)
+    vit_limit = _PositionLimit("vit_max_num_patch_per_side", vit_patch, arch.vit_max_num_patch_per_side)
     return (
-        _transform("--vae-transform", VAE_SIDES, vae_transform, vae_reach),
-        _transform("--vit-transform", VIT_SIDES, vit_transform, vit_reach),
+        _transform("--vae-transform", VAE_SIDES, vae_transform, vae_limit),
+        _transform("--vit-transform", VIT_SIDES, vit_transform, vit_limit),
     )
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """How far a position table reaches: ``tokens`` per side of ``stride`` pixels, by the setting ``name``."""
+class _PositionLimit:
+    """The limit of a position table: ``tokens`` per side of ``stride`` pixels, by the setting ``name``."""
 
     name: str
     stride: int
     tokens: int
 
 
-def _transform(flag: str, usual: tuple[int, int], asked: tuple[int, int] | None, reach: _Reach) -> TransformArgs:
-    limit = reach.stride * reach.tokens
-    if asked is None:
-        longest = min(usual[0], limit)
-        return TransformArgs(longest, min(usual[1], longest), reach.stride)
-    args = TransformArgs(asked[0], asked[1], reach.stride)
+def _transform(flag: str, default: tuple[int, int], requested: tuple[int, int] | None, position_limit: _PositionLimit) -> TransformArgs:
+    limit = position_limit.stride * position_limit.tokens
+    if requested is None:
+        longest = min(default[0], limit)
+        return TransformArgs(longest, min(default[1], longest), position_limit.stride)
+    args = TransformArgs(requested[0], requested[1], position_limit.stride)
     if args.longest_side > limit:
         raise ValueError(
-            f"{flag} {asked[0]} {asked[1]}: images of {args.longest_side} pixels exceed the {limit} that {reach.name} {reach.tokens} allows"
+            f"{flag} {requested[0]} {requested[1]}: images of {args.longest_side} pixels exceed the {limit} that "
+            f"{position_limit.name} {position_limit.tokens} allows"
         )
     return args
 
 
 def _join(tensor_parallel: int) -> None:
-    """Process groups for Megatron-Core's modules, which need them even on one process; groups that exist are kept.
+    """Create the process groups that Megatron-Core's modules need even on one process; existing groups stay.
 
-    Raises ValueError when the launched ranks are no multiple of ``tensor_parallel``.
+    Raises ValueError if ``tensor_parallel`` does not divide the launched ranks.
     """
     ranks = launched_world_size()
     if tensor_parallel < 1 or ranks % tensor_parallel:

@@ -1,4 +1,4 @@
-"""Where the Gaussian noise of a generation comes from: named by (seed, prompt, purpose), so a batch equals its prompts alone."""
+"""The Gaussian noise of a generation, keyed by (seed, prompt, purpose), so that a batch equals its prompts one by one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from megatron_bagel.data.keyed_random import keyed_generator, keyed_normal
 
 
 class NoiseSource(Protocol):
-    """What generation asks of randomness, for one prompt."""
+    """The random draws that generation needs for one prompt."""
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Starting point of the next picture, N(0, 1), [tokens, channels]."""
+        """Return the starting point of the next picture, N(0, 1), [tokens, channels]."""
         ...
 
     def posterior(self, shape: tuple[int, ...]) -> Tensor:
-        """Noise of the autoencoder's posterior for the next input image, N(0, 1), [z, h, w]."""
+        """Return noise for the autoencoder's posterior of the next input image, N(0, 1), [z, h, w]."""
         ...
 
     def text(self) -> np.random.Generator:
-        """Generator for the next text's samples."""
+        """Return the generator for the next text's samples."""
         ...
 
 
 class KeyedNoise:
-    """Noise of one prompt as a function of the seed, the prompt's name and how often each kind was asked for."""
+    """Noise of one prompt as a function of the seed, the prompt's name and the number of earlier draws of the same kind."""
 
     def __init__(self, seed: int, prompt: int | str = 0) -> None:
         self.seed, self.prompt = seed, prompt

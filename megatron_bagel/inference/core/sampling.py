@@ -1,4 +1,4 @@
-"""Choosing the next token from logits; the randomness is handed in, so a prompt's text does not depend on its batch."""
+"""Chooses the next token from logits. The caller passes the random generator, so a prompt's text does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How text is decoded. ``max_length`` counts the opening token; ``do_sample`` off means greedy."""
+    """How text is decoded. ``max_length`` counts the opening token; without ``do_sample`` decoding is greedy."""
 
     max_length: int = 1000
     do_sample: bool = False
@@ -22,16 +22,16 @@ class TextSampling:
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it counts the opening token and must be at least 1")
         if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"text_temperature is {self.temperature}; it must be positive (leave do_sample off for greedy decoding)")
+            raise ValueError(f"text_temperature is {self.temperature}; it must be positive (drop do_sample for greedy decoding)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
 
-def next_token(logits: Tensor, sampling: TextSampling, draw: np.random.Generator, vocabulary: int) -> int:
-    """Next token id from ``logits`` [V].
+def next_token(logits: Tensor, sampling: TextSampling, generator: np.random.Generator, vocabulary: int) -> int:
+    """Return the next token id from ``logits`` [V].
 
-    Rows past ``vocabulary`` (the tokenizer's length) are padding of the embedding table and are never chosen: the
-    original can pick one and then fails to decode it.
+    Rows past ``vocabulary`` (the tokenizer's length) pad the embedding table and are never chosen. The original can choose one and
+    then fails to decode it.
     """
     logits = logits[:vocabulary].float()
     if not sampling.do_sample:
@@ -39,8 +39,8 @@ def next_token(logits: Tensor, sampling: TextSampling, draw: np.random.Generator
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     probabilities, order = probabilities.sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(0)
-    # The most likely tokens whose mass reaches top_p, the one that crosses it included.
-    kept = int((cumulative - probabilities < sampling.top_p).sum())
-    target = draw.random() * float(cumulative[kept - 1])
-    chosen = int(torch.searchsorted(cumulative[:kept], target, right=True))
-    return int(order[min(chosen, kept - 1)])
+    # The most likely tokens whose mass reaches top_p, including the one that crosses it.
+    num_kept = int((cumulative - probabilities < sampling.top_p).sum())
+    target = generator.random() * float(cumulative[num_kept - 1])
+    rank = int(torch.searchsorted(cumulative[:num_kept], target, right=True))
+    return int(order[min(rank, num_kept - 1)])

@@ -1,4 +1,4 @@
-"""Text out of a context, token by token, for many contexts at once; each stops at its own end."""
+"""Generates text from many contexts at once, token by token; each stops at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LogitsObserver = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """``ids`` begin with the opening token and leave out the closing one; ``finished`` is False when the length ran out."""
+    """A generated text. ``ids`` include the opening but not the closing token; ``finished`` is False if the length ran out."""
 
     ids: tuple[int, ...]
     text: str
@@ -27,7 +27,7 @@ class GeneratedText:
 
 
 def readable(engine: Engine, ids: Sequence[int]) -> str:
-    """Text of generated ids, without the opening token; cut where a closing or another opening token is spelled out."""
+    """Return the text of generated ids without the opening token, cut at a closing or another opening token that is spelled out."""
     opening, closing = (engine.tokenizer.decode([token]) for token in (engine.tokenizer.bos, engine.tokenizer.eos))
     return engine.tokenizer.decode(ids).split(closing)[0].split(opening)[1]
 
@@ -40,9 +40,9 @@ def generate_text(
     draws: Sequence[np.random.Generator],
     observe: LogitsObserver | None = None,
 ) -> list[GeneratedText]:
-    """Continue each context with a text; the contexts themselves are left as they are.
+    """Continue each context with a text; the contexts do not change.
 
-    Whoever wants the text in a context reads it in with ``Engine.add_text``, as the original does with thoughts.
+    To put the text into a context, read it with ``Engine.add_text``, as the original does with thoughts.
     """
     ids = [[engine.tokenizer.bos] for _ in contexts]
     current = dict(enumerate(contexts))

@@ -1,4 +1,4 @@
-"""One turn at the page of ``--serve``: what may be asked, and what the model makes of it. Knows nothing of how it is shown."""
+"""One turn at the page of ``--serve``: which requests are allowed, and the model's reply. It knows nothing of the display."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_BYTES, MAX_PIXELS, MAX_TERMS, MAX_STEPS = 2**25, 2**24, 64, 200
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields beside the conversation, as they were filled in: an emptied number is ``None``, an emptied ``size`` leaves it open."""
+    """The fields beside the conversation as the user filled them in; an emptied number is ``None``, an emptied ``size`` sets none."""
 
     output: str
     think: bool
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model made; the thought is shown, the others are part of the conversation from then on."""
+    """The model's reply. The page shows the thought; text and image become part of the conversation."""
 
     thought: str | None = None
     text: str | None = None
@@ -49,27 +49,28 @@ class Reply:
 
 @dataclass(frozen=True)
 class ChatSession:
-    """A model, and how it writes and draws where the page does not say. It makes one reply after another, until it is closed."""
+    """A model with its defaults for writing and drawing. It makes one reply after another until it is closed."""
 
     engine: Engine
     text: TextSampling
     image: ImageSampling
-    _norm_and_rotate: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _reply_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
-    def usual(self) -> Settings:
-        """What the fields say at first: the options of the command line."""
+    def default_settings(self) -> Settings:
+        """Return the initial values of the fields: the options of the command line."""
         guidance = self.image.guidance
         return Settings("image", False, "", self.image.num_timesteps - 1, 0, guidance.text_scale, guidance.img_scale)
 
     def reply(self, terms: Sequence[str | Image.Image], settings: Settings, stop: threading.Event | None = None) -> Reply:
-        """The model's turn after ``terms``, the whole conversation; ends with ValueError at the next token or step once ``stop`` is set.
+        """Return the model's turn after ``terms``, the entire conversation.
 
-        Raises ValueError, before any work, for what cannot be.
+        Once ``stop`` is set, the reply ends with ValueError at the next token or step. Raises ValueError before any work for an
+        impossible request.
         """
         if len(terms) > MAX_TERMS:
-            raise ValueError(f"this conversation has {len(terms)} texts and images; at most {MAX_TERMS} are read here, so start again")
+            raise ValueError(f"this conversation has {len(terms)} texts and images, but the page reads at most {MAX_TERMS}; start again")
         size = parse_size(settings.size) if settings.size else None
         request = Request(tuple(terms), settings.output, settings.think, size=size)
         if request.output == "image":
@@ -77,32 +78,32 @@ class ChatSession:
             if size is not None:
                 self.engine.latent_grid(*size)
         noise, sampling = KeyedNoise(int(_number("seed", settings.seed))), self._sampling(settings)
-        with self._norm_and_rotate:
-            (made,) = answer(self.engine, [request], [noise], self.text, sampling, self._observers(stop))
-        image = None if made.image is None else Image.fromarray(made.image)
-        return Reply(made.thought and made.thought.text, made.text and made.text.text, image)
+        with self._reply_lock:
+            (result,) = answer(self.engine, [request], [noise], self.text, sampling, self._observers(stop))
+        image = None if result.image is None else Image.fromarray(result.image)
+        return Reply(result.thought and result.thought.text, result.text and result.text.text, image)
 
     def close(self) -> None:
-        """End the reply that is being made and those that wait, as by ``stop``."""
+        """End the current reply and those that wait, as ``stop`` does."""
         self._closed.set()
 
     def _observers(self, stop: threading.Event | None) -> Observers:
-        def go_on(*_: object) -> None:
+        def check_stopped(*_: object) -> None:
             if self._closed.is_set() or (stop is not None and stop.is_set()):
                 raise ValueError("the model has been stopped")
 
-        return Observers(go_on, go_on)
+        return Observers(check_stopped, check_stopped)
 
     def _sampling(self, settings: Settings) -> ImageSampling:
         steps = int(_number("steps", settings.steps))
         if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps is {steps}; 1 to {MAX_STEPS} are made here")
+            raise ValueError(f"steps is {steps}; the page allows 1 to {MAX_STEPS}")
         scales = {name: _number(name, getattr(settings, name)) for name in ("text_scale", "img_scale")}
         return replace(self.image, num_timesteps=steps + 1, guidance=replace(self.image.guidance, **scales))
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An uploaded image as RGB. Raises ValueError for one that cannot be read or is too large."""
+    """Read an uploaded image as RGB. Raises ValueError if it cannot be read or is too large."""
     return decode_rgb(Path(path).read_bytes(), MAX_PIXELS)
 
 

@@ -1,7 +1,7 @@
-"""What gradio leaves to others: pages of other sites may not use this one, no request is endless, nothing is loaded from elsewhere.
+"""Adds the checks that gradio lacks: it refuses requests of other sites' pages and oversized requests, and loads nothing from outside.
 
-gradio keeps what it answers from scripts of other origins (CORS), but does what they send. A browser names the origin of every such
-request, so it can be refused unread.
+gradio hides its answers from scripts of other origins (CORS), but still executes their requests. A browser names the origin of every
+such request, so the guard can refuse it unread.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: Gradio's page has scripts and styles inside itself, and compiles some at run time; everything else comes from its own server.
+#: Gradio's page contains scripts and styles, and compiles some at run time; everything else comes from the page's server.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 class PageGuard:
-    """ASGI middleware; a request may have at most ``max_bytes``."""
+    """ASGI middleware that limits a request to ``max_bytes``."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -41,11 +41,11 @@ class PageGuard:
     def _refusal(self, method: str, headers: Headers) -> tuple[HTTPStatus, str] | None:
         origin, length = headers.get("origin"), headers.get("content-length", "")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            return HTTPStatus.FORBIDDEN, f"this page is not there for {origin}"
+            return HTTPStatus.FORBIDDEN, f"this page does not accept requests from {origin}"
         if method != "POST":
             return None
         if not length.isdigit():
-            return HTTPStatus.LENGTH_REQUIRED, "say how long the request is"
+            return HTTPStatus.LENGTH_REQUIRED, "the request must state its length"
         if int(length) > self._max_bytes:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request may have {self._max_bytes} bytes; send a smaller image"
         return None

@@ -1,4 +1,4 @@
-"""``--serve``: the page of one model, until interrupted. Gradio is imported here only, and late: it is an extra, and takes seconds."""
+"""Runs ``--serve``: the page of one model, until interrupted. Only this file imports gradio, and late: an extra that takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_bagel.platform.launch.process_group import launched_world_size
 
 
 def serve(args: Namespace) -> None:
-    """Show the page of ``--serve``. Raises ValueError, before the model is loaded, for options that cannot be and without gradio."""
+    """Show the page of ``--serve``. Raises ValueError before the model is loaded for impossible options or without gradio."""
     if launched_world_size() > 1:
         raise ValueError("--serve runs on one process: start it with python, not with torchrun on several ranks")
     sampling = sampling_of(args)
@@ -25,20 +25,20 @@ def serve(args: Namespace) -> None:
         server = make_server(ChatSession(open_engine(args), *sampling), args.host, folder)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"the page is at http://{host}:{listener.getsockname()[1]}/ until Ctrl-C", flush=True)
-        # kill is answered as Ctrl-C is, so that the folder goes.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # kill stops the server like Ctrl-C, so that the folder is removed.
+        previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             print("stopped")
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _need_gradio(folder: str) -> Callable[..., Any]:
-    """``make_server`` of server.py, with gradio told to keep its files in ``folder`` and what it sees to itself.
+    """Return ``make_server`` of server.py, after telling gradio to keep its files in ``folder`` and to send no analytics.
 
-    Gradio reads both when it is imported. Its own folder is one for all users of a machine, and is not emptied.
+    Gradio reads both settings on import. Its default folder is shared by all users of a machine and is not emptied.
     """
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -50,8 +50,8 @@ def _need_gradio(folder: str) -> Callable[..., Any]:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on ``host`` and ``port`` (0: any free one)."""
+    """Open a socket that listens on ``host`` and ``port`` (0: any free one)."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from error
+        raise ValueError(f"--host {host} --port {port}: cannot listen ({error})") from error

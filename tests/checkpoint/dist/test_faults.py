@@ -165,7 +165,7 @@ def _two_saves(directory: Path, background: bool, between: Callable[[], None]) -
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 def test_a_full_disk_stops_the_run_and_the_step_before_is_whole(small_disk: Path, background: bool) -> None:
     [message] = run_ranks(_two_saves, 1, small_disk, background, int, parallel={})
-    assert "could not be written" in message and " MB are free there" in message
+    assert "could not be written" in message and " MB free" in message
     assert f"continues from {small_disk / '0000001'}" in message
     assert step_folders.latest_checkpoint(small_disk) == small_disk / "0000001"
     assert checksums.damaged(small_disk / "0000001") == []
@@ -260,7 +260,7 @@ def test_nothing_in_a_stored_object_runs(copy: Path, tmp_path: Path) -> None:
     with (copy / place.relative_path).open("r+b") as file:
         file.seek(place.offset)
         file.write(pickle.dumps(_Attack(tmp_path / "ran"), protocol=2))
-    with pytest.raises(ValueError, match="does not load unseen"):
+    with pytest.raises(ValueError, match="does not load as data"):
         refuse_code(copy)
     assert not (tmp_path / "ran").exists()
 
@@ -294,9 +294,9 @@ def test_a_checkpoint_of_a_newer_version_is_refused(copy: Path, tmp_path: Path, 
     ("setting", "value", "message"),
     [
         ("vocab_size", 500, "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"),
-        ("num_hidden_layers", 3, "tensors that this model has no place for: language_model.model.layers.3."),
+        ("num_hidden_layers", 3, "tensors that this model does not have: language_model.model.layers.3."),
         ("num_hidden_layers", 5, "lacks 28 tensors this model needs: language_model.model.layers.4."),
-        ("layer_module", "Qwen2DecoderLayer", "no place for"),
+        ("layer_module", "Qwen2DecoderLayer", "does not have"),
         ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128), this model needs (128, 128)"),
     ],
 )

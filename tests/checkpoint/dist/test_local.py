@@ -113,9 +113,9 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], object], dict, dict, str]] = {
     "missing": (lambda folder: _shares(folder, 1)[0].unlink(), {}, {}, "not there for rank 1"),
     "flipped": (lambda folder: _flip(_shares(folder, 1)[0]), {}, {}, "rank 1.* does not have the checksum"),
     "unfinished": (lambda folder: _shares(folder, 0, "json")[0].unlink(), {}, {}, "rank 0.* its save did not finish"),
-    "torn note": (lambda folder: _shares(folder, 0, "json")[0].write_text("{"), {}, {}, "the note beside it is damaged"),
-    "layout": (lambda folder: None, {"tensor_model_parallel_size": 2}, {}, "another layout .ranks 2; now ranks 2, tensor 2"),
-    "frozen": (lambda folder: None, {}, {"frozen": "decoder"}, "frozen parts or the optimizer's buffers are others now"),
+    "torn note": (lambda folder: _shares(folder, 0, "json")[0].write_text("{"), {}, {}, "its note is damaged"),
+    "layout": (lambda folder: None, {"tensor_model_parallel_size": 2}, {}, "other parallel sizes .ranks 2; now ranks 2, tensor 2"),
+    "frozen": (lambda folder: None, {}, {"frozen": "decoder"}, "frozen parts or the optimizer's buffers have changed"),
     "mixed": (_of_another_start, {}, {}, "saved by different starts"),
     "set back": (_follows, {}, {}, "continues the checkpoint of step 1, which is not in"),
 }

@@ -115,7 +115,7 @@ def test_vocabulary_grows_and_is_never_cut(tmp_path: Path) -> None:
     assert torch.equal(named["embedding.word_embeddings.weight"][:40], llm["model.embed_tokens.weight"])
     assert named["embedding.word_embeddings.weight"][40:].abs().sum() > 0
     smaller = replace(arch, llm=replace(arch.llm, vocab_size=30))
-    with pytest.raises(ValueError, match="never cut"):
+    with pytest.raises(ValueError, match="never truncated"):
         _loaded(smaller, tmp_path / "llm", None)
 
 

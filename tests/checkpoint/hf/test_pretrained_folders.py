@@ -46,7 +46,7 @@ def test_folders_become_a_checkpoint_and_a_bagel_folder(tmp_path: Path, family: 
     entries = WeightMap(checkpoint.arch).entries
     for expert in ("und", "gen"):
         fused = checkpoint.model(f"decoder.layers.1.self_attention.{expert}.linear_qkv.weight")
-        q, _, v = entries[f"decoder.layers.1.self_attention.{expert}.linear_qkv.weight"].split(fused)
+        q, _, v = entries[f"decoder.layers.1.self_attention.{expert}.linear_qkv.weight"].unfuse(fused)
         assert torch.equal(q, llm["model.layers.1.self_attn.q_proj.weight"])
         assert torch.equal(v, llm["model.layers.1.self_attn.v_proj.weight"])
         norm = checkpoint.model(f"decoder.layers.0.self_attention.{expert}.q_layernorm.weight")

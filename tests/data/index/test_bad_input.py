@@ -146,7 +146,7 @@ def test_a_caption_of_100k_characters_is_indexed_and_named_when_it_fits_no_pack(
     planner = Planner([source], PlannerConfig(400, 300, 200, 4, seed=1, global_batch_size=1))
     rows = {row for number in range(4) for _, row, _ in planner.packs(number, 1)[0].samples}
     assert rows == {0, 2}
-    (name, row, epoch), reason = next(iter(planner.stream.skips.listed.items()))
+    (name, row, epoch), reason = next(iter(planner.stream.skips.reasons.items()))
     assert row == 1 and "tokens: longer than 200 tokens" in reason
     assert source.describe(row) == f"t2i_pretrain/t2i sample 1 ({tmp_path}/t2i/0000.parquet, row 1)"
 

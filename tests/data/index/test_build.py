@@ -190,7 +190,7 @@ def test_an_index_that_fits_is_kept_and_another_is_not_overwritten(goldens: Path
 def test_an_index_that_does_not_fit_is_not_opened(goldens: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "text/plain.jsonl", [{"text": "one"}])
     build_index(groups_of(tmp_path, "text"), goldens / "hf", tmp_path / "index", QUIET)
-    with pytest.raises(ValueError, match="no index"):
+    with pytest.raises(ValueError, match="is not an index"):
         IndexedSamples.open(tmp_path)
     other = tmp_path / "tokenizer"
     shutil.copytree(goldens / "hf", other)

@@ -53,7 +53,7 @@ def test_a_negative_number_is_refused() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_threads_change_no_pixel(goldens: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every picture of several packs, with one shard open at a time, so that threads take the files from one another."""
-    monkeypatch.setattr(loader, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(loader, "_MIN_THREADED_PIXELS", 0)
     index = build_golden_index(goldens, tmp_path / "index")
     words = load_tokenizer(goldens / "hf")
     spec = LayoutSpec(words.bos, words.eos, words.start_of_image, words.end_of_image, vit_max_side=16, max_latent_size=16)

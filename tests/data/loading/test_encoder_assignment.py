@@ -98,8 +98,8 @@ def test_each_image_is_read_once_per_replica(ranks: int) -> None:
             loaded = reader[StepPlan(packs, number)]
             assert np.array_equal(loaded.raw_timesteps, whole[number].raw_timesteps)
             pixels = {"vit": iter(loaded.vit_images()), "vae": iter(loaded.vae_images())}
-            for place, (image, held) in enumerate(zip(loaded.pack.images, loaded.held, strict=True)):
-                if held:
+            for place, (image, is_read) in enumerate(zip(loaded.pack.images, loaded.is_read, strict=True)):
+                if is_read:
                     found[number, place] = next(pixels[image.kind])
     assert sorted(source.read) == everything
     for number, loaded in enumerate(whole):

@@ -173,7 +173,7 @@ def test_a_slow_picture_does_not_stop_the_reading_of_others(goldens: Path, index
 
 def test_memory_is_steady(goldens: Path, index: IndexedSamples, spec: LayoutSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of steps over many epochs leave nothing behind; a pack's pixels alone are half a megabyte."""
-    monkeypatch.setattr("megatron_bagel.data.planner.planner._REMEMBERED", 16)
+    monkeypatch.setattr("megatron_bagel.data.planner.planner._REMEMBERED_PACKS", 16)
     packs = loader(sources(goldens, index, spec), spec)
 
     def megabytes_after(steps: int) -> float:

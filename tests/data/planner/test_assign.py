@@ -33,5 +33,5 @@ def test_a_large_batch_is_dealt_as_a_search_of_all_replicas_would() -> None:
 
 
 def test_uneven_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 packs cannot be dealt evenly to 2"):
+    with pytest.raises(ValueError, match="3 packs cannot be divided evenly among 2"):
         assign_packs([PackPlan(i, (), 1, 1.0) for i in range(3)], 2)

@@ -17,7 +17,7 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=4
 def test_nothing_overflows_and_what_waits_fits_nowhere(samples: list[tuple[int, int]], begun: list[int], due: int, first: int) -> None:
     tokens, excess = np.array(samples, dtype=np.int64).reshape(-1, 2).T
     packing = BlockPacking(Load(tokens, excess), Load(np.array(begun), np.zeros(len(begun), dtype=np.int64)), 100)
-    packing.place_first(np.arange(min(first, len(tokens))))
+    packing.assign_first(np.arange(min(first, len(tokens))))
     packing.assign_due(np.arange(min(due, len(tokens))))
     packing.close()
     pack_of = packing.pack_of

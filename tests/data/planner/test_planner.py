@@ -66,7 +66,7 @@ def test_every_sample_once_per_epoch(rows: list[tuple], seed: int, window: int) 
     state = planner.state_dict()
     waiting = Counter(tuple(sample) for sample in state["waiting"])
     planned = Counter(tuple(sample) for pack in state["planned"] for sample in pack)
-    skipped = Counter((int(name[5:]), index, epoch) for name, index, epoch in planner.skips.listed)
+    skipped = Counter((int(name[5:]), index, epoch) for name, index, epoch in planner.skips.reasons)
     everything = seen + waiting + planned + skipped
     assert max(everything.values()) == 1
     room = 200 - sum(group.longest for group in groups if group.is_mandatory)
@@ -136,7 +136,7 @@ def test_no_sample_waits_for_ever() -> None:
     plans = planner.packs(0, 60)
     assert all(any(source == 1 for source, _, _ in plan.samples) for plan in plans)
     assert planner.skips.counts[0] > 0
-    assert any("mandatory" in reason for reason in planner.skips.listed.values())
+    assert any("mandatory" in reason for reason in planner.skips.reasons.values())
     assert len(planner.state_dict()["waiting"]) < 300
 
 
@@ -152,7 +152,7 @@ def test_a_small_mandatory_group_leaves_nothing_out() -> None:
 def test_too_long_samples_are_counted_and_listed() -> None:
     planner = Planner([Rows("mixed", 200, 10, 80)], config(max_num_tokens_per_sample=60))
     planner.packs(0, 40)
-    assert planner.skips.counts[0] == len(planner.skips.listed) > 0
+    assert planner.skips.counts[0] == len(planner.skips.reasons) > 0
     assert all("longer than 60 tokens" in row["reason"] and "parquet row" in row["where"] for row in planner.skipped())
 
 
@@ -189,7 +189,7 @@ def test_changed_data_is_noticed_on_resume() -> None:
         Planner([Rows("a", 50), Rows("b", 21)], config()).load_state_dict(state)
     anew = Planner([Rows("b", 21, keep_position=False), Rows("a", 50), Rows("c", 9)], config())
     anew.load_state_dict(state)
-    assert anew.stream.places[0] == 0 and anew.stream.places[1] == state["places"][0]
+    assert anew.stream.positions[0] == 0 and anew.stream.positions[1] == state["places"][0]
     state = anew.state_dict()
     assert all(source == 1 for source, _, _ in state["waiting"] + sum(state["planned"], []))
     assert anew.packs(10, 2)

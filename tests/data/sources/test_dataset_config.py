@@ -59,18 +59,18 @@ def test_places_from_yaml_and_from_the_data_root(tmp_path: Path) -> None:
     (tmp_path / "vlm").mkdir()
     (tmp_path / "vlm/llava_ov_si.jsonl").touch()
     t2i, edit, vlm = parse(root=tmp_path)
-    assert t2i.datasets[0].place.data_dir == str(tmp_path / "t2i")
-    assert edit.datasets[0].place.data_dir == str(tmp_path / "editing/seedxedit_multi")
-    assert vlm.datasets[0].place.jsonl_path == str(tmp_path / "vlm/llava_ov_si.jsonl")
-    assert vlm.datasets[0].place.data_dir == str(tmp_path / "vlm/images")
+    assert t2i.datasets[0].location.data_dir == str(tmp_path / "t2i")
+    assert edit.datasets[0].location.data_dir == str(tmp_path / "editing/seedxedit_multi")
+    assert vlm.datasets[0].location.jsonl_path == str(tmp_path / "vlm/llava_ov_si.jsonl")
+    assert vlm.datasets[0].location.data_dir == str(tmp_path / "vlm/images")
 
     def give(content: dict) -> None:
         content["dataset_info"] = {"t2i_pretrain": {"t2i": {"data_dir": "/there", "num_files": 3, "num_total_samples": 9}}}
         content["vlm_sft"]["jsonl_path"] = ["a.jsonl"]
 
     t2i, _, vlm = parse(give)
-    assert t2i.datasets[0].place.data_dir == "/there"
-    assert vlm.datasets[0].place.jsonl_path == "/base/a.jsonl"
+    assert t2i.datasets[0].location.data_dir == "/there"
+    assert vlm.datasets[0].location.jsonl_path == "/base/a.jsonl"
 
 
 def set_key(group: str, key: str, value: Any) -> Any:

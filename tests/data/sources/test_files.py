@@ -85,7 +85,7 @@ def test_places_are_joined_as_urls_and_as_paths() -> None:
 
 
 def test_a_remote_read_that_fails_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PAUSE", 0.0)
+    monkeypatch.setattr(files, "_FIRST_PAUSE", 0.0)
     calls = []
 
     def unsteady() -> bytes:
@@ -94,6 +94,6 @@ def test_a_remote_read_that_fails_for_a_moment_is_tried_again(monkeypatch: pytes
             raise OSError("connection reset")
         return b"data"
 
-    assert files._patiently(unsteady) == b"data" and len(calls) == 3
+    assert files._with_retries(unsteady) == b"data" and len(calls) == 3
     with pytest.raises(FileNotFoundError):
-        files._patiently(lambda: Path("/there/is/no/file").read_bytes())
+        files._with_retries(lambda: Path("/there/is/no/file").read_bytes())

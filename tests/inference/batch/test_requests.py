@@ -62,7 +62,7 @@ def test_views_follow_the_rules(engine: Engine, pictures: list[Image.Image]) -> 
     assert views.without_images.length == 3 + 2 * 5
     # An image takes one position each time it is read, whatever its tokens.
     assert (views.main.position, views.without_text.position, views.without_images.position) == (3 + 2 + 10, 3 + 2 + 5, 3 + 10)
-    assert conversation.shown == (image.height, image.width)
+    assert conversation.last_image_size == (image.height, image.width)
 
 
 def test_text_to_image_is_guided_by_the_empty_context(engine: Engine) -> None:

@@ -118,7 +118,7 @@ def test_contexts_are_values(engine: Engine) -> None:
 def test_sizes_the_model_cannot_draw_are_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="height 20 must be a positive multiple of 8"):
         engine.latent_grid(20, 16)
-    with pytest.raises(ValueError, match="width 72 is larger .* max_latent_size allows 64"):
+    with pytest.raises(ValueError, match="width 72 exceeds .* max_latent_size allows 64"):
         engine.latent_grid(16, 72)
 
 

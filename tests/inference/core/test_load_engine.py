@@ -43,7 +43,7 @@ def test_checkpoint_without_its_files_asks_for_them(engine: Engine, tmp_path: Pa
     from megatron_bagel.checkpoint.dist.state import Trained
 
     save_checkpoint(tmp_path, 1, Trained({"decoder": engine.decoder, "vision": engine.vision_tower}, engine.arch), {})
-    with pytest.raises(ValueError, match="tokenizer .not recorded. is not there; say where it is with --tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer .not recorded. does not exist; give its location with --tokenizer"):
         load_engine(tmp_path / "0000001")
 
 

@@ -29,14 +29,16 @@ def desk(engine: Engine) -> ChatSession:
 
 
 def test_a_reply_is_what_the_engine_makes(desk: ChatSession, engine: Engine) -> None:
-    assert (desk.usual.steps, desk.usual.text_scale, desk.usual.img_scale) == (2, 2.0, 1.0), "the options of the command line"
-    drawn = desk.reply(["a red circle"], replace(desk.usual, size="16x24", seed=3))
+    assert (desk.default_settings.steps, desk.default_settings.text_scale, desk.default_settings.img_scale) == (2, 2.0, 1.0), (
+        "the options of the command line"
+    )
+    drawn = desk.reply(["a red circle"], replace(desk.default_settings, size="16x24", seed=3))
     assert same(np.asarray(drawn.image), directly(engine, "a red circle", size=(16, 24), seed=3).image)
     assert (drawn.thought, drawn.text, drawn.terms) == (None, None, (drawn.image,))
-    changed = desk.reply(["a red circle", drawn.image, "blue"], replace(desk.usual, seed=3, think=True))
+    changed = desk.reply(["a red circle", drawn.image, "blue"], replace(desk.default_settings, seed=3, think=True))
     expected = directly(engine, "a red circle", drawn.image, "blue", seed=3, think=True)
     assert same(np.asarray(changed.image), expected.image) and changed.thought == expected.thought.text
-    said = desk.reply([drawn.image, "what color is it?"], replace(desk.usual, output="text"))
+    said = desk.reply([drawn.image, "what color is it?"], replace(desk.default_settings, output="text"))
     assert said == Reply(text=directly(engine, drawn.image, "what color is it?", output="text", seed=0).text.text)
 
 
@@ -56,14 +58,14 @@ def test_a_reply_is_what_the_engine_makes(desk: ChatSession, engine: Engine) -> 
 )
 def test_what_cannot_be_is_said(desk: ChatSession, terms: list[str], asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        desk.reply(terms, replace(desk.usual, **asked))
+        desk.reply(terms, replace(desk.default_settings, **asked))
 
 
 def test_a_model_without_an_autoencoder_answers_only(desk: ChatSession, engine: Engine) -> None:
     engine.autoencoder = None
     with pytest.raises(ValueError, match="no autoencoder"):
-        desk.reply(["a"], desk.usual)
-    assert desk.reply(["a"], replace(desk.usual, output="text")).text is not None
+        desk.reply(["a"], desk.default_settings)
+    assert desk.reply(["a"], replace(desk.default_settings, output="text")).text is not None
 
 
 def test_images_are_read_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def test_one_reply_after_another(desk: ChatSession, monkeypatch: pytest.MonkeyPa
         return [Answer()]
 
     monkeypatch.setattr(module, "answer", slow)
-    threads = [threading.Thread(target=desk.reply, args=(["a"], desk.usual)) for _ in range(4)]
+    threads = [threading.Thread(target=desk.reply, args=(["a"], desk.default_settings)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -101,7 +103,7 @@ def test_one_reply_after_another(desk: ChatSession, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("output", ["image", "text"])
 def test_a_reply_is_stopped_at_the_next_step(desk: ChatSession, output: str) -> None:
-    asked, stop = replace(desk.usual, output=output), threading.Event()
+    asked, stop = replace(desk.default_settings, output=output), threading.Event()
     stop.set()
     with pytest.raises(ValueError, match="has been stopped"):
         desk.reply(["a"], asked, stop)
