@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
-from tools.checkpoint_convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
 
 
 def without_latent_size(source: Path, folder: Path) -> Path:
