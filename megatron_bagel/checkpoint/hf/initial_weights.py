@@ -130,7 +130,7 @@ class InitialWeights:
 
     def fill(self, modules: Sequence[nn.Module]) -> LoadReport:
         """Give every parameter of ``modules`` its value, one at a time, for any parallel sizes. Errors are those of ``load_weights``."""
-        return load_weights(self.pretrained, WeightMap(self.arch), modules, allow_missing=self.optional_patterns, absent=self.seeded)
+        return load_weights(self.pretrained, WeightMap(self.arch), modules, allow_missing=self.optional_patterns, initial_value=self.seeded)
 
 
 def _und(name: str) -> str:
