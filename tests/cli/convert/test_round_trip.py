@@ -128,7 +128,7 @@ def test_a_folder_that_does_not_say_its_latent_size_keeps_it_and_a_wrong_one_is_
     for folder in (silent, goldens / "hf"):
         command = ["--model", str(folder), "--output", str(tmp_path / "wrong"), "--max-latent-size", "8"]
         assert hf_to_megatron.main(command) == 1
-        assert "max_latent_size 16, as its position table has 16 x 16 rows; --max-latent-size says 8" in capsys.readouterr().err
+        assert "max_latent_size 16, the side of its position table, but --max-latent-size says 8" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
 
