@@ -69,6 +69,7 @@ setup(
     packages=find_packages(include=["megatron_bagel", "megatron_bagel.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["megatron-bagel = megatron_bagel.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.plain_reader import PlainPack, PlainReader
-from data_tools import make_sample_data
+from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader

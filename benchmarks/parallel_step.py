@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from data_tools import make_sample_data
+from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder

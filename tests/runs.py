@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_tools import make_sample_data
+from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import architecture

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_bagel"
+#: Folders whose modules may import each other, but not in a circle.
+FOLDERS = ("megatron_bagel", "tools", "data_tools", "benchmarks")
 #: Room -> its floors, lower ones first. Parts of one floor do not import each other. The empty name is the package itself.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
@@ -19,7 +22,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("assembly",), ("inference", "sample_world"), ("training",), ("planning",), ("cli",),
         ("train", "generate", "evaluate", "plan", "__main__"),
     ),
-    "checkpoint": (("hf",), ("dist",), ("convert", "command_line")),
+    "checkpoint": (("hf",), ("dist",), ("convert",)),
+    "cli": (("usage", "console"), ("train", "plan", "generate", "evaluate", "data", "convert"), ("main",)),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),
     "inference": (("core",), ("batch",), ("web",)),
     "training": (
@@ -30,18 +34,16 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield (dotted parts below megatron_bagel, line) of every import of the package; a relative import has no parts."""
+    """Yield (dotted parts, line) of every import from ``FOLDERS``; a relative import has no parts."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             if node.module is None or node.level:
                 yield (), node.lineno
-            elif node.module.split(".")[0] == "megatron_bagel":
-                parts = node.module.split(".")[1:]
-                yield from (((*parts, alias.name), node.lineno) for alias in node.names)
+            elif node.module.split(".")[0] in FOLDERS:
+                yield from (((*node.module.split("."), alias.name), node.lineno) for alias in node.names)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("megatron_bagel."):
-                    yield tuple(alias.name.split(".")[1:]), node.lineno
+            names = (alias.name.split(".") for alias in node.names)
+            yield from ((tuple(parts), node.lineno) for parts in names if parts[0] in FOLDERS and len(parts) > 1)
 
 
 def offences(path: Path) -> list[str]:
@@ -49,10 +51,16 @@ def offences(path: Path) -> list[str]:
     own = path.relative_to(PACKAGE).with_suffix("").parts
     offending = []
     for target, line in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
-        problem = "is a relative import" if not target else _upward(own, target)
+        problem = _outside(target) or _upward(own, target[1:])
         if problem:
             offending.append(f"{path.relative_to(PACKAGE)}:{line} {problem}")
     return offending
+
+
+def _outside(target: tuple[str, ...]) -> str | None:
+    if not target:
+        return "is a relative import"
+    return None if target[0] == "megatron_bagel" else f"imports {target[0]}, which is not part of the package"
 
 
 def _upward(own: tuple[str, ...], target: tuple[str, ...]) -> str | None:
@@ -81,8 +89,9 @@ def _compare(room: str, own: str, target: str) -> str | None:
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Map every module of the package to the modules it imports."""
-    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    """Map every module of ``FOLDERS`` to the modules it imports, those for type checking included."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
         imported = (target for target, _ in imported_modules(ast.parse(path.read_text(encoding="utf-8"))))
@@ -115,7 +124,17 @@ def test_imports_point_down(path):
 
 
 def test_no_circle():
-    assert not circle(module_graph())
+    graph = module_graph()
+    assert "megatron_bagel.cli.data.build" in graph["data_tools.build_index"] and "tools.golden_cases" in graph["tools.golden_train"]
+    assert not circle(graph)
+
+
+def test_a_circle_of_type_checking_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/first.py").write_text("if TYPE_CHECKING:\n    from tools.second import Thing\n")
+    (tmp_path / "tools/second.py").write_text("def f():\n    import tools.first\n")
+    assert circle(module_graph()) == ["tools.first", "tools.second"]
 
 
 def test_a_circle_is_seen():
@@ -130,6 +149,7 @@ def test_a_circle_is_seen():
         ("model/x.py", "def f():\n    import megatron_bagel.data.loader", "(model) imports data"),
         ("config/x.py", "from megatron_bagel import platform", "(config) imports platform"),
         ("data/x.py", "from . import loader", "relative import"),
+        ("cli/x.py", "from data_tools.build_index import main", "not part of the package"),
         ("odd/x.py", "from megatron_bagel.config import parser", "on no floor"),
         ("training/x.py", "from megatron_bagel.model.batch import MicroBatch", None),
         ("data/sources/x.py", "from megatron_bagel.data.planner.packing import Packer", "(sources) imports planner"),

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_bagel.cli import train
+from megatron_bagel.cli.convert import megatron_to_hf
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork
 from tests.runs import make_world
-from tools.checkpoint_convert import megatron_to_hf
 
 pytestmark = pytest.mark.distributed
 #: The files that describe a model, in a folder of Hugging Face's or in the released layout.

@@ -19,7 +19,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-STARTS = re.compile(r"^([A-Za-z_]+=\S+ )*(python|bash|torchrun|sbatch|kubectl|docker) ")
+STARTS = re.compile(r"^([A-Za-z_]+=\S+ )*(python|bash|torchrun|sbatch|kubectl|docker|megatron-bagel) ")
 OWN_PACKAGES = ("megatron_bagel", "benchmarks")
 
 
@@ -96,6 +96,8 @@ def check(command: Command) -> None:
     if launcher in ("bash", "sbatch", "kubectl", "docker"):
         for word in words[:1] if launcher == "bash" else [word for word in words if word.startswith("examples/")]:
             _need_file(word)
+    elif launcher == "megatron-bagel":
+        _refuse_unknown(_run("megatron_bagel", words, module=True))
     elif launcher == "torchrun":
         from torch.distributed.run import get_args_parser
 

@@ -91,8 +91,8 @@ def make_shared(folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+    from megatron_bagel.cli.convert import megatron_to_hf
     from tests.runs import make_world, run, run_config
-    from tools.checkpoint_convert import megatron_to_hf
 
     world = make_world(folder / "quickstart_output")
     results = world / "results"
@@ -135,7 +135,7 @@ def page_folder(shared: Path, folder: Path) -> Path:
     shutil.copytree(world / "checkpoints", folder / "results/checkpoints")
     shutil.copytree(world / "checkpoints", folder / "other/checkpoints")
     (folder / "bin").mkdir()
-    for name, words in {"python": "", "torchrun": "-m torch.distributed.run "}.items():
+    for name, words in {"python": "", "torchrun": "-m torch.distributed.run ", "megatron-bagel": "-m megatron_bagel "}.items():
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         (folder / "bin" / name).chmod(0o755)
     return folder

@@ -215,9 +215,9 @@ def test_the_container_copies_what_exists_and_installs_what_setup_offers() -> No
 @pytest.mark.distributed
 def test_a_recipe_trains_on_cpu_with_tiny_paths(tmp_path: Path) -> None:
     """The fine-tuning recipe by the real torchrun, on two processes, from a folder that the converter made."""
+    from megatron_bagel.cli.convert import megatron_to_hf
     from megatron_bagel.training.observability.metrics_file import read_history
     from tests.runs import make_world, run, run_config
-    from tools.checkpoint_convert import megatron_to_hf
 
     world = make_world(tmp_path)
     run(run_config(world, tmp_path / "first", max_latent_size=64, total_steps=1, tokenizer_path=str(world / "data/tokenizer")))

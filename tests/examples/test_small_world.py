@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from data_tools import make_sample_data
+from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.sample_world.exam import read_lines
 from megatron_bagel.sample_world.world import World, parse_pairs
 

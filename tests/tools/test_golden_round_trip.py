@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.cli.convert import hf_to_megatron, megatron_to_hf
 from tests.checkpoint.test_layout_matrix import LAYOUTS, load_and_save
 from tests.distributed import run_ranks
 from tests.tools.test_verify_golden import linked
 from tools import verify_golden
-from tools.checkpoint_convert import hf_to_megatron, megatron_to_hf
 
 
 @pytest.mark.slow

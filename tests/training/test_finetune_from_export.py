@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bagel.cli.convert import megatron_to_hf
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.runs import make_world, run, run_config
-from tools.checkpoint_convert import megatron_to_hf
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

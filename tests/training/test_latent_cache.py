@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from data_tools.cache_latents import main
+from megatron_bagel.cli.data.latents import main
 from megatron_bagel.common.files import write_whole
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import read_manifest

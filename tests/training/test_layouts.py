@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from megatron_bagel.cli.convert import megatron_to_hf
 from tests.runs import run, run_config
 from tests.training.equal_runs import (
     OVERLAP,
@@ -28,7 +29,6 @@ from tests.training.equal_runs import (
     trained,
     world_of,
 )
-from tools.checkpoint_convert import megatron_to_hf
 
 pytestmark = pytest.mark.distributed
 

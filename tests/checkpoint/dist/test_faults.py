@@ -25,7 +25,7 @@ from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
 from megatron_bagel.checkpoint.dist.state import load_checkpoint
 from tests.checkpoint.tiny_run import tiny_run, train_and_save, train_step
 from tests.distributed import fork, run_ranks
-from tools.checkpoint_convert import hf_to_megatron, inspect_checkpoint, megatron_to_hf
+from megatron_bagel.cli.convert import hf_to_megatron, inspect_checkpoint, megatron_to_hf
 
 
 @pytest.fixture(scope="module")

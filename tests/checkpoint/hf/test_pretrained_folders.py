@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.cli.convert import init_from_pretrained, megatron_to_hf
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
-from tools.checkpoint_convert import init_from_pretrained, megatron_to_hf
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
 

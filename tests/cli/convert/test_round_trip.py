@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
-from tools.checkpoint_convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def without_latent_size(source: Path, folder: Path) -> Path:
@@ -165,7 +168,9 @@ def test_what_a_folder_lacks_is_refused_or_on_request_seeded(
 )
 def test_every_command_explains_itself(tool: ModuleType, options: tuple[str, ...]) -> None:
     """As a person starts it: a file by its path, outside of this folder."""
-    done = subprocess.run([sys.executable, tool.__file__, "--help"], capture_output=True, text=True, check=False, cwd="/")
+    script = ROOT / "tools/checkpoint_convert" / Path(tool.__file__).name
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script), "--help"], env=environment, capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr
     assert not [option for option in options if option not in " ".join(done.stdout.split())]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_tools.build_index import main
+from megatron_bagel.cli.data.build import main
 from megatron_bagel.data.index.reader import IndexedSamples
 from tests.data.golden_index import CONFIG
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

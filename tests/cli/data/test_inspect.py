@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.inspect_index import main
+from megatron_bagel.cli.data.inspect import main
 from megatron_bagel.config.parser import Config
 from megatron_bagel.data.inspect.describe import Histogram
 from megatron_bagel.data.inspect.figures import token_strips
@@ -24,7 +24,7 @@ from megatron_bagel.layout.pack import build_pack
 from tests import strategies
 from tests.data.golden_index import CONFIG, build_golden_index
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

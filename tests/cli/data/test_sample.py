@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_tools.make_sample_data import main as make_sample_data
-from data_tools.train_tokenizer import main as train_tokenizer
+from megatron_bagel.cli.data.sample import main as make_sample_data
+from megatron_bagel.cli.data.tokenizer import main as train_tokenizer
 from megatron_bagel.config.architecture import LLMArch, ViTArch
 from megatron_bagel.sample_world.score import read_single
 

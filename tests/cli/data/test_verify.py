@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.verify_index import main
+from megatron_bagel.cli.data.verify import main
 from tests.data.golden_index import build_golden_index
 
 

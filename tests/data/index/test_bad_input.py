@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools import build_index as command
+from megatron_bagel.cli.data import build as command
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.plan import ImageChecks
 from megatron_bagel.data.index.reader import IndexedSamples

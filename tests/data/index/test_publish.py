@@ -18,8 +18,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools import build_index as build_command
-from data_tools import merge_index as merge_command
+from megatron_bagel.cli.data import build as build_command
+from megatron_bagel.cli.data import merge as merge_command
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.publish import build_folder, locked, merge_jobs
 from megatron_bagel.data.index.reader import IndexedSamples
@@ -76,7 +76,7 @@ def test_the_commands_name_what_is_missing_and_merge_the_rest(sources, goldens, 
     assert build_command.main([*arguments, "--num-jobs", "3", "--job-index", "3"]) == 2 and "--job-index" in capsys.readouterr().err
     for job in ("0", "2"):
         assert build_command.main([*arguments, "--num-jobs", "3", "--job-index", job]) == 0
-        assert "merge_index.py" in capsys.readouterr().out
+        assert "when all are: megatron-bagel data merge --output" in capsys.readouterr().out
     assert merge_command.main(merge) == 2
     assert "shards are not finished, the first being t2i_pretrain/t2i/00001" in capsys.readouterr().err
     other = [*arguments, "--max-image-pixels", "1000000", "--num-jobs", "3", "--job-index", "1"]
