@@ -71,6 +71,8 @@ ELSEWHERE = {
     "setup_env.sh": "makes the environment in which the tests run",
     "build_index.sbatch": "tests/examples/test_build_index_sbatch.py, with a stand-in for Slurm",
     "verify_golden.py": "tests/tools/test_verify_golden.py, where the recorded numbers are",
+    "record_runs.py": "tests/tools/test_record_runs.py, which records two cases and continues them",
+    "compare_runs.py": "tests/tools/test_compare_runs.py, on each kind of input",
     "--serve": "tests/inference/web/test_server.py, which starts the command and asks the page",
     "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
 }

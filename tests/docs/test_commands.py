@@ -12,6 +12,7 @@ from tests.docs.commands import PAGES, ROOT, Command, check, commands, flags_of
 COMMANDS = commands()
 PROGRAMS = (
     "megatron_bagel.train", "megatron_bagel.plan", "megatron_bagel.generate", "tools/verify_golden.py",
+    "tools/record_runs.py", "tools/compare_runs.py",
     "tools/checkpoint_convert/hf_to_megatron.py",
     "tools/checkpoint_convert/megatron_to_hf.py", "tools/checkpoint_convert/init_from_pretrained.py",
     "tools/checkpoint_convert/inspect_checkpoint.py", "data_tools/build_index.py", "data_tools/inspect_index.py",
