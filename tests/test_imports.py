@@ -23,7 +23,10 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("train", "generate", "evaluate", "plan", "__main__"),
     ),
     "checkpoint": (("hf",), ("dist",), ("convert",)),
-    "cli": (("usage", "console"), ("train", "plan", "generate", "evaluate", "data", "convert"), ("main",)),
+    "cli": (
+        ("usage", "console"), ("cost_settings", "data_settings"), ("resolve_run", "resolve_plan"),
+        ("train", "plan", "generate", "evaluate", "data", "convert"), ("main",),
+    ),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),
     "inference": (("core",), ("batch",), ("web",)),
     "training": (
