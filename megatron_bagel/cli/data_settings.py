@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_bagel.config.parser import Config
+from megatron_bagel.config.resolve import own_index
 from megatron_bagel.data.loading.settings import DataSettings, ReaderSettings
 from megatron_bagel.data.planner.planner import PlannerConfig
 from megatron_bagel.data.planner.sample_plan import ConditionDropout
@@ -17,7 +18,7 @@ def data_settings(config: Config) -> DataSettings:
         dataset_config_file=data.dataset_config_file,
         data_root=data.data_root,
         given_index=Path(data.index_dir) if data.index_dir is not None else None,
-        own_index=Path(training.results_dir) / "index",
+        own_index=own_index(config),
         split=data.split,
         latent_cache=data.latent_cache,
         visual_gen=training.visual_gen,

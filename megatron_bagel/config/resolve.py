@@ -218,6 +218,11 @@ def architecture(config: Config) -> BagelArch:
     return arch
 
 
+def own_index(config: Config) -> Path:
+    """Return the folder of the index that a run without ``--index_dir`` makes."""
+    return Path(config.training.results_dir) / "index"
+
+
 def tokenizer_path(config: Config) -> str:
     """Where the tokenizer is: tokenizer_path, else with the model."""
     return config.model.tokenizer_path or (config.model.model_path if config.training.finetune_from_hf else config.model.llm_path)

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_bagel.config.parser import Config
-from megatron_bagel.config.resolve import ResolvedSizes, index_dir, resolve, tokenizer_path
+from megatron_bagel.config.resolve import ResolvedSizes, own_index, resolve, tokenizer_path
 from megatron_bagel.config.sections import SECTION_OF
 from megatron_bagel.config.validate import validate_settings
 
@@ -33,7 +33,7 @@ def derived_values(config: Config, run: ResolvedSizes) -> dict[str, Any]:
     ranks_per_copy = run.data_parallel_size // run.distributed_optimizer_instances
     values: dict[str, Any] = {
         "tokenizer_path": tokenizer_path(config),
-        "index_dir": str(index_dir(config)),
+        "index_dir": str(own_index(config)),
         "use_wandb": run.use_wandb,
         "gradient_accumulation_steps": run.num_microbatches,
         "use_distributed_optimizer": run.use_distributed_optimizer,
