@@ -68,7 +68,7 @@ def measure_block_mask(pack: Pack) -> dict[str, Any]:
         "seconds": quickest(lambda: block_mask(mask, order, "cpu")),
         "blocks": int(blocks.occupied.size),
         "blocks_computed": int(blocks.occupied.sum()),
-        "blocks_without_mask": int(blocks.full.sum()),
+        "blocks_without_mask": int(blocks.full_blocks.sum()),
     }
 
 

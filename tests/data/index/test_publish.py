@@ -78,7 +78,7 @@ def test_the_commands_name_what_is_missing_and_merge_the_rest(sources, goldens, 
         assert build_command.main([*arguments, "--num-jobs", "3", "--job-index", job]) == 0
         assert "when all are: megatron-bagel data merge --output" in capsys.readouterr().out
     assert merge_command.main(merge) == 2
-    assert "shards are not finished, the first being t2i_pretrain/t2i/00001" in capsys.readouterr().err
+    assert "shards are not finished, the first one t2i_pretrain/t2i/00001" in capsys.readouterr().err
     other = [*arguments, "--max-image-pixels", "1000000", "--num-jobs", "3", "--job-index", "1"]
     assert build_command.main(other) == 0 and merge_command.main(merge) == 2
     assert "other sources, settings or another tokenizer" in capsys.readouterr().err
