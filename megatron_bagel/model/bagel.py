@@ -65,7 +65,7 @@ class BagelModel(MegatronModule):
             self.time_embedder = TimestepEmbedder(hidden)
             table = sincos_2d(hidden, arch.max_latent_size)
             self.register_buffer("latent_pos_embed", table, persistent=False)
-        # The final norms need the expert split, which the final norm of TransformerBlock would not receive.
+        # The final norms need the token counts of the experts, which the final norm of TransformerBlock would not receive.
         self.decoder = TransformerBlock(
             config, spec, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -163,7 +163,7 @@ class BagelModel(MegatronModule):
         first_slot = 0
         if self.config.sequence_parallel:
             first_slot = parallel_state.get_tensor_model_parallel_rank() * hidden.shape[0]
-        und, gen = per_expert(self.final_layernorm, *PackContext.split_rows(hidden, first_slot, n_und, n_gen))
+        und, gen = per_expert(self.final_layernorm, *PackContext.slice_by_expert(hidden, first_slot, n_und, n_gen))
         normed = join([und.detach() if self.freeze_und else und, gen], hidden.shape[0])
         if self.config.sequence_parallel:
             # The heads' input gradients are already complete on every rank, so the backward pass slices instead of summing.

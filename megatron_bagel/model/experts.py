@@ -100,8 +100,8 @@ class ExpertExchange:
             return parts
         hidden = join(parts, local_rows)
         if self.sequence_parallel:
-            return context.split(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True))
-        return context.split(copy_to_tensor_model_parallel_region(hidden))
+            return context.rows_by_expert(gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True))
+        return context.rows_by_expert(copy_to_tensor_model_parallel_region(hidden))
 
     def leave(self, parts: Sequence[torch.Tensor], context: PackContext) -> torch.Tensor:
         """Return the sum of the ranks' partial results, [local rows, h]."""

@@ -72,9 +72,9 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         context, hidden = packed_seq_params, hidden_states.squeeze(1)
         rows = hidden.shape[0]
         first_slot = self.exchange.first_slot(rows)
-        normed = per_expert(self.input_layernorm, *context.split(hidden, first_slot))
+        normed = per_expert(self.input_layernorm, *context.rows_by_expert(hidden, first_slot))
         hidden = hidden + self.self_attention(normed, rows, context)
-        normed = per_expert(self.pre_mlp_layernorm, *context.split(hidden, first_slot))
+        normed = per_expert(self.pre_mlp_layernorm, *context.rows_by_expert(hidden, first_slot))
         expert_rows = self.exchange.enter(normed, rows, context)
         und, gen = recomputed(self.mlp, *expert_rows) if self.recompute_mlp else self.mlp(*expert_rows)
         hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)

@@ -19,7 +19,7 @@ class AttentionPlan(Protocol):
 
 @dataclass
 class PackContext:
-    """Expert split and rotary angles of a pack.
+    """Expert counts and rotary angles of a pack.
 
     Slots [0, n_und) are understanding tokens, [n_und, n_und + n_gen) generation tokens, and the rest padding. ``cos`` and
     ``sin`` are [s, 1, 1, head_dim / 2] in the dtype of the hidden states.
@@ -41,14 +41,14 @@ class PackContext:
         cos, sin = (table[:, None, None, : head_dim // 2].to(dtype) for table in rotary_table(position_ids, head_dim, theta))
         return cls(n_und, n_gen, len(position_ids), cos, sin, attention)
 
-    def split(self, hidden: torch.Tensor, first_slot: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows_by_expert(self, hidden: torch.Tensor, first_slot: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the understanding and the generation rows of ``hidden`` [rows, ...], whose first row is slot ``first_slot``."""
-        return self.split_rows(hidden, first_slot, self.n_und, self.n_gen)
+        return self.slice_by_expert(hidden, first_slot, self.n_und, self.n_gen)
 
     @staticmethod
-    def split_rows(hidden: torch.Tensor, first_slot: int, n_und: int, n_gen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def slice_by_expert(hidden: torch.Tensor, first_slot: int, n_und: int, n_gen: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same rows for explicit token counts."""
         und_rows = min(max(n_und - first_slot, 0), hidden.shape[0])
         valid_rows = min(max(n_und + n_gen - first_slot, 0), hidden.shape[0])
-        # One split instead of two slices: its backward pass is one concatenation, not two padded copies and a sum.
+        # One torch.split instead of two slices: its backward pass is one concatenation, not two padded copies and a sum.
         return hidden.split([und_rows, valid_rows - und_rows, hidden.shape[0] - valid_rows])[:2]

@@ -1,1 +1,1 @@
-"""Hugging Face folders in the released layout, and the table that maps their names to ours."""
+"""Hugging Face folders in the released format, and the table that maps their names to ours."""

@@ -198,9 +198,7 @@ def _refused_target(directory: Path) -> str:
     return ""
 
 
-def test_a_read_only_target_is_named(
-    small_disk: Path, saved: Path, goldens: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_read_only_target_is_named(small_disk: Path, saved: Path, goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By a run, and by the commands of both directions."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     [message] = run_ranks(_refused_target, 1, small_disk / "run", parallel={})
@@ -265,9 +263,7 @@ def test_nothing_in_a_stored_object_runs(copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_of_a_model_folder_are_never_opened(
-    goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickled_weights_of_a_model_folder_are_never_opened(goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither where safetensors are missing, nor under their name."""
     folder, attack = tmp_path / "hf", _Attack(tmp_path / "ran")
     shutil.copytree(goldens / "hf", folder)
@@ -283,7 +279,9 @@ def test_pickled_weights_of_a_model_folder_are_never_opened(
 def test_a_checkpoint_of_a_newer_version_is_refused(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = json.loads((copy / step_folders.STATE_FILE).read_text())
     (copy / step_folders.STATE_FILE).write_text(json.dumps({**state, "format_version": step_folders.FORMAT_VERSION + 1}))
-    expected = f"has checkpoint format {step_folders.FORMAT_VERSION + 1}, this version of megatron_bagel reads up to {step_folders.FORMAT_VERSION}"
+    expected = (
+        f"has checkpoint format {step_folders.FORMAT_VERSION + 1}, this version of megatron_bagel reads up to {step_folders.FORMAT_VERSION}"
+    )
     [message] = run_ranks(_load, 1, copy, parallel={})
     assert expected in message and "update megatron_bagel" in message
     assert megatron_to_hf.main(["--checkpoint", str(copy), "--output", str(tmp_path / "out")]) == 1
