@@ -54,8 +54,10 @@ def compare_metrics(left: Path, right: Path, tally: Tally, rule: Rule) -> None:
     for side, steps, others in (("A", left_steps, right_steps), ("B", right_steps, left_steps)):
         tally.only[side] += [f"step {step}" for step in sorted(steps.keys() - others.keys())]
     for step in sorted(left_steps.keys() & right_steps.keys()):
-        named = ({f"step {step}, {field}": value for field, value in steps[step].items()} for steps in (left_steps, right_steps))
-        tally.compare(*named, rule)
+        left_values, right_values = (
+            {f"step {step}, {field}": value for field, value in steps[step].items()} for steps in (left_steps, right_steps)
+        )
+        tally.compare(left_values, right_values, rule)
 
 
 def steps_of(path: Path) -> dict[int, dict[str, Any]]:
@@ -81,9 +83,9 @@ def compare_checkpoints(left: Path, right: Path, tally: Tally, rule: Rule) -> No
         stored = read_contents(path).state_dict_metadata
         if objects := [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)]:
             raise ValueError(f"{path} stores objects that are no tensors and cannot be compared: {shorten(objects)}")
-    sources = CheckpointWeights(left), CheckpointWeights(right)
-    compare_tensors(*sources, tally, rule)
-    tally.compare(*(state_of(source) for source in sources), rule)
+    left_source, right_source = CheckpointWeights(left), CheckpointWeights(right)
+    compare_tensors(left_source, right_source, tally, rule)
+    tally.compare(state_of(left_source), state_of(right_source), rule)
 
 
 def state_of(checkpoint: CheckpointWeights) -> dict[str, Any]:
@@ -126,8 +128,10 @@ def compare_models(left: Path, right: Path, tally: Tally, rule: Rule) -> None:
     tally.note_one_sided(left_files, right_files)
     for name in sorted(left_files.keys() & right_files.keys()):
         compare_tensors(WeightFile(left_files[name], f"{name}: "), WeightFile(right_files[name], f"{name}: "), tally, rule)
-    others = ({name: path for name, path in files_of(folder).items() if ".safetensors" not in name} for folder in (left, right))
-    compare_files(*others, tally)
+    left_others, right_others = (
+        {name: path for name, path in files_of(folder).items() if ".safetensors" not in name} for folder in (left, right)
+    )
+    compare_files(left_others, right_others, tally)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -93,8 +93,8 @@ def make_world(checkout: Checkout, world: Path) -> None:
     # Two key/value heads, so that tensor parallelism splits them.
     config = data / "llm/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4, "num_key_value_heads": 2}))
-    dataset = ["--dataset_config_file", data / "dataset.yaml"]
+    dataset: list[str | Path] = ["--dataset_config_file", data / "dataset.yaml"]
     checkout.run(["data_tools/build_index.py", *dataset, "--tokenizer", data / "tokenizer", "--output", world / "index"], log)
     shutil.copytree(checkout.path / "examples/quickstart/autoencoder", autoencoder)
-    vae = ["--vae", autoencoder / "ae.safetensors", "--output", world / "latents"]
+    vae: list[str | Path] = ["--vae", autoencoder / "ae.safetensors", "--output", world / "latents"]
     checkout.run(["data_tools/cache_latents.py", world / "index", *dataset, *vae], log)

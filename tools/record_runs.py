@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def record_runs(arguments: argparse.Namespace) -> None:
     for name in arguments.cases:
         if source is not None:
             take_over(source / name, out / name)
-        seconds[name] = timed(name, lambda name=name: record_case(checkout, CASES[name], world, out / name))
+        seconds[name] = timed(name, partial(record_case, checkout, CASES[name], world, out / name))
     # Relative, so that recordings which refer to each other can be moved together.
     record["world"] = os.path.relpath(world, out)
     (out / RECORDING).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
