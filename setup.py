@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "pytest-cov>=7",
         "hypothesis>=6.90",
         "diffusers>=0.30",
         "mypy>=2.4,<3",
