@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf.load import named_weights
 from megatron_bagel.costs.flops import StepWork, mfu_flops
-from megatron_bagel.costs.freezing import freeze
+from megatron_bagel.costs.freezing import FreezeSettings, freeze
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_batch import batch_case, hidden_case
@@ -105,7 +105,8 @@ def freeze_case(cases: TrainCases, check: Comparison, name: str, want: dict[str,
     """Losses unchanged, gradients of what still trains, and nothing else; frozen here means no gradient, in the original zeros."""
     flags = {flag: flag in name.split("+") for flag in FREEZE_FLAGS}
     parts = cases.model.parts(freeze_und=flags["freeze_und"])
-    freeze(parts.decoder, parts.tower, **flags)
+    frozen_parts = FreezeSettings(flags["freeze_llm"], flags["freeze_vit"], flags["freeze_und"])
+    freeze(parts.decoder, parts.tower, frozen_parts)
     outcome = cases.run(parts, MAIN)
     compare_losses(check, outcome.shares[0], want["losses"])
     check.norms("norm of all gradients", outcome.total_norm, want["total_norm"])

@@ -124,5 +124,5 @@ def _existing(given: str | None, recorded: Path | None, flag: str, checkpoint: P
     """A path given by flag, or the one the training run used."""
     path = Path(given) if given else recorded
     if path is None or not path.exists():
-        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) is not there; say where it is with {flag}")
+        raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) does not exist; give its location with {flag}")
     return path

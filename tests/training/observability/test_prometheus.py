@@ -19,7 +19,11 @@ def parse(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """(name, labels) -> value, by Prometheus' own parser. Every sample is a gauge, and no sample stands there twice."""
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     assert all(family.type == "gauge" for family in text_string_to_metric_families(text))
-    read = {(sample.name, tuple(sample.labels.items())): sample.value for sample in samples}
+    # The writer sorts labels by name; here the run comes first.
+    read = {
+        (sample.name, tuple(sorted(sample.labels.items(), key=lambda label: (label[0] != "run", label[0])))): sample.value
+        for sample in samples
+    }
     assert len(read) == len(samples)
     return read
 
