@@ -126,6 +126,11 @@ def test_imports_point_down(path):
     assert not offences(path)
 
 
+def test_every_room_is_a_package():
+    """A folder without ``__init__.py`` is left out of the installed package."""
+    assert not [folder for folder in {path.parent for path in PACKAGE.rglob("*.py")} if not (folder / "__init__.py").is_file()]
+
+
 def test_no_circle():
     graph = module_graph()
     assert "megatron_bagel.cli.data.build" in graph["data_tools.build_index"] and "tools.golden_cases" in graph["tools.golden_train"]

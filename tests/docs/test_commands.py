@@ -80,7 +80,7 @@ def test_wrong_commands_are_noticed(line: str, complaint: str, capsys: pytest.Ca
     assert complaint in f"{error.value}{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("tests/*.md")], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if target.startswith(("https://", "http://")):
