@@ -47,9 +47,13 @@ def _load_weights(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 REFUSALS = (
     # changes of the model, options of the run, what the message says (nothing: the checkpoint loads)
     ({"max_latent_size": 8}, {}, ""),  # another resolution only changes a computed table
-    ({"llm": {"vocab_size": 48}}, {}, "llm.vocab_size (40 there, 48 here)"),
-    ({"llm": {"layer_module": "Qwen2DecoderLayer"}}, {}, "llm.layer_module (Qwen2MoTDecoderLayer there, Qwen2DecoderLayer here)"),
-    ({}, {"frozen": "vit_model"}, "left over ema.vit_model."),
+    ({"llm": {"vocab_size": 48}}, {}, "llm.vocab_size (40 in the checkpoint, 48 in this run)"),
+    (
+        {"llm": {"layer_module": "Qwen2DecoderLayer"}},
+        {},
+        "llm.layer_module (Qwen2MoTDecoderLayer in the checkpoint, Qwen2DecoderLayer in this run)",
+    ),
+    ({}, {"frozen": "vit_model"}, "unexpected ema.vit_model."),
 )
 
 
