@@ -195,6 +195,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return rows and channels of the table."""
         return (self.side * self.side, self.width)
 
 
