@@ -78,7 +78,7 @@ def parse_with(
     """The same for a program with flags of its own, a dataclass: (the run's settings, the program's)."""
     command_class: type = command_flags
     values = build_parser(command_class, prog).given_values(arguments, "command line")
-    own = {setting.name: values.pop(setting.name) for setting in fields(command_flags) if setting.name in values}  # type: ignore[arg-type]
+    own = {setting.name: values.pop(setting.name) for setting in fields(command_class) if setting.name in values}
     return _with_file(values), command_flags(**own)
 
 
