@@ -68,7 +68,7 @@ def compare_vision(check: Comparison, parts: Parts, batch: GoldenBatch) -> None:
     if "vit_out" not in batch.expected:
         return
     seen: dict[str, Tensor] = {}
-    tower = parts.tower
+    tower = parts.vision
     # Seen from outside, the tower only gives both together with its position table, so the halves are watched.
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, key=key: seen.__setitem__(key, output))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,15 @@ from torch import Tensor
 # Advice of the goldens' README for fp32: elements, and norms or losses.
 ELEMENT_ABS, ELEMENT_REL = 2e-5, 1e-4
 NORM_REL = 1e-4
+
+Part = TypeVar("Part")
+
+
+def present(part: Part | None, what: str) -> Part:
+    """Return a part that this case needs. Raises ValueError naming ``what`` where there is none."""
+    if part is None:
+        raise ValueError(f"this case needs a {what}, and there is none")
+    return part
 
 
 @dataclass(frozen=True)

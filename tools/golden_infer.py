@@ -21,7 +21,7 @@ from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance, time_grid
 from megatron_bagel.inference.core.image import ImageSampling, generate_latents
 from megatron_bagel.inference.core.sampling import TextSampling
-from tools.golden_common import CaseResult, Comparison
+from tools.golden_common import CaseResult, Comparison, present
 
 # What the recorded cases were asked; the files hold the answers and the settings, not the questions.
 T2I_PROMPT = "a photo of a red circle on a green background."
@@ -120,7 +120,8 @@ def text_case(engine: Engine, name: str, case: dict[str, Any], tensors: dict[str
     request = Request(terms, "text", think=system is not None, system_prompt=system)
     # One token more than recorded: the original also computes the logits after the last token it keeps.
     sampling = TextSampling(max_length=count + 1)
-    text = answer(engine, [request], [RecordedNoise(None, ())], sampling, ImageSampling(), trace.observers())[0].text
+    (made,) = answer(engine, [request], [RecordedNoise(None, ())], sampling, ImageSampling(), trace.observers())
+    text = present(made.text, "text")
     check = Comparison(f"infer/{name}")
     check.same("token ids", list(text.ids[:count]), case["token_ids"])
     check.close("logits", torch.stack(trace.logits), tensors[f"{name}.logits"])
@@ -151,10 +152,10 @@ def image_case(engine: Engine, name: str, case: dict[str, Any], tensors: dict[st
     check.norms("norms of v_t", [v.norm() for v in trace.v_t], case["v_t_norm"])
     check.close("first velocity", trace.v_t[0], tensors[f"{name}.v_first"])
     check.close("last latents", result.latents, tensors[f"{name}.final_latent"])
-    check.norms("norm of the last latents", result.latents.norm(), case["final_norm"])
+    check.norms("norm of the last latents", present(result.latents, "latents").norm(), case["final_norm"])
     check.levels("pixels", result.image, tensors[f"{name}.image_u8"])
-    check.same("picture size", list(result.image.shape[:2]), case["image_hw"])
-    check.same("texts", [result.thought.text] if think else [], case["text"])
+    check.same("picture size", list(present(result.image, "picture").shape[:2]), case["image_hw"])
+    check.same("texts", [present(result.thought, "thought").text] if think else [], case["text"])
     return check.result()
 
 
@@ -207,7 +208,8 @@ def batch_case(engine: Engine, case: dict[str, Any], tensors: dict[str, Tensor])
 
 def _vit_tokens(engine: Engine, image: Image.Image) -> int:
     width, height = output_size(engine.vit_transform, *image.size)
-    return (width // engine.arch.vit.patch_size) * (height // engine.arch.vit.patch_size)
+    patch = present(engine.arch.vit, "ViT").patch_size
+    return (width // patch) * (height // patch)
 
 
 def _guidance(kwargs: dict[str, Any], renorm_type: str, renorm_min: float) -> Guidance:

@@ -34,6 +34,7 @@ from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.bagel import BagelModel
 from megatron_bagel.model.build import build_decoder
+from tools.golden_common import present
 
 
 def read_json(path: Path) -> Any:
@@ -68,6 +69,11 @@ class Parts:
     def weight_map(self) -> WeightMap:
         """Our parameter names against the recorded ones."""
         return WeightMap(self.arch)
+
+    @property
+    def vision(self) -> VisionTower:
+        """The vision tower. Raises ValueError where these parts have none."""
+        return present(self.tower, "vision tower")
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -173,7 +179,7 @@ def _pack(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], arch: BagelAr
     latent_shapes = np.array(plain.get("patchified_vae_latent_shapes", []), dtype=np.int64).reshape(-1, 2)
     vit_shapes = _grids(integers("packed_vit_position_ids"), integers("vit_token_seqlens"), arch.vit_max_num_patch_per_side)
     vae_positions, mse_positions = integers("packed_vae_token_indexes"), integers("mse_loss_indexes")
-    noised = np.isin(vae_positions[np.cumsum(latent_shapes.prod(1)) - 1], mse_positions) if len(latent_shapes) else []
+    noised = np.isin(vae_positions[np.cumsum(latent_shapes.prod(1)) - 1], mse_positions) if len(latent_shapes) else np.zeros(0, dtype=bool)
     return Pack(
         sequence_length=length,
         sample_lens=_covering(plain["sample_lens"], length),
@@ -192,7 +198,10 @@ def _pack(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], arch: BagelAr
         labels=integers("packed_label_ids"),
         ce_weights=tensors["ce_loss_weights"].numpy() if "ce_loss_weights" in tensors else np.zeros(0, dtype=np.float32),
         mse_positions=mse_positions,
-        images=(*_images("vae", latent_shapes, arch.vae_token_pixels, noised), *_images("vit", vit_shapes, arch.vit.patch_size)),
+        images=(
+            *_images("vae", latent_shapes, arch.vae_token_pixels, noised),
+            *_images("vit", vit_shapes, present(arch.vit, "ViT").patch_size),
+        ),
     )
 
 

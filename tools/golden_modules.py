@@ -67,7 +67,7 @@ def autoencoder_check(recorded: Recorded, model: GoldenModel) -> Comparison:
 
 def vision_check(recorded: Recorded, parts: Parts, goldens: Path) -> Comparison:
     """The tower layer by layer. Its input, which is not recorded here, is the beginning of a training batch."""
-    check, tower = Comparison("modules/vit"), parts.tower
+    check, tower = Comparison("modules/vit"), parts.vision
     lengths = recorded["vit.seqlens"].tolist()
     patches, ids = first_images(goldens, lengths)
     seen: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_bagel import platform
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loading.loader import StepBatch
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.model.positions import sincos_2d
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.optim.ema import ShardedEma
@@ -25,11 +26,16 @@ from megatron_bagel.training.optim.lr_schedule import LearningRate, ScheduleSett
 from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, wrap_ddp
 from megatron_bagel.training.step import StepResult, StepSettings, Trainable, train_step
 from tools.golden_cases import TrainCases
-from tools.golden_common import Comparison
+from tools.golden_common import Comparison, present
 from tools.golden_model import Parts
 
 # Gradients smaller than this are rounding noise to AdamW with eps 1e-15 (advice of the goldens' README).
 NOISE = 1e-6
+
+
+def _main_gradient(parameter: Any) -> Tensor:
+    """The gradient in the buffer that Megatron-Core gave the parameter."""
+    return parameter.main_grad
 
 
 @dataclass
@@ -52,14 +58,16 @@ class OptimizerRun:
         result = train_step(self.trainable, StepBatch([batch.loaded], [batch.loaded.plan]), settings)
         # Clipping scaled the gradients in place; the threshold is about those before it.
         scale = min(1.0, self.clip / (result.outcome.grad_norm + 1e-6))
-        for parameter, gradient in self.parts.by_recorded_name(lambda parameter: parameter.main_grad / scale).items():
-            small = (gradient.abs() < NOISE) & (gradient != 0)
+        for parameter, gradient in self.parts.by_recorded_name(_main_gradient).items():
+            scaled = present(gradient, f"gradient of {parameter}") / scale
+            small = (scaled.abs() < NOISE) & (scaled != 0)
             self.noisy[parameter] = small | self.noisy.get(parameter, torch.zeros_like(small))
         return result
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight under its recorded name, position tables included."""
-        return {**self.parts.by_recorded_name(torch.Tensor.detach), **self.tables()}
+        weights = self.parts.by_recorded_name(torch.Tensor.detach)
+        return {**{name: present(weight, name) for name, weight in weights.items()}, **self.tables()}
 
     def averages(self) -> dict[str, Tensor]:
         """Every average under its recorded name; a table's is the table."""
@@ -81,11 +89,13 @@ def start(cases: TrainCases, want: Mapping[str, Any]) -> OptimizerRun:
         lr=recorded["lr"], beta1=want["betas"][0], beta2=want["betas"][1], eps=want["eps"], max_grad_norm=recorded["clip"]
     )
     config = transformer_config(parts.arch.llm, on_cpu=not platform.has_gpu())
-    decoder, tower = wrap_ddp(config, [parts.decoder, parts.tower], settings)
+    decoder, tower = wrap_ddp(config, [parts.decoder, parts.vision], settings)
     optimizer = build_optimizer([decoder, tower], settings)
     schedule = ScheduleSettings(lr=recorded["lr"], warmup_steps=recorded["warm"], zero_lr_first_step=True)
     rate, ema = LearningRate(optimizer, schedule), ShardedEma({"decoder": decoder, "vision": tower}, optimizer, recorded["ema"])
-    return OptimizerRun(parts, Trainable(config, [decoder], tower, None, optimizer, rate, ema), recorded["clip"])
+    # Every step brings the image encoder of its batch.
+    placeholder = ImageEncoder(parts.arch, None, None, ImageEncoderSettings(seed=0))
+    return OptimizerRun(parts, Trainable(config, [decoder], tower, placeholder, optimizer, rate, ema), recorded["clip"])
 
 
 def optimizer_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:

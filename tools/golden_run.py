@@ -94,7 +94,7 @@ def compare_gradients(check: Comparison, outcome: Outcome, want: Mapping[str, An
 
 def compare_untouched(check: Comparison, got: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
     """These have no gradient or exact zeros."""
-    touched = [name for name in names if got.get(name) is not None and bool(got[name].any())]
+    touched = [name for name in names if (gradient := got.get(name)) is not None and bool(gradient.any())]
     check.same("parameters with a gradient that the original has not", touched, [])
 
 

@@ -21,7 +21,7 @@ from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_batch import batch_case, hidden_case
 from tools.golden_cases import MAIN, SECOND, TrainCases
-from tools.golden_common import CaseResult, Comparison
+from tools.golden_common import CaseResult, Comparison, present
 from tools.golden_model import Parts
 from tools.golden_optimizer import learning_rate_case, optimizer_case
 from tools.golden_run import compare_gradients, compare_losses, compare_totals, compare_untouched
@@ -67,7 +67,7 @@ def flex_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, A
 
 def weighted_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:
     """Loss weights and CE reweighting, read from the case's name."""
-    batch, ce, mse = re.fullmatch(r"(\w+)_reweight_ce([\d.]+)_mse([\d.]+)", name).groups()
+    batch, ce, mse = present(re.fullmatch(r"(\w+)_reweight_ce([\d.]+)_mse([\d.]+)", name), "loss weights in the case's name").groups()
     weights = LossWeights(float(ce), float(mse), ce_loss_reweighting=True)
     outcome = cases.run(cases.parts, batch, weights=weights)
     compare_losses(check, outcome.shares[0], want["losses"], weights)

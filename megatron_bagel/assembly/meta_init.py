@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ def on_meta() -> Iterator[None]:
 
     Megatron-Core passes `torch.cuda.current_device()` explicitly, so that has to answer "meta", too.
     """
-    current_device = torch.cuda.current_device
-    torch.cuda.current_device = lambda: _META
+    cuda: Any = torch.cuda
+    current_device = cuda.current_device
+    cuda.current_device = lambda: _META
     try:
         with _META:
             yield
     finally:
-        torch.cuda.current_device = current_device
+        cuda.current_device = current_device
 
 
 def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

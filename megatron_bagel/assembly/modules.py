@@ -79,7 +79,8 @@ def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerCon
     if arch.autoencoder is not None and (first or last or everywhere):
         with on_meta() if shapes_only else nullcontext():
             autoencoder = AutoEncoder(arch.autoencoder) if shapes_only else _autoencoder(settings, arch.autoencoder).to(device)
-    for part in (*decoder, *([tower] if tower is not None else [])):
+    parts: list[nn.Module] = [*decoder] if tower is None else [*decoder, tower]
+    for part in parts:
         materialize(part, device, tcfg.params_dtype)
     return Modules(decoder, tower, autoencoder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def open_model(path: Path, options: OpenOptions) -> OpenedModel:
 
 
 def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
-    flags = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
+    flags: dict[str, Any] = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
     file = Path(options.autoencoder) if options.autoencoder else path / "ae.safetensors"
     folder = HFFolder(path, **flags)
     kinds = folder.available_weights()

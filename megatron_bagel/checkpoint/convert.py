@@ -100,11 +100,11 @@ def _with_parts_of(folder: HFFolder, arch: BagelArch, companions: Companions) ->
         raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
     folder_arch = folder.arch
     if arch.vit is None and folder_arch.vit is not None:
-        settings = ("vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "vit_rope")
-        arch = replace(arch, vit=folder_arch.vit, **{name: getattr(folder_arch, name) for name in settings})
+        names = ("vit_max_num_patch_per_side", "vit_select_layer", "connector_act", "vit_rope")
+        arch = replace(arch, vit=folder_arch.vit, **{name: getattr(folder_arch, name) for name in names})
     if arch.autoencoder is None and folder_arch.autoencoder is not None:
         size = folder.stored_latent_size(kinds[0]) or folder_arch.max_latent_size
-        settings = {name: getattr(folder_arch, name) for name in ("latent_patch_size", "timestep_shift")}
+        settings: dict[str, Any] = {name: getattr(folder_arch, name) for name in ("latent_patch_size", "timestep_shift")}
         arch = replace(arch, autoencoder=folder_arch.autoencoder, max_latent_size=size, **settings)
         companions = replace(companions, autoencoder=folder.path / "ae.safetensors")
     return arch, folder.weights(kinds[0]), companions
@@ -123,6 +123,12 @@ class _Export:
     def _checkpoint_names(self) -> frozenset[str]:
         return frozenset(WeightMap(self.checkpoint.arch).entries)
 
+    @property
+    def _untrained(self) -> TensorSource:
+        if self.other_source is None:
+            raise ValueError(f"{self.checkpoint.folder} lacks weights of this model, and no folder of untrained parts was given")
+        return self.other_source
+
     def file(self, dtype: str) -> WeightFile:
         other_names = [name for name in self.weight_map.entries if name not in self._checkpoint_names]
         for name in other_names:
@@ -139,12 +145,12 @@ class _Export:
         if name in self._checkpoint_names:
             return self.checkpoint.read(self.checkpoint.key(name, self.kind))
         entry = self.weight_map.entries[name]
-        return entry.fuse([self.other_source.get(hf) for hf in entry.hf])
+        return entry.fuse([self._untrained.get(hf) for hf in entry.hf])
 
     def _stored_type(self, name: str) -> torch.dtype:
         if name in self._checkpoint_names:
             return self.checkpoint.spec(self.checkpoint.key(name, self.kind))[1]
-        return self.other_source.spec(self.weight_map.entries[name].hf[0])[1]
+        return self._untrained.spec(self.weight_map.entries[name].hf[0])[1]
 
 
 def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
@@ -183,18 +189,19 @@ def import_folder(
                 "%s lacks %d tensors, which start from seeded values: %s", reader.path, len(missing_names), ", ".join(missing_names)
             )
     plan: dict[str, tuple[TensorSource, Entry]] = {}
-    for prefix, reader in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
-        if reader is not None:
-            plan |= {prefix + name: (reader, entry) for name, entry in weight_map.entries.items()}
+    for prefix, given in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
+        if given is not None:
+            plan |= {prefix + name: (given, entry) for name, entry in weight_map.entries.items()}
     specs: dict[str, TensorSpec] = {
-        key: (entry.shape, reader.spec(entry.hf[0])[1] if entry.hf[0] in reader else torch.float32) for key, (reader, entry) in plan.items()
+        key: (entry.shape, tensors.spec(entry.hf[0])[1] if entry.hf[0] in tensors else torch.float32)
+        for key, (tensors, entry) in plan.items()
     }
 
     def get(key: str) -> torch.Tensor:
-        reader, entry = plan[key]
-        if entry.hf[0] not in reader:
+        tensors, entry = plan[key]
+        if entry.hf[0] not in tensors:
             return initial_value(entry, source.arch, seed=0)
-        return entry.fuse([reader.get(name) for name in entry.hf])
+        return entry.fuse([tensors.get(name) for name in entry.hf])
 
     head = {
         "run": {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}},

@@ -60,7 +60,11 @@ def planned_model(name: str | None, config: Config) -> BagelArch:
         return architecture(config)
     arch, model, training, given = model_named(name), config.model, config.training, config.given
     flag_of = {"qk_norm": "llm_qk_norm"}
-    llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
+    llm: dict[str, Any] = {
+        "layer_module": model.layer_module,
+        "qk_norm": model.llm_qk_norm,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
     own = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
     return replace(
         arch,

@@ -68,7 +68,7 @@ class Flag:
     compatibility: Compatibility
 
     @classmethod
-    def of(cls, setting: Field) -> Flag:
+    def of(cls, setting: Field[Any]) -> Flag:
         """The flag of a field that ``flag`` made."""
         return setting.metadata[_KEY]
 
@@ -101,12 +101,12 @@ original_flag = functools.partial(flag, origin="original")
 megatron_flag = functools.partial(flag, origin="megatron")
 
 
-def default_of(setting: Field) -> Any:
+def default_of(setting: Field[Any]) -> Any:
     """The value of a setting that is not given."""
-    return setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
 
 
-def choices_of(setting: Field, hint: Any) -> list[str]:
+def choices_of(setting: Field[Any], hint: Any) -> list[str]:
     """Words that a setting takes, from its metadata or from the ``Literal`` in its type; empty when it takes any."""
     return list(Flag.of(setting).choices or _literals(hint))
 

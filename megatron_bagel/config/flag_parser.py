@@ -24,6 +24,7 @@ class FlagParser(HfArgumentParser):
     """Raises ValueError where argparse would print its usage and exit, and sets only what is given."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError with argparse's message."""
         raise ValueError(f"command line: {message}")
 
     def given_values(self, arguments: Sequence[str], source: str) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _with_help(group: type) -> type:
     return make_dataclass(group.__name__, settings)
 
 
-def help_text(setting: Field) -> str:
+def help_text(setting: Field[Any]) -> str:
     """The line of ``--help``: what the flag does, its range and its default."""
     rules, default = Flag.of(setting), default_of(setting)
     allowed = f" Must be {rules.range}." if rules.range else ""

@@ -53,28 +53,28 @@ def _table(arguments: type) -> str:
     return f"| flag | default | values | meaning | origin |\n| --- | --- | --- | --- | --- |{rows}\n"
 
 
-def _row(setting: Field, hint: Any) -> str:
+def _row(setting: Field[Any], hint: Any) -> str:
     meaning = Flag.of(setting).help.replace("|", "/")
     return f"| `--{setting.name}` | {_default(setting)} | {_values(setting, hint)} | {meaning} | {_origin(setting)} |"
 
 
-def _values(setting: Field, hint: Any) -> str:
+def _values(setting: Field[Any], hint: Any) -> str:
     choices = choices_of(setting, hint)
     return ", ".join(f"`{choice}`" for choice in choices) if choices else str(Flag.of(setting).range)
 
 
-def _default(setting: Field) -> str:
+def _default(setting: Field[Any]) -> str:
     value = default_of(setting)
     return "–" if value in (None, []) else f"`{value}`"
 
 
-def _origin(setting: Field) -> str:
+def _origin(setting: Field[Any]) -> str:
     rules = Flag.of(setting)
     if rules.origin != "original":
         return {"megatron": "Megatron", "ours": "new"}[rules.origin]
     kind, note = rules.compatibility.kind, rules.compatibility.note
-    kind = kind if kind == "as is" else f"**{kind}**"
-    return f"BAGEL, {kind}: {note}" if note else f"BAGEL, {kind}"
+    fate = kind if kind == "as is" else f"**{kind}**"
+    return f"BAGEL, {fate}: {note}" if note else f"BAGEL, {fate}"
 
 
 def _aliases() -> str:

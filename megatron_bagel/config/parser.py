@@ -76,8 +76,9 @@ def parse_with(
     command_flags: type[CommandFlags], arguments: Sequence[str], prog: str = "python -m megatron_bagel.train"
 ) -> tuple[Config, CommandFlags]:
     """The same for a program with flags of its own, a dataclass: (the run's settings, the program's)."""
-    values = build_parser(command_flags, prog).given_values(arguments, "command line")
-    own = {setting.name: values.pop(setting.name) for setting in fields(command_flags) if setting.name in values}  # type: ignore[arg-type]
+    command_class: type = command_flags
+    values = build_parser(command_class, prog).given_values(arguments, "command line")
+    own = {setting.name: values.pop(setting.name) for setting in fields(command_class) if setting.name in values}
     return _with_file(values), command_flags(**own)
 
 

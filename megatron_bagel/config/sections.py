@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, fields
+from typing import Any
 
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import Flag
@@ -15,7 +16,7 @@ SECTIONS: dict[str, type] = {
     "observing": ObservingArguments, "resilience": ResilienceArguments,
 }  # fmt: skip
 #: Name of a setting -> its field, in the order of the sections.
-SETTINGS: dict[str, Field] = {setting.name: setting for arguments in SECTIONS.values() for setting in fields(arguments)}
+SETTINGS: dict[str, Field[Any]] = {setting.name: setting for arguments in SECTIONS.values() for setting in fields(arguments)}
 #: Name of a setting -> its section.
 SECTION_OF: dict[str, str] = {setting.name: section for section, arguments in SECTIONS.items() for setting in fields(arguments)}
 #: Megatron's name for a setting -> the original's. Both are accepted.

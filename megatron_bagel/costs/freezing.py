@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from torch import nn
+
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.bagel import BagelModel
 
@@ -57,7 +59,8 @@ def is_frozen(name: str, names: Container[str], tied: bool, frozen: FreezeSettin
 
 def freeze(decoder: BagelModel, tower: VisionTower | None, frozen: FreezeSettings) -> None:
     """Set ``requires_grad`` to False where ``is_frozen`` says so, and never to True. Call it before ``wrap_ddp``."""
-    for part in (decoder, *([tower] if tower is not None else [])):
+    parts: list[nn.Module] = [decoder] if tower is None else [decoder, tower]
+    for part in parts:
         parameters = dict(part.named_parameters())
         for name, parameter in parameters.items():
             if is_frozen(name, parameters, decoder.share_embeddings_and_output_weights, frozen):

@@ -123,7 +123,7 @@ class MemoryModel:
 
     def norm_gradients(self, stage: int) -> int:
         """Return the elements of norm gradients that tensor-parallel ranks sum, because each saw only some tokens or heads."""
-        names = ("q_layernorm.", "k_layernorm.")
+        names: tuple[str, ...] = ("q_layernorm.", "k_layernorm.")
         if self.megatron.sequence_parallel:
             names += ("input_layernorm.", "pre_mlp_layernorm.", "final_layernorm.")
         stage_tensors = (
@@ -142,10 +142,8 @@ class MemoryModel:
     def _buffers(self, stage: int) -> list[list[_Tensor]]:
         """Return a stage's decoder tensors by gradient buffer: one per chunk, and a separate one for a tied embedding."""
         stage_tensors = [tensor for tensor in self._tensors if not tensor.is_tower and self._is_on_stage(stage, tensor)]
-        chunks, layers = (
-            virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1,
-            sorted({t.layer for t in stage_tensors} - {None}),
-        )
+        chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1
+        layers = sorted({tensor.layer for tensor in stage_tensors if tensor.layer is not None})
         chunk_of = {layer: number * chunks // len(layers) for number, layer in enumerate(layers)}
         buffers: list[list[_Tensor]] = [[] for _ in range(chunks + 1)]
         shared = self.arch.llm.tie_word_embeddings and self.megatron.pipeline_model_parallel_size > 1

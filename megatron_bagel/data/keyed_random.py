@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ Part = int | str | np.ndarray
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of splitmix64
 _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@overload
+def mix64(value: int) -> int: ...
+
+
+@overload
+def mix64(value: np.ndarray) -> np.ndarray: ...
 
 
 def mix64(value: int | np.ndarray) -> int | np.ndarray:
@@ -52,6 +61,14 @@ def _word(part: Part) -> int | np.ndarray:
     return mix64(int(part) + _GOLDEN)
 
 
+@overload
+def keyed_word(seed: int, *what: int | str) -> int: ...
+
+
+@overload
+def keyed_word(seed: int, *what: Part) -> int | np.ndarray: ...
+
+
 def keyed_word(seed: int, *name: Part) -> int | np.ndarray:
     """Return 64 random bits for the key ``(seed, *name)``, or a uint64 array of them if parts are arrays (broadcast together)."""
     word: int | np.ndarray = mix64(int(seed) + _GOLDEN)
@@ -66,12 +83,32 @@ def keyed_word(seed: int, *name: Part) -> int | np.ndarray:
     return word
 
 
+@overload
+def keyed_uniform(seed: int, *what: int | str) -> float: ...
+
+
+@overload
+def keyed_uniform(seed: int, *what: Part) -> float | np.ndarray: ...
+
+
 def keyed_uniform(seed: int, *name: Part) -> float | np.ndarray:
     """Return a number in [0, 1) with 53 random bits (float64), or an array of them if a part is an array."""
     word = keyed_word(seed, *name)
     if isinstance(word, np.ndarray):
         return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return (word >> 11) * 2.0**-53
+
+
+@overload
+def keyed_integers(high: int, seed: int, *what: int | str) -> int: ...
+
+
+@overload
+def keyed_integers(high: np.ndarray, seed: int, *what: Part) -> np.ndarray: ...
+
+
+@overload
+def keyed_integers(high: int | np.ndarray, seed: int, *what: Part) -> int | np.ndarray: ...
 
 
 def keyed_integers(high: int | np.ndarray, seed: int, *name: Part) -> int | np.ndarray:

@@ -55,6 +55,7 @@ class Tokenizer(ABC):
 
     @property
     def special_ids(self) -> dict[str, int]:
+        """Return the id of each special token by its attribute name."""
         return {name: getattr(self, name) for name in SPECIAL_TOKENS}
 
     @property
@@ -131,7 +132,8 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text, pieces = "", []
+        text = ""
+        pieces: list[int] = []
         for number in map(int, ids):
             if number in self._special_text:
                 text += self._pieces.decode(pieces) + self._special_text[number]

@@ -52,7 +52,7 @@ class AutoEncoder(nn.Module):
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """Return the model's latent: scale * (mean + exp(logvar / 2) * noise - shift), all [..., z, h, w]; noise is N(0, 1)."""
-        return self.arch.scale_factor * (mean + torch.exp(0.5 * logvar) * noise - self.arch.shift_factor)
+        return sampled_latent(self.arch, mean, logvar, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents as ``sample`` returns them [b, z, h, w] to images [b, 3, h*downsample, w*downsample], not clamped."""
@@ -90,3 +90,8 @@ class AutoEncoder(nn.Module):
         factor = self.arch.downsample
         crops = [(..., slice(image.shape[-2] // factor), slice(image.shape[-1] // factor)) for image in images]
         return [(mean[crop], logvar[crop]) for (mean, logvar), crop in zip(self.encode_many(padded), crops, strict=True)]
+
+
+def sampled_latent(arch: AutoencoderArch, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Scale times (mean + exp(logvar / 2) * noise - shift), with the scale and shift of ``arch``; all [..., z, h, w]."""
+    return arch.scale_factor * (mean + torch.exp(0.5 * logvar) * noise - arch.shift_factor)

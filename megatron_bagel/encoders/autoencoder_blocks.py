@@ -42,6 +42,7 @@ class ResnetBlock(nn.Module):
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [b, c, h, w] to [b, c', h, w]."""
         h = self.conv1(_norm_silu(self.norm1, x))
         h = self.conv2(_norm_silu(self.norm2, h))
         shortcut = self.nin_shortcut(x) if self.has_shortcut else x
@@ -60,6 +61,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [b, c, h, w] to the same shape."""
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = (_linear_1x1(layer, tokens).unsqueeze(1) for layer in (self.q, self.k, self.v))
@@ -76,6 +78,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [b, c, h, w] to [b, c, h / 2, w / 2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -87,6 +90,7 @@ class Upsample(nn.Module):
         self.conv = _conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [b, c, h, w] to [b, c, 2 h, 2 w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -100,6 +104,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [b, c, h, w] to the same shape."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -117,6 +122,7 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features to those of the next level."""
         for block in self.block:
             x = block(x)
         if self.resample == "down":
@@ -140,6 +146,7 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(widths[-1], 2 * z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images [b, in_channels, H, W] to moments [b, 2 * z, H / f, W / f]."""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -162,6 +169,7 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(widths[0], out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Map latents [b, z, h, w] to images [b, out_ch, h * f, w * f]."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)

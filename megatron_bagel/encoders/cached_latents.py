@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megatron_bagel.config.architecture import AutoencoderArch
-from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder import sampled_latent
 
 
 class CachedPosterior(nn.Module):
@@ -19,6 +19,8 @@ class CachedPosterior(nn.Module):
 
     def encode_many(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Cut posteriors [2 * z, h, w] into mean and log variance, each [z, h, w]."""
-        return [tuple(image.chunk(2, dim=0)) for image in images]
+        return [(mean, logvar) for mean, logvar in (image.chunk(2, dim=0) for image in images)]
 
-    sample = AutoEncoder.sample
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """Return the latent that the model sees, as ``AutoEncoder.sample`` does."""
+        return sampled_latent(self.arch, mean, logvar, noise)

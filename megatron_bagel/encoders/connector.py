@@ -15,4 +15,5 @@ class Connector(nn.Module):
         self.fc2 = nn.Linear(out_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features [n, in_dim] to [n, out_dim]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

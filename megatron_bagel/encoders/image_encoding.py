@@ -15,6 +15,7 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
 from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.batch import Features
 from megatron_bagel.model.flow import patchify, shift_timesteps
@@ -42,7 +43,11 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, arch: BagelArch, tower: torch.nn.Module | None, autoencoder: AutoEncoder | None, settings: ImageEncoderSettings
+        self,
+        arch: BagelArch,
+        tower: torch.nn.Module | None,
+        autoencoder: AutoEncoder | CachedPosterior | None,
+        settings: ImageEncoderSettings,
     ) -> None:
         self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
         self._output: torch.Tensor | None = None
@@ -69,6 +74,8 @@ class ImageEncoder:
     def posterior_noise(self, pack: Pack, images: Sequence[PackImage] | None = None) -> list[torch.Tensor]:
         """Return the noise of the latents of ``images`` (default: all VAE images), each [z, H / downsample, W / downsample]."""
         ae = self.arch.autoencoder
+        if ae is None:
+            raise ValueError("this model has no autoencoder (visual_gen off), so it has no latents to draw noise for")
         return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample, images)
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
@@ -89,9 +96,15 @@ class ImageEncoder:
         """Return the latents of each pack, [n_vae, channels], or None without an autoencoder."""
         if self.autoencoder is None:
             return None
-        return [self._encoded(loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
+        return [self._encoded(self.autoencoder, loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
 
-    def _encoded(self, loaded: LoadedPack, images: Sequence[PackImage], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _encoded(
+        self,
+        autoencoder: AutoEncoder | CachedPosterior,
+        loaded: LoadedPack,
+        images: Sequence[PackImage],
+        pixels: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Return the latents of VAE images of a pack, one after the other, [tokens, channels]."""
         device = self.settings.device
         if not images:
@@ -102,7 +115,7 @@ class ImageEncoder:
             size = max(image.height for image in vae_images), max(image.width for image in vae_images)
         noises = self.posterior_noise(loaded.pack, images)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bf16):
-            return encode_latents(self.autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
+            return encode_latents(autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device
@@ -122,7 +135,7 @@ class ImageEncoder:
 
 @torch.no_grad()
 def encode_latents(
-    autoencoder: AutoEncoder,
+    autoencoder: AutoEncoder | CachedPosterior,
     images: Sequence[torch.Tensor],
     noises: Sequence[torch.Tensor],
     patch: int,
@@ -137,8 +150,16 @@ def encode_latents(
         patch: The side of a latent patch.
         padded_to: Height and width that the images are zero-padded to before encoding; the result is cropped to each image. This
             changes the latents (docs/differences.md).
+
+    Raises:
+        ValueError: If stored posteriors are to be padded. Their images were encoded at their own sizes.
     """
-    moments = autoencoder.encode_padded(images, padded_to) if padded_to else autoencoder.encode_many(images)
+    if padded_to is None:
+        moments = autoencoder.encode_many(images)
+    elif isinstance(autoencoder, CachedPosterior):
+        raise ValueError("stored posteriors cannot be padded; use --vae_encode_padded False with --latent_cache")
+    else:
+        moments = autoencoder.encode_padded(images, padded_to)
     tokens = [
         patchify(autoencoder.sample(mean.float(), logvar.float(), noise.to(mean.device)), patch)
         for (mean, logvar), noise in zip(moments, noises, strict=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from megatron_bagel.common.files import digest, write_whole
 from megatron_bagel.data.index.format import Manifest, dataset_folder
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cache_key
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.planner.sample_plan import transform_of
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -64,7 +66,7 @@ class _ShardWork:
 
 def write_latent_cache(
     index: IndexedSamples, groups: Sequence[GroupConfig], weights: Path, autoencoder: AutoEncoder, output: Path, options: CacheOptions,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> bool:  # fmt: skip
     """Write this job's shards of a latent cache. The job that finishes last writes the manifest.
 
@@ -106,7 +108,7 @@ def total_images(manifest: Manifest, groups: Sequence[GroupConfig]) -> int:
     return sum(shard.images for dataset in manifest.datasets if dataset.key in names for shard in dataset.shards)
 
 
-def _prepare(output: Path, key: dict, autoencoder: AutoEncoder) -> None:
+def _prepare(output: Path, key: dict[str, Any], autoencoder: AutoEncoder) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "key.json"
     # Jobs may start at the same moment, and another job's key.json.partial... is then part of this cache.
@@ -166,7 +168,9 @@ class _Writer:
         return num_written
 
 
-def _write_shard(output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], None]) -> None:
+def _write_shard(
+    output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], object]
+) -> None:
     marker = _marker(output, shard)
     marker.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(str(marker.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
@@ -180,7 +184,7 @@ def _write_shard(output: Path, shard: _ShardWork, autoencoder: AutoEncoder, opti
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
-    record, transform = shard.reader.record(row), shard.group.image_transform
+    record, transform = shard.reader.record(row), transform_of(shard.group, "vae")
     width, height = int(record.widths[image]), int(record.heights[image])
     try:
         decoded = decode_rgb(shard.reader.image_bytes(row, image), width * height)

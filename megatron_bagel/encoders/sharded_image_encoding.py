@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import BagelArch, ViTArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loader import LoadedPack
 from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
@@ -50,7 +51,7 @@ class ShardedImageEncoder(ImageEncoder):
         self,
         arch: BagelArch,
         tower: torch.nn.Module | None,
-        autoencoder: AutoEncoder | None,
+        autoencoder: AutoEncoder | CachedPosterior | None,
         settings: ImageEncoderSettings,
         replica: Replica,
         share: EncodingShare,
@@ -74,11 +75,11 @@ class ShardedImageEncoder(ImageEncoder):
         torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
-        if self.tower is None:
+        if self.tower is None or self.arch.vit is None:
             return None
         owners = self._owners(packs)
         route = self._route(packs, owners, "vit")
-        local_output = self._local_vit(packs, owners)
+        local_output = self._local_vit(self.tower, self.arch.vit, packs, owners)
         received = send_rows(local_output, route.counts, self.replica.first_stage_ranks, self.replica.group)
         if local_output.requires_grad:
             # Every rank runs the tower's backward pass, even without images, because its reductions are collective.
@@ -90,9 +91,9 @@ class ShardedImageEncoder(ImageEncoder):
             self._leaf = features.requires_grad_()
         return torch.split(features, [len(loaded.pack.vit_positions) for loaded in packs])
 
-    def _local_vit(self, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> torch.Tensor:
+    def _local_vit(self, tower: torch.nn.Module, vit: ViTArch, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> torch.Tensor:
         """Run this rank's tower on its images; the result is [tokens, h]."""
-        patches, ids, lengths = [torch.zeros(0, 3 * self.arch.vit.patch_size**2)], [torch.zeros(0, dtype=torch.long)], []
+        patches, ids, lengths = [torch.zeros(0, 3 * vit.patch_size**2)], [torch.zeros(0, dtype=torch.long)], []
         for loaded, ranks in zip(packs, owners, strict=True):
             pack = loaded.pack
             image_ends = np.cumsum([image.tokens for image in pack.images_of("vit")])
@@ -100,7 +101,7 @@ class ShardedImageEncoder(ImageEncoder):
                 patches.append(pixels)
                 ids.append(torch.from_numpy(pack.vit_position_ids[image_ends[number] - image.tokens : image_ends[number]]))
                 lengths.append(image.tokens)
-        return self.tower(torch.cat(patches).to(self.settings.device), torch.cat(ids).to(self.settings.device), lengths)
+        return tower(torch.cat(patches).to(self.settings.device), torch.cat(ids).to(self.settings.device), lengths)
 
     @torch.no_grad()
     def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
@@ -111,7 +112,8 @@ class ShardedImageEncoder(ImageEncoder):
         local_latents = []
         for loaded, ranks in zip(packs, owners, strict=True):
             local_images = list(self._local_images(loaded, ranks, "vae"))
-            local_latents.append(self._encoded(loaded, [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]))
+            images, pixels = [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]
+            local_latents.append(self._encoded(self.autoencoder, loaded, images, pixels))
         received = send_rows(torch.cat(local_latents), route.counts, self.replica.boundary_ranks, self.replica.group)
         if self.replica.rank not in self.replica.boundary_ranks:
             return None

@@ -48,6 +48,7 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(arch.hidden_size, arch.hidden_size)
 
     def forward(self, x: Tensor, buckets: SizeBuckets, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Map tokens [n, hidden], in the order of ``groups``, to the same shape."""
         n, hidden = x.shape
         q, k, v = (layer(x).view(n, self.heads, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if rope is not None:
@@ -74,6 +75,7 @@ class SiglipMLP(nn.Module):
         self.fc2 = nn.Linear(arch.intermediate_size, arch.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [n, hidden] to the same shape."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -88,6 +90,7 @@ class SiglipLayer(nn.Module):
         self.mlp = SiglipMLP(arch)
 
     def forward(self, x: Tensor, buckets: SizeBuckets, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Map tokens [n, hidden], in the order of ``groups``, to the same shape."""
         x = x + self.self_attn(self.layer_norm1(x), buckets, rope)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -103,6 +106,7 @@ class SiglipEmbeddings(nn.Module):
             self.position_embedding = nn.Embedding(arch.num_positions, arch.hidden_size)
 
     def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        """Map patches [n, 3 * p * p] at ``position_ids`` [n] to tokens [n, hidden]."""
         embedded = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
         return embedded + self.position_embedding(position_ids) if self.has_table else embedded
 
@@ -116,6 +120,7 @@ class SiglipEncoder(nn.Module):
         self.recompute = recompute
 
     def forward(self, x: Tensor, buckets: SizeBuckets, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Map tokens [n, hidden], in the order of ``groups``, to the same shape."""
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, buckets, rope, use_reentrant=False)
@@ -137,6 +142,7 @@ class SiglipTransformer(nn.Module):
         self.rope, self.side, self.head_dim = rope, side, arch.head_dim
 
     def forward(self, patches: Tensor, position_ids: Tensor, buckets: SizeBuckets) -> Tensor:
+        """Map patches [n, 3 * p * p] at ``position_ids`` [n], in the order of ``groups``, to features [n, hidden]."""
         rope = rope_2d(position_ids, self.side, self.head_dim) if self.rope else None
         return self.post_layernorm(self.encoder(self.embeddings(patches, position_ids), buckets, rope))
 

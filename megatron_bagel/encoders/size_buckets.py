@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def bucket_by_length(seqlens: Sequence[int], device: torch.device) -> SizeBucket
     sequence = [image for members in by_length.values() for image in members]
     if sequence == list(range(len(seqlens))):
         return SizeBuckets(buckets, None, None)
-    starts = torch.tensor([0, *seqlens]).cumsum(0)
+    starts = list(accumulate(seqlens, initial=0))
     order = torch.cat([torch.arange(starts[image], starts[image + 1]) for image in sequence])
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))

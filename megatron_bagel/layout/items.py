@@ -52,6 +52,13 @@ class Item:
         if self.kind != "text" and (self.image < 0 or self.height <= 0 or self.width <= 0):
             raise ValueError(f"a {self.kind} item needs an image number and a size in pixels, got {self}")
 
+    @property
+    def token_ids(self) -> np.ndarray:
+        """Token ids of a text. Raises ValueError for an image, which has none."""
+        if self.ids is None:
+            raise ValueError(f"a {self.kind} item has no token ids")
+        return self.ids
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def item_tokens(item: Item, spec: LayoutSpec) -> int:
     if item.dropped:
         return 0
     if item.kind == "text":
-        return len(item.ids) + 2
+        return len(item.token_ids) + 2
     rows, cols = item_grid(item, spec)
     return rows * cols + 2
 
@@ -127,7 +128,7 @@ class _Builder:
     rope: int = 0
     split: int = 0
     draws: int = 0
-    lists: dict[str, list] = field(default_factory=lambda: {name: [] for name in _FIELDS})
+    lists: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _FIELDS})
 
     def token(self, token_id: int) -> None:
         self.lists["text_ids"].append(token_id)
@@ -145,7 +146,7 @@ class _Builder:
         self.lists["ce_weights"].extend([weight] * len(labels))
 
     def text(self, item: Item) -> None:
-        start, ids = self.cursor, [int(i) for i in item.ids]
+        start, ids = self.cursor, [int(i) for i in item.token_ids]
         for token_id in (self.spec.bos, *ids):
             self.token(token_id)
         if item.loss:
@@ -208,7 +209,7 @@ class _Builder:
         self.lists["sample_lens"].append(self.cursor - begin)
 
 
-_FIELDS = (
+_FIELDS: tuple[str, ...] = (
     "sample_lens", "split_lens", "split_modes", "text_ids", "text_positions", "position_ids", "vae_positions",
     "latent_shapes", "latent_position_ids", "vit_positions", "vit_position_ids", "vit_shapes", "ce_positions",
     "labels", "ce_weights", "mse_positions", "images",

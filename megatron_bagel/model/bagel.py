@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from megatron_bagel.model.batch import MicroBatch
 from megatron_bagel.model.embedders import TimestepEmbedder
 from megatron_bagel.model.experts import ExpertPair, join, per_expert
 from megatron_bagel.model.flow import interpolate, target_velocity
+from megatron_bagel.model.marks import mark
 from megatron_bagel.model.norm import RMSNorm
 from megatron_bagel.model.pack_context import AttentionPlan, PackContext
 from megatron_bagel.model.positions import sincos_2d
@@ -97,8 +99,7 @@ class BagelModel(MegatronModule):
         if weight is None or (self.pre_process and self.post_process):
             return
         # The mark gives the weight a separate bucket, so that both stages shard it identically over the data-parallel ranks.
-        weight.shared_embedding = True
-        weight.shared = self.post_process
+        mark(weight, shared_embedding=True, shared=self.post_process)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Receive the previous stage's hidden states from Megatron's schedules."""
@@ -223,7 +224,9 @@ class BagelModel(MegatronModule):
             return hidden
         return self.predictions(hidden, batch) if batch.predict else self.losses(hidden, batch)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Shard every parameter of the stage for dist_checkpointing."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         head = f"{prefix}output_layer.weight"

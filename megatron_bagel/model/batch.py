@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_bagel.layout.mask import PackMask
@@ -110,7 +111,7 @@ def make_microbatch(
         cp_context: The ranks that share the pack, if any.
     """
 
-    def to_device(array) -> torch.Tensor:
+    def to_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     position_ids = torch.zeros(order.length, dtype=torch.long)

@@ -31,4 +31,4 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Embed timesteps. Tokens of one image share a timestep, so the MLP runs once per distinct value."""
         values, value_of_token = torch.unique(t, return_inverse=True)
-        return self.mlp(self.sinusoid(values).to(self.mlp[0].weight.dtype))[value_of_token]
+        return self.mlp(self.sinusoid(values).to(self.mlp.get_parameter("0.weight").dtype))[value_of_token]

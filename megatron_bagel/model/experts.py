@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -26,13 +27,27 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bagel.model.fused import swiglu
 from megatron_bagel.model.pack_context import PackContext
 
-Build = Callable[[], torch.nn.Module]
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
-class ExpertPair(MegatronModule):
+class WeightedModule(Protocol):
+    """A linear or a norm: it maps rows to rows with one weight."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the weight, [out, in] of a linear and [h] of a norm."""
+
+    def __call__(self, rows: torch.Tensor, /) -> torch.Tensor:
+        """Map rows [s, in] to [s, out]."""
+
+
+class ExpertPair(MegatronModule, Generic[ModuleT]):
     """One part of a layer, built once (``und``) or twice (``und`` and ``gen``)."""
 
-    def __init__(self, config: TransformerConfig, build: Build, two_experts: bool) -> None:
+    und: ModuleT
+    gen: ModuleT
+
+    def __init__(self, config: TransformerConfig, build: Callable[[], ModuleT], two_experts: bool) -> None:
         super().__init__(config=config)
         self.und = build()
         if two_experts:
@@ -44,13 +59,9 @@ class ExpertPair(MegatronModule):
         return hasattr(self, "gen")
 
     @property
-    def modules_of_both(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def modules_of_both(self) -> tuple[ModuleT, ModuleT]:
         """Return the understanding expert's module and the generation expert's, which may be the same module."""
         return self.und, self.gen if self.two_experts else self.und
-
-    def parts(self, und: torch.Tensor, gen: torch.Tensor) -> list[tuple[torch.nn.Module, torch.Tensor]]:
-        """Pair both experts' rows with the module that serves them."""
-        return list(zip(self.modules_of_both, (und, gen), strict=True))
 
 
 class LinearPair:
@@ -59,7 +70,7 @@ class LinearPair:
     A spec may replace this class. It is not a module, so the linears keep their names in the module tree.
     """
 
-    def __init__(self, und: torch.nn.Module, gen: torch.nn.Module) -> None:
+    def __init__(self, und: WeightedModule, gen: WeightedModule) -> None:
         self.und, self.gen = und, gen
 
     def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -70,7 +81,7 @@ class LinearPair:
         )
 
 
-def idle(module: torch.nn.Module, rows: torch.Tensor) -> bool:
+def idle(module: WeightedModule, rows: torch.Tensor) -> bool:
     """Return whether an expert can be skipped: it has no rows, and nothing waits for the (zero) gradients of its weights.
 
     Text generation uses one expert, a token at a time. There the time goes into kernel launches, not into arithmetic.
@@ -78,9 +89,9 @@ def idle(module: torch.nn.Module, rows: torch.Tensor) -> bool:
     return not len(rows) and not module.weight.requires_grad and not torch.is_grad_enabled()
 
 
-def per_expert(pair: ExpertPair, und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
+def per_expert(pair: ExpertPair[Any], und: torch.Tensor, gen: torch.Tensor) -> list[torch.Tensor]:
     """Apply each expert's norm to its rows; an expert without rows gives an empty result of the right width."""
-    return [rows if idle(module, rows) else module(rows) for module, rows in pair.parts(und, gen)]
+    return [rows if idle(module, rows) else module(rows) for module, rows in zip(pair.modules_of_both, (und, gen), strict=True)]
 
 
 class ExpertExchange:
@@ -144,7 +155,9 @@ class SwiGLU(MegatronModule):
             init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=False,
         )  # fmt: skip
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Shard gate and up separately, as Megatron-Core's MLP does."""
         state = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
         key = f"{prefix}linear_fc1.weight"
@@ -152,7 +165,7 @@ class SwiGLU(MegatronModule):
         return {**state, **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata)}
 
 
-class MLPExperts(ExpertPair):
+class MLPExperts(ExpertPair[SwiGLU]):
     """The MLPs of both experts: fc2(silu(gate) * up), [s, h] to [s, h], partial sums under tensor parallelism.
 
     Megatron-Core's MLP reduces its output at once; here both experts are reduced together.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_bagel.model.marks import mark
+
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Return 1 / sqrt(mean(x ** 2) + eps) over the last dimension, fp32 [..., 1]."""
@@ -62,7 +64,7 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
     if buffer is None or buffer.dtype != grad.dtype:
         return grad.t().mm(x)
     buffer.addmm_(grad.t(), x)
-    weight.grad_added_to_main_grad = True
+    mark(weight, grad_added_to_main_grad=True)
     return torch.empty_like(weight)
 
 

@@ -18,6 +18,7 @@ class NoCommColumnLinear(ColumnParallelLinear):
     """Map [s, in] to [s, out / tp]. Every tensor-parallel rank already holds the full input."""
 
     def forward(self, input_: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Map rows [s, in] to this rank's share [s, out / tp]."""
         return linear(input_, self.weight, self.bias)
 
 
@@ -25,4 +26,5 @@ class NoCommRowLinear(RowParallelLinear):
     """Map [s, in / tp] to [s, out], a partial sum that the layer reduces later."""
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """Map rows [s, in / tp] to a partial sum [s, out]."""
         return linear(input_, self.weight)

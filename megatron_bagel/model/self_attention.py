@@ -82,8 +82,8 @@ class CoreAttention(MegatronModule):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: PackContext) -> torch.Tensor:
         """Attend with queries [s, heads, d] and keys and values [s, groups, d]; return [s, heads * d]."""
 
-        def attend(*qkv: torch.Tensor) -> torch.Tensor:
-            return context.attention.attend(*qkv, self.layer_number)
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return context.attention.attend(query, key, value, self.layer_number)
 
         return recomputed(attend, query, key, value) if self.recompute else attend(query, key, value)
 

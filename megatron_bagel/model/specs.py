@@ -36,9 +36,15 @@ def spec_modules(transformer_impl: str) -> SpecModules:
     if transformer_impl == "local":
         return LOCAL
     if transformer_impl == "transformer_engine":
-        from megatron_bagel.model.te_modules import te_modules
-
-        return SpecModules(*te_modules())
+        # The one place where Transformer Engine is asked for.
+        try:
+            from megatron_bagel.model.te_modules import TEColumn, TELinearPair, TENorm, TERow
+        except ImportError as error:
+            raise ValueError(
+                "--transformer-impl transformer_engine needs the package transformer-engine (pip install megatron_bagel[cuda] on a "
+                "machine with a GPU), or use --transformer-impl local"
+            ) from error
+        return SpecModules(TEColumn, TERow, TENorm, TELinearPair)
     raise ValueError(f"--transformer-impl {transformer_impl!r} is unknown; use local or transformer_engine")
 
 

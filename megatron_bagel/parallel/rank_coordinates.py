@@ -20,15 +20,10 @@ class RankCoordinates:
 
 def coordinates_of(rank: int) -> RankCoordinates:
     """Return the coordinates of any rank of the world. Megatron-Core's process groups must exist."""
-    numbers = []
-    for size in (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
-    ):
-        numbers.append(rank % size)
-        rank //= size
-    return RankCoordinates(*numbers, rank)
+    rest, tensor = divmod(rank, parallel_state.get_tensor_model_parallel_world_size())
+    rest, context = divmod(rest, parallel_state.get_context_parallel_world_size())
+    pipeline, data = divmod(rest, parallel_state.get_data_parallel_world_size())
+    return RankCoordinates(tensor, context, data, pipeline)
 
 
 def check_rank_order() -> None:

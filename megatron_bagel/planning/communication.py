@@ -8,7 +8,7 @@ The dozen sums of a few numbers per step (loss counts, norms, losses) are left o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.costs.inputs import CostInputs
@@ -55,12 +55,12 @@ class CommunicationModel:
 
     def rank(self, stage: int, packs: Sequence[RankTokens]) -> list[Collective]:
         """Of a rank of ``stage`` whose replica trains on ``packs`` in a step; equal calls are counted together."""
-        found: dict[tuple, int] = {}
+        counts: dict[Collective, int] = {}
         for call in self._calls(stage, packs):
             if call.ranks > 1 and call.size and call.count:
-                key = (call.axis, call.what, call.kind, call.ranks, call.size, call.span)
-                found[key] = found.get(key, 0) + call.count
-        return [Collective(*key[:5], count, key[5]) for key, count in found.items()]
+                alike = replace(call, count=0)
+                counts[alike] = counts.get(alike, 0) + call.count
+        return [replace(call, count=count) for call, count in counts.items()]
 
     def _calls(self, stage: int, packs: Sequence[RankTokens]) -> Iterator[Collective]:
         for tokens in packs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.costs.flops import peak_tflops
@@ -62,7 +63,7 @@ def gpu_of(arguments: PlanArguments, peak: float = 0.0) -> Gpu:
     known = GPUS.get(arguments.gpu.lower())
     if known is None:
         raise ValueError(f"--gpu {arguments.gpu} is not in the table; choose from {', '.join(GPUS)}, and override its figures by flags")
-    given = {
+    given: dict[str, Any] = {
         "memory_gib": arguments.gpu_memory_gib,
         "peak": peak,
         "link_gbs": arguments.link_gbs,

@@ -124,5 +124,7 @@ class PeakMemory:
 
     def _encoding(self, packs: Sequence[RankTokens]) -> int:
         """Workspace of the autoencoder: a residual block of the largest image at full resolution, four tensors of its size."""
+        if self.arch.autoencoder is None:
+            return 0
         pixels = max((image.height * image.width for pack in packs for image in pack.images if image.kind == "vae"), default=0)
         return 4 * pixels * self.arch.autoencoder.ch * FP32

@@ -74,7 +74,7 @@ class ParallelPlan:
         chunks = megatron.virtual_pipeline_model_parallel_size
         tensor = f"TP{megatron.tensor_model_parallel_size}{'+SP' if megatron.sequence_parallel else ''}"
         pipeline = f"PP{megatron.pipeline_model_parallel_size}{f'x{chunks}' if chunks else ''}"
-        recompute = megatron.recompute_granularity or "none"
+        recompute: str = megatron.recompute_granularity or "none"
         if recompute == "full":
             recompute = f"{megatron.recompute_method} {megatron.recompute_num_layers}"
         elif recompute == "selective":

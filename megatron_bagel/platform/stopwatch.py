@@ -36,12 +36,15 @@ class HostStopwatch:
         self._total = self._start_time = 0.0
 
     def start(self) -> None:
+        """Begin an interval."""
         self._start_time = self._clock()
 
     def stop(self) -> None:
+        """End the interval that was begun last."""
         self._total += self._clock() - self._start_time
 
     def read(self) -> float:
+        """Return the seconds since the last reading, and start again from zero."""
         total, self._total = self._total, 0.0
         return total
 
@@ -56,16 +59,19 @@ class CudaStopwatch:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
+        """Begin an interval."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         self._pairs.append((begin, end))
 
     def stop(self) -> None:
+        """End the interval that was begun last."""
         self._pairs[-1][1].record()
         if len(self._pairs) >= self._MAX_PAIRS:
             self._collect()
 
     def read(self) -> float:
+        """Return the seconds since the last reading, and start again from zero."""
         self._collect()
         total, self._total = self._total, 0.0
         return total

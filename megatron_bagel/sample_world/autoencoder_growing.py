@@ -9,8 +9,9 @@ same width, so that the new one fits around any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,19 @@ class OrthogonalMomentum(torch.optim.Optimizer):
     On the small autoencoder it needs about a third of AdamW's steps for the same reconstruction.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.9) -> None:
+    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns what ``closure`` gave."""
+        loss = closure() if closure is not None else None
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -46,6 +55,7 @@ class OrthogonalMomentum(torch.optim.Optimizer):
                 buffer.mul_(group["momentum"]).add_(param.grad)
                 update = orthogonalised((param.grad + group["momentum"] * buffer).flatten(1))
                 param.add_(update.view_as(param), alpha=-group["lr"])
+        return loss
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -117,7 +127,7 @@ def grow(model: AutoEncoder, generator: torch.Generator) -> AutoEncoder:
     average = torch.zeros(ch, ch, 3, 3)
     average[:, :, :2, :2] = first_response[:, :, None, None] / 4
     tensors["encoder.down.0.downsample.conv.weight"] = average
-    tensors["encoder.down.0.downsample.conv.bias"] = model.encoder.conv_in.bias.clone()
+    tensors["encoder.down.0.downsample.conv.bias"] = model.encoder.get_parameter("conv_in.bias").clone()
     binomial = torch.tensor([0.25, 0.5, 0.25])
     tensors["decoder.up.1.upsample.conv.weight"] = torch.eye(ch)[:, :, None, None] * torch.outer(binomial, binomial)
     tensors["decoder.up.1.upsample.conv.bias"] = torch.zeros(ch)

@@ -71,7 +71,7 @@ def quiet_posterior(model: AutoEncoder, logvar: float = -6.0) -> None:
     """
     convolution, z = model.encoder.conv_out, model.arch.z_channels
     convolution.weight[z:].zero_()
-    convolution.bias[z:].fill_(logvar)
+    convolution.get_parameter("bias")[z:].fill_(logvar)
 
 
 def train_autoencoder(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ class FolderSpec:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
 
 
-def t2i_row(spec: FolderSpec, i: int) -> dict:
+def t2i_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     """Return row i of the text-to-image data: a picture and its captions."""
     scene = draw_scene(spec.world, keyed_generator(spec.seed, "t2i", i))
     wordings = captions(scene, spec.world)[: spec.captions_per_image]
@@ -79,7 +80,7 @@ def t2i_row(spec: FolderSpec, i: int) -> dict:
     return {"image": to_png(render(scene)), "captions": json.dumps(named)}
 
 
-def edit_row(spec: FolderSpec, i: int) -> dict:
+def edit_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     """Return row i of the editing data: 2 to ``edit_steps`` + 1 pictures and the instruction for each step."""
     rng = keyed_generator(spec.seed, "edit", i)
     scene = draw_scene(spec.world, rng)
@@ -92,7 +93,7 @@ def edit_row(spec: FolderSpec, i: int) -> dict:
     return {"image_list": images, "instruction_list": instructions}
 
 
-def vlm_row(spec: FolderSpec, i: int) -> tuple[dict, np.ndarray]:
+def vlm_row(spec: FolderSpec, i: int) -> tuple[dict[str, Any], np.ndarray]:
     """Return line i of the conversations, and its picture: some questions about it with their answers, each asked once."""
     rng = keyed_generator(spec.seed, "vlm", i)
     scene = draw_scene(spec.world, rng)
@@ -105,16 +106,16 @@ def vlm_row(spec: FolderSpec, i: int) -> tuple[dict, np.ndarray]:
     return {"id": i, "image": f"{i}.png", "conversations": turns}, render(scene)
 
 
-def text_row(spec: FolderSpec, i: int) -> dict:
+def text_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     """Return line i of the plain text: a caption without its picture."""
     rng = keyed_generator(spec.seed, "text", i)
     return {"text": pick(rng, captions(draw_scene(spec.world, rng), spec.world))}
 
 
-def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
+def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict[str, Any]:
     """Write the data under ``root`` for later use at ``final``, which paths inside the files name; return the dataset YAML."""
-    dataset: dict = {}
-    dataset_info: dict = {}
+    dataset: dict[str, Any] = {}
+    dataset_info: dict[str, Any] = {}
     size = _transform_sizes(spec.world, spec.vit_side)
     if spec.t2i:
         counts = _write_parquet(root / "t2i", T2I_SCHEMA, t2i_row, spec, spec.t2i, "t2i")
@@ -153,12 +154,12 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict:
     return {**dataset, "dataset_info": dataset_info}
 
 
-def write_yaml(content: dict, path: Path, comment: str) -> None:
+def write_yaml(content: dict[str, Any], path: Path, comment: str) -> None:
     """Write a YAML file in the order of ``content``, with a comment on top."""
     path.write_text(f"# {comment}\n" + yaml.safe_dump(content, sort_keys=False))
 
 
-def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict:
+def _weight(spec: FolderSpec, group: str, num_used_data: list[int]) -> dict[str, Any]:
     return {"is_mandatory": True, "num_used_data": num_used_data, "weight": spec.weights[list(WEIGHTS).index(group)]}
 
 
@@ -179,7 +180,7 @@ def _progress(count: int, description: str) -> Iterable[int]:
 
 
 def _write_parquet(
-    folder: Path, schema: pa.Schema, make: Callable[[FolderSpec, int], dict], spec: FolderSpec, count: int, description: str
+    folder: Path, schema: pa.Schema, make: Callable[[FolderSpec, int], dict[str, Any]], spec: FolderSpec, count: int, description: str
 ) -> list[tuple[str, int, int]]:
     """Write rows 0 to count - 1 in files of ``rows_per_file``, with one row group in memory.
 
@@ -205,7 +206,7 @@ def _write_parquet(
 def _write_conversations(folder: Path, spec: FolderSpec) -> None:
     (folder / "images").mkdir(parents=True)
 
-    def lines() -> Iterator[dict]:
+    def lines() -> Iterator[dict[str, Any]]:
         for i in _progress(spec.vlm, "vlm"):
             line, pixels = vlm_row(spec, i)
             (folder / "images" / line["image"]).write_bytes(to_png(pixels))
@@ -214,7 +215,7 @@ def _write_conversations(folder: Path, spec: FolderSpec) -> None:
     _write_lines(folder / "llava_ov_si.jsonl", lines())
 
 
-def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")

@@ -38,7 +38,7 @@ def chroma_mask(pixels: np.ndarray) -> np.ndarray:
     """Return which pixels of ``pixels`` (uint8 [H, W, 3]) belong to a shape, bool [H, W], smoothed over 3 x 3 against noise."""
     padded = np.pad(pixels.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = pixels.shape[:2]
-    smooth = sum(padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)) / 9
+    smooth = np.asarray(sum(padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3))) / 9
     return smooth.max(axis=2) - smooth.min(axis=2) > CHROMA_THRESHOLD
 
 

@@ -6,6 +6,7 @@ Small worlds need small vocabularies: Qwen2.5's 151,665 tokens would make the em
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -52,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = 512) -
     return tokenizer.get_vocab_size()
 
 
-def _config(tokenizer: Tokenizer) -> dict:
+def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "add_bos_token": False,

@@ -8,9 +8,12 @@ picture i of a dataset is the same regardless of the other pictures and of the n
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+Choice = TypeVar("Choice")
 
 # Shape colours are chromatic and backgrounds are grey, so saturation alone separates a shape from any background.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -102,7 +105,7 @@ def parse_pairs(texts: Sequence[str]) -> frozenset[tuple[str, str]]:
     return frozenset(pairs)
 
 
-def pick(rng: np.random.Generator, choices: Sequence) -> object:
+def pick(rng: np.random.Generator, choices: Sequence[Choice]) -> Choice:
     """Return one of the choices, uniformly; unlike Generator.choice it keeps the Python type (tuples stay tuples)."""
     return choices[int(rng.integers(len(choices)))]
 

@@ -23,8 +23,13 @@ from megatron_bagel import platform
 class CountedPack(Protocol):
     """What the totals need of a pack's layout."""
 
-    ce_weights: np.ndarray
-    mse_positions: np.ndarray
+    @property
+    def ce_weights(self) -> np.ndarray:
+        """Weight of each text token that is learned."""
+
+    @property
+    def mse_positions(self) -> np.ndarray:
+        """Positions of the latent tokens that are learned."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class StepLosses:
     faults: int = 0
 
 
-def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup, fault: bool = False) -> StepLosses:
+def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup | None, fault: bool = False) -> StepLosses:
     """Sum the [2] shares of this rank's microbatches, and its ``fault``, over ``groups``, one after the other (none: one process).
 
     The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.

@@ -31,7 +31,7 @@ class HFExporter:
     results_dir: Path
     every: int
     _waiting: list[Path] = field(default_factory=list)
-    _running: tuple[Path, subprocess.Popen] | None = None
+    _running: tuple[Path, subprocess.Popen[bytes]] | None = None
 
     def add(self, checkpoint: Path) -> None:
         """Export `checkpoint` if it is its turn. Called when it has been published."""
@@ -71,7 +71,7 @@ class HFExporter:
         with log.open("w") as text:
             self._running = checkpoint, subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
 
-    def _end(self, checkpoint: Path, process: subprocess.Popen) -> None:
+    def _end(self, checkpoint: Path, process: subprocess.Popen[bytes]) -> None:
         self._running = None
         log = self.results_dir / "hf" / f"{checkpoint.name}.log"
         if process.returncode:

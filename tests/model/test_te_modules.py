@@ -6,6 +6,7 @@ Not run on a GPU here; what is checked is that the layer asks Transformer Engine
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -63,12 +64,16 @@ class _GroupedLinear(nn.Module):
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
     module.Linear, module.RMSNorm, module.GroupedLinear, package.pytorch = _Linear, _RMSNorm, _GroupedLinear, module
     monkeypatch.setattr(_GroupedLinear, "calls", [])
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    # Its classes derive from the engine's, so the module is imported anew with the stand-ins and forgotten with them.
+    monkeypatch.delitem(sys.modules, "megatron_bagel.model.te_modules", raising=False)
+    yield
+    sys.modules.pop("megatron_bagel.model.te_modules", None)
 
 
 def _layers(kind: str) -> tuple[BagelArch, list[nn.Module]]:

@@ -60,8 +60,14 @@ _MAY_DIFFER = (
 class EmaState(Protocol):
     """The part of the EMA that a checkpoint needs (``training/optim/ema.py`` has the class)."""
 
-    def sharded_state_dict(self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+    def sharded_state_dict(self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """The averages as sharded tensors, cut as the weights are."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over averages that a checkpoint held."""
+
+    def local_bytes(self) -> int:
+        """Bytes of the average on this rank."""
 
 
 @dataclass
@@ -188,16 +194,24 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """Return the sharded state of each module under the weight map's names, parameters unchanged."""
     states = {}
     for name, module in modules.items():
-        while hasattr(module, "module"):
-            module = module.module
         # A copy, because Megatron writes this run's process group into it. Modules outside Megatron are complete on every rank.
-        state = sharded_state_dict_default(module, "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group())
+        state = sharded_state_dict_default(
+            _unwrapped(module), "", (), dict(_METADATA), tp_group=parallel_state.get_tensor_model_parallel_group()
+        )
         if name == TOWER:
             # The tower is complete on the ranks of every pipeline stage, or only on the first stage.
             stage = parallel_state.get_pipeline_model_parallel_rank()
             state = {key: replace(tensor, replica_id=(stage, *tensor.replica_id[1:])) for key, tensor in state.items()}
         states[name] = {key: tensor for key, tensor in state.items() if not key.endswith(_EXTRA)}
     return states
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers that call it ``module``, such as Megatron's DDP."""
+    inner: Any = module
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
 def check_same_model(saved: BagelArch, current: BagelArch, folder: Path) -> None:
@@ -246,10 +260,8 @@ def _load(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
 
 def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], allowed_missing: Collection[str] = ()) -> None:
     for name, module in modules.items():
-        while hasattr(module, "module"):
-            module = module.module
         # If a part lacks every weight, the result does not even contain its name.
-        result = module.load_state_dict(loaded["model"].get(name, {}), strict=False)
+        result = _unwrapped(module).load_state_dict(loaded["model"].get(name, {}), strict=False)
         missing_keys = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         if result.unexpected_keys or (missing_keys and not allowed_missing):
             raise ValueError(f"module {name} got no value for {shorten(missing_keys)}, and cannot use {shorten(result.unexpected_keys)}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
@@ -88,12 +88,12 @@ class _SummedFiles(FileSystem):
         self.sums: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as file:
             if mode != "wb":
                 yield file
                 return
-            summed_file = _SummedFile(file, self._pool)
+            summed_file = _SummedFile(cast("IO[bytes]", file), self._pool)
             yield summed_file
             self.sums[Path(path).name] = summed_file.entry()
 

@@ -29,7 +29,7 @@ class _Reader(torch_checkpoint.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            self._metadata = read_contents(self.path)
+            self._metadata = read_contents(Path(self.path))
             self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata

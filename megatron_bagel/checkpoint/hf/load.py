@@ -32,12 +32,20 @@ _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_em
 class TensorSource(Protocol):
     """Named tensors under the released names, read one at a time."""
 
-    path: object
+    @property
+    def path(self) -> object:
+        """Where the tensors come from, for messages."""
 
-    def keys(self) -> list[str]: ...
+    def keys(self) -> list[str]:
+        """All tensor names."""
+
     def __contains__(self, name: str) -> bool: ...
-    def spec(self, name: str) -> TensorSpec: ...
-    def get(self, name: str) -> torch.Tensor: ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype, without reading the tensor."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, read now."""
 
 
 @dataclass
@@ -94,7 +102,7 @@ def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[
 def assign(parameter: nn.Parameter, full: torch.Tensor, entry: Entry) -> None:
     """Copy this rank's part of the full tensor ``full`` into ``parameter``; rows beyond its vocabulary become zero."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    dim = parameter.partition_dim if sharded else -1
+    dim = getattr(parameter, "partition_dim", -1) if sharded else -1
     rank, size = _tensor_parallel_rank_and_size() if sharded else (0, 1)
     if entry.vocabulary and full.shape[0] < parameter.shape[0] * size:
         padding = full.new_zeros(parameter.shape[0] * size - full.shape[0], *full.shape[1:])

@@ -21,7 +21,7 @@ def read_ahead(get: TensorGetter, names: Sequence[str]) -> Iterator[TensorGetter
     """
     next_names = dict(zip(names, names[1:], strict=False))
     with ThreadPoolExecutor(max_workers=1, initializer=enter_thread) as pool:
-        pending: dict[str, Future] = {}
+        pending: dict[str, Future[torch.Tensor]] = {}
 
         def get_and_prefetch(name: str) -> torch.Tensor:
             future = pending.pop(name, None)

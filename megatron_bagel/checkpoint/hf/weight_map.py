@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,11 +53,11 @@ def _has_learned_vit_positions(arch: BagelArch) -> bool:
     return arch.vit is not None and not (arch.vit_rope or arch.vit.rope)
 
 
-def _copy(name: str, hf: str, *shape: str, **kw: object) -> Row:
-    return Row(name, (Part(hf, shape),), **kw)  # type: ignore[arg-type]
+def _copy(name: str, hf: str, *shape: str, **kw: Any) -> Row:
+    return Row(name, (Part(hf, shape),), **kw)
 
 
-def _same(name: str, *shape: str, **kw: object) -> Row:
+def _same(name: str, *shape: str, **kw: Any) -> Row:
     return _copy(name, name, *shape, **kw)
 
 
@@ -195,6 +195,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return rows and channels of the table."""
         return (self.side * self.side, self.width)
 
 

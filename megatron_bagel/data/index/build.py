@@ -18,6 +18,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
-_shared_row_count: Synchronized | None = None  # in a worker process: rows written by all workers together
+_shared_row_count: Synchronized[int]  # in a worker process: rows written by all workers together
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: B
     job_shards = plan.shards[options.job_index :: options.num_jobs]
     open_shards = [shard for shard in job_shards if finished_shard(build, shard.group, shard.dataset, shard.name) is None]
     rows, open_rows = (sum(shard.rows for shard in shards) for shards in (job_shards, open_shards))
-    tqdm_settings = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
+    tqdm_settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
     with tqdm(total=rows, initial=rows - open_rows, unit="row", desc="index", disable=not options.progress, **tqdm_settings) as bar:
         if options.workers == 0 or len(open_shards) < 2:
             for shard in open_shards:
@@ -134,7 +135,7 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
         ) from error
 
 
-def _start_worker(row_count: Synchronized) -> None:
+def _start_worker(row_count: Synchronized[int]) -> None:
     global _shared_row_count
     _shared_row_count = row_count
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per shard; also silences the warning about forks

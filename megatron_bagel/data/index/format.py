@@ -75,6 +75,7 @@ class DatasetInfo:
 
     @property
     def samples(self) -> int:
+        """Return the number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 

@@ -32,7 +32,11 @@ DTYPES = LONG
 
 def cache_key(manifest: Manifest, groups: Sequence[GroupConfig], dtype: str, autoencoder: str) -> dict[str, Any]:
     """Return the properties that a cache must share with an index, a dataset config and an autoencoder (its sha256)."""
-    transforms = {group.name: dataclasses.asdict(group.image_transform) for group in groups if group.makes_images}
+    transforms = {
+        group.name: dataclasses.asdict(group.image_transform)
+        for group in groups
+        if group.makes_images and group.image_transform is not None
+    }
     key = {"schema_version": CACHE_VERSION, "index": manifest.build_key, "dtype": dtype, "autoencoder": autoencoder}
     return json.loads(json.dumps({**key, "transforms": transforms}))
 

@@ -115,7 +115,7 @@ def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, 
         raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
     if not is_file(location.jsonl_path):
         raise ValueError(f"{label}: there is no file {location.jsonl_path} (jsonl_path)")
-    if group.name == VLM and not is_folder(location.data_dir):
+    if group.name == VLM and location.data_dir is not None and not is_folder(location.data_dir):
         raise ValueError(f"{label}: there is no image folder {location.data_dir} (data_dir)")
     jsonl, images = absolute(location.jsonl_path), "" if location.data_dir is None else absolute(location.data_dir)
     units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rows_per_shard)

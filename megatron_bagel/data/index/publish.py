@@ -57,6 +57,13 @@ def finished_shard(build: Path, group: str, dataset: str, name: str) -> ShardInf
     return info if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
+def _shard_info(build: Path, group: str, dataset: str, name: str) -> ShardInfo:
+    info = finished_shard(build, group, dataset, name)
+    if info is None:
+        raise ValueError(f"shard {group}/{dataset}/{name} in {build} is not finished; run the build again: finished shards are kept")
+    return info
+
+
 def short_reason(reason: str) -> str:
     """Return the reason without its particulars (numbers, paths, parentheses), as a key to count rows by."""
     words = reason.split(" (")[0].split("; ")[0].split()
@@ -174,7 +181,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _dataset_info(build: Path, plan: dict[str, Any]) -> DatasetInfo:
-    shards = [finished_shard(build, plan["group"], plan["name"], name) for name in plan["shards"]]
+    shards = [_shard_info(build, plan["group"], plan["name"], name) for name in plan["shards"]]
     skipped = Counter(short_reason(reason) for _, reason in plan["bad_files"])
     per_source: Counter[str] = Counter()
     for shard in shards:

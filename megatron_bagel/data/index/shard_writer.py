@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,7 @@ class _Columns:
     """Planning columns of the samples written so far."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list] = {name: [] for name in PLANNING_SCHEMA.names}
+        self.rows: dict[str, list[Any]] = {name: [] for name in PLANNING_SCHEMA.names}
 
     def add(self, sample: RawSample, tokens: list[int], sizes: Sequence[tuple[int, int]], source: int, row: int) -> None:
         values = (tokens, sample.structure, [w for w, _ in sizes], [h for _, h in sizes], source, row)
@@ -57,7 +58,7 @@ def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
         raise BadRow(f"corrupt image: {error}") from error
 
 
-def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], object]) -> ShardInfo:
     """Write the shard's files into a build folder (publish.py). The description is written last and marks the shard as complete.
 
     ``progress`` receives row counts. Raises ValueError if the files cannot be written, for example because the disk is full.
@@ -71,14 +72,16 @@ def write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Ca
         ) from error
 
 
-def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardInfo:
+def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: Callable[[int], object]) -> ShardInfo:
     folder, state = (dataset_folder(build / kind, plan.group, plan.dataset) for kind in (INDEX, STATE))
     for path in (folder, state):
         path.mkdir(parents=True, exist_ok=True)
     stem = folder / plan.name
     builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=np.uint8, multimodal=True)
-    columns, skipped, per_source = _Columns(), Counter(), Counter()
-    counts = Counter(samples=0, texts=0, images=0, tokens=0)
+    columns = _Columns()
+    skipped: Counter[str] = Counter()
+    per_source: Counter[str] = Counter()
+    counts: Counter[str] = Counter(samples=0, texts=0, images=0, tokens=0)
     with open(state / f"{plan.name}.skipped.jsonl", "w") as skipped_rows:
         for unit in plan.units:
             for row, sample in read_unit(unit):

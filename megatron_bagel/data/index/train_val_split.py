@@ -94,5 +94,5 @@ class TrainValRows:
 
     def _held_out(self, blocks: np.ndarray) -> np.ndarray:
         """Return the held-out row of each of ``blocks``. In the last block it may be past the dataset's end, and then does not exist."""
-        draw = keyed_integers(self._block, 0, self.dataset, "split", np.atleast_1d(blocks)).reshape(np.shape(blocks))
-        return blocks * self._block + draw
+        draws = keyed_integers(self._block, 0, self.dataset, "split", np.atleast_1d(blocks))
+        return blocks * self._block + np.reshape(draws, np.shape(blocks))

@@ -114,7 +114,7 @@ def describe_pack(plan: PackPlan, pack: Pack, capacity: int) -> str:
     for sample in pack.samples:
         items = []
         for item in sample.items:
-            description = f"text {len(item.ids)}" if item.kind == "text" else f"{item.kind} {item.width}x{item.height}"
+            description = f"text {len(item.token_ids)}" if item.kind == "text" else f"{item.kind} {item.width}x{item.height}"
             items.append(description + (" learned" if item.loss else "") + (" dropped" if item.dropped else ""))
         lines.append(f"  {sample.dataset} row {sample.index} epoch {sample.epoch}: {', '.join(items)}")
     return "\n".join(lines)

@@ -20,12 +20,23 @@ from megatron_bagel.layout.pack import LayoutSpec, item_grid
 
 
 class EncodedImage(Protocol):
-    """The properties of an image that its assignment needs: encoder ("vit" or "vae"), sample of its pack, picture of it, tokens."""
+    """The properties of an image that its assignment needs."""
 
-    kind: str
-    sample: int
-    image: int
-    tokens: int
+    @property
+    def kind(self) -> str:
+        """Return its encoder, "vit" or "vae"."""
+
+    @property
+    def sample(self) -> int:
+        """Return the number of its sample in the pack."""
+
+    @property
+    def image(self) -> int:
+        """Return the number of the picture in the sample."""
+
+    @property
+    def tokens(self) -> int:
+        """Return its number of tokens, without border tokens."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ _MIN_THREADED_PIXELS = 128 * 128  # average pixels of a pack's pictures from whi
 class ReadableSource(SiblingSource, Protocol):
     """A source whose samples can be planned and read. It must be picklable if workers are spawned."""
 
+    def datasets(self) -> dict[str, range]:
+        """Return the name of each dataset and the source's indexes of its first pass."""
+        ...
+
     def sample(self, index: int, epoch: int) -> Sample:
         """Return the plan of one sample, with its token ids."""
         ...
@@ -57,8 +61,9 @@ def stored_shape(image: PackImage, posterior: AutoencoderArch | None) -> tuple[i
 
 @dataclass
 class LoadedPack:
-    """A pack with its pixels. Images of a kind share one buffer, because a tensor per image would cost a file handle each on its way
-    from a worker.
+    """A pack with its pixels.
+
+    Images of a kind share one buffer, because a tensor per image would cost a file handle each on its way from a worker.
 
     ``vit_patches`` [n_vit, patch * patch * 3] is in sequence order, ``vae_buffer`` holds the VAE images one after the other, and
     ``raw_timesteps`` float32 [VAE images] is -inf for clean ones. With a latent cache, VAE images are posteriors of the autoencoder
@@ -115,7 +120,7 @@ class UnreadableError(ValueError):
     """A text or an image whose bytes cannot be read or decoded; the message names its location."""
 
 
-class PackReader(Dataset):
+class PackReader(Dataset[LoadedPack]):
     """Reads planned packs; ``reader[plan]`` runs in a worker.
 
     A ``PackPlan`` is read completely, or raises UnreadableError. Of a ``StepPlan`` only the images of this rank's ``share`` are read,
@@ -269,9 +274,11 @@ class PackLoader:
 
     def __next__(self) -> StepBatch:
         if self._loaded is None:
-            settings = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks} if self.num_workers else {}
-            plans = _Plans(self)
-            self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=plans, num_workers=self.num_workers, **settings))
+            settings: dict[str, Any] = {}
+            if self.num_workers:
+                settings = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks}
+            sampler = _Plans(self)
+            self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=sampler, num_workers=self.num_workers, **settings))
         packs_per_replica = self.sizes.at(self.consumed_packs) // self.replicas
         packs = [next(self._loaded) for _ in range(packs_per_replica)]
         plans = self._batches.pop(0)

@@ -34,11 +34,12 @@ def replaced_plan(plan: PackPlan, failed: Collection[int], sources: Sequence[Sib
     A sample without such a substitute is dropped. Raises ValueError if no sample remains.
     """
     samples: list[tuple[int, int, int] | None] = list(plan.samples)
-    weights = [_weights(sources, sample) for sample in samples]
+    weights = [_weights(sources, sample) for sample in plan.samples]
     for position in sorted(failed):
         room = limits.max_num_tokens - sum(tokens for number, (tokens, _) in enumerate(weights) if number != position)
-        samples[position] = _next_fitting(plan.samples[position], samples, sources, room, limits.max_num_tokens_per_sample)
-        weights[position] = _weights(sources, samples[position]) if samples[position] is not None else (0, 0)
+        substitute = _next_fitting(plan.samples[position], samples, sources, room, limits.max_num_tokens_per_sample)
+        samples[position] = substitute
+        weights[position] = _weights(sources, substitute) if substitute is not None else (0, 0)
     remaining = tuple(sample for sample in samples if sample is not None)
     if not remaining:
         source, index, _ = plan.samples[0]

@@ -84,9 +84,11 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def measure(self, indexes: np.ndarray, epoch: int) -> Measures: ...
+    def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
+        """Return tokens and costs of the samples ``indexes`` [n] in ``epoch``."""
 
-    def describe(self, index: int) -> str: ...
+    def describe(self, index: int) -> str:
+        """Name the sample and its place in the data, for messages."""
 
 
 def measure_sample(sample: Sample, spec: LayoutSpec, costs: CostModel) -> tuple[int, int, int]:
@@ -108,7 +110,7 @@ def _undropped_tokens(item: Item, spec: LayoutSpec) -> int:
     if not item.dropped:
         return item_tokens(item, spec)
     if item.kind == "text":
-        return len(item.ids) + 2
+        return len(item.token_ids) + 2
     rows, cols = item_grid(item, spec)
     return rows * cols + 2
 

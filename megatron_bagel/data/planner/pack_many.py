@@ -78,7 +78,7 @@ class BlockPacking:
                 heapq.heapreplace(heap, entry + work)
                 pack_of[sample], tokens[pack] = pack, new_tokens
                 continue
-            passed = []
+            passed: list[int] = []
             while len(passed) < max_passed and tokens[pack] + length > capacity:
                 passed.append(heapq.heappop(heap))
                 pack = heap[0] % count

@@ -148,8 +148,8 @@ class Planner:
                 packs.append(rows)
             else:
                 waiting += [[*pick, 0] for pick in planned]
-        known_waiting = [[numbers[number], index, epoch, age] for number, index, epoch, age in waiting if number in numbers]
-        known_waiting = np.array(known_waiting, dtype=np.int64).reshape(-1, 4)
+        known_lists = [[numbers[number], index, epoch, age] for number, index, epoch, age in waiting if number in numbers]
+        known_waiting = np.array(known_lists, dtype=np.int64).reshape(-1, 4)
         rows = np.concatenate([no_candidates()[:, :AGE], *packs])
         bounds = np.cumsum([0, *map(len, packs)])
         block = Block(rows, bounds, np.column_stack([self.stream.measure_picks(known_waiting[:, :3]), known_waiting[:, 3]]))

@@ -37,7 +37,7 @@ class _Batch:
         return keyed_integers(high, self.settings.seed, self.dataset, self.indexes, self.epoch, choice_name)
 
     def is_below(self, probability: float, choice_name: str) -> np.ndarray:
-        return keyed_uniform(self.settings.seed, self.dataset, self.indexes, self.epoch, choice_name) < probability
+        return np.less(keyed_uniform(self.settings.seed, self.dataset, self.indexes, self.epoch, choice_name), probability)
 
     def starts(self, column: Ragged) -> np.ndarray:
         return column.offsets[self.rows].astype(np.int64)

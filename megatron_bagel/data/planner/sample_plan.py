@@ -48,9 +48,11 @@ class KeyedDraws:
     epoch: int
 
     def choice(self, count: int, choice_name: str) -> int:
+        """Return a number in [0, count), named by ``what``."""
         return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, choice_name)
 
     def chance(self, probability: float, choice_name: str) -> bool:
+        """Return True with ``probability``; the draw is named by ``what``."""
         return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, choice_name) < probability
 
 

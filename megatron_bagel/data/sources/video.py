@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_bagel.data.keyed_random import keyed_integers
+
+if TYPE_CHECKING:
+    import av
 
 JPEG_QUALITY = 95
 
@@ -83,7 +87,7 @@ def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[by
     return frames
 
 
-def _jpeg(frame: object) -> bytes:
+def _jpeg(frame: av.VideoFrame) -> bytes:
     buffer = io.BytesIO()
     frame.to_image().save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

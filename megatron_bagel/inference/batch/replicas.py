@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -30,7 +30,7 @@ class Replicas:
 
     def agreed(self, make: Callable[[], Value]) -> Value:
         """Call ``make`` on the writing process and return its result on all; so is a ValueError raised on all. Collective."""
-        result_or_error: list[Value | ValueError | None] = [None]
+        result_or_error: list[Any] = [None]
         if self.writes:
             try:
                 result_or_error[0] = make()
@@ -39,7 +39,8 @@ class Replicas:
         dist.broadcast_object_list(result_or_error, src=0)
         if isinstance(result_or_error[0], ValueError):
             raise result_or_error[0]
-        return result_or_error[0]
+        result: Value = result_or_error[0]
+        return result
 
     def collected(self, answers: Sequence[Answer]) -> list[Answer]:
         """Return the answers of all copies in order on the writing process, and this process's answers elsewhere. Collective."""

@@ -71,6 +71,7 @@ class Conversation:
 
     @property
     def draws(self) -> bool:
+        """Return whether the answer is a picture."""
         return self.request.output == "image"
 
 
@@ -121,7 +122,8 @@ def read_terms(engine: Engine, conversations: Sequence[Conversation]) -> None:
 
 
 def _read_texts(engine: Engine, conversations: Sequence[Conversation], term_index: int) -> None:
-    ids = [_ids(engine, c.request.terms[term_index]) for c in conversations]
+    terms = [c.request.terms[term_index] for c in conversations]
+    ids = [_ids(engine, term) for term in terms if not isinstance(term, Image.Image)]
     for conversation in conversations:
         conversation.views = replace(conversation.views, without_text=conversation.views.main)
     _extend(conversations, "main", lambda contexts: engine.add_text(contexts, ids))
@@ -129,7 +131,8 @@ def _read_texts(engine: Engine, conversations: Sequence[Conversation], term_inde
 
 
 def _read_images(engine: Engine, conversations: Sequence[Conversation], term_index: int) -> None:
-    images = {id(c): engine.resize(c.request.terms[term_index]) for c in conversations}
+    terms = {id(c): c.request.terms[term_index] for c in conversations}
+    images = {key: engine.resize(term) for key, term in terms.items() if isinstance(term, Image.Image)}
     for conversation in conversations:
         width, height = images[id(conversation)].size
         conversation.last_image_size = (height, width)

@@ -27,12 +27,23 @@ from megatron_bagel.model.flow import patchify
 class Decoder(Protocol):
     """The parts of ``BagelModel`` that generation calls."""
 
-    def embed_text(self, ids: Tensor) -> Tensor: ...
-    def embed_latents(self, x_t: Tensor, t: Tensor, latent_position_ids: Tensor) -> Tensor: ...
-    def run_decoder(self, hidden: Tensor, n_und: int, position_ids: Tensor, attention: Any) -> Tensor: ...
-    def all_text_logits(self, hidden: Tensor) -> Tensor: ...
-    def velocity(self, hidden: Tensor) -> Tensor: ...
-    def parameters(self) -> Any: ...
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Map token ids [n] to hidden states [n, h]."""
+
+    def embed_latents(self, x_t: Tensor, t: Tensor, latent_position_ids: Tensor) -> Tensor:
+        """Map latent tokens [n, channels] at timesteps ``t`` [n] to hidden states [n, h]."""
+
+    def run_decoder(self, hidden: Tensor, n_und: int, position_ids: Tensor, attention: Any) -> Tensor:
+        """Run all layers and the final norms on hidden states [n, h], those of the understanding expert first."""
+
+    def all_text_logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [n, h] to logits of the whole vocabulary [n, V]."""
+
+    def velocity(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [n, h] to velocities [n, channels]."""
+
+    def parameters(self) -> Any:
+        """Iterate over the weights, which tell device and dtype."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class PassRow:
 
     @property
     def n_gen(self) -> int:
+        """Return the number of tokens of the generation expert."""
         return 0 if self.gen is None else len(self.gen)
 
     def positions(self) -> tuple[Tensor, Tensor]:
@@ -80,10 +92,12 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the decoder's weights."""
         return next(iter(self.decoder.parameters())).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the decoder's weights."""
         return next(iter(self.decoder.parameters())).dtype
 
     # ------------------------------------------------------------------ reading
@@ -123,7 +137,7 @@ class Engine:
 
     def add_features(self, contexts: Sequence[Context], images: Sequence[Image.Image]) -> list[Context]:
         """Read each RGB image through the vision tower."""
-        if self.vision_tower is None:
+        if self.vision_tower is None or self.arch.vit is None:
             raise ValueError("this model has no vision tower (visual_und off): it cannot look at images")
         patch, side = self.arch.vit.patch_size, self.arch.vit_max_num_patch_per_side
         pixels = [image_tensor(image, self.vit_transform, *output_size(self.vit_transform, *image.size)) for image in images]

@@ -32,14 +32,20 @@ class LayerCache:
         self.length = length
 
     @property
-    def keys(self) -> Tensor | None:
-        """Return the keys after RoPE, [length, kv_heads, head_dim], or ``None`` if nothing was appended."""
-        return None if self._storage is None else self._storage.keys[: self.length]
+    def keys(self) -> Tensor:
+        """Return the keys after RoPE, [length, kv_heads, head_dim]. Raises ValueError if nothing was appended."""
+        return self._filled_storage.keys[: self.length]
 
     @property
-    def values(self) -> Tensor | None:
-        """Return the values, [length, kv_heads, head_dim], or ``None`` if nothing was appended."""
-        return None if self._storage is None else self._storage.values[: self.length]
+    def values(self) -> Tensor:
+        """Return the values, [length, kv_heads, head_dim]. Raises ValueError if nothing was appended."""
+        return self._filled_storage.values[: self.length]
+
+    @property
+    def _filled_storage(self) -> _Storage:
+        if self._storage is None:
+            raise ValueError("the cache is empty: nothing was appended to it")
+        return self._storage
 
     def append(self, keys: Tensor, values: Tensor) -> LayerCache:
         """Return a cache that also holds ``keys`` and ``values`` [n, kv_heads, head_dim]."""

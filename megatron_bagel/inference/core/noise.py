@@ -39,10 +39,13 @@ class KeyedNoise:
         return "generate", self.prompt, kind, count
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
+        """See ``NoiseSource.initial``."""
         return keyed_normal(shape, self.seed, *self._key("initial"))
 
     def posterior(self, shape: tuple[int, ...]) -> Tensor:
+        """See ``NoiseSource.posterior``."""
         return keyed_normal(shape, self.seed, *self._key("posterior"))
 
     def text(self) -> np.random.Generator:
+        """See ``NoiseSource.text``."""
         return keyed_generator(self.seed, *self._key("text"))

@@ -44,6 +44,7 @@ class Reply:
 
     @property
     def terms(self) -> tuple[str | Image.Image, ...]:
+        """Return the text and the picture that join the conversation."""
         return tuple(term for term in (self.text, self.image) if term is not None)
 
 
@@ -81,7 +82,8 @@ class ChatSession:
         with self._reply_lock:
             (result,) = answer(self.engine, [request], [noise], self.text, sampling, self._observers(stop))
         image = None if result.image is None else Image.fromarray(result.image)
-        return Reply(result.thought and result.thought.text, result.text and result.text.text, image)
+        thought, text = (None if generated is None else generated.text for generated in (result.thought, result.text))
+        return Reply(thought, text, image)
 
     def close(self) -> None:
         """End the current reply and those that wait, as ``stop`` does."""
@@ -98,8 +100,12 @@ class ChatSession:
         steps = int(_number("steps", settings.steps))
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"steps is {steps}; the page allows 1 to {MAX_STEPS}")
-        scales = {name: _number(name, getattr(settings, name)) for name in ("text_scale", "img_scale")}
-        return replace(self.image, num_timesteps=steps + 1, guidance=replace(self.image.guidance, **scales))
+        guidance = replace(
+            self.image.guidance,
+            text_scale=_number("text_scale", settings.text_scale),
+            img_scale=_number("img_scale", settings.img_scale),
+        )
+        return replace(self.image, num_timesteps=steps + 1, guidance=guidance)
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -98,7 +98,8 @@ class AllToAllPlan:
         parts = torch.cat([x.unflatten(1, (ranks, -1)) for x in (q, k, v)], 2)
         parts = self.rows.pad(parts.flatten(1, 2)).unflatten(1, (ranks, -1))
         received = self.rows.pick(exchange_parts(parts.transpose(0, 1), self.group).flatten(0, 1))
-        attended = self.inner.attend(*received.split(heads, 1), layer_number)
+        query, key, value = received.split(heads, 1)
+        attended = self.inner.attend(query, key, value, layer_number)
         returned = exchange_parts(self.rows.spread(attended).unflatten(0, (ranks, self.rows.padded_rows)), self.group)
         return returned.transpose(0, 1).flatten(1)[:tokens]
 

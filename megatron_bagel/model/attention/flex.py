@@ -7,7 +7,9 @@ CPUs, where this backend only serves for comparison with the dense one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ BLOCK = 128
 
 
 @functools.cache
-def _kernel(compiled: bool):
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+def _kernel(compiled: bool) -> Callable[..., Any]:
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel, dynamic=True) if compiled else kernel
 
 
 def _padded_columns(blocks: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:

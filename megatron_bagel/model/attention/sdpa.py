@@ -43,10 +43,10 @@ class SdpaPlan:
         repeat, results = q.shape[1] // k.shape[1], []
         rows_per_batch = [self._slice_batches(x, side) for x, side in ((q, 1), (k, 2), (v, 2))]
         for (documents, _, _), mask, *parts in zip(self.shapes, self._masks_as(q.dtype), *rows_per_batch, strict=True):
-            batch = [x.unflatten(0, (documents, -1)).transpose(1, 2) for x in parts]
+            queries, keys, values = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in parts)
             if repeat > 1:
-                batch[1:] = [x.repeat_interleave(repeat, 1) for x in batch[1:]]
-            result = F.scaled_dot_product_attention(*batch, attn_mask=mask)
+                keys, values = (x.repeat_interleave(repeat, 1) for x in (keys, values))
+            result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
             results.append(result.transpose(1, 2).flatten(2).flatten(0, 1))
         output = results[0] if len(results) == 1 else torch.cat(results)
         return output if self.single_document else output.index_select(0, self.row_of_slot)

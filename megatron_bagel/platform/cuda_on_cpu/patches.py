@@ -75,7 +75,7 @@ def _is_cuda(device: Any) -> bool:
 class CudaMeansCpu(TorchFunctionMode):
     """Reads "cuda" as "cpu" in every torch call of the thread that entered it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -122,7 +122,9 @@ def install() -> None:
 
 
 def _install_streams() -> None:
-    cuda, stream = torch.cuda, _Stream()
+    # Typed as Any, because the replacements take any arguments.
+    cuda: Any = torch.cuda
+    stream = _Stream()
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda *args, **kwargs: None
@@ -156,8 +158,9 @@ def _install_random_state() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = cuda.random.get_rng_state = get_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_state
     # torch.manual_seed would call torch.cuda again.
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     megatron_random._set_cuda_rng_state = set_state

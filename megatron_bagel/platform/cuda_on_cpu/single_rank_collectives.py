@@ -27,8 +27,8 @@ def _skip_on_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _skip_coalescing_on_one_rank(manager: Callable[..., AbstractContextManager]) -> Callable[..., AbstractContextManager]:
-    def run(group: dist.ProcessGroup | None = None, *args: Any, **kwargs: Any) -> AbstractContextManager:
+def _skip_coalescing_on_one_rank(manager: Callable[..., AbstractContextManager[Any]]) -> Callable[..., AbstractContextManager[Any]]:
+    def run(group: dist.ProcessGroup | None = None, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         if _has_one_rank(group):
             # A handle without work to wait for, because the calls inside run at once.
             return nullcontext(dist.distributed_c10d._CoalescingManager())

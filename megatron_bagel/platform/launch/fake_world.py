@@ -30,17 +30,18 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
     from megatron_bagel.platform.launch.process_group import shutdown_distributed
 
+    collectives: Any = dist
     real_all_gather_object = dist.all_gather_object
 
     def all_gather_object(objects: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [value] * len(objects)
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    dist.all_gather_object = all_gather_object
+    collectives.all_gather_object = all_gather_object
     try:
         yield
     finally:
-        dist.all_gather_object = real_all_gather_object
+        collectives.all_gather_object = real_all_gather_object
         shutdown_distributed()
 
 
@@ -55,7 +56,7 @@ class MetaCountsAsCuda(TorchFunctionMode):
         super().__init__()
         self.everywhere = everywhere
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.meta.", "torch.cuda.")

@@ -19,8 +19,8 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def init_distributed(
     timeout_minutes: float = 10.0,
     init_method: str | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
+    rank: int = -1,
+    world_size: int = -1,
     store: dist.Store | None = None,
 ) -> tuple[int, int]:
     """Join the process group.
@@ -112,6 +112,7 @@ def shutdown_distributed() -> None:
 
 
 def free_port() -> int:
+    """Return a TCP port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -160,7 +160,7 @@ class Evaluation:
             if result.picture is not None:
                 rows.setdefault(probe.group, []).append(SheetRow(prompt, self._pictures(probe, result.picture)))
             if result.text is not None:
-                truth = self.tokenizer.decode([int(token) for token in probe.wanted.ids])
+                truth = self.tokenizer.decode([int(token) for token in probe.wanted.token_ids])
                 texts.append({"probe": probe.name, "prompt": prompt, "answer": result.text, "truth": truth})
         log.log_samples(step, rows, texts)
 

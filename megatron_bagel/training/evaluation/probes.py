@@ -49,7 +49,7 @@ class Probe:
 
     def prompt(self, decode: Callable[[Sequence[int]], str]) -> str:
         """The last text given, readable; empty when there is none."""
-        texts = [item.ids for item in self.given if item.kind == "text"]
+        texts = [item.token_ids for item in self.given if item.kind == "text"]
         return decode([int(token) for token in texts[-1]]) if texts else ""
 
     def views(self) -> list[Sample]:

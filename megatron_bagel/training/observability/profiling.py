@@ -35,19 +35,18 @@ class ProfilerWindow(StepHook):
         if inside and self._running is None:
             self._running = self._start(), step
         elif not inside and self._running is not None:
-            self._write(step)
+            self._write(*self._running, step)
 
     def close(self) -> None:
         if self._running is not None:
-            self._write(self._next)
+            self._write(*self._running, self._next)
 
     def _start(self) -> profile:
         profiler = profile(activities=profiled_activities(), record_shapes=self._flags.profile_shapes)
         profiler.start()
         return profiler
 
-    def _write(self, end: int) -> None:
-        profiler, first = self._running
+    def _write(self, profiler: profile, first: int, end: int) -> None:
         self._running = None
         profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,8 @@ class BadSteps:
         )
 
     def _twice(self, step: int, compute: Callable[[], Attempt]) -> tuple[Attempt, str]:
-        machine, first_wrong, differs = self._machine, "", 0.0
+        machine: Any = self._machine
+        first_wrong, differs = "", 0.0
         # In its first iteration the machine validates nothing, as it could not ask for a restart from a checkpoint. None is asked here.
         machine.first_iteration_complete = True
 

@@ -30,6 +30,7 @@ class OwnTime:
 
     @property
     def total(self) -> float:
+        """Return the seconds of both."""
         return self.data + self.compute
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from megatron_bagel import platform
 from megatron_bagel.assembly.modules import Modules, build_modules, freeze_modules
 from megatron_bagel.assembly.starting_weights import InitialSettings, WeightSource, average_source, load_first_weights, load_folder
@@ -34,12 +36,12 @@ def build_trainable(
     if source is not None and source.checkpoint is None:
         load_first_weights(resolved.start.initial, source, modules, arch)
     freeze_modules(resolved.build.frozen, modules)
-    tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
-    parts = [*modules.decoder, *([modules.tower] if tower_trains else [])]
-    if replica is not None and tower_trains:
-        tower = wrap_over_world(tcfg, modules.tower, optimizer_settings)
-        wrapped = [*wrap_ddp(tcfg, modules.decoder, optimizer_settings), tower]
-        optimizer = build_optimizer(wrapped[:-1], optimizer_settings, over_world=tower)
+    trained_tower = modules.tower if modules.tower is not None and trainable_parameters(modules.tower) > 0 else None
+    parts: list[nn.Module] = [*modules.decoder] if trained_tower is None else [*modules.decoder, trained_tower]
+    if replica is not None and trained_tower is not None:
+        wrapped_tower = wrap_over_world(tcfg, trained_tower, optimizer_settings)
+        wrapped = [*wrap_ddp(tcfg, modules.decoder, optimizer_settings), wrapped_tower]
+        optimizer = build_optimizer(wrapped[:-1], optimizer_settings, over_world=wrapped_tower)
     else:
         wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
         optimizer = build_optimizer(wrapped, optimizer_settings)
@@ -51,13 +53,13 @@ def build_trainable(
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
     if source is not None:
         _load_average_apart(resolved.start.initial, source, modules, arch, optimizer, ema)
-    tower = wrapped[-1] if tower_trains else modules.tower
+    tower = modules.tower if trained_tower is None else wrapped[-1]
     encoders = arch, tower, modules.autoencoder, resolved.encoding
     trainable = Trainable(
         config=tcfg,
         decoder=wrapped[: len(modules.decoder)],
-        tower=wrapped[-1] if tower_trains else None,
-        image_encoder=ImageEncoder(*encoders) if replica is None else ShardedImageEncoder(*encoders, replica, share),
+        tower=None if trained_tower is None else wrapped[-1],
+        image_encoder=ImageEncoder(*encoders) if replica is None or share is None else ShardedImageEncoder(*encoders, replica, share),
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, resolved.schedule),
         ema=ema,
