@@ -28,6 +28,8 @@ def build_trainable(
 ) -> tuple[Trainable, Trained]:
     """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
     of weights everything has its shape and no memory (inside ``on_meta``)."""
+    if (replica is None) != (share is None):
+        raise ValueError("a replica and this rank's share of the encoding of images are given together or not at all")
     arch, megatron, optimizer_settings = resolved.arch, resolved.megatron, resolved.optimizer
     # Local modules are made without memory and filled later; Megatron-Core would draw their first weights on the GPU.
     on_cpu = not platform.has_gpu() or megatron.transformer_impl == "local"
