@@ -105,7 +105,9 @@ default_malloc = pytest.mark.skipif(any(name in os.environ for name in MALLOC_SE
 def in_a_fresh_process(check: str) -> None:
     """Run a function of this file where the heap is small: malloc takes a free chunk before it asks whether to map a new block."""
     code = f"from megatron_bagel import platform; platform.install(); from tests.platform import test_cpu_tuning as t; t.{check}()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    # Commands that stream tensors set malloc's variables for their process; one of them may have run in this one.
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
