@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
-from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents, refuse_code
+from megatron_bagel.checkpoint.dist.unpickle_guard import COMMON_OBJECT, read_common, read_contents, refuse_code
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.training.observability.metrics_file import read_history
@@ -81,7 +80,8 @@ def compare_checkpoints(left: Path, right: Path, tally: Tally, rule: Rule) -> No
     for path in (left, right):
         refuse_code(path)
         stored = read_contents(path).state_dict_metadata
-        if objects := [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)]:
+        objects = [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata) and name != COMMON_OBJECT]
+        if objects:
             raise ValueError(f"{path} stores objects that are no tensors and cannot be compared: {shorten(objects)}")
     left_source, right_source = CheckpointWeights(left), CheckpointWeights(right)
     compare_tensors(left_source, right_source, tally, rule)
@@ -92,9 +92,7 @@ def state_of(checkpoint: CheckpointWeights) -> dict[str, Any]:
     """Return what a run continues with besides tensors: planner, schedule, counters, settings of the optimizer."""
     state = {name: value for name, value in checkpoint.state.items() if name not in ("versions", "world_size")}
     state["run"] = {name: value for name, value in state["run"].items() if name != "config"}
-    common = checkpoint.folder / "common.pt"
-    if common.is_file():
-        state["common"] = torch.load(io.BytesIO(common.read_bytes()), map_location="cpu", weights_only=True)
+    state["common"] = read_common(checkpoint.folder)
     return {path: value.tolist() if isinstance(value, Tensor) else value for path, value in leaves(state)}
 
 

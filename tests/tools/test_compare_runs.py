@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from benchmarks.step_record import step_record
-from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents
+from megatron_bagel.checkpoint.dist.unpickle_guard import read_common, read_contents
 from megatron_bagel.costs.flops import StepWork
 from megatron_bagel.training.observability.metrics import WindowRates
 from megatron_bagel.training.observability.timers import PHASES
@@ -251,8 +251,8 @@ def test_the_state_of_a_checkpoint_is_compared(trained: Path, copied: Path, comp
 
 
 def test_settings_of_the_optimizer_are_compared(trained: Path, copied: Path, compare: Callable) -> None:
-    common = copied / "checkpoints/0000002/common.pt"
-    content = torch.load(common, weights_only=True)
+    common = copied / "checkpoints/0000002/common.pt"  # newer versions of Megatron-Core read this file too, and before their own object
+    content = read_common(common.parent)
     content["optimizer"]["optimizer"]["param_groups"][0]["lr"] *= 2
     torch.save(content, common)
     (copied / "checkpoints/0000002/checksums.json").unlink()  # as an earlier version wrote it
@@ -369,6 +369,8 @@ def test_bad_input_is_a_sentence_that_names_the_file(light: tuple[Path, Path], c
 
 @pytest.mark.parametrize("lost", [".metadata", "bagel_state.json", "common.pt"])
 def test_a_checkpoint_that_is_not_whole_is_bad_input(trained: Path, copied: Path, compare: Callable, lost: str) -> None:
+    if lost == "common.pt" and not (copied / "checkpoints/0000002" / lost).exists():
+        pytest.skip("this version of Megatron-Core stores the common part among the tensors")
     (copied / "checkpoints/0000002" / lost).unlink()
     status, text = compare(trained, copied)
     assert status == 2 and "checkpoints/0000002" in text and lost in text, text

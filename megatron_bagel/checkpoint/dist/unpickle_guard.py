@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 _CONTENTS = ".metadata"
 _COMMON = "common.pt"
+# From 0.19 on Megatron-Core stores the common part as an object among the tensors, a list of one entry, instead of in a file.
+COMMON_OBJECT = "common_state/shard_0_1"
 # Modules whose listed classes only hold data, as torch's and Megatron-Core's tables of contents use them.
 _ALLOWED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset({
@@ -67,21 +69,44 @@ def refuse_code(folder: str | Path) -> None:
     Raises:
         ValueError: If reading it would run code.
     """
+    stored_objects(folder)
+    common_file = Path(folder) / _COMMON
+    if common_file.is_file():
+        _load_object(common_file, common_file.read_bytes())
+
+
+def read_common(folder: str | Path) -> Any:
+    """Read the common part (what is no tensor: settings of the optimizer), wherever the writer's Megatron-Core put it.
+
+    Raises:
+        ValueError: If the checkpoint holds none, or reading it would run code.
+    """
+    common_file = Path(folder) / _COMMON
+    if common_file.is_file():
+        return _load_object(common_file, common_file.read_bytes())
+    objects = stored_objects(folder)
+    if COMMON_OBJECT not in objects:
+        raise ValueError(f"{folder} holds neither {_COMMON} nor the object {COMMON_OBJECT}; copy it again, or use another step")
+    return objects[COMMON_OBJECT][0]
+
+
+def stored_objects(folder: str | Path) -> dict[str, Any]:
+    """Read every stored object that is not a tensor, by name. Raises ValueError if reading one would run code."""
     folder = Path(folder)
     contents = read_contents(folder)
-    if (folder / _COMMON).is_file():
-        _check_object(folder / _COMMON, (folder / _COMMON).read_bytes())
+    objects = {}
     for index, location in (contents.storage_data or {}).items():
         if isinstance(contents.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             path = folder / Path(location.relative_path).name
             with path.open("rb") as file:
                 file.seek(location.offset)
-                _check_object(path, file.read(location.length))
+                objects[index.fqn] = _load_object(path, file.read(location.length))
+    return objects
 
 
-def _check_object(path: Path, content: bytes) -> None:
+def _load_object(path: Path, content: bytes) -> Any:
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "global" in line.lower()), lines[0])
