@@ -192,8 +192,8 @@ def rank_main(job: str, config_name: str, folder: Path, tensor: int, pipeline: i
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
+    from megatron_bagel.checkpoint.dist.load import load_checkpoint
     from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
-    from megatron_bagel.checkpoint.dist.state import load_checkpoint
     from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
     init_distributed()

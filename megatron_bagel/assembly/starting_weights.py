@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
-from megatron_bagel.checkpoint.dist.state import load_weights_only
+from megatron_bagel.checkpoint.dist.load import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value

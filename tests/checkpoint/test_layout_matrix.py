@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bagel.checkpoint.convert import Companions, export_checkpoint, import_folder
 from megatron_bagel.checkpoint.dist import checksums
+from megatron_bagel.checkpoint.dist.load import load_weights_only
 from megatron_bagel.checkpoint.dist.saver import save_checkpoint
-from megatron_bagel.checkpoint.dist.state import Trained, load_weights_only
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.hf.folder import HFFolder, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch

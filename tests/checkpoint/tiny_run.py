@@ -10,8 +10,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_bagel.checkpoint.dist.load import load_checkpoint
 from megatron_bagel.checkpoint.dist.saver import save_checkpoint
-from megatron_bagel.checkpoint.dist.state import Trained, load_checkpoint
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.hf.initial_weights import initialise
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch

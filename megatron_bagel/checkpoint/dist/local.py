@@ -23,7 +23,8 @@ from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.parallel.rank_zero import from_all_ranks, on_first_rank
 from megatron_bagel.checkpoint.dist.local_files import RankFiles
 from megatron_bagel.checkpoint.dist.optimizer_state import optimizers_with_state
-from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, fill, provenance, sharded_state
+from megatron_bagel.checkpoint.dist.load import fill
+from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
 from megatron_bagel.platform.launch.nvidia_resiliency import local_checkpoint_manager
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bagel.assembly.starting_weights import StartSettings, WeightSource
+from megatron_bagel.checkpoint.dist.load import load_checkpoint
 from megatron_bagel.checkpoint.dist.local_files import LocalCheckpointSettings
-from megatron_bagel.checkpoint.dist.state import Trained, load_checkpoint
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.dist.step_folders import step_of
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.unpickle_guard import refuse_code
 from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
-from megatron_bagel.checkpoint.dist.state import load_checkpoint
+from megatron_bagel.checkpoint.dist.load import load_checkpoint
 from tests.checkpoint.tiny_run import tiny_run, train_and_save, train_step
 from tests.distributed import fork, run_ranks
 from megatron_bagel.cli.convert import hf_to_megatron, inspect_checkpoint, megatron_to_hf

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_bagel.checkpoint.dist.load import load_checkpoint, load_weights_only
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
-from megatron_bagel.checkpoint.dist.state import load_checkpoint, load_weights_only
 from tests.checkpoint.hf.test_weight_map import tiny_arch
 from tests.checkpoint.tiny_run import load_and_train, same, tiny_run, train_and_save, weights
 from tests.distributed import run_ranks
