@@ -19,7 +19,7 @@ from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
-from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
 
@@ -76,15 +76,9 @@ def export_checkpoint(
         ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
     checkpoint = CheckpointWeights(folder)
-    missing_kinds = [kind for kind in weights if kind not in checkpoint.kinds()]
-    if missing_kinds or not weights:
-        raise ValueError(f"{folder} holds {' and '.join(checkpoint.kinds())} weights; asked for: {', '.join(weights) or 'none'}")
-    if companions is None:
-        companions = companions_of(checkpoint.state["run"].get("config", {}))
-    arch = checkpoint.arch
-    other_source: TensorSource | None = None
-    if untrained_from is not None:
-        arch, other_source, companions = _with_parts_of(untrained_from, arch, companions)
+    _check_kinds(checkpoint, weights)
+    companions = companions or companions_of(checkpoint.state["run"].get("config", {}))
+    arch, other_source, companions = _with_parts_of(untrained_from, checkpoint.arch, companions)
     files = {kind: _Export(checkpoint, kind, WeightMap(arch), other_source).file(dtype) for kind in weights}
     size = sum(file.bytes(WeightMap(arch)) for file in files.values())
     logger.info("step %d: writing %s, %.2f GB together, to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
@@ -93,8 +87,21 @@ def export_checkpoint(
     )
 
 
-def _with_parts_of(folder: HFFolder, arch: BagelArch, companions: Companions) -> tuple[BagelArch, TensorSource, Companions]:
-    """Add the vision tower and image generation of ``folder`` that ``arch`` lacks; also return its weights and its autoencoder."""
+def _check_kinds(checkpoint: CheckpointWeights, weights: Sequence[str]) -> None:
+    """Raise ValueError unless ``weights`` names at least one kind, and only kinds that the checkpoint holds."""
+    missing_kinds = [kind for kind in weights if kind not in checkpoint.kinds()]
+    if missing_kinds or not weights:
+        raise ValueError(f"{checkpoint.folder} holds {' and '.join(checkpoint.kinds())} weights; asked for: {', '.join(weights) or 'none'}")
+
+
+def _with_parts_of(folder: HFFolder | None, arch: BagelArch, companions: Companions) -> tuple[BagelArch, TensorSource | None, Companions]:
+    """Add the vision tower and image generation of ``folder``, if given, that ``arch`` lacks.
+
+    Returns:
+        The model with these parts, the weights of the folder, and the files of the model folder with the autoencoder of ``folder``.
+    """
+    if folder is None:
+        return arch, None, companions
     kinds = folder.available_weights()
     if not kinds:
         raise ValueError(f"{folder.path} has neither ema.safetensors nor model.safetensors to take untrained parts from")
@@ -144,8 +151,7 @@ class _Export:
     def _get(self, name: str) -> torch.Tensor:
         if name in self._checkpoint_names:
             return self.checkpoint.read(self.checkpoint.key(name, self.kind))
-        entry = self.weight_map.entries[name]
-        return entry.fuse([self._untrained.get(hf) for hf in entry.hf])
+        return _fused(self._untrained, self.weight_map.entries[name])
 
     def _stored_type(self, name: str) -> torch.dtype:
         if name in self._checkpoint_names:
@@ -181,33 +187,49 @@ def import_folder(
     if not weights:
         raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
     source = _with_stored_latent_size(folder, weights[0], overrides)
-    weight_map = WeightMap(source.arch)
-    readers = {kind: source.weights(kind) for kind in weights}
-    for reader in readers.values():
-        if missing_names := check_against(reader, weight_map, allow_missing).missing:
-            logger.info(
-                "%s lacks %d tensors, which start from seeded values: %s", reader.path, len(missing_names), ", ".join(missing_names)
-            )
-    plan: dict[str, tuple[TensorSource, Entry]] = {}
-    for prefix, given in (("", readers.get("model", readers.get("ema"))), ("ema.", readers.get("ema") if "model" in readers else None)):
-        if given is not None:
-            plan |= {prefix + name: (given, entry) for name, entry in weight_map.entries.items()}
-    specs: dict[str, TensorSpec] = {
-        key: (entry.shape, tensors.spec(entry.hf[0])[1] if entry.hf[0] in tensors else torch.float32)
-        for key, (tensors, entry) in plan.items()
-    }
-
-    def get(key: str) -> torch.Tensor:
-        tensors, entry = plan[key]
-        if entry.hf[0] not in tensors:
-            return initial_value(entry, source.arch, seed=0)
-        return entry.fuse([tensors.get(name) for name in entry.hf])
-
+    tensors = _FolderTensors(source.arch, {kind: source.weights(kind) for kind in weights})
+    tensors.check(allow_missing)
     head = {
         "run": {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}},
         "ema_is_model": tuple(weights) == ("ema",),
     }
-    return write_checkpoint(directory, 0, source.arch, specs, get, head)
+    return write_checkpoint(directory, 0, source.arch, tensors.specs(), tensors.get, head)
+
+
+class _FolderTensors:
+    """The tensors of a checkpoint of ``arch`` that ``readers`` ("ema", "model" or both) provide; seed 0 provides the others."""
+
+    def __init__(self, arch: BagelArch, readers: Mapping[str, SafetensorsReader]) -> None:
+        self._arch, self._weight_map, self._readers = arch, WeightMap(arch), readers
+        self._sources: dict[str, tuple[TensorSource, Entry]] = {}
+        model, average = readers.get("model", readers.get("ema")), readers.get("ema") if "model" in readers else None
+        for prefix, reader in (("", model), ("ema.", average)):
+            if reader is not None:
+                self._sources |= {prefix + name: (reader, entry) for name, entry in self._weight_map.entries.items()}
+
+    def check(self, allow_missing: Sequence[str]) -> None:
+        """Log what the folder lacks. Raises ValueError if it lacks or holds more than it may."""
+        for reader in self._readers.values():
+            if missing_names := check_against(reader, self._weight_map, allow_missing).missing:
+                logger.info(
+                    "%s lacks %d tensors, which start from seeded values: %s", reader.path, len(missing_names), ", ".join(missing_names)
+                )
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: (entry.shape, _stored_dtype(reader, entry)) for key, (reader, entry) in self._sources.items()}
+
+    def get(self, key: str) -> torch.Tensor:
+        reader, entry = self._sources[key]
+        return _fused(reader, entry) if entry.hf[0] in reader else initial_value(entry, self._arch, seed=0)
+
+
+def _stored_dtype(source: TensorSource, entry: Entry) -> torch.dtype:
+    """Return the type of a weight in ``source``, or fp32 if it is seeded."""
+    return source.spec(entry.hf[0])[1] if entry.hf[0] in source else torch.float32
+
+
+def _fused(source: TensorSource, entry: Entry) -> torch.Tensor:
+    return entry.fuse([source.get(name) for name in entry.hf])
 
 
 def _with_stored_latent_size(folder: str | Path, kind: str, overrides: Mapping[str, Any]) -> HFFolder:
@@ -237,19 +259,12 @@ def write_initial_weights(initial_weights: InitialWeights, directory: str | Path
     """
     for line in initial_weights.check().lines(initial_weights.pretrained.path):
         logger.info(line)
-    entries = WeightMap(initial_weights.arch).entries
-    specs: dict[str, TensorSpec] = {
-        name: (entry.shape, initial_weights.pretrained.spec(entry.hf[0])[1] if entry.hf[0] in initial_weights.pretrained else torch.float32)
-        for name, entry in entries.items()
-    }
+    pretrained, entries = initial_weights.pretrained, WeightMap(initial_weights.arch).entries
+    specs: dict[str, TensorSpec] = {name: (entry.shape, _stored_dtype(pretrained, entry)) for name, entry in entries.items()}
 
     def get(name: str) -> torch.Tensor:
         entry = entries[name]
-        return (
-            entry.fuse([initial_weights.pretrained.get(hf) for hf in entry.hf])
-            if entry.hf[0] in initial_weights.pretrained
-            else initial_weights.seeded(entry)
-        )
+        return _fused(pretrained, entry) if entry.hf[0] in pretrained else initial_weights.seeded(entry)
 
     flags = {"llm_path": companions.tokenizer, "vae_path": companions.autoencoder}
     config = {name: str(path.resolve()) for name, path in flags.items() if path is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -92,6 +93,18 @@ def attention_plan(
     return context_plan(backend, mask, cp_context, device)
 
 
+class _LossTokens(TypedDict):
+    """The fields of a ``MicroBatch`` that say where its losses are."""
+
+    ce_slots: torch.Tensor
+    labels: torch.Tensor
+    ce_weights: torch.Tensor
+    mse_slots: torch.Tensor
+    mse_rows: torch.Tensor
+    ce_samples: torch.Tensor
+    mse_samples: torch.Tensor
+
+
 def make_microbatch(
     pack: Pack,
     order: TokenOrder,
@@ -110,34 +123,41 @@ def make_microbatch(
         device: The device of the result.
         cp_context: The ranks that share the pack, if any.
     """
-
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     position_ids = torch.zeros(order.length, dtype=torch.long)
     position_ids[: len(order.positions)] = torch.from_numpy(pack.position_ids[order.positions])
-    ce_slots, mse_slots = order.slots[pack.ce_positions], order.slots[pack.mse_positions]
-    local_ce, local_mse = ce_slots >= 0, mse_slots >= 0
-    vae_rows = to_device(order.vae_rows)
+    vae_rows = _tensor(order.vae_rows, device)
     return MicroBatch(
         n_text=len(order.text_rows),
         n_vit=len(order.vit_rows),
         n_vae=len(order.vae_rows),
         length=order.length,
-        text_ids=to_device(pack.text_ids[order.text_rows]),
+        text_ids=_tensor(pack.text_ids[order.text_rows], device),
         position_ids=position_ids.to(device),
-        vit_features=None if features.vit is None else features.vit.index_select(0, to_device(order.vit_rows)),
+        vit_features=None if features.vit is None else features.vit.index_select(0, _tensor(order.vit_rows, device)),
         latents=features.latents.index_select(0, vae_rows),
         noise=features.noise.index_select(0, vae_rows),
         timesteps=features.timesteps.index_select(0, vae_rows),
-        latent_position_ids=to_device(pack.latent_position_ids[order.vae_rows]),
-        ce_slots=to_device(ce_slots[local_ce]),
-        labels=to_device(pack.labels[local_ce]),
-        ce_weights=to_device(pack.ce_weights[local_ce]),
-        mse_slots=to_device(mse_slots[local_mse]),
-        mse_rows=to_device(mse_slots[local_mse] - order.n_und),
-        ce_samples=to_device(pack.sample_numbers(pack.ce_positions[local_ce])),
-        mse_samples=to_device(pack.sample_numbers(pack.mse_positions[local_mse])),
+        latent_position_ids=_tensor(pack.latent_position_ids[order.vae_rows], device),
+        **_loss_tokens(pack, order, device),
         attention=attention_plan(backend, PackMask.of(pack), order, device, cp_context),
         datasets=tuple(sample.dataset for sample in pack.samples),
     )
+
+
+def _loss_tokens(pack: Pack, order: TokenOrder, device: torch.device | str) -> _LossTokens:
+    """Return the loss tokens that a rank holds."""
+    ce_slots, mse_slots = order.slots[pack.ce_positions], order.slots[pack.mse_positions]
+    local_ce, local_mse = ce_slots >= 0, mse_slots >= 0
+    return _LossTokens(
+        ce_slots=_tensor(ce_slots[local_ce], device),
+        labels=_tensor(pack.labels[local_ce], device),
+        ce_weights=_tensor(pack.ce_weights[local_ce], device),
+        mse_slots=_tensor(mse_slots[local_mse], device),
+        mse_rows=_tensor(mse_slots[local_mse] - order.n_und, device),
+        ce_samples=_tensor(pack.sample_numbers(pack.ce_positions[local_ce]), device),
+        mse_samples=_tensor(pack.sample_numbers(pack.mse_positions[local_mse]), device),
+    )
+
+
+def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)

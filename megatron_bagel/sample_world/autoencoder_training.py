@@ -106,26 +106,38 @@ def train_autoencoder(
         optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)]
     model.train().requires_grad_(True)
     for step in range(settings.steps):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(settings, step) * group.get("lr_factor", 1.0)
         images = next(batches)
-        mean, logvar = model.encode_moments(images)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        output = model.decode(model.sample(mean, logvar, noise))
-        l1 = (output - images).abs().mean()
-        loss = l1 + settings.edge_weight * edge_loss(output, images) + settings.kl_weight * kl_per_element(mean, logvar)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        is_last_step = step == settings.steps - 1
-        if is_last_step or (report is not None and step % report_every == 0):
-            progress = Progress(step, loss.item(), l1.item(), psnr(output.detach(), images))
+        loss, l1, output = _step(model, images, settings, step, optimizers, generator)
+        if step == settings.steps - 1 or (report is not None and step % report_every == 0):
+            progress = Progress(step, loss.item(), l1.item(), psnr(output, images))
             if report is not None:
                 report(progress)
     model.eval().requires_grad_(False)
     return progress
+
+
+def _step(
+    model: AutoEncoder,
+    images: Tensor,
+    settings: TrainerSettings,
+    step: int,
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train on one batch. Return the loss, its L1 part and the reconstructions [b, 3, H, W]."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate(settings, step) * group.get("lr_factor", 1.0)
+    mean, logvar = model.encode_moments(images)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    output = model.decode(model.sample(mean, logvar, noise))
+    l1 = (output - images).abs().mean()
+    loss = l1 + settings.edge_weight * edge_loss(output, images) + settings.kl_weight * kl_per_element(mean, logvar)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss, l1, output.detach()
 
 
 @torch.no_grad()

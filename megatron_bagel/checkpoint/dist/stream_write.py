@@ -127,13 +127,7 @@ def write_checkpoint(
     text = step_folders.state_text({**provenance(step, arch, world_size=1), **head})
     try:
         temporary_folder = step_folders.begin(directory, step)
-        planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
-        writer = torch_checkpoint.FileSystemWriter(str(temporary_folder), single_file_per_rank=True, sync_files=True, thread_count=1)
-        with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as get_ahead:
-            writer.fs = _SummedFiles(pool)
-            torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemandPlanner(get_ahead, specs), no_dist=True)
-        tensors = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
-        checksums.write_part(temporary_folder, 0, tensors)
+        _write_tensors(temporary_folder, specs, get)
         # Megatron-Core's additions: the name of its format, and the part that is not sharded (empty here).
         save_config(CheckpointingConfig("torch_dist", 1), str(temporary_folder))
         torch.save({}, temporary_folder / "common.pt")
@@ -141,3 +135,13 @@ def write_checkpoint(
         return step_folders.publish(temporary_folder)
     except (OSError, torch_checkpoint.CheckpointException) as error:
         raise ValueError(f"cannot write a checkpoint into {directory}: {error}") from error
+
+
+def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], torch.Tensor]) -> None:
+    """Write the tensors and their checksums."""
+    planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
+    writer = torch_checkpoint.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True, thread_count=1)
+    with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as get_ahead:
+        writer.fs = _SummedFiles(pool)
+        torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemandPlanner(get_ahead, specs), no_dist=True)
+    checksums.write_part(folder, 0, {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")})

@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -172,11 +173,7 @@ def write_folder(
         ValueError: If ``out`` holds something, cannot be written, or a file to copy does not exist.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already exists and is not an empty folder; choose another output or remove it")
-    partial = out.with_name(out.name + f".partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with _new_folder(out) as partial:
         _write_configs(partial, arch, _stated_type(weights))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
@@ -185,6 +182,19 @@ def write_folder(
         weight_map = WeightMap(arch)
         for kind, file in weights.items():
             write_weights(partial / f"{kind}.safetensors", weight_map, file, table, shard_bytes)
+    logger.info("wrote %s (%s)", out, " and ".join(weights))
+    return out
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``out`` when the block ends without an error, and is removed otherwise."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists and is not an empty folder; choose another output or remove it")
+    partial = out.with_name(out.name + f".partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -193,8 +203,6 @@ def write_folder(
     finally:
         if partial.exists():
             shutil.rmtree(partial)
-    logger.info("wrote %s (%s)", out, " and ".join(weights))
-    return out
 
 
 def copy_tokenizer(source: str | Path, out: Path) -> None:

@@ -49,19 +49,7 @@ def build_page(session: ChatSession, folder: str) -> gr.Blocks:
                 start_again = gr.Button("Start again", elem_id="again")
 
         def send(message_value: dict[str, Any], talk_before: Talk, *field_values: Any) -> Iterator[tuple[Any, Any, Any]]:
-            asked_messages = (*talk_before.messages, _user(message_value))
-            yield gr.skip(), talk_before, list(asked_messages)
-            try:
-                new_terms = (*map(read_image, message_value["files"]), *filter(None, [message_value["text"]]))
-                if not new_terms:
-                    raise ValueError("there is nothing to read; write something or add an image")
-                reply = yield from _reply_in_thread(session, (*talk_before.terms, *new_terms), Settings(*field_values))
-            except ValueError as error:
-                talk_after = Talk(talk_before.terms, (*asked_messages, _assistant(_plain_text(str(error)), "This cannot be")))
-                yield gr.skip(), talk_after, list(talk_after.messages)
-                return
-            talk_after = Talk((*talk_before.terms, *new_terms, *reply.terms), (*asked_messages, *_messages(reply, folder)))
-            yield None, talk_after, list(talk_after.messages)
+            yield from _turn(session, folder, message_value, talk_before, field_values)
 
         outputs = [message, talk, chatbot]
         submission = message.submit(send, [message, talk, *fields], outputs, api_visibility="undocumented", show_progress="minimal")
@@ -75,6 +63,25 @@ def build_page(session: ChatSession, folder: str) -> gr.Blocks:
         )
     page.queue(default_concurrency_limit=1, api_open=False)
     return page
+
+
+def _turn(
+    session: ChatSession, folder: str, message_value: dict[str, Any], talk_before: Talk, field_values: tuple[Any, ...]
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the changes of the message box, the conversation and its display during a turn."""
+    asked_messages = (*talk_before.messages, _user(message_value))
+    yield gr.skip(), talk_before, list(asked_messages)
+    try:
+        new_terms = (*map(read_image, message_value["files"]), *filter(None, [message_value["text"]]))
+        if not new_terms:
+            raise ValueError("there is nothing to read; write something or add an image")
+        reply = yield from _reply_in_thread(session, (*talk_before.terms, *new_terms), Settings(*field_values))
+    except ValueError as error:
+        talk_after = Talk(talk_before.terms, (*asked_messages, _assistant(_plain_text(str(error)), "This cannot be")))
+        yield gr.skip(), talk_after, list(talk_after.messages)
+        return
+    talk_after = Talk((*talk_before.terms, *new_terms, *reply.terms), (*asked_messages, *_messages(reply, folder)))
+    yield None, talk_after, list(talk_after.messages)
 
 
 def _reply_in_thread(

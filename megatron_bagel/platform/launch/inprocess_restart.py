@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bagel.platform.launch.process_group import free_port
-from megatron_bagel.platform.launch.rendezvous import agree_on_generation
+from megatron_bagel.platform.launch.rendezvous import generation_store
 
 #: Exit code of errors that another attempt may not meet (``training/resilience/error_report.py``).
 _RETRY_CODE = 1
@@ -41,9 +41,8 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
 
     if "RANK" not in os.environ:
         raise ValueError("--inprocess_restarts needs ranks that a launcher started; use torchrun, or drop the flag")
-    timeout, minute = timedelta(minutes=timeout_minutes), timedelta(minutes=1)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(agree_on_generation(store, rank, world_size, timeout), store)
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = generation_store(timeout)
     if rank == 0:
         store.set("port", str(free_port()))
 
@@ -57,8 +56,16 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
 
     # The wrapper finds the parameter to fill by this annotation, which must be an object instead of a string.
     run_attempt.__annotations__["call"] = inprocess.CallWrapper
-    inprocess.Wrapper(
-        store_kwargs={"port": int(store.get("port")), "timeout": timeout},
+    _wrapper(int(store.get("port")), restarts, world_size, timeout)(run_attempt)()
+
+
+def _wrapper(port: int, restarts: int, world_size: int, timeout: timedelta) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Return the wrapper that repeats a function on all ranks, which meet at ``port`` of the host of rank 0."""
+    from nvidia_resiliency_ext import inprocess
+
+    minute = timedelta(minutes=1)
+    return inprocess.Wrapper(
+        store_kwargs={"port": port, "timeout": timeout},
         initialize=inprocess.initialize.RetryController(max_iterations=restarts + 1, min_world_size=world_size),
         abort=inprocess.abort.AbortTorchDistributed(),
         # The watchdog handles hangs, because it names the rank.
@@ -67,7 +74,7 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
         barrier_timeout=timeout + 2 * minute,
         completion_timeout=timeout + 2 * minute,
         last_call_wait=timedelta(seconds=_ABORT_DELAY),
-    )(run_attempt)()
+    )
 
 
 def _succeeded(attempt: Callable[[], None], can_restart: bool) -> bool:

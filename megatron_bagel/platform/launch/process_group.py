@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_bagel.platform.cuda_on_cpu.patches import enter_thread
 from megatron_bagel.platform.device import backend, check_processes, device, has_gpu
-from megatron_bagel.platform.launch.rendezvous import agree_on_generation
+from megatron_bagel.platform.launch.rendezvous import generation_store
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,25 +45,23 @@ def init_distributed(
     if has_gpu():
         torch.cuda.set_device(device())
     timeout = timedelta(minutes=timeout_minutes)
-    if init_method is None:
-        present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
-        if present and len(present) < len(_LAUNCHER_VARIABLES):
-            absent = [name for name in _LAUNCHER_VARIABLES if name not in present]
-            raise ValueError(f"environment has {', '.join(present)} but not {', '.join(absent)}; start with torchrun, or unset them")
-        if not present:
-            init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
     if store is not None:
         rank, world_size = launched_rank(), launched_world_size()
-        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif init_method is None and not _has_launcher():
+        init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
     elif init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(agree_on_generation(store, rank, world_size, timeout), store)
-        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
-    elif init_method is None:
-        dist.init_process_group(backend(), timeout=timeout)
-    else:
-        dist.init_process_group(backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+        store, rank, world_size = generation_store(timeout)
+    dist.init_process_group(backend(), init_method=init_method, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _has_launcher() -> bool:
+    """Return whether the launcher's variables are set. Raises ValueError if only some are."""
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if present and len(present) < len(_LAUNCHER_VARIABLES):
+        absent = [name for name in _LAUNCHER_VARIABLES if name not in present]
+        raise ValueError(f"environment has {', '.join(present)} but not {', '.join(absent)}; start with torchrun, or unset them")
+    return bool(present)
 
 
 def side_store(name: str) -> dist.Store:

@@ -14,6 +14,16 @@ from uuid import uuid4
 import torch.distributed as dist
 
 
+def generation_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Meet the ranks that the launcher started.
+
+    Returns:
+        A store that no earlier ranks have written to, the rank and the world size.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(agree_on_generation(store, rank, world_size, timeout), store), rank, world_size
+
+
 def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """Return a name that these ranks share and no earlier ranks had.
 
