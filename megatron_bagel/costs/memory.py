@@ -45,11 +45,6 @@ class RankMemory:
     def __add__(self, other: RankMemory) -> RankMemory:
         return RankMemory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    @property
-    def total_bytes(self) -> int:
-        """Return the bytes of everything except activations."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes + self.autoencoder_bytes
-
 
 @dataclass(frozen=True)
 class _Tensor:

@@ -35,7 +35,6 @@ class Progress:
 
     step: int
     loss: float
-    l1: float
     psnr: float
 
 
@@ -107,9 +106,9 @@ def train_autoencoder(
     model.train().requires_grad_(True)
     for step in range(settings.steps):
         images = next(batches)
-        loss, l1, output = _step(model, images, settings, step, optimizers, generator)
+        loss, output = _step(model, images, settings, step, optimizers, generator)
         if step == settings.steps - 1 or (report is not None and step % report_every == 0):
-            progress = Progress(step, loss.item(), l1.item(), psnr(output, images))
+            progress = Progress(step, loss.item(), psnr(output, images))
             if report is not None:
                 report(progress)
     model.eval().requires_grad_(False)
@@ -123,8 +122,8 @@ def _step(
     step: int,
     optimizers: Sequence[torch.optim.Optimizer],
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train on one batch. Return the loss, its L1 part and the reconstructions [b, 3, H, W]."""
+) -> tuple[Tensor, Tensor]:
+    """Train on one batch. Return the loss and the reconstructions [b, 3, H, W]."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(settings, step) * group.get("lr_factor", 1.0)
     mean, logvar = model.encode_moments(images)
@@ -137,7 +136,7 @@ def _step(
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for optimizer in optimizers:
         optimizer.step()
-    return loss, l1, output.detach()
+    return loss, output.detach()
 
 
 @torch.no_grad()

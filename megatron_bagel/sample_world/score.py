@@ -20,11 +20,10 @@ SEARCH = 3  # pixels around the found centre in which outlines are tried, at 64 
 
 @dataclass(frozen=True)
 class Reading:
-    """The content of a picture: one shape and its overlap (0 to 1) with the ideal outline, or None if no shape was found."""
+    """The content of a picture: its shape, or None if no shape was found."""
 
     background: str
     shape: Shape | None
-    overlap: float = 0.0
 
 
 def nearest(colour: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
@@ -48,30 +47,14 @@ def read_single(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Read
     background = nearest(_median(pixels[~mask], pixels), BACKGROUNDS)
     if mask.mean() < MIN_CELL_SHARE / 9:
         return Reading(background, None)
-    return Reading(background, *_read_shape(pixels, mask, sizes))
-
-
-def read_scene(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Scene:
-    """Read a picture of any number of shapes, at most one per cell of the 3 x 3 grid."""
-    mask = chroma_mask(pixels)
-    height, width = mask.shape
-    shapes = []
-    for position in POSITIONS:
-        x, y = centre(position, width, height)
-        rows = slice(round(y - height / 6), round(y + height / 6))
-        columns = slice(round(x - width / 6), round(x + width / 6))
-        cell_mask = np.zeros_like(mask)
-        cell_mask[rows, columns] = mask[rows, columns]
-        if cell_mask[rows, columns].mean() >= MIN_CELL_SHARE:
-            shapes.append(_read_shape(pixels, cell_mask, sizes)[0])
-    return Scene(nearest(_median(pixels[~mask], pixels), BACKGROUNDS), tuple(shapes), width, height)
+    return Reading(background, _read_shape(pixels, mask, sizes))
 
 
 def _median(selected: np.ndarray, all_pixels: np.ndarray) -> np.ndarray:
     return np.median(selected if len(selected) else all_pixels.reshape(-1, 3), axis=0)
 
 
-def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) -> tuple[Shape, float]:
+def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) -> Shape:
     height, width = mask.shape
     ys, xs = np.nonzero(mask)
     core = pixels[_eroded(mask)]  # edge pixels are mixed with the background
@@ -80,8 +63,8 @@ def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) ->
     box = (np.quantile(xs, [0.01, 0.99]).mean() + 0.5, np.quantile(ys, [0.01, 0.99]).mean() + 0.5)
     cells = [centre(position, width, height) for position in POSITIONS]
     position = POSITIONS[int(np.argmin([(x - box[0]) ** 2 + (y - box[1]) ** 2 for x, y in cells]))]
-    overlap, kind, size = max((_overlap(mask, kind, size, box), kind, size) for kind in SHAPES for size in sizes)
-    return Shape(colour, kind, position, size), overlap
+    _, kind, size = max((_overlap(mask, kind, size, box), kind, size) for kind in SHAPES for size in sizes)
+    return Shape(colour, kind, position, size)
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_bagel.checkpoint.convert import Companions, export_checkpoint, import_folder
 from megatron_bagel.checkpoint.dist import checksums
 from megatron_bagel.checkpoint.dist.load import load_weights_only
-from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.saver import Saver
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.hf.folder import HFFolder, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -91,7 +91,7 @@ def load_and_save(layout: Layout, arch: BagelArch, journeys: list[tuple[Path, Pa
                 for parameter in module.parameters():
                     parameter.fill_(float("nan"))
         load_weights_only(there, modules, arch, kind)
-        save_checkpoint(here, 1, Trained(modules, arch), {})
+        Saver(here).save(1, Trained(modules, arch), {})
 
 
 def _travel(source: Path, arch: BagelArch, kind: str, names: list[str], root: Path) -> list[Path]:

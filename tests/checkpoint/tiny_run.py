@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel.checkpoint.dist.load import load_checkpoint
-from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.saver import Saver
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.hf.initial_weights import initialise
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -107,7 +107,7 @@ def train_and_save(directory: Path, options: dict, steps: int = 2, more: int = 2
     trained = tiny_run(**options)
     for step in range(steps):
         train_step(trained, step)
-    save_checkpoint(directory, steps, trained, {"note": steps, "ratio": 0.1})
+    Saver(directory).save(steps, trained, {"note": steps, "ratio": 0.1})
     for step in range(steps, steps + more):
         train_step(trained, step)
     return weights(trained) | averages(trained)

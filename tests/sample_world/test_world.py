@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.sample_world.score import read_scene, read_single
+from megatron_bagel.sample_world.score import read_single
 from megatron_bagel.sample_world.text import EDITS, captions, draw_edit, questions
 from megatron_bagel.sample_world.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
-from megatron_bagel.sample_world.world import COLOURS, POSITIONS, SHAPES, World, draw_scene, parse_pairs, render
+from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Shape, World, centre, draw_scene, parse_pairs, render
 
 FIRST = World()
 CROWDED = World(max_count=4, sizes=("small", "large"), picture_sizes=((64, 64), (96, 64)))
@@ -36,7 +36,24 @@ def test_scenes_of_several_shapes_are_read_back(seed: int) -> None:
     scene = draw_scene(CROWDED, keyed_generator(seed, "scene"))
     pixels = render(scene)
     assert pixels.shape == (scene.height, scene.width, 3) and pixels.dtype == np.uint8
-    assert read_scene(pixels, CROWDED.sizes) == scene
+    background = read_single(pixels).background
+    assert background == scene.background
+    assert _shapes(pixels, background) == scene.shapes
+
+
+def _shapes(pixels: np.ndarray, background: str) -> tuple[Shape, ...]:
+    """Read each cell of the 3 x 3 grid alone, with the background around it."""
+    height, width = pixels.shape[:2]
+    shapes = []
+    for position in POSITIONS:
+        x, y = centre(position, width, height)
+        rows = slice(round(y - height / 6), round(y + height / 6))
+        columns = slice(round(x - width / 6), round(x + width / 6))
+        cell = np.empty_like(pixels)
+        cell[:] = BACKGROUNDS[background]
+        cell[rows, columns] = pixels[rows, columns]
+        shapes.append(read_single(cell, CROWDED.sizes).shape)
+    return tuple(shape for shape in shapes if shape is not None)
 
 
 def test_scorer_finds_no_shape_in_an_empty_picture() -> None:

@@ -148,12 +148,6 @@ class Saver:
             ) from error
 
 
-def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_state: Mapping[str, Any]) -> Path:
-    """Save once, wait, and return the checkpoint's folder. Parameters and errors are those of ``Saver.save``."""
-    Saver(Path(directory)).save(step, trained, run_state)
-    return step_folders.step_folder(directory, step)
-
-
 def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:
     """Run Megatron's writer and compute the checksums of its files; a background save does both in the forked process."""
     write(rank, buckets, results)

@@ -167,7 +167,7 @@ def _dropped(batch: _Batch, slots: _Slots) -> np.ndarray:
 
 
 def _totals(slots: _Slots, dropped: np.ndarray, settings: PlanSettings) -> np.ndarray:
-    """Sum the slots; the mask area grows item by item as in ``cost_model.mask_area``."""
+    """Sum the slots; the mask area grows item by item, by the rule of ``layout/mask.py``."""
     samples, count = slots.kind.shape
     tokens, full_tokens, area, visible_tokens, vit, vae = (np.zeros(samples, dtype=np.int64) for _ in range(6))
     for slot in range(count):

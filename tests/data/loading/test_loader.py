@@ -12,10 +12,11 @@ from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.keyed_random import keyed_generator, keyed_integers
 from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise, raw_timesteps
-from megatron_bagel.data.planner.cost_model import CostModel, Measures, measure_sample
+from megatron_bagel.data.planner.cost_model import CostModel, Measures
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.pack import LayoutSpec, PackImage, build_pack
+from tests.data.planner.measured_sample import measure_sample
 
 SPEC = LayoutSpec(bos=1, eos=2, start_of_image=3, end_of_image=4, vit_max_side=8, max_latent_size=8)
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
-from megatron_bagel.data.planner.cost_model import COST_UNIT, CostModel, mask_area, measure_sample
+from megatron_bagel.data.planner.cost_model import COST_UNIT, CostModel
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import LayoutSpec, build_pack
+from tests.data.planner.measured_sample import mask_area, measure_sample
 
 SPEC = LayoutSpec(bos=1, eos=2, start_of_image=3, end_of_image=4, vit_max_side=8, max_latent_size=8)
 FLAG, SIDE = st.booleans(), st.integers(1, 3)

@@ -12,12 +12,12 @@ import pytest
 
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.planner.cost_model import measure_sample
 from megatron_bagel.data.planner.group_source import GroupSource, open_sources
 from megatron_bagel.data.planner.sample_plan import ConditionDropout, PlanSettings
 from megatron_bagel.data.sources.dataset_config import parse_groups
 from megatron_bagel.layout.pack import LayoutSpec, build_pack
 from tests.data.index_files import png, talk, write_lines, write_t2i
+from tests.data.planner.measured_sample import measure_sample
 
 SPEC = LayoutSpec(bos=411, eos=412, start_of_image=419, end_of_image=420, vit_max_side=16, max_latent_size=16)
 VAE = {"image_stride": 16, "max_image_size": 96, "min_image_size": 32, "max_pixels": 3000}

@@ -25,12 +25,12 @@ def test_bf16_weights_and_fp32_compute(tiny_folder: Path, single_rank: None) -> 
 
 
 def test_training_checkpoint_equals_the_folder(engine: Engine, tiny_folder: Path, tmp_path: Path) -> None:
-    from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+    from megatron_bagel.checkpoint.dist.saver import Saver
     from megatron_bagel.checkpoint.dist.state import Trained
 
     modules = {"decoder": engine.decoder, "vision": engine.vision_tower}
     run = {"config": {"model": {"vae_path": str(tiny_folder / "ae.safetensors"), "tokenizer_path": str(tiny_folder)}}}
-    save_checkpoint(tmp_path, 3, Trained(modules, engine.arch), run)
+    Saver(tmp_path).save(3, Trained(modules, engine.arch), run)
     loaded = load_engine(tmp_path)
     theirs = dict(loaded.decoder.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in engine.decoder.named_parameters())
@@ -39,10 +39,10 @@ def test_training_checkpoint_equals_the_folder(engine: Engine, tiny_folder: Path
 
 
 def test_checkpoint_without_its_files_asks_for_them(engine: Engine, tmp_path: Path) -> None:
-    from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+    from megatron_bagel.checkpoint.dist.saver import Saver
     from megatron_bagel.checkpoint.dist.state import Trained
 
-    save_checkpoint(tmp_path, 1, Trained({"decoder": engine.decoder, "vision": engine.vision_tower}, engine.arch), {})
+    Saver(tmp_path).save(1, Trained({"decoder": engine.decoder, "vision": engine.vision_tower}, engine.arch), {})
     with pytest.raises(ValueError, match="tokenizer .not recorded. does not exist; give its location with --tokenizer"):
         load_engine(tmp_path / "0000001")
 
