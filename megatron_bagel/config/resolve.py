@@ -200,7 +200,7 @@ def architecture(config: Config) -> BagelArch:
         arch = BagelArch.from_hf_folder(
             Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
-            unstated=settings,
+            defaults=settings,
             **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
