@@ -116,7 +116,7 @@ def test_what_cannot_work_is_refused_at_the_start(
     [
         (["--tensor_model_parallel_size", "3"], "= 3 ranks per replica do not divide the 8 ranks of this run"),
         (["--tensor_model_parallel_size", "8"], "attention heads cannot be divided by 8; sizes that work: 1 or 2"),
-        (["--pipeline_model_parallel_size", "8"], "2 layers cannot be dealt evenly to 8 stages"),
+        (["--pipeline_model_parallel_size", "8"], "2 layers cannot be divided evenly among 8 stages"),
         (["--context_parallel_size", "8", "--cp_comm_type", "a2a"], "cannot be divided by 8; sizes that work: 1"),
         (["--sequence_parallel"], "it needs --tensor_model_parallel_size above 1"),
         (["--global_batch_size", "12"], "is not a multiple of the 8 data-parallel replicas"),
