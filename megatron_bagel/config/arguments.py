@@ -148,7 +148,7 @@ class TrainingArguments:
     eval_cfg_img_scale: float = flag(1.5, "Guidance on the input image for edited evaluation pictures. 1 turns it off.", minimum=1)
     eval_answer_tokens: int = flag(32, "Maximum length of an evaluation answer. Each token takes a pass.", minimum=1)
     save_every: int = original_flag(2000, "Steps between checkpoints.", minimum=1, aliases=("save_interval",))
-    async_save: bool = megatron_flag(False, "Write checkpoints in the background while training goes on.")
+    async_save: bool = megatron_flag(False, "Write checkpoints in the background while training continues.")
     keep_last: int = flag(0, "Keep this many of the newest checkpoints and remove older ones. 0 keeps all.", minimum=0)
     keep_every: int = flag(0, "With keep_last, also keep checkpoints of steps divisible by this number. 0 keeps no others.", minimum=0)
     verify_checkpoint: bool = flag(True, "Compare a checkpoint's checksums before loading it. This reads it one more time.")
