@@ -17,7 +17,7 @@ from megatron_bagel.config.original_flags import SHARDING_STRATEGIES, as_is, bec
 class ModelArguments:
     """Flags of the model: its shape, the source of its first weights, and the dropout of conditions."""
 
-    model_path: str = original_flag("hf/BAGEL-7B-MoT", "Folder in BAGEL's released layout. Only read with finetune_from_hf.")
+    model_path: str = original_flag("hf/BAGEL-7B-MoT", "Folder in BAGEL's released format. Only read with finetune_from_hf.")
     llm_path: str = original_flag(
         "hf/Qwen2.5-0.5B-Instruct/", "Qwen2 folder with config.json, weights and tokenizer. Not read with finetune_from_hf."
     )
@@ -153,7 +153,7 @@ class TrainingArguments:
     keep_every: int = flag(0, "With keep_last, also keep checkpoints of steps divisible by this number. 0 keeps no others.", minimum=0)
     verify_checkpoint: bool = flag(True, "Compare a checkpoint's checksums before loading it. This reads it one more time.")
     export_hf_every: int = flag(
-        0, "Steps between exports to results_dir/hf: EMA weights in the released layout, from a checkpoint saved then. 0 never exports.",
+        0, "Steps between exports to results_dir/hf: EMA weights in the released format, from a checkpoint saved then. 0 never exports.",
         minimum=0,
     )  # fmt: skip
     total_steps: int = original_flag(500_000, "Optimizer steps to run.", minimum=1, aliases=("train_iters",))

@@ -23,7 +23,7 @@ def check_paths(config: Config) -> None:
         if training.vae_encode_bf16:
             raise ValueError("--vae_encode_bf16 says how images are encoded, but --latent_cache holds them encoded: leave one of them out")
     if training.finetune_from_hf:
-        _need_folder("model_path", model.model_path, "a folder in BAGEL's released layout")
+        _need_folder("model_path", model.model_path, "a folder in BAGEL's released format")
         _need_file("model_path", Path(model.model_path) / "llm_config.json", "the decoder's configuration")
         if training.visual_und:
             _need_file("model_path", Path(model.model_path) / "vit_config.json", "the vision tower's configuration (or --visual_und False)")

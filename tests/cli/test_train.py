@@ -69,7 +69,7 @@ def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Pat
         "--results_dir", str(tmp_path / "a"), "--checkpoint_dir", str(tmp_path / "a/checkpoints"), "--max_latent_size", "64",
     ]  # fmt: skip
     assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"], tmp_path / "a.txt") == 0
-    assert architecture_reads(tmp_path / "a.txt") == {"qwen/config.json": 1, "siglip/config.json": 1, "world0/ae_config.json": 1}
+    assert architecture_reads(tmp_path / "a.txt") == {"qwen/config.json": 1, "siglip/config.json": 1, f"{world.name}/ae_config.json": 1}
     assert (tmp_path / "a/index/manifest.json").is_file(), "without --index_dir the index is made below results_dir"
     assert len(read_history(tmp_path / "a/metrics.jsonl")) == 2
     model = tmp_path / "model"
