@@ -13,8 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
 #: Where the first sentence also ends on the first line. Folders join when the docstrings of the last of their files do so.
-ONE_LINE_ROOMS = ("checkpoint", "cli", "common", "costs", "data", "encoders", "inference", "layout", "model", "parallel", "platform",
-                  "sample_world")  # fmt: skip
+ONE_LINE_ROOMS = ("checkpoint", "cli", "common", "config", "costs", "data", "encoders", "inference", "layout", "model", "parallel",
+                  "platform", "sample_world")  # fmt: skip
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

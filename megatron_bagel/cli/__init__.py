@@ -1,4 +1,4 @@
-"""The console commands: they parse, resolve a run once, and hand settings to the rooms below."""
+"""The console commands. They parse flags, resolve a run once, and hand settings to the rooms below."""
 
 from megatron_bagel.cli.console import quiet
 

@@ -1,4 +1,4 @@
-"""From flags to what a step costs, for a run and for a plan."""
+"""The costs of a step from flags, for a run and for a plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from megatron_bagel.costs.inputs import CostInputs
 
 
 def cost_inputs(config: Config, arch: BagelArch, world_size: int, has_gpu: bool = True) -> CostInputs:
-    """What a step of the run costs. Raises ValueError, with the flag and what would work, for settings that cannot."""
+    """Return the inputs of the formulas for memory and work of a step.
+
+    Raises:
+        ValueError: for settings that cannot work, with the flag and the values that would.
+    """
     validate_settings(config, world_size, has_gpu)
     validate_architecture(config, arch)
     sizes = resolve(config, world_size, has_gpu)
@@ -19,6 +23,6 @@ def cost_inputs(config: Config, arch: BagelArch, world_size: int, has_gpu: bool 
 
 
 def freeze_settings(config: Config) -> FreezeSettings:
-    """What does not train."""
+    """Return the parts that do not train."""
     training = config.training
     return FreezeSettings(llm=training.freeze_llm, vit=training.freeze_vit, und=training.freeze_und)

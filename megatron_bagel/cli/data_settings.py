@@ -1,4 +1,4 @@
-"""From flags to the settings of a run's data; imports nothing of the model."""
+"""The settings of a run's data from flags. This module imports nothing of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_bagel.data.planner.sample_plan import ConditionDropout
 
 
 def data_settings(config: Config) -> DataSettings:
-    """Files, packs and reading processes of the run."""
+    """Return the settings of files, packs and reading processes."""
     model, data, training = config.model, config.data, config.training
     return DataSettings(
         dataset_config_file=data.dataset_config_file,

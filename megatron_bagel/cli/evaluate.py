@@ -1,4 +1,4 @@
-"""Answers to a benchmark's questions in the layout its scorer expects: ``python -m megatron_bagel.evaluate geneval FILE --model DIR``."""
+"""Answers to a benchmark's questions in its scorer's format: ``python -m megatron_bagel.evaluate geneval FILE --model DIR``."""
 
 from __future__ import annotations
 
@@ -21,31 +21,37 @@ from megatron_bagel.inference.batch.run import run_prompts
 from megatron_bagel.platform.launch.process_group import launched_rank, shutdown_distributed
 
 _PROG = "python -m megatron_bagel.evaluate"
-_EPILOG = """The options are those of megatron_bagel.generate; what a benchmark was measured with is set already, and what you give
-wins. OUT/answers holds what was generated and OUT/scored what the scorer reads. A run that was interrupted goes on with --resume."""
+_EPILOG = """The options are those of megatron_bagel.generate. The benchmark sets the options that it was measured with; options that you
+give win. OUT/answers holds the answers, and OUT/scored holds the scorer's input. --resume continues an interrupted run."""
 
 
 def build_parser(prog: str = _PROG) -> argparse.ArgumentParser:
-    """The command line: generation's own, and the benchmark."""
+    """Return generation's parser with the benchmark's arguments added."""
     parser = generation_parser()
     parser.prog, parser.epilog = prog, _EPILOG
     parser.description = "Answer the questions of a benchmark and write them where its scorer looks."
-    parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="decides how QUESTIONS are read and what is written")
-    parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="the benchmark's file, or folder of files")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument(
+        "benchmark", choices=sorted(BENCHMARKS), help="name of the benchmark, which sets the formats of QUESTIONS and of the scorer's input"
+    )
+    parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="file of the benchmark, or folder of files")
+    parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
     parser.set_defaults(out="evaluation")
     return parser
 
 
 def parse(argv: Sequence[str], prog: str = _PROG) -> Namespace:
-    """Arguments, with the benchmark's settings where none is given."""
+    """Return the arguments, with the benchmark's settings for those that are not given."""
     parser = build_parser(prog)
     parser.set_defaults(**BENCHMARKS[parse_arguments(argv, parser).benchmark].options)
     return parse_arguments(argv, parser)
 
 
 def run(args: Namespace) -> int:
-    """Read, answer, hand on; returns how many answers there are. Raises ValueError for what cannot be."""
+    """Read the questions, answer them, and write the scorer's input. Returns the number of answers.
+
+    Raises:
+        ValueError: for options that contradict the benchmark, and for questions that cannot be read.
+    """
     if args.input or getattr(args, "terms", None):
         raise ValueError("the questions come from the benchmark: leave --input, --prompt and --image out")
     if args.limit is not None and args.limit < 1:
@@ -69,15 +75,15 @@ def _with_options(prompt: Prompt, options: Namespace, size: tuple[int, int] | No
 
 
 def _answers(items: Sequence[BenchmarkItem], folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
-    """Lines of results.jsonl by the name of their prompt."""
+    """Return the lines of results.jsonl by the name of their prompt."""
     lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()
-    found = {record["id"]: record for record in map(json.loads, lines)}
+    records = {record["id"]: record for record in map(json.loads, lines)}
     names = {item.prompt.name for item in items}
-    return {name: [found[name]] if samples == 1 else [found[f"{name}_{n}"] for n in range(samples)] for name in names}
+    return {name: [records[name]] if samples == 1 else [records[f"{name}_{n}"] for n in range(samples)] for name in names}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
-    """Entry point; mistakes of the user end with one sentence and status 2."""
+    """Run the command. Returns the exit status: 2 after an error of the user, which is printed as one sentence."""
     args = parse(sys.argv[1:] if argv is None else argv, prog)
     platform.install()
     try:

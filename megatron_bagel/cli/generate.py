@@ -1,4 +1,4 @@
-"""Pictures from prompts, edited pictures, answers about pictures: ``python -m megatron_bagel.generate --help``."""
+"""Pictures from prompts, edited pictures, and answers about pictures: ``python -m megatron_bagel.generate --help``."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from megatron_bagel.platform.launch.process_group import launched_rank, shutdown
 
 
 def collect_prompts(args: Namespace) -> list[Prompt]:
-    """Prompts of the command line or of ``--input``; ValueError for none, or for both."""
+    """Return the prompts of the command line or of ``--input``. Raises ValueError for none, or for both."""
     size = parse_size(args.image_size) if args.image_size else None
-    common = {"think": args.think, "system_prompt": args.system_prompt, "size": size}
+    settings = {"think": args.think, "system_prompt": args.system_prompt, "size": size}
     terms: list[tuple[str, str]] = getattr(args, "terms", None) or []
     if args.system_prompt and not args.think:
         raise ValueError("--system-prompt replaces the prompt of --think; pass --think as well")
     if args.input:
         if terms:
             raise ValueError("give either --input or --prompt and --image, not both")
-        return read_prompts(args.input, args.task, common)
+        return read_prompts(args.input, args.task, settings)
     if args.task == "interleave":
-        return [make_prompt("00000", "interleave", (), (), terms, args.output, **common)]
-    texts, images = ([value for kind, value in terms if kind == wanted] for wanted in ("text", "image"))
+        return [make_prompt("00000", "interleave", (), (), terms, args.output, **settings)]
+    texts, images = ([value for kind, value in terms if kind == term_kind] for term_kind in ("text", "image"))
     if not texts:
         raise ValueError("there is nothing to do: give --prompt TEXT or --input FILE")
-    return [make_prompt(f"{i:05d}", args.task, [text], images, (), args.output, **common) for i, text in enumerate(texts)]
+    return [make_prompt(f"{i:05d}", args.task, [text], images, (), args.output, **settings) for i, text in enumerate(texts)]
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.generate") -> int:
-    """Entry point; mistakes of the user end with one sentence and status 2."""
+    """Run the command. Returns the exit status: 2 after an error of the user, which is printed as one sentence."""
     parser = build_parser()
     parser.prog = prog
     args = parse_arguments(sys.argv[1:] if argv is None else argv, parser)

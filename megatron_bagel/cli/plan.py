@@ -1,4 +1,4 @@
-"""Plan a run before it has a machine: ``python -m megatron_bagel.plan --model bagel-7b-mot --gpus 64 [flags of training]``."""
+"""The plan of a run that has no machine yet: ``python -m megatron_bagel.plan --model bagel-7b-mot --gpus 64 [flags of training]``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megatron_bagel.config.resolved_yaml import resolved_yaml
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.plan") -> int:
-    """Check the settings, then print the plan or the best layouts. Returns the process's exit code."""
+    """Check the settings, then print the plan or the best parallel plans. Returns the exit status."""
     try:
-        config, wanted = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, prog)
-        if wanted.print_config:
-            check_values(wanted)
-            print(resolved_yaml(config, wanted.gpus, has_gpu=True), end="")
+        config, options = parse_with(PlanArguments, sys.argv[1:] if arguments is None else arguments, prog)
+        if options.print_config:
+            check_values(options)
+            print(resolved_yaml(config, options.gpus, has_gpu=True), end="")
             return 0
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
         from megatron_bagel.cli.resolve_plan import resolve_plan
         from megatron_bagel.planning.command import answer
         from megatron_bagel.planning.report import tables_of_names
 
-        print(tables_of_names() if wanted.list_models else answer(resolve_plan(config, wanted), wanted))
+        print(tables_of_names() if options.list_models else answer(resolve_plan(config, options), options))
     except ValueError as error:
         print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2

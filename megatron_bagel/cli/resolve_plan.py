@@ -1,4 +1,4 @@
-"""From flags to the run that is planned, with the sizes that were asked for or with others."""
+"""The planned run from flags, with the given parallel sizes or with others."""
 
 from __future__ import annotations
 
@@ -24,38 +24,46 @@ _SEARCHED = frozenset({
 })  # fmt: skip
 
 
-def resolve_plan(config: Config, wanted: PlanArguments) -> PlannedRun:
-    """The run that the flags describe. Raises ValueError naming the flag that is wrong."""
-    check_values(wanted)
-    arch = planned_model(wanted.model, config)
-    if wanted.search:
-        # What no layout can repair is refused before the search, which takes every refusal for a size that does not fit.
+def resolve_plan(config: Config, options: PlanArguments) -> PlannedRun:
+    """Return the run that the flags describe.
+
+    Args:
+        config: Flags of training.
+        options: Flags of the plan.
+
+    Raises:
+        ValueError: with the flag that is wrong.
+    """
+    check_values(options)
+    arch = planned_model(options.model, config)
+    if options.search:
+        # The search takes every refusal for a size that does not fit. Refuse first what is wrong with any parallel sizes.
         refuse_unsupported_values(config)
         check_numbers(config)
         check_consistency(config)
 
     def inputs_of(settings: dict[str, Any]) -> CostInputs:
-        return cost_inputs(with_sizes(config, wanted.gpus, settings) if settings else config, arch, wanted.gpus)
+        return cost_inputs(with_sizes(config, options.gpus, settings) if settings else config, arch, options.gpus)
 
     return PlannedRun(arch, config.data.max_num_tokens, config.training.peak_device_tflops, inputs_of)
 
 
 def with_sizes(config: Config, gpus: int, settings: dict[str, Any]) -> Config:
-    """``config`` with other sizes, as if flags had given them. Its global batch stays, or is one pack per GPU."""
+    """Return ``config`` with other sizes, as if flags had given them. Without a given global batch, its global batch stays too."""
     batch = config.megatron.global_batch_size or gpus * config.training.gradient_accumulation_steps
-    given = {name for name, value in settings.items() if value not in (None, [])}
+    given_names = {name for name, value in settings.items() if value not in (None, [])}
     return replace(
         config,
         megatron=replace(
             config.megatron, global_batch_size=batch, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
             num_layers_per_virtual_pipeline_stage=None, **{"recompute_modules": [], "recompute_method": "uniform", **settings},
         ),
-        given=(config.given - _SEARCHED) | given,
+        given=(config.given - _SEARCHED) | given_names,
     )  # fmt: skip
 
 
 def planned_model(name: str | None, config: Config) -> BagelArch:
-    """A named size or a model folder, with the given flags of training on top; with neither, what those flags alone describe."""
+    """Return a named size or the model of a folder, changed by given flags of training. Without a name, the flags describe the model."""
     if name is None:
         return architecture(config)
     arch, model, training, given = model_named(name), config.model, config.training, config.given
@@ -65,11 +73,11 @@ def planned_model(name: str | None, config: Config) -> BagelArch:
         "qk_norm": model.llm_qk_norm,
         "tie_word_embeddings": model.tie_word_embeddings,
     }
-    own = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
+    sizes = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
     return replace(
         arch,
         llm=replace(arch.llm, **{name: value for name, value in llm.items() if flag_of.get(name, name) in given}),
         vit=arch.vit if training.visual_und else None,
         autoencoder=arch.autoencoder if training.visual_gen else None,
-        **own,
+        **sizes,
     )

@@ -1,10 +1,11 @@
-"""From a configuration to a resolved run: the one place where flags become settings of components.
+"""The resolved run from a configuration: the one place where flags become settings of components.
 
-It imports what it describes, Megatron-Core included, so the platform must be in place first.
+This module imports every component, and Megatron-Core with them. So the platform must be installed first.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_bagel import platform
@@ -13,13 +14,14 @@ from megatron_bagel.assembly.starting_weights import InitialSettings, StartSetti
 from megatron_bagel.checkpoint.dist.local_files import LocalCheckpointSettings
 from megatron_bagel.checkpoint.dist.saver import SaveSettings
 from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
+from megatron_bagel.cli.console import absent_speedups
 from megatron_bagel.cli.cost_settings import freeze_settings
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedSizes, autoencoder_path, resolve, tokenizer_path
 from megatron_bagel.config.validate import validate_architecture
-from megatron_bagel.data.tokenizer import load_tokenizer
+from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
 from megatron_bagel.inference.core.guidance import Guidance
 from megatron_bagel.inference.core.image import ImageSampling
@@ -39,25 +41,23 @@ from megatron_bagel.training.saving import SavingSettings
 from megatron_bagel.training.step import StepSettings
 
 
-def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: bool) -> ResolvedRun:
-    """Settings of every component of the run.
+def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool) -> ResolvedRun:
+    """Return the settings of every component of a run.
 
     Args:
-        config: what the flags and the file say; it has passed ``validate``.
-        described: the model that ``validate`` read.
-        world_size: ranks of the run.
-        has_gpu: whether it runs on GPUs.
+        config: Settings of the run, which have passed ``validate``.
+        arch: The model that ``validate`` read.
+        world_size: Number of ranks.
+        has_gpu: Whether the run uses GPUs.
 
     Raises:
-        ValueError: the tokenizer cannot be read, or the vocabulary that holds its tokens cannot be cut as the sizes ask for.
+        ValueError: if the tokenizer cannot be read, or tensor parallelism cannot divide the model with its vocabulary.
     """
-    training, sizes = config.training, resolve(config, world_size, has_gpu)
-    tokenizer = load_tokenizer(tokenizer_path(config))
-    arch = grown_vocabulary(described, len(tokenizer))
-    validate_architecture(config, arch)
-    return ResolvedRun(
+    training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
+    tokenizer, grown_arch = tokenizer_and_model(config, arch)
+    run = ResolvedRun(
         record=config.to_dict(),
-        arch=arch,
+        arch=grown_arch,
         tokenizer=tokenizer,
         megatron=config.megatron,
         sizes=sizes,
@@ -66,7 +66,7 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
         data=data_settings(config),
         start=start_settings(config),
         build=build_settings(config),
-        encoding=ImageEncoderSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16),
+        encoding=encoding_settings(config),
         optimizer=optimizer_settings(config, sizes),
         schedule=schedule_settings(config),
         ema_decay=training.ema,
@@ -78,14 +78,36 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
         saving=saving_settings(config),
         resilience=resilience_settings(config),
         observing=config.observing,
+    )
+    return with_optional_components(run, config)
+
+
+def sizes_with_notes(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
+    """Return the derived settings. Their lines for the start-up log name the optional speed-ups that are not installed."""
+    sizes, speedups = resolve(config, world_size, has_gpu), absent_speedups()
+    return sizes if speedups is None else replace(sizes, notes=(*sizes.notes, speedups))
+
+
+def tokenizer_and_model(config: Config, arch: BagelArch) -> tuple[Tokenizer, BagelArch]:
+    """Return the tokenizer, and the model with a vocabulary that holds every token."""
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    grown_arch = grown_vocabulary(arch, len(tokenizer))
+    validate_architecture(config, grown_arch)
+    return tokenizer, grown_arch
+
+
+def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:
+    """Return the run with the settings of components that only some runs have."""
+    return replace(
+        run,
         local_checkpoints=local_checkpoint_settings(config),
-        evaluation=evaluation_settings(config) if training.eval_every else None,
-        wandb=wandb_settings(config) if sizes.use_wandb else None,
+        evaluation=evaluation_settings(config) if config.training.eval_every else None,
+        wandb=wandb_settings(config) if run.sizes.use_wandb else None,
     )
 
 
 def start_settings(config: Config) -> StartSettings:
-    """Where the run starts."""
+    """Return the settings of the run's starting point."""
     model, training = config.model, config.training
     llm, vit = (None, None) if model.init_random else (model.llm_path, model.vit_path if training.visual_und else None)
     return StartSettings(
@@ -100,13 +122,19 @@ def start_settings(config: Config) -> StartSettings:
 
 
 def build_settings(config: Config) -> BuildSettings:
-    """How its modules are built."""
-    autoencoder = autoencoder_path(config) if config.data.latent_cache is None else None
-    return BuildSettings(config.megatron, freeze_settings(config), autoencoder)
+    """Return the settings of building modules."""
+    autoencoder_file = autoencoder_path(config) if config.data.latent_cache is None else None
+    return BuildSettings(config.megatron, freeze_settings(config), autoencoder_file)
+
+
+def encoding_settings(config: Config) -> ImageEncoderSettings:
+    """Return the settings of the image encoders."""
+    training = config.training
+    return ImageEncoderSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
 
 
 def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSettings:
-    """AdamW, and where its state is."""
+    """Return the settings of AdamW and the sharding of its state."""
     training, megatron = config.training, config.megatron
     return OptimizerSettings(
         lr=training.lr,
@@ -123,7 +151,7 @@ def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSetting
 
 
 def schedule_settings(config: Config) -> ScheduleSettings:
-    """The learning rate of every step."""
+    """Return the settings of the learning rate."""
     training = config.training
     return ScheduleSettings(
         training.lr, training.min_lr, training.warmup_steps, training.total_steps, training.lr_scheduler, training.zero_lr_first_step
@@ -131,7 +159,7 @@ def schedule_settings(config: Config) -> ScheduleSettings:
 
 
 def step_settings(config: Config, sizes: ResolvedSizes) -> StepSettings:
-    """What every step is told."""
+    """Return the settings that all steps share."""
     training, megatron = config.training, config.megatron
     return StepSettings(
         LossWeights(training.ce_weight, training.mse_weight, training.ce_loss_reweighting),
@@ -145,7 +173,7 @@ def step_settings(config: Config, sizes: ResolvedSizes) -> StepSettings:
 
 
 def step_log_settings(config: Config, sizes: ResolvedSizes) -> StepLogSettings:
-    """Which steps are logged, and with which sizes."""
+    """Return the settings of log lines."""
     training = config.training
     return StepLogSettings(
         log_every=training.log_every,
@@ -157,7 +185,7 @@ def step_log_settings(config: Config, sizes: ResolvedSizes) -> StepLogSettings:
 
 
 def saving_settings(config: Config) -> SavingSettings:
-    """When the run saves, and what it keeps."""
+    """Return the settings of checkpoints and exports."""
     training = config.training
     return SavingSettings(
         checkpoint_dir=Path(training.checkpoint_dir),
@@ -169,7 +197,7 @@ def saving_settings(config: Config) -> SavingSettings:
 
 
 def local_checkpoint_settings(config: Config) -> LocalCheckpointSettings | None:
-    """Checkpoints on the disks of the nodes, or None."""
+    """Return the settings of checkpoints on the disks of the nodes, or None without them."""
     resilience = config.resilience
     if resilience.local_checkpoint_dir is None:
         return None
@@ -177,14 +205,14 @@ def local_checkpoint_settings(config: Config) -> LocalCheckpointSettings | None:
 
 
 def resilience_settings(config: Config) -> ResilienceSettings:
-    """What is done when something goes wrong. The watchdog speaks before the collectives give up."""
-    resilience, collective = config.resilience, config.megatron.distributed_timeout_minutes
-    step = min(resilience.hang_timeout_minutes, 0.8 * collective)
+    """Return the settings of what the run does when something goes wrong. The watchdog acts before collectives give up."""
+    resilience, collective_minutes = config.resilience, config.megatron.distributed_timeout_minutes
+    step_minutes = min(resilience.hang_timeout_minutes, 0.8 * collective_minutes)
     return ResilienceSettings(
         results_dir=Path(config.training.results_dir),
-        limits=Limits(step * 60, resilience.first_step_timeout_minutes * 60),
-        collective_minutes=collective,
-        first_collective_minutes=max(collective, resilience.first_step_timeout_minutes),
+        limits=Limits(step_minutes * 60, resilience.first_step_timeout_minutes * 60),
+        collective_minutes=collective_minutes,
+        first_collective_minutes=max(collective_minutes, resilience.first_step_timeout_minutes),
         bad_steps=BadStepSettings(resilience.on_bad_step, resilience.loss_spike_factor, resilience.max_bad_steps),
         stragglers=StragglerSettings(resilience.straggler_every, resilience.straggler_factor),
         heartbeats=resilience.ft_heartbeats,
@@ -193,7 +221,7 @@ def resilience_settings(config: Config) -> ResilienceSettings:
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
-    """What an evaluation measures and shows."""
+    """Return the settings of evaluations."""
     training = config.training
     guidance = Guidance(training.eval_cfg_text_scale, training.eval_cfg_img_scale, (0.0, 1.0))
     return EvaluationSettings(
@@ -206,6 +234,6 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
 
 
 def wandb_settings(config: Config) -> WandbSettings:
-    """The run's name and project on W&B."""
+    """Return the run's name and project on W&B."""
     training = config.training
     return WandbSettings(training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline)

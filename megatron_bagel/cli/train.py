@@ -1,7 +1,7 @@
-"""Train BAGEL: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process.
+"""Training: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process.
 
-PyTorch is imported after the command line was read, and Megatron-Core after the settings were checked: ``--help``, ``--print_config``
-and errors do not wait for what they do not need.
+PyTorch is imported after the command line has been read, and Megatron-Core after the settings have been checked. So ``--help``,
+``--print_config`` and errors do not wait for either.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.train") -> int:
-    """Parse, check everything that needs no other rank, then train. Returns the process's exit code."""
+    """Parse the command line, check everything that needs no other rank, then train. Returns the exit status."""
     try:
-        config, wanted = parse_with(PrintArguments, sys.argv[1:] if arguments is None else arguments, prog)
-        if wanted.print_config:
+        config, options = parse_with(PrintArguments, sys.argv[1:] if arguments is None else arguments, prog)
+        if options.print_config:
             return print_config(config)
         if config.megatron.dry_run:
-            return rehearse(config)
+            return report_dry_run(config)
         arch = prepare(config)
     except ValueError as error:
         return refuse(error, prog)
@@ -47,15 +47,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
 
 
 def refuse(error: ValueError, prog: str) -> int:
-    """Print why the run cannot start. Returns the exit code."""
+    """Print why the run cannot start. Returns the exit status."""
     print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
     return 2
 
 
 def prepare(config: Config) -> BagelArch:
-    """Check the settings and the machine, make Megatron-Core ready for import, and return the model that the settings describe.
+    """Check settings and machine, prepare the import of Megatron-Core, and return the model that the settings describe.
 
-    Raises ValueError for what cannot work.
+    Raises:
+        ValueError: for settings that cannot work here.
     """
     from megatron_bagel import platform
     from megatron_bagel.platform.device import check_processes
@@ -68,9 +69,15 @@ def prepare(config: Config) -> BagelArch:
 
 
 def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) -> None:
-    """One run from where it stands to its end, from no process group to none. An error becomes SystemExit.
+    """Run training from its starting point to its end. The process group is made here and destroyed here.
 
-    ``arch`` is the model that ``validate`` read. ``store`` is where the ranks meet, if the launcher's rendezvous is not to be used.
+    Args:
+        config: Settings of the run, which have passed ``validate``.
+        arch: The model that ``validate`` read.
+        store: Store in which the ranks meet. None uses the launcher's rendezvous.
+
+    Raises:
+        SystemExit: after an error.
     """
     import torch.distributed as dist
 
@@ -78,7 +85,7 @@ def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) ->
     from megatron_bagel.platform.launch.child_processes import end_forks_with_this_process
     from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
-    # Not before: a process that nvidia-resiliency-ext forks to watch this one must outlive it.
+    # Not earlier: a process that nvidia-resiliency-ext forks to watch this one must outlive it.
     end_forks_with_this_process()
     # Megatron-Core is imported only now: the platform must be in place first.
     from megatron_bagel.cli.resolve_run import resolve_run
@@ -94,12 +101,12 @@ def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) ->
 
 
 def longest_wait(config: Config) -> float:
-    """Minutes that a collective may take before the first step is done."""
+    """Return the minutes that a collective may take before the first step is done."""
     return max(config.megatron.distributed_timeout_minutes, config.resilience.first_step_timeout_minutes)
 
 
 def print_config(config: Config) -> int:
-    """``--print_config``: the resolved configuration, on rank 0. Returns the exit code. Raises ValueError like a run."""
+    """Print the resolved configuration on rank 0 (``--print_config``). Returns the exit status. Raises ValueError like a run."""
     from megatron_bagel import platform
     from megatron_bagel.platform.launch.process_group import launched_rank, launched_world_size
 
@@ -112,8 +119,8 @@ def print_config(config: Config) -> int:
     return 0
 
 
-def rehearse(config: Config) -> int:
-    """``--dry-run``: one rank's share, without memory. Raises ValueError like a run. Its answers are those for GPUs."""
+def report_dry_run(config: Config) -> int:
+    """Print what one rank of a GPU run would build (``--dry_run``). Returns the exit status. Raises ValueError like a run."""
     from megatron_bagel import platform
     from megatron_bagel.platform.launch.process_group import launched_world_size
 

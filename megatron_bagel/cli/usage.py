@@ -1,6 +1,6 @@
-"""How a command names itself in its help and its errors: by the words that it was started with.
+"""The name of a command in its help and its errors: the words that started it.
 
-``prog`` is what a person types: ``megatron-bagel data build``, ``python -m megatron_bagel data build``, or ``build_index.py``.
+``prog`` is what a user types: ``megatron-bagel data build``, ``python -m megatron_bagel data build``, or ``build_index.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def command_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
-    """Return a parser without flags whose help keeps the line breaks of ``description`` and writes ``prog`` for each ``%(prog)s``."""
+    """Return a parser without flags. Its help keeps the line breaks of ``description`` and writes ``prog`` for each ``%(prog)s``."""
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -20,5 +20,5 @@ def report_error(prog: str, error: Exception) -> None:
 
 
 def short_name(prog: str) -> str:
-    """Return ``prog`` as it stands before a message: without ``python -m``, and without the ending of a script."""
+    """Return ``prog`` as a message begins with it: without ``python -m``, and without the suffix of a script."""
     return prog.removeprefix("python -m ").removesuffix(".py")

@@ -1,1 +1,1 @@
-"""Dataclasses that are command-line flags and YAML keys at once, and the validation that names the fix."""
+"""Settings of a run: dataclasses that are command-line flags and YAML keys at once, checks that name the fix, and the shape of a model."""

@@ -1,4 +1,4 @@
-"""The original's flags, with its names and defaults: what the model is, what it is trained on, how it is trained.
+"""The original's flags, with its names and defaults, for model, data and training, and new flags beside them.
 
 Each field is a command-line flag (in both spellings) and a YAML key. ``original_flag`` marks those that the original BAGEL has.
 Megatron's settings are in megatron_arguments.py.
@@ -15,9 +15,9 @@ from megatron_bagel.config.original_flags import SHARDING_STRATEGIES, as_is, bec
 
 @dataclass
 class ModelArguments:
-    """Shape of the model, where its first weights come from, and how often conditions are dropped."""
+    """Flags of the model: its shape, the source of its first weights, and the dropout of conditions."""
 
-    model_path: str = original_flag("hf/BAGEL-7B-MoT", "Folder in BAGEL's released layout. Only read with finetune_from_hf.")
+    model_path: str = original_flag("hf/BAGEL-7B-MoT", "Folder in BAGEL's released format. Only read with finetune_from_hf.")
     llm_path: str = original_flag(
         "hf/Qwen2.5-0.5B-Instruct/", "Qwen2 folder with config.json, weights and tokenizer. Not read with finetune_from_hf."
     )
@@ -26,7 +26,7 @@ class ModelArguments:
         False, "Share the token embedding with the output layer. This saves weights, which matters for small models."
     )
     layer_module: Literal["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer"] = original_flag(
-        "Qwen2MoTDecoderLayer", "What image generation has a second copy of: the whole layer (MoT), its MLP (MoE), or nothing."
+        "Qwen2MoTDecoderLayer", "What has a second copy for image generation: the whole layer (MoT), its MLP (MoE), or nothing."
     )
     vae_path: str = original_flag(
         "flux/vae/ae.safetensors", "Autoencoder weights. If the autoencoder is not FLUX's, put its sizes beside them in ae_config.json."
@@ -35,7 +35,7 @@ class ModelArguments:
         "hf/siglip-so400m-14-980-flash-attn2-navit/", "SigLIP folder with config.json and the weights of the vision tower."
     )
     max_latent_size: int = original_flag(
-        32, "Side of the latent position table, in latent tokens. It limits the image size. The released weights have 64.", minimum=1
+        32, "Side of the latent position table, in latent tokens. It limits the image size. The released weights use 64.", minimum=1
     )
     latent_patch_size: int = original_flag(2, "Side of a latent token, in latent cells.", minimum=1)
     vit_patch_size: int = original_flag(14, "Side of a ViT patch, in pixels. Must equal the vision tower's.", minimum=1)
@@ -66,7 +66,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Where the samples are and how they fill packs."""
+    """Flags of the data: where samples are and how they fill packs."""
 
     dataset_config_file: str = original_flag("data/configs/example.yaml", "YAML file of dataset groups, weights and image transforms.")
     prefetch_factor: int = original_flag(2, "Packs that each worker prepares ahead.", minimum=1)
@@ -96,7 +96,7 @@ class DataArguments:
         None, "Folder written by data_tools/build_index.py. Default: results_dir/index, which the first start builds."
     )
     max_skipped_share: float = flag(
-        0.01, "Unreadable samples are replaced and listed. The run ends when there are more than ten and more than this share.",
+        0.01, "Share of unreadable samples above which the run ends. Ten are always allowed. Each is replaced and listed.",
         minimum=0, maximum=1,
     )  # fmt: skip
     split: str | None = flag(
@@ -109,7 +109,7 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments:
-    """Schedule, losses, freezing, logs and checkpoints."""
+    """Flags of training: schedule, losses, freezing, logs and checkpoints."""
 
     visual_gen: bool = original_flag(
         True, "Train image generation. Set False for data without it (VLM only).",
@@ -126,7 +126,7 @@ class TrainingArguments:
         compatibility=as_is("W&B is on when any wandb flag is given; the original always logs to it"),
     )  # fmt: skip
     wandb_name: str = original_flag("run", "W&B run name.", aliases=("wandb_exp_name",))
-    wandb_runid: str = original_flag("0", "Distinguishes W&B runs of the same name.")
+    wandb_runid: str = original_flag("0", "ID that distinguishes W&B runs of the same name.")
     wandb_resume: Literal["allow", "must", "never", "auto"] = original_flag("allow", "What W&B does when the run exists.")
     wandb_offline: bool = original_flag(False, "Keep W&B's records on disk, to upload later.")
     use_wandb: bool | None = flag(None, "Log to W&B. Default: True when any other wandb flag is given.")
@@ -136,7 +136,7 @@ class TrainingArguments:
         None, "Checkpoint or BAGEL folder to start from when auto_resume finds none.",
         compatibility=as_is("a path that does not exist is refused; the original silently trains from scratch"),
     )  # fmt: skip
-    resume_model_only: bool = original_flag(False, "Take only weights from resume_from. Step and optimizer start afresh.")
+    resume_model_only: bool = original_flag(False, "Take only weights from resume_from. The step count and the optimizer start fresh.")
     finetune_from_ema: bool = original_flag(False, "With resume_model_only, load the EMA weights into both the model and its EMA.")
     finetune_from_hf: bool = original_flag(False, "Take architecture, tokenizer and autoencoder from model_path.")
     log_every: int = original_flag(10, "Steps between log lines.", minimum=1, aliases=("log_interval",))
@@ -148,12 +148,12 @@ class TrainingArguments:
     eval_cfg_img_scale: float = flag(1.5, "Guidance on the input image for edited evaluation pictures. 1 turns it off.", minimum=1)
     eval_answer_tokens: int = flag(32, "Maximum length of an evaluation answer. Each token takes a pass.", minimum=1)
     save_every: int = original_flag(2000, "Steps between checkpoints.", minimum=1, aliases=("save_interval",))
-    async_save: bool = megatron_flag(False, "Write checkpoints in the background while training goes on.")
+    async_save: bool = megatron_flag(False, "Write checkpoints in the background while training continues.")
     keep_last: int = flag(0, "Keep this many of the newest checkpoints and remove older ones. 0 keeps all.", minimum=0)
     keep_every: int = flag(0, "With keep_last, also keep checkpoints of steps divisible by this number. 0 keeps no others.", minimum=0)
     verify_checkpoint: bool = flag(True, "Compare a checkpoint's checksums before loading it. This reads it one more time.")
     export_hf_every: int = flag(
-        0, "Steps between exports to results_dir/hf: EMA weights in the released layout, from a checkpoint saved then. 0 never exports.",
+        0, "Steps between exports to results_dir/hf: EMA weights in the released format, from a checkpoint saved then. 0 never exports.",
         minimum=0,
     )  # fmt: skip
     total_steps: int = original_flag(500_000, "Optimizer steps to run.", minimum=1, aliases=("train_iters",))

@@ -1,6 +1,6 @@
-"""How many packs a global batch has: the same always, or growing over the first packs of a run (``--rampup_batch_size``).
+"""The number of packs in a global batch: constant, or growing over the first packs of a run (``--rampup_batch_size``).
 
-The size is a function of the packs trained on so far, so a run that resumes, on any layout, continues with the right one.
+The size is a function of the packs trained on so far. A run that resumes, with any parallel sizes, continues with the right one.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Packs per global batch: ``final`` from ``packs`` packs on, before that from ``start`` up in steps of ``increment``.
+    """The packs of a global batch at every point of a run. The rule is Megatron's, with packs for samples.
 
-    Without a ramp ``start`` is ``final`` and the other two are 0. The rule is Megatron's, with packs for samples:
-    every increment lasts equally many packs.
+    Attributes:
+        final: Size after the ramp.
+        start: Size at the start of the run. Without a ramp it equals ``final``.
+        increment: Growth at a time. Every size of the ramp lasts equally many packs. 0 without a ramp.
+        packs: Packs after which the ramp ends. 0 without a ramp.
     """
 
     final: int
@@ -24,7 +27,11 @@ class BatchSizes:
 
     @classmethod
     def of(cls, final: int, rampup: Sequence[int]) -> BatchSizes:
-        """From ``--rampup_batch_size START INCREMENT PACKS`` (empty: no ramp). Raises ValueError for values that make no ramp."""
+        """Return the sizes that ``--rampup_batch_size START INCREMENT PACKS`` asks for. An empty list means no ramp.
+
+        Raises:
+            ValueError: for values that make no ramp.
+        """
         if not rampup:
             return cls(final, final)
         if len(rampup) != 3:
@@ -41,11 +48,11 @@ class BatchSizes:
 
     @property
     def steps(self) -> list[int]:
-        """Every size there is, smallest first."""
+        """All sizes of the run, smallest first."""
         return list(range(self.start, self.final, self.increment)) + [self.final] if self.increment else [self.final]
 
     def at(self, packs: int) -> int:
-        """Packs of the global batch that begins after ``packs`` packs."""
+        """Return the size of the global batch that begins after ``packs`` packs."""
         if not self.increment or packs > self.packs:
             return self.final
         # In integers, where Megatron-Core divided floats; its calculator of this name is gone in 0.19.

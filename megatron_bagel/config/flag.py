@@ -1,4 +1,4 @@
-"""How a flag is defined: default, help, origin, range and other names stand together in one dataclass field."""
+"""The definition of a flag: one dataclass field holds its default, help, origin, range and other names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from megatron_bagel.config.original_flags import AS_IS, Compatibility
 
 #: Where a flag comes from: the original BAGEL, Megatron-Core, or this project.
-Origin = Literal["original", "megatron", "ours"]
+Origin = Literal["original", "megatron", "new"]
 _KEY = "flag"
 
 
@@ -49,15 +49,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Flag:
-    """What a field says about its flag besides its name, type and default.
+    """The properties of a flag besides the name, type and default of its field.
 
     Attributes:
         help: One or two sentences for ``--help`` and docs/flags.md.
         origin: Where the flag comes from.
-        range: Numbers that it takes; an empty range takes all.
-        choices: Words that it takes, for types that cannot say so themselves (a ``Literal`` does).
+        range: Numbers that the flag takes. An empty range takes all.
+        choices: Words that the flag takes, for types that do not list them. A ``Literal`` lists its own.
         aliases: Other names of the same setting. Giving two names with different values is an error.
-        compatibility: What becomes of a flag of the original here.
+        compatibility: What a flag of the original means here.
     """
 
     help: str
@@ -69,7 +69,7 @@ class Flag:
 
     @classmethod
     def of(cls, setting: Field[Any]) -> Flag:
-        """The flag of a field that ``flag`` made."""
+        """Return the properties of a field that ``flag`` made."""
         return setting.metadata[_KEY]
 
 
@@ -77,7 +77,7 @@ def flag(
     default: Any,
     help: str,
     *,
-    origin: Origin = "ours",
+    origin: Origin = "new",
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -88,7 +88,7 @@ def flag(
 ) -> Any:
     """Make a dataclass field that is a command-line flag, a YAML key and a row of docs/flags.md. See ``Flag`` and ``Range``.
 
-    A list default is copied for every instance.
+    Every instance gets its own copy of a default that is a list.
     """
     allowed = Range(minimum, maximum, above, below)
     metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility)}
@@ -102,12 +102,12 @@ megatron_flag = functools.partial(flag, origin="megatron")
 
 
 def default_of(setting: Field[Any]) -> Any:
-    """The value of a setting that is not given."""
+    """Return the value that a setting has when nobody gives it."""
     return setting.default_factory() if setting.default_factory is not MISSING else setting.default
 
 
 def choices_of(setting: Field[Any], hint: Any) -> list[str]:
-    """Words that a setting takes, from its metadata or from the ``Literal`` in its type; empty when it takes any."""
+    """Return the words that a setting takes, from its metadata or the ``Literal`` in its type. An empty list means any word."""
     return list(Flag.of(setting).choices or _literals(hint))
 
 
@@ -123,7 +123,7 @@ def check_values(arguments: Any) -> None:
     """Check every value of a dataclass of flags against the range and the choices in its field.
 
     Raises:
-        ValueError: for the first value that its flag does not take, with the flag, the value and what it takes.
+        ValueError: for the first value outside its range or choices, with the flag, the value and what it takes.
     """
     for setting in fields(arguments):
         value, rules = getattr(arguments, setting.name), Flag.of(setting)
@@ -132,6 +132,6 @@ def check_values(arguments: Any) -> None:
         if rules.range and value not in rules.range:
             raise ValueError(f"--{setting.name} is {value}; it must be {rules.range}")
         words = value if isinstance(value, list) else [value]
-        unknown = [word for word in words if rules.choices and word not in rules.choices]
-        if unknown:
-            raise ValueError(f"--{setting.name} {' '.join(unknown)}: choose from {', '.join(rules.choices)}")
+        unknown_words = [word for word in words if rules.choices and word not in rules.choices]
+        if unknown_words:
+            raise ValueError(f"--{setting.name} {' '.join(unknown_words)}: choose from {', '.join(rules.choices)}")

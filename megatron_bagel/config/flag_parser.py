@@ -21,14 +21,14 @@ from megatron_bagel.config.sections import ALIASES, SECTIONS
 
 
 class FlagParser(HfArgumentParser):
-    """Raises ValueError where argparse would print its usage and exit, and sets only what is given."""
+    """A parser that raises ValueError where argparse prints its usage and exits. Its results hold only what was given."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with argparse's message."""
         raise ValueError(f"command line: {message}")
 
     def given_values(self, arguments: Sequence[str], source: str) -> dict[str, Any]:
-        """Values of the settings that ``arguments`` gives, by the settings' own names.
+        """Return the values of the settings that ``arguments`` gives, under the settings' own names.
 
         Args:
             arguments: Words of a command line.
@@ -38,19 +38,23 @@ class FlagParser(HfArgumentParser):
             ValueError: for an unknown flag (with near matches) and for a value of the wrong type.
         """
         try:
-            namespace, unknown = self.parse_known_args(list(arguments))
+            namespace, unknown_words = self.parse_known_args(list(arguments))
         except ValueError as error:
             raise ValueError(str(error).replace("command line", source, 1)) from None
-        if unknown:
-            raise ValueError(f"{source}: {unknown_flag(unknown[0], self._option_string_actions)}")
+        if unknown_words:
+            raise ValueError(f"{source}: {unknown_flag(unknown_words[0], self._option_string_actions)}")
         return resolve_aliases(vars(namespace), source)
 
 
 @functools.cache
 def build_parser(command_flags: type | None = None, prog: str = "python -m megatron_bagel.train") -> FlagParser:
-    """All flags of training, their aliases and ``--config``, and the flags of a command's own dataclass.
+    """Return a parser with all flags of training, their aliases and ``--config``.
 
     No flag has a default in the parser: what is absent from its result was not given.
+
+    Args:
+        command_flags: Dataclass of the flags that a command has besides.
+        prog: Name of the program in help and errors.
     """
     groups = [*SECTIONS.values(), *([command_flags] if command_flags is not None else [])]
     parser = FlagParser(
@@ -69,23 +73,23 @@ def build_parser(command_flags: type | None = None, prog: str = "python -m megat
 
 
 def _with_help(group: type) -> type:
-    """The same dataclass with metadata that argparse knows: the help text, with range and default."""
+    """Return the same dataclass with metadata that argparse knows: the help text, with range and default."""
     hints = get_type_hints(group)
     settings: list[tuple[str, Any, Any]] = []
     for setting in fields(group):
-        # HfArgumentParser takes other options from the metadata; a list's default is no default of a dataclass.
-        default: dict[str, Any] = {"default_factory": setting.default_factory} if isinstance(default_of(setting), list) else {}
-        default = default or {"default": setting.default}
+        # HfArgumentParser takes other options from the metadata; a dataclass takes a list as default_factory only.
+        has_list = isinstance(default_of(setting), list)
+        default: dict[str, Any] = {"default_factory": setting.default_factory} if has_list else {"default": setting.default}
         settings.append((setting.name, hints[setting.name], field(**default, metadata={"help": help_text(setting)})))
     return make_dataclass(group.__name__, settings)
 
 
 def help_text(setting: Field[Any]) -> str:
-    """The line of ``--help``: what the flag does, its range and its default."""
+    """Return the text of ``--help`` for a setting: what the flag does, its range and its default."""
     rules, default = Flag.of(setting), default_of(setting)
-    allowed = f" Must be {rules.range}." if rules.range else ""
+    bounds = f" Must be {rules.range}." if rules.range else ""
     choices = f" Choose from {', '.join(rules.choices)}." if rules.choices else ""
-    return f"{rules.help}{allowed}{choices} (default: {'none' if default in (None, []) else default})".replace("%", "%%")
+    return f"{rules.help}{bounds}{choices} (default: {'none' if default in (None, []) else default})".replace("%", "%%")
 
 
 def _add_aliases(parser: FlagParser) -> None:
@@ -99,16 +103,16 @@ def _add_aliases(parser: FlagParser) -> None:
 
 
 def unknown_flag(text: str, options: Iterable[str]) -> str:
-    """Say that no flag takes ``text``, with the options that resemble it."""
+    """Return a sentence that says that no flag takes ``text``, with the options that resemble it."""
     if not text.startswith("--"):
         return f"{text!r} belongs to no flag"
     name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
-    near = difflib.get_close_matches(name, {option.lstrip("-").replace("-", "_") for option in options}, n=3, cutoff=0.6)
-    return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in near)}?" if near else "; see --help")
+    matches = difflib.get_close_matches(name, {option.lstrip("-").replace("-", "_") for option in options}, n=3, cutoff=0.6)
+    return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in matches)}?" if matches else "; see --help")
 
 
 def resolve_aliases(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Rename aliases to the settings they stand for. Raises ValueError where both are given with different values."""
+    """Return ``values`` with aliases renamed to their settings. Raises ValueError where both are given with different values."""
     resolved = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if alias not in values:

@@ -1,4 +1,4 @@
-"""Rules between flags: settings that only make sense together, whatever the model. The range of one flag stands in its field."""
+"""Rules between flags that hold for any model. The range of a single flag stands in its field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_bagel.config.parser import Config
 
 
 def check_consistency(config: Config) -> None:
-    """Settings that only make sense together."""
+    """Check settings of data, losses, memory and start that only make sense together."""
     data, training, megatron = config.data, config.training, config.megatron
     if data.max_num_tokens_per_sample > data.max_num_tokens and "max_num_tokens_per_sample" in config.given:
         raise ValueError(
@@ -25,7 +25,7 @@ def check_consistency(config: Config) -> None:
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
-        raise ValueError("--fake_world_size and --fake_rank describe a rehearsal: add --dry_run, or drop them")
+        raise ValueError("--fake_world_size and --fake_rank describe a dry run: add --dry_run, or drop them")
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     if megatron.manual_gc_interval and not megatron.manual_gc:
@@ -49,12 +49,12 @@ def check_consistency(config: Config) -> None:
 
 
 def check_resilience(config: Config) -> None:
-    """Limits of the watchdog against those of the collectives, and the optional package."""
-    resilience, collective = config.resilience, config.megatron.distributed_timeout_minutes
-    if resilience.hang_timeout_minutes >= collective and "hang_timeout_minutes" in config.given:
+    """Check the watchdog's limits against those of the collectives, and that a flag's optional package is installed."""
+    resilience, collective_minutes = config.resilience, config.megatron.distributed_timeout_minutes
+    if resilience.hang_timeout_minutes >= collective_minutes and "hang_timeout_minutes" in config.given:
         raise ValueError(
-            f"--hang_timeout_minutes {resilience.hang_timeout_minutes} must be below --distributed_timeout_minutes {collective}: later "
-            "the collectives give up first, and nobody names the rank they waited for"
+            f"--hang_timeout_minutes {resilience.hang_timeout_minutes} must be below --distributed_timeout_minutes {collective_minutes}: "
+            "otherwise the collectives give up first, and nothing names the rank that they waited for"
         )
     if resilience.first_step_timeout_minutes < resilience.hang_timeout_minutes:
         raise ValueError(
@@ -87,7 +87,7 @@ def needs_resiliency_package(flag: str, advice: str) -> None:
 
 
 def check_recompute(config: Config) -> None:
-    """Each granularity has flags of its own."""
+    """Check that flags of recomputation match its granularity."""
     megatron = config.megatron
     if megatron.recompute_granularity != "full" and config.given & {"recompute_method", "recompute_num_layers"}:
         raise ValueError("--recompute_method and --recompute_num_layers need --recompute_granularity full")
@@ -96,7 +96,7 @@ def check_recompute(config: Config) -> None:
 
 
 def check_parallel_consistency(megatron: MegatronArguments) -> None:
-    """Parallel settings that need each other, whatever the model."""
+    """Check parallel settings that need each other."""
     if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
         raise ValueError("--sequence_parallel splits tokens over tensor-parallel ranks: it needs --tensor_model_parallel_size above 1")
     for name in ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage",
@@ -114,18 +114,18 @@ def check_parallel_consistency(megatron: MegatronArguments) -> None:
 
 
 def check_observing(config: Config, world_size: int) -> None:
-    """The profiler's window and ranks, and the name of Prometheus' file."""
+    """Check the profiler's window and ranks, and the name of the file for Prometheus."""
     observing = config.observing
-    given = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
-    if given and not observing.profile:
-        raise ValueError(f"--{given[0]} needs --profile: nothing is profiled without it")
+    profile_flags = sorted(config.given & {"profile_step_start", "profile_step_end", "profile_ranks", "profile_shapes"})
+    if profile_flags and not observing.profile:
+        raise ValueError(f"--{profile_flags[0]} needs --profile: nothing is profiled without it")
     if observing.profile and not 0 <= observing.profile_step_start < observing.profile_step_end:
         raise ValueError(
             f"--profile_step_start {observing.profile_step_start} and --profile_step_end {observing.profile_step_end} leave no step to "
             "profile: the first must be 0 or more, and below the second"
         )
-    unknown = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
-    if observing.profile and (unknown or not observing.profile_ranks):
-        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown))}: give ranks of this run, 0 to {world_size - 1}")
+    unknown_ranks = [rank for rank in observing.profile_ranks if not 0 <= rank < world_size]
+    if observing.profile and (unknown_ranks or not observing.profile_ranks):
+        raise ValueError(f"--profile_ranks {' '.join(map(str, unknown_ranks))}: give ranks of this run, 0 to {world_size - 1}")
     if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
         raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")

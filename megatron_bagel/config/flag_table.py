@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the dataclasses of flags: ``python -m megatron_bagel.config.flag_table``."""
+"""The page docs/flags.md, written from the dataclasses of flags by ``python -m megatron_bagel.config.flag_table``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TITLES = {
 
 
 def flag_table() -> str:
-    """The whole document."""
+    """Return the whole page."""
     parts = [_HEAD, *(f"## {_TITLES[section]}\n\n{_table(arguments)}" for section, arguments in SECTIONS.items())]
     return "\n".join([*parts, f"{_PRINTING}\n{_table(PrintArguments)}", _aliases()])
 
@@ -71,10 +71,10 @@ def _default(setting: Field[Any]) -> str:
 def _origin(setting: Field[Any]) -> str:
     rules = Flag.of(setting)
     if rules.origin != "original":
-        return {"megatron": "Megatron", "ours": "new"}[rules.origin]
+        return {"megatron": "Megatron", "new": "new"}[rules.origin]
     kind, note = rules.compatibility.kind, rules.compatibility.note
-    fate = kind if kind == "as is" else f"**{kind}**"
-    return f"BAGEL, {fate}: {note}" if note else f"BAGEL, {fate}"
+    kind_text = kind if kind == "as is" else f"**{kind}**"
+    return f"BAGEL, {kind_text}: {note}" if note else f"BAGEL, {kind_text}"
 
 
 def _aliases() -> str:

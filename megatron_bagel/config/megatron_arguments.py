@@ -1,4 +1,4 @@
-"""Megatron-Core's settings under Megatron's names: how a run is spread over ranks, and in which arithmetic."""
+"""Megatron-Core's settings under Megatron's names: parallel sizes, precision and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_bagel.config.flag import flag, megatron_flag
 
 @dataclass
 class MegatronArguments:
-    """Parallel sizes, precision, memory and attention. A microbatch is one pack."""
+    """Flags of parallel sizes, precision, memory and attention. A microbatch is one pack."""
 
     tensor_model_parallel_size: int = megatron_flag(1, "Ranks that split every weight matrix.", minimum=1)
     pipeline_model_parallel_size: int = megatron_flag(1, "Pipeline stages.", minimum=1)
@@ -75,7 +75,7 @@ class MegatronArguments:
     dry_run: bool = flag(
         False, "Build one rank's share of a run without memory or other ranks. Report its memory, packs and collectives, then exit."
     )
-    fake_world_size: int | None = flag(None, "Number of ranks in a dry run. Default: what the launcher says.", minimum=1)
+    fake_world_size: int | None = flag(None, "Number of ranks in a dry run. Default: the launcher's number.", minimum=1)
     fake_rank: int = flag(0, "Rank that a dry run builds.", minimum=0)
     distributed_timeout_minutes: float = megatron_flag(10.0, "End the run when a collective takes longer than this.", above=0)
     manual_gc: bool = megatron_flag(

@@ -1,4 +1,4 @@
-"""What one can see of a run besides its log lines: timers, a profiler's trace, a file for Prometheus."""
+"""Flags of what shows a run besides its log lines: timers, a profiler's trace, a file for Prometheus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_bagel.config.flag import flag, megatron_flag
 
 @dataclass
 class ObservingArguments:
-    """Profiling under Megatron's names. No setting here changes a result."""
+    """Flags of profiling, under Megatron's names, and of metrics. No setting here changes a result."""
 
     profile: bool = megatron_flag(
         False,

@@ -1,6 +1,6 @@
-"""What a flag of the original BAGEL becomes here: the same, another setting, or a refusal with its reason.
+"""The meaning of the original BAGEL's flags here: the same, another setting, or a refusal with its reason.
 
-The words stand in each flag's field (see flag.py) and docs/flags.md is made from them. validate.py refuses, resolve.py translates.
+Each flag's field holds the note (see flag.py), and docs/flags.md shows it. validate.py refuses values; resolve.py translates them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-#: FSDP sharding strategies -> what they are under Megatron.
+#: FSDP's sharding strategies, and what they become under Megatron.
 SHARDING_STRATEGIES: dict[str, str] = {
     "FULL_SHARD": "distributed optimizer over all data-parallel ranks",
     "SHARD_GRAD_OP": "distributed optimizer over all data-parallel ranks",
@@ -20,7 +20,7 @@ SHARDING_STRATEGIES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What happens to a flag of the original, with a note: the setting it becomes, or which values are refused and why."""
+    """What a flag of the original means here. The note names the setting it becomes, or the refused values and the reason."""
 
     kind: Literal["as is", "becomes", "refused"]
     note: str = ""
@@ -30,15 +30,15 @@ AS_IS = Compatibility("as is")
 
 
 def as_is(note: str) -> Compatibility:
-    """Same name, meaning and default, with a remark."""
+    """Mark a flag of the same name, meaning and default, with a remark."""
     return Compatibility("as is", note)
 
 
 def becomes(note: str) -> Compatibility:
-    """Another setting does its work."""
+    """Mark a flag whose work another setting does."""
     return Compatibility("becomes", note)
 
 
 def refused(note: str) -> Compatibility:
-    """Some values cannot be honoured and end the run at start-up."""
+    """Mark a flag of which some values cannot be honoured and end the run at start-up."""
     return Compatibility("refused", note)

@@ -1,4 +1,4 @@
-"""From command line and YAML to one ``Config``: flags override the file, unknown names are refused with near matches.
+"""The way from command line and YAML file to one ``Config``. Flags override the file; unknown names are refused with near matches.
 
 YAML values go through the same conversions as words of the command line.
 """
@@ -26,7 +26,7 @@ CommandFlags = TypeVar("CommandFlags")
 
 @dataclass
 class Config:
-    """Everything a run was asked for. ``given`` holds the names that were set by a flag or the file, not by a default."""
+    """All settings of a run as the user gave them. ``given`` holds the names that a flag or the file set, not a default."""
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
@@ -38,7 +38,7 @@ class Config:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Config:
-        """From setting names to converted values; names that are absent keep their defaults."""
+        """Make a configuration from converted values by name. Names that are absent keep their defaults."""
         sections = {
             section: arguments(**{name: value for name, value in values.items() if SECTION_OF[name] == section})
             for section, arguments in SECTIONS.items()
@@ -46,28 +46,33 @@ class Config:
         return cls(**sections, given=frozenset(values))
 
     def value_of(self, name: str) -> Any:
-        """The value of a setting, by the name of its flag."""
+        """Return the value of a setting, by the name of its flag."""
         return getattr(getattr(self, SECTION_OF[name]), name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Sections of plain values, and the names that were given, which ``from_dict`` and ``--config`` read back."""
+        """Return sections of plain values, and the names that were given. ``from_dict`` and ``--config`` read them back."""
         return {**{section: asdict(getattr(self, section)) for section in SECTIONS}, "given": sorted(self.given)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Config:
-        """Inverse of ``to_dict``."""
+        """Read what ``to_dict`` returned."""
         return _config_of(dict(content), "configuration")
 
     def save(self, path: str | Path) -> None:
-        """Write as YAML that ``--config`` accepts, whole or not at all."""
+        """Write the configuration as YAML that ``--config`` accepts, whole or not at all."""
         write_record(self.to_dict(), path)
 
 
 def parse_config(arguments: Sequence[str], prog: str = "python -m megatron_bagel.train") -> Config:
-    """The run's settings from command-line words (without the program's name).
+    """Return the settings that a command line gives. ``--help`` prints help and exits.
 
-    Raises ValueError for an unknown flag or key (with near matches), a value of the wrong type, a file that cannot be read,
-    and two spellings of one setting with different values. Prints help and exits on ``--help``.
+    Args:
+        arguments: Words of the command line, without the program's name.
+        prog: Name of the program in help and errors.
+
+    Raises:
+        ValueError: for an unknown flag or key (with near matches), a value of the wrong type, a file that cannot be read, and
+            two names of one setting with different values.
     """
     return _with_file(build_parser(None, prog).given_values(arguments, "command line"))
 
@@ -75,11 +80,11 @@ def parse_config(arguments: Sequence[str], prog: str = "python -m megatron_bagel
 def parse_with(
     command_flags: type[CommandFlags], arguments: Sequence[str], prog: str = "python -m megatron_bagel.train"
 ) -> tuple[Config, CommandFlags]:
-    """The same for a program with flags of its own, a dataclass: (the run's settings, the program's)."""
+    """Return the settings of a run, and those of a command with a dataclass of flags of its own. Raises like ``parse_config``."""
     command_class: type = command_flags
     values = build_parser(command_class, prog).given_values(arguments, "command line")
-    own = {setting.name: values.pop(setting.name) for setting in fields(command_class) if setting.name in values}
-    return _with_file(values), command_flags(**own)
+    command_values = {setting.name: values.pop(setting.name) for setting in fields(command_class) if setting.name in values}
+    return _with_file(values), command_flags(**command_values)
 
 
 def _with_file(values: dict[str, Any]) -> Config:
@@ -98,14 +103,14 @@ def _file_values(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected keys and values, found a {type(content).__name__}")
     config = _config_of(content, str(path))
-    # A value that differs from the default was given too: someone edited a file that a run had written.
+    # A value that differs from the default counts as given: someone edited a file that a run had written.
     edited = {name for name, setting in SETTINGS.items() if config.value_of(name) != default_of(setting)}
     return {name: config.value_of(name) for name in config.given | edited}
 
 
 def _config_of(content: dict[str, Any], source: str) -> Config:
     content = dict(content)
-    # Both are written by programs: settings that had their defaults, or values derived from others, were not given.
+    # Programs write both keys: settings with their defaults, and values derived from others, were not given.
     given, derived = content.pop("given", None), content.pop("derived", None) or {}
     if not isinstance(derived, dict):
         raise ValueError(f"{source}: derived holds settings and their values, not a {type(derived).__name__}")
@@ -132,9 +137,9 @@ def _config_of(content: dict[str, Any], source: str) -> Config:
 
 
 def _known_names(names: Any, source: str) -> list[str]:
-    unknown = [name for name in names if name not in SECTION_OF]
-    if unknown:
-        raise ValueError(f"{source}: {unknown_flag(f'--{unknown[0]}', SECTION_OF)}")
+    unknown_names = [name for name in names if name not in SECTION_OF]
+    if unknown_names:
+        raise ValueError(f"{source}: {unknown_flag(f'--{unknown_names[0]}', SECTION_OF)}")
     return list(names)
 
 
@@ -152,7 +157,7 @@ def _flatten(content: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_empty(empty: dict[str, Any], source: str) -> dict[str, Any]:
-    """``null`` and ``[]`` have no spelling on the command line: allowed where they are the default."""
+    """Return the settings whose value is ``null`` or ``[]``, which only a default may be. Neither has a spelling on the command line."""
     for name, value in empty.items():
         if default_of(SETTINGS[ALIASES.get(name, name)]) != value:
             raise ValueError(f"{source}: {name} has no value")

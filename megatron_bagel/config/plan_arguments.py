@@ -1,4 +1,4 @@
-"""Flags that a command has besides those of training, which describe the run."""
+"""Flags of commands, besides those of training that describe the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_bagel.config.flag import flag
 
 @dataclass
 class PrintArguments:
-    """What ``python -m megatron_bagel.train`` prints in place of training."""
+    """Flags of ``python -m megatron_bagel.train`` that print something in place of training."""
 
     print_config: bool = flag(
         False,
@@ -20,17 +20,17 @@ class PrintArguments:
 
 @dataclass
 class PlanArguments:
-    """Flags of ``python -m megatron_bagel.plan``: model, machine, contents of a pack, assumptions, and how to answer."""
+    """Flags of ``python -m megatron_bagel.plan``: model, machine, contents of a pack, assumptions, and form of the answer."""
 
     model: str | None = flag(
-        None, "A named size (see --list_models), or a folder in BAGEL's released layout. Default: the folders of the training flags."
+        None, "A named size (see --list_models), or a folder in BAGEL's released format. Default: the folders of the training flags."
     )
     list_models: bool = flag(False, "Print the named sizes and the GPU table, then exit.")
     print_config: bool = flag(False, "Print the resolved training configuration for --gpus ranks as YAML that --config takes, then exit.")
     gpu: str = flag("h100", "GPU type, from the table of --list_models.")
     gpus: int = flag(8, "Number of GPUs.", minimum=1)
-    search: bool = flag(False, "List the best layouts that fit, instead of planning the given one.")
-    best: int = flag(10, "Number of layouts that --search lists.", minimum=1)
+    search: bool = flag(False, "List the best parallel plans that fit, instead of planning the given one.")
+    best: int = flag(10, "Number of parallel plans that --search lists.", minimum=1)
     json: bool = flag(False, "Print JSON instead of tables.")
     png: str | None = flag(None, "Write a picture of the memory of every pipeline stage to this file.")
     generation_share: float = flag(

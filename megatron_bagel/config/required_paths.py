@@ -1,4 +1,4 @@
-"""Every file and folder that a run reads at start-up must exist."""
+"""The check that every file and folder exists which a run reads at start-up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_bagel.config.resolve import tokenizer_path
 
 
 def check_paths(config: Config) -> None:
-    """Every file and folder that is read at start-up exists."""
+    """Check that every file and folder exists which a run reads at start-up. Raises ValueError with flag and path."""
     model, data, training = config.model, config.data, config.training
     _need_file("dataset_config_file", data.dataset_config_file, "the YAML of dataset groups")
     if data.index_dir is not None:
@@ -23,7 +23,7 @@ def check_paths(config: Config) -> None:
         if training.vae_encode_bf16:
             raise ValueError("--vae_encode_bf16 says how images are encoded, but --latent_cache holds them encoded: leave one of them out")
     if training.finetune_from_hf:
-        _need_folder("model_path", model.model_path, "a folder in BAGEL's released layout")
+        _need_folder("model_path", model.model_path, "a folder in BAGEL's released format")
         _need_file("model_path", Path(model.model_path) / "llm_config.json", "the decoder's configuration")
         if training.visual_und:
             _need_file("model_path", Path(model.model_path) / "vit_config.json", "the vision tower's configuration (or --visual_und False)")
@@ -43,11 +43,11 @@ def check_paths(config: Config) -> None:
         raise ValueError(f"--tokenizer_path {tokenizer_path(config)} does not exist; it should be a tokenizer folder or a .model file")
 
 
-def _need_file(name: str, path: str | Path, what: str) -> None:
+def _need_file(name: str, path: str | Path, content: str) -> None:
     if not Path(path).is_file():
-        raise ValueError(f"--{name}: there is no file {path}; it should be {what}")
+        raise ValueError(f"--{name}: there is no file {path}; it should be {content}")
 
 
-def _need_folder(name: str, path: str | Path, what: str) -> None:
+def _need_folder(name: str, path: str | Path, content: str) -> None:
     if not Path(path).is_dir():
-        raise ValueError(f"--{name}: there is no folder {path}; it should be {what}")
+        raise ValueError(f"--{name}: there is no folder {path}; it should be {content}")

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong: bad numbers, ranks that hang, slow ranks, NVIDIA's resiliency package."""
+"""Flags of what a run does when something goes wrong, NVIDIA's resiliency package included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_bagel.config.flag import flag
 
 @dataclass
 class ResilienceArguments:
-    """Bad steps, hangs and stragglers."""
+    """Flags of bad steps, hangs, stragglers, local checkpoints and restarts."""
 
     on_bad_step: Literal["stop", "skip", "rerun"] = flag(
         "stop",
@@ -28,7 +28,7 @@ class ResilienceArguments:
         minimum=0,
     )
     first_step_timeout_minutes: float = flag(
-        60.0, "The same limit for what takes longer than a step: set-up, the first step and its collectives, saves and evaluations."
+        60.0, "The same limit for phases that take longer than a step: set-up, the first step and its collectives, saves and evaluations."
     )
     straggler_every: int = flag(
         500, "Steps between measurements of each rank's own time. The log names slow ranks. 0 never measures.", minimum=0
@@ -53,7 +53,6 @@ class ResilienceArguments:
     inprocess_restarts: int = flag(
         0,
         "How often the run may restart in the same processes from its newest checkpoint, after an error that leaves all ranks alive. "
-        "Needs nvidia-resiliency-ext, torchrun and --auto_resume True. Lost ranks are left to the launcher; on CPU, errors of single "
-        "ranks are too.",
+        "Needs nvidia-resiliency-ext, torchrun and --auto_resume True. The launcher handles lost ranks and, on CPU, a single rank's error.",
         minimum=0,
     )

@@ -1,6 +1,6 @@
-"""What a configuration comes to on a given number of ranks: batch geometry, attention backend, precision, optimizer instances.
+"""The sizes and the model that follow from a configuration: batch geometry, attention backend, precision, optimizer, architecture.
 
-Pure functions of (configuration, world size, GPU or not), so that every rank and every planning tool gets the same answer.
+The functions are pure, so every rank and every planning tool gets the same answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from megatron_bagel.common.json_files import read_json
 from megatron_bagel.common.wording import listed
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.batch_size import BatchSizes
-from megatron_bagel.config.original_flags import SHARDING_STRATEGIES
+from megatron_bagel.config.optimizer_sharding import optimizer_sharding
+from megatron_bagel.config.parallel_sizes import divisors
 from megatron_bagel.config.parser import Config
 
 _MODEL_SETTINGS = (
@@ -23,8 +24,10 @@ _MODEL_SETTINGS = (
 
 @dataclass(frozen=True)
 class ResolvedSizes:
-    """Derived settings. ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs, after the ramp of
-    ``batch_sizes`` where there is one."""
+    """The settings that a run derives from others.
+
+    ``global_batch_size`` and ``num_microbatches`` (per data-parallel replica) count packs, after the ramp of ``batch_sizes``.
+    """
 
     world_size: int
     data_parallel_size: int
@@ -36,20 +39,29 @@ class ResolvedSizes:
     use_distributed_optimizer: bool
     distributed_optimizer_instances: int
     use_wandb: bool
-    #: Lines for the start-up log: where a given flag means something else than its name says.
+    #: Lines for the start-up log: defaults that depend on the machine, and flags that mean something else than their names say.
     notes: tuple[str, ...] = ()
 
 
 def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
-    """Raises ValueError where sizes do not fit, naming flags and the values that would."""
+    """Return the derived settings of a run.
+
+    Args:
+        config: Settings of the run.
+        world_size: Number of ranks.
+        has_gpu: Whether the run uses GPUs.
+
+    Raises:
+        ValueError: if sizes do not fit, with the flags and the values that would.
+    """
     megatron, training, given = config.megatron, config.training, config.given
-    data_parallel = data_parallel_size(config, world_size)
-    global_batch, microbatches = _batch_geometry(config, data_parallel)
-    sizes = BatchSizes.of(global_batch, megatron.rampup_batch_size)
-    _check_ramp(sizes, data_parallel)
-    for size in sizes.steps:
-        _check_interleaving(config, size // data_parallel)
-    sharded, instances = _optimizer_sharding(config, data_parallel)
+    replicas = data_parallel_size(config, world_size)
+    global_batch, microbatches = _batch_geometry(config, replicas)
+    batch_sizes = BatchSizes.of(global_batch, megatron.rampup_batch_size)
+    _check_ramp(batch_sizes, replicas)
+    for size in batch_sizes.steps:
+        _check_interleaving(config, size // replicas)
+    distributed, instances = optimizer_sharding(config, replicas)
     backend, notes = _attention_backend(config, has_gpu)
     bf16 = megatron.bf16 if megatron.bf16 is not None else has_gpu
     if megatron.bf16 is None:
@@ -59,13 +71,13 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
     wandb_flags = sorted(name for name in given if name.startswith("wandb_"))
     return ResolvedSizes(
         world_size=world_size,
-        data_parallel_size=data_parallel,
+        data_parallel_size=replicas,
         global_batch_size=global_batch,
         num_microbatches=microbatches,
-        batch_sizes=sizes,
+        batch_sizes=batch_sizes,
         attention_backend=backend,
         bf16=bf16,
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=distributed,
         distributed_optimizer_instances=instances,
         use_wandb=bool(wandb_flags) if training.use_wandb is None else training.use_wandb,
         notes=tuple(notes),
@@ -73,7 +85,7 @@ def resolve(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Replicas of the model. Raises ValueError, with the sizes that work, when tensor x pipeline x context does not divide the ranks."""
+    """Return the number of replicas. Raises ValueError, with working sizes, if tensor x pipeline x context does not divide the ranks."""
     megatron = config.megatron
     axes = {
         "tensor_model_parallel_size": megatron.tensor_model_parallel_size,
@@ -88,7 +100,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
         product = " x ".join(f"--{name} {size}" for name, size in axes.items())
         raise ValueError(
             f"{product} = {model_ranks} ranks per replica do not divide the {world_size} ranks of this run; "
-            f"their product can be {listed(_divisors(world_size))}"
+            f"their product can be {listed(divisors(world_size))}"
         )
     return world_size // model_ranks
 
@@ -100,9 +112,10 @@ def _batch_geometry(config: Config, data_parallel: int) -> tuple[int, int]:
     if global_batch is None:
         return data_parallel * accumulation, accumulation
     if global_batch < 1 or global_batch % data_parallel:
-        near = max(1, round(global_batch / data_parallel)) * data_parallel
+        nearest_size = max(1, round(global_batch / data_parallel)) * data_parallel
         raise ValueError(
-            f"--global_batch_size {global_batch} (packs) is not a multiple of the {data_parallel} data-parallel replicas; {near} would be"
+            f"--global_batch_size {global_batch} (packs) is not a multiple of the {data_parallel} data-parallel replicas; "
+            f"{nearest_size} would be"
         )
     microbatches = global_batch // data_parallel
     if "gradient_accumulation_steps" in config.given and accumulation != microbatches:
@@ -123,7 +136,7 @@ def _check_ramp(sizes: BatchSizes, data_parallel: int) -> None:
 
 
 def _check_interleaving(config: Config, microbatches: int) -> None:
-    """Megatron's interleaved schedule sends microbatches through the stages in groups of as many as there are stages."""
+    """Check that Megatron's interleaved schedule can send microbatches in groups of as many as there are stages."""
     megatron, stages = config.megatron, config.megatron.pipeline_model_parallel_size
     interleaved = (megatron.virtual_pipeline_model_parallel_size or 1) > 1 or megatron.num_layers_per_virtual_pipeline_stage is not None
     if interleaved and microbatches % stages:
@@ -133,54 +146,14 @@ def _check_interleaving(config: Config, microbatches: int) -> None:
         )
 
 
-def _optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
-    """(distributed optimizer or not, its instances) from FSDP's and Megatron's names for the same choice."""
-    training, megatron, given = config.training, config.megatron, config.given
-    strategy = training.sharding_strategy
-    if strategy not in SHARDING_STRATEGIES:
-        raise ValueError(f"--sharding_strategy {strategy!r} is none of {', '.join(SHARDING_STRATEGIES)}")
-    sharded = megatron.use_distributed_optimizer
-    if strategy == "NO_SHARD":
-        if "use_distributed_optimizer" in given and sharded:
-            raise ValueError("--sharding_strategy NO_SHARD and --use_distributed_optimizer contradict each other; give one of them")
-        sharded = False
-    if not sharded and megatron.overlap_param_gather:
-        raise ValueError("--overlap_param_gather gathers sharded weights: it needs --use_distributed_optimizer, not NO_SHARD")
-    instances = _instances(config, hybrid="HYBRID" in strategy)
-    if instances < 1 or data_parallel % instances:
-        raise ValueError(
-            f"{instances} optimizer instances (--num_distributed_optimizer_instances, --num_replicate) do not divide the "
-            f"{data_parallel} data-parallel ranks; {listed(_divisors(data_parallel))} would"
-        )
-    if instances > 1 and not sharded:
-        raise ValueError("more than one optimizer instance (--num_replicate) needs --use_distributed_optimizer True")
-    if "num_shard" in given and "HYBRID" in strategy and sharded and training.num_shard * instances != data_parallel:
-        raise ValueError(
-            f"--num_shard {training.num_shard} x --num_replicate {instances} = {training.num_shard * instances}, but there are "
-            f"{data_parallel} data-parallel ranks; give --num_shard {data_parallel // instances}, or leave the flag out"
-        )
-    return sharded, instances
-
-
-def _instances(config: Config, hybrid: bool) -> int:
-    replicate, instances = config.training.num_replicate, config.megatron.num_distributed_optimizer_instances
-    if replicate > 1 and not hybrid:
-        raise ValueError(f"--num_replicate {replicate} only means something with --sharding_strategy HYBRID_SHARD")
-    if instances is None:
-        return replicate
-    if "num_replicate" in config.given and instances != replicate:
-        raise ValueError(f"--num_distributed_optimizer_instances {instances} and --num_replicate {replicate} are one setting; give one")
-    return instances
-
-
 def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
-    asked, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
-    if asked != "auto":
-        if given and use_flex != (asked == "flex"):
-            raise ValueError(f"--use_flex {use_flex} and --attention_backend {asked} contradict each other; give one of them")
-        if asked == "flex" and not has_gpu:
+    requested, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
+    if requested != "auto":
+        if given and use_flex != (requested == "flex"):
+            raise ValueError(f"--use_flex {use_flex} and --attention_backend {requested} contradict each other; give one of them")
+        if requested == "flex" and not has_gpu:
             raise ValueError("--attention_backend flex needs a GPU: FlexAttention has no backward pass on CPU; use auto or sdpa")
-        return asked, []
+        return requested, []
     backend = "flex" if has_gpu and (use_flex or not given) else "sdpa"
     if given and use_flex and backend == "sdpa":
         return backend, ["use_flex: FlexAttention has no backward pass on CPU; attention runs on sdpa, with the same results"]
@@ -188,9 +161,12 @@ def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
 
 
 def architecture(config: Config) -> BagelArch:
-    """The model that the flags describe, read from model_path (finetune_from_hf) or from llm_path, vit_path and vae_path.
+    """Return the model that the flags describe, read from model_path (finetune_from_hf) or from llm_path, vit_path and vae_path.
 
-    Given flags win over a folder's config.json; flags that were not given follow it. Raises ValueError naming flag and file.
+    Given flags win over a folder's config.json. Flags that were not given follow it.
+
+    Raises:
+        ValueError: with the flag and the file that is missing or wrong.
     """
     model, training = config.model, config.training
     llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
@@ -200,7 +176,7 @@ def architecture(config: Config) -> BagelArch:
         arch = BagelArch.from_hf_folder(
             Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
-            unstated=settings,
+            defaults=settings,
             **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
@@ -224,14 +200,10 @@ def own_index(config: Config) -> Path:
 
 
 def tokenizer_path(config: Config) -> str:
-    """Where the tokenizer is: tokenizer_path, else with the model."""
+    """Return the path of the tokenizer: tokenizer_path, or the model's folder if that is not given."""
     return config.model.tokenizer_path or (config.model.model_path if config.training.finetune_from_hf else config.model.llm_path)
 
 
 def autoencoder_path(config: Config) -> Path:
-    """The file of the autoencoder's weights; a run with a latent cache does without it."""
+    """Return the file of the autoencoder's weights. A run with a latent cache does not need it."""
     return Path(config.model.model_path) / "ae.safetensors" if config.training.finetune_from_hf else Path(config.model.vae_path)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,4 +1,4 @@
-"""The resolved run as YAML that ``--config`` takes: what was given, the defaults, and what the run derives from both."""
+"""The resolved run as YAML that ``--config`` takes: given values, defaults, and the values that the run derives from both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_bagel.config.validate import validate_settings
 
 
 def resolved_yaml(config: Config, world_size: int, has_gpu: bool) -> str:
-    """Sections with the values that a run on ``world_size`` ranks uses, then the names that were given, then what was derived.
+    """Return sections with the values that a run on ``world_size`` ranks uses, the given names, and the derived values.
 
-    ``--config`` takes given values as given and derives the others again, so that the file also describes a run of another size.
+    ``--config`` takes given values as given and derives the others again. So the file also describes a run of another size.
 
     Raises:
-        ValueError: for settings that cannot work. Files and folders are not looked at.
+        ValueError: for settings that cannot work. Files and folders are not checked.
     """
     validate_settings(config, world_size, has_gpu)
     derived = derived_values(config, resolve(config, world_size, has_gpu))
@@ -29,7 +29,7 @@ def resolved_yaml(config: Config, world_size: int, has_gpu: bool) -> str:
 
 
 def derived_values(config: Config, run: ResolvedSizes) -> dict[str, Any]:
-    """Settings that were not given and whose value in this run is not their default."""
+    """Return the settings that were not given and whose value in this run is not their default."""
     ranks_per_copy = run.data_parallel_size // run.distributed_optimizer_instances
     values: dict[str, Any] = {
         "tokenizer_path": tokenizer_path(config),

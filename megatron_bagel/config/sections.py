@@ -1,4 +1,4 @@
-"""Every flag of training by section, derived from the dataclasses: which section holds it, and its other names."""
+"""The sections of training's flags, and the other names of flags, derived from the dataclasses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SECTIONS: dict[str, type] = {
     "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
     "observing": ObservingArguments, "resilience": ResilienceArguments,
 }  # fmt: skip
-#: Name of a setting -> its field, in the order of the sections.
+#: Fields of all settings by name, in the order of the sections.
 SETTINGS: dict[str, Field[Any]] = {setting.name: setting for arguments in SECTIONS.values() for setting in fields(arguments)}
-#: Name of a setting -> its section.
+#: Sections of all settings by name.
 SECTION_OF: dict[str, str] = {setting.name: section for section, arguments in SECTIONS.items() for setting in fields(arguments)}
-#: Megatron's name for a setting -> the original's. Both are accepted.
+#: The original's names of settings by Megatron's names. Both are accepted.
 ALIASES: dict[str, str] = {alias: name for name, setting in SETTINGS.items() for alias in Flag.of(setting).aliases}

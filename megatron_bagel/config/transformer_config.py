@@ -1,4 +1,4 @@
-"""Megatron-Core's TransformerConfig for a decoder: the one place where our settings become its settings."""
+"""Megatron-Core's TransformerConfig for a decoder: the one place that translates settings of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from megatron_bagel.config.parallel_sizes import virtual_stages
 
 
 def transformer_config(
-    arch: LLMArch, megatron: MegatronArguments | None = None, bf16: bool = False, on_cpu: bool = True, **override: Any
+    arch: LLMArch, megatron: MegatronArguments | None = None, bf16: bool = False, on_cpu: bool = True, **overrides: Any
 ) -> TransformerConfig:
-    """Settings of the decoder of ``arch`` under the parallel layout of ``megatron`` (default: one rank).
+    """Return Megatron-Core's settings of a decoder.
 
-    ``on_cpu`` initialises weights on the host and leaves CUDA's fused kernels off. ``override`` holds fields of
-    TransformerConfig and wins. ``calculate_per_token_loss`` is on: our losses are divided by exact global token counts
-    already, so Megatron must sum gradients, not average them.
+    ``calculate_per_token_loss`` is on: losses are already divided by exact global token counts, so Megatron must sum gradients,
+    not average them.
+
+    Args:
+        arch: Shape of the decoder.
+        megatron: Parallel sizes and recomputation. The default is one rank.
+        bf16: Whether weights are bfloat16; otherwise they are fp32.
+        on_cpu: Whether weights are initialised on the host.
+        **overrides: Fields of TransformerConfig that win over all of these.
     """
     megatron = megatron or MegatronArguments()
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -35,7 +41,7 @@ def transformer_config(
         "calculate_per_token_loss": True,
         "use_cpu_initialization": on_cpu,
         "init_method_std": arch.initializer_range,
-        # Fusions are CUDA extensions, or reorder arithmetic that is compared with other layouts.
+        # Fusions are CUDA extensions, or reorder arithmetic that is compared between parallel sizes.
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
@@ -43,7 +49,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    return TransformerConfig(**{**settings, **override})
+    return TransformerConfig(**{**settings, **overrides})
 
 
 def _shape(arch: LLMArch) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def _shape(arch: LLMArch) -> dict[str, Any]:
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": arch.attention_bias,
-        # Read by Megatron's gradient sums alone: QK-norm weights see only a tensor-parallel rank's own heads.
+        # Only Megatron's gradient sums read this: QK-norm weights see only a tensor-parallel rank's own heads.
         "qk_layernorm": arch.qk_norm,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.rms_norm_eps,
@@ -80,9 +86,10 @@ def _parallel(megatron: MegatronArguments, layers: int) -> dict[str, Any]:
 
 
 def _pipeline_traffic(megatron: MegatronArguments, layers: int) -> dict[str, Any]:
-    """How stages talk. Sent activations are never freed early: Megatron-Core 0.16 does so before gloo has sent them.
+    """Return the settings of communication between stages.
 
-    Interleaved stages always overlap their traffic: without it Megatron-Core trains two stages wrong, silently.
+    Sent activations are never freed early: Megatron-Core 0.16 does so before gloo has sent them. Interleaved stages always overlap
+    their traffic: without overlap Megatron-Core trains two stages wrong, silently.
     """
     interleaved = virtual_stages(megatron, layers) is not None
     return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved, "deallocate_pipeline_outputs": False}

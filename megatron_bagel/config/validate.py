@@ -1,4 +1,4 @@
-"""Every check that needs no data, before ranks exchange anything: each error names the flag, the reason and what to do."""
+"""The checks before ranks exchange anything. They need no data, and each error names the flag, the reason and what to do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from megatron_bagel.config.sections import SECTIONS
 
 
 def validate(config: Config, world_size: int, has_gpu: bool) -> BagelArch:
-    """Check everything, and return the model that the settings describe: its JSON is read here, once per start.
+    """Check all settings, and return the model that they describe. This reads the model's JSON, once per start.
 
-    Raises ValueError for the first setting that cannot work, before this process has met another one.
-    ``resolve`` and ``validate_architecture`` hold the checks of the layout and of the model that the settings describe.
+    Args:
+        config: Settings of the run.
+        world_size: Number of ranks.
+        has_gpu: Whether the run uses GPUs.
+
+    Raises:
+        ValueError: for the first setting that cannot work, before this process has met another one.
     """
     validate_settings(config, world_size, has_gpu)
     check_paths(config)
@@ -26,7 +31,7 @@ def validate(config: Config, world_size: int, has_gpu: bool) -> BagelArch:
 
 
 def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
-    """The checks that read no file."""
+    """Check the settings without reading a file. Raises ValueError for the first one that cannot work."""
     refuse_unsupported_values(config)
     check_numbers(config)
     check_resilience(config)
@@ -36,7 +41,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
 
 
 def refuse_unsupported_values(config: Config) -> None:
-    """Values of the original's flags that cannot be honoured here; the reasons are also in docs/flags.md."""
+    """Refuse values of the original's flags that cannot be honoured here. docs/flags.md has the reasons too."""
     training = config.training
     if training.backward_prefetch != "BACKWARD_PRE":
         raise ValueError(
@@ -58,7 +63,7 @@ def check_numbers(config: Config) -> None:
 
 
 def validate_architecture(config: Config, arch: BagelArch) -> None:
-    """Checks of the parallel layout and the loss weights against the model's sizes."""
+    """Check parallel sizes, recomputation and loss weights against the model."""
     megatron, llm = config.megatron, arch.llm
     check_parallel_sizes(megatron, llm)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:

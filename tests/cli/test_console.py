@@ -1,4 +1,4 @@
-"""A run prints its own lines and nothing of other packages; a warning that nobody listed is still shown."""
+"""A run prints its own lines and nothing of other packages. One line names absent speed-ups, and unlisted warnings are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from megatron_bagel.cli import console
 from tests.runs import make_world, run_config
 
-OURS = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] .+")
+LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] .+")
 
 
 @pytest.mark.distributed
@@ -23,14 +23,16 @@ def test_a_run_prints_only_its_own_lines(tmp_path: Path, processes: int) -> None
     config = tmp_path / "run.yaml"
     flags = {"global_batch_size": 2, "total_steps": 2, "auto_resume": False}
     run_config(make_world(tmp_path), tmp_path / "results", processes, **flags).save(config)
-    # The launcher is torch's own program: it imports torch before anything of ours, and only the environment can reach it.
+    # The launcher is torch's own program: it imports torch before this package, and only the environment can reach it.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning"}
     command = [sys.executable, *launcher, "-m", "megatron_bagel.train", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines and [line for line in lines if not OURS.fullmatch(line)] == []
+    assert lines and [line for line in lines if not LOG_LINE.fullmatch(line)] == []
+    speedups = console.absent_speedups()
+    assert [line.partition("] ")[2] for line in lines if "speed-ups" in line] == ([] if speedups is None else [speedups])
 
 
 def test_unknown_warnings_are_shown() -> None:

@@ -69,7 +69,7 @@ def test_pretraining_then_fine_tuning_as_in_the_guide(world: Path, tmp_path: Pat
         "--results_dir", str(tmp_path / "a"), "--checkpoint_dir", str(tmp_path / "a/checkpoints"), "--max_latent_size", "64",
     ]  # fmt: skip
     assert command([*pretrain, *GUIDE_DATA, *TINY, "--num_workers", "1", "--log_every", "1"], tmp_path / "a.txt") == 0
-    assert architecture_reads(tmp_path / "a.txt") == {"qwen/config.json": 1, "siglip/config.json": 1, "world0/ae_config.json": 1}
+    assert architecture_reads(tmp_path / "a.txt") == {"qwen/config.json": 1, "siglip/config.json": 1, f"{world.name}/ae_config.json": 1}
     assert (tmp_path / "a/index/manifest.json").is_file(), "without --index_dir the index is made below results_dir"
     assert len(read_history(tmp_path / "a/metrics.jsonl")) == 2
     model = tmp_path / "model"
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_refused_at_the_start(
     [
         (["--tensor_model_parallel_size", "3"], "= 3 ranks per replica do not divide the 8 ranks of this run"),
         (["--tensor_model_parallel_size", "8"], "attention heads cannot be divided by 8; sizes that work: 1 or 2"),
-        (["--pipeline_model_parallel_size", "8"], "2 layers cannot be dealt evenly to 8 stages"),
+        (["--pipeline_model_parallel_size", "8"], "2 layers cannot be divided evenly among 8 stages"),
         (["--context_parallel_size", "8", "--cp_comm_type", "a2a"], "cannot be divided by 8; sizes that work: 1"),
         (["--sequence_parallel"], "it needs --tensor_model_parallel_size above 1"),
         (["--global_batch_size", "12"], "is not a multiple of the 8 data-parallel replicas"),

@@ -71,4 +71,4 @@ def test_defaults_are_allowed_and_help_is_a_sentence(arguments):
 
 def test_origins():
     origins = [make(0, "Help.").metadata["flag"].origin for make in (flag, megatron_flag, original_flag)]
-    assert origins == ["ours", "megatron", "original"]
+    assert origins == ["new", "megatron", "original"]

@@ -35,7 +35,7 @@ def llm(**sizes: int) -> LLMArch:
             {TP: 6},
             r"neither a divisor nor a multiple of the model's 4",
         ),
-        (RELEASED, {PP: 3}, r"28 layers cannot be dealt evenly to 3 stages .* sizes that work: 1, 2, 4, 7, 14 or 28"),
+        (RELEASED, {PP: 3}, r"28 layers cannot be divided evenly among 3 stages .* sizes that work: 1, 2, 4, 7, 14 or 28"),
         (llm(), {PP: 2, VPP: 3}, r"2 stages of 3 chunk\(s\)"),
         (llm(), {PP: 2, "num_layers_per_virtual_pipeline_stage": 3}, r"does not divide .* sizes that work: 1, 2 or 4"),
         (llm(), {PP: 2, VPP: 4, "num_layers_per_virtual_pipeline_stage": 2}, r"contradict each other"),

@@ -87,7 +87,7 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
         ("--lr_scheduler cosine --lr 1e-8", r"--min_lr 1e-07 is above --lr 1e-08"),
         ("--overlap_grad_reduce --overlap_param_gather --sharding_strategy NO_SHARD", r"needs --use_distributed_optimizer, not NO_SHARD"),
         ("--context_parallel_size 2 --cp_comm_type a2a --tensor_model_parallel_size 4", r"= 8 ranks per replica"),
-        ("--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2 --global_batch_size 2", r"2 layers cannot be dealt"),
+        ("--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2 --global_batch_size 2", r"2 layers cannot be divided"),
         ("--make_vocab_size_divisible_by 0", r"at least 1"),
         ("--overlap_param_gather", r"needs --use_distributed_optimizer and --overlap_grad_reduce"),
         ("--resume_model_only True", r"needs --resume_from"),

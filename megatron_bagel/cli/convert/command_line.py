@@ -1,4 +1,4 @@
-"""What the commands of conversion share: which weights, sizes, readable errors and the exit status."""
+"""The shared parts of the conversion commands: choices of weights, sizes, readable errors and the exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def run(prog: str, work: Callable[[], None]) -> int:
-    """Do ``work``; an error that a user can cause ends in one sentence and status 1."""
+    """Call ``work``. Returns the exit status: 1 after an error of the user, which is printed as one sentence."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     platform.install_for_streaming()
     try:
@@ -30,14 +30,14 @@ def run(prog: str, work: Callable[[], None]) -> int:
 
 
 def step_folder(path: Path) -> Path:
-    """Return ``path`` if it is a checkpoint, else the newest complete one inside it. Raises ValueError naming what is wrong with it."""
+    """Return ``path`` if it is a checkpoint, else the newest complete one inside it. Raises ValueError if there is none."""
     folder = path if step_folders.is_complete(path) else step_folders.latest_checkpoint(path) or path
     step_folders.read_state(folder)
     return folder
 
 
 def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
-    """Return the shape in a JSON file given by --autoencoder-config."""
+    """Return the shape in the JSON file of ``--autoencoder-config``, or None without a file."""
     if path is None:
         return None
     if not path.is_file():
@@ -46,7 +46,7 @@ def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
 
 
 def size(text: str) -> int:
-    """Return the bytes of "5GB", "200MB" or a number, as an argparse type."""
+    """Return the number of bytes in "5GB", "200MB" or a plain number. This is an argparse type."""
     for unit, factor in SIZE_UNITS.items():
         if text.upper().endswith(unit):
             return int(float(text[: -len(unit)]) * factor)

@@ -1,4 +1,4 @@
-"""Model folder in the released BAGEL layout -> training checkpoint of step 0, to train from with --resume_model_only True."""
+"""Convert a model folder in BAGEL's released format to a training checkpoint of step 0, for --resume_model_only True."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from megatron_bagel.cli.convert import command_line as command
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(prog=prog, description=__doc__)
-    p.add_argument(
+    arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
+    arguments.add_argument(
         "--model", required=True, type=Path, help="folder with llm_config.json, vit_config.json, ema.safetensors, ae.safetensors"
     )
-    p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
-    p.add_argument(
-        "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
+    arguments.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
+    arguments.add_argument(
+        "--weights",
+        choices=command.WEIGHTS,
+        default="ema",
+        help="ema: the average serves as model and EMA; model: no EMA; both: model and EMA as they are",
     )
-    p.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
-    p.add_argument(
+    arguments.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
+    arguments.add_argument(
         "--allow-missing", "--allow_missing", nargs="+", default=[], metavar="PATTERN",
-        help="weights the folder may lack, as shell patterns of their names; they get seeded values, and are listed",
+        help="weights that the folder may lack, as shell patterns of their names; they get seeded values and are listed",
     )  # fmt: skip
-    p.add_argument("--autoencoder-config", type=Path, help="JSON shape of an autoencoder that is not FLUX's and has no ae_config.json")
-    return p
+    arguments.add_argument(
+        "--autoencoder-config", type=Path, help="JSON file with the shape of an autoencoder that is not FLUX's and has no ae_config.json"
+    )
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert hf-to-megatron") -> int:
-    """Convert; returns the process's exit status."""
+    """Convert the folder. Returns the exit status."""
     args = parser(prog).parse_args(argv)
 
     def work() -> None:

@@ -1,8 +1,8 @@
-"""Qwen folder + SigLIP folder + ae.safetensors -> training checkpoint of step 0: a new BAGEL before its first step.
+"""Make a training checkpoint of step 0 from a Qwen folder, a SigLIP folder and ae.safetensors: a new BAGEL before its first step.
 
-The same weights as a run with these flags starts from: QK-norm begins at 1 where the LLM has none (Qwen2.5) and is taken where it has
-(Qwen3), the patch convolution becomes linear, ViT layers past the selected one go, the vocabulary grows to the tokenizer and is never cut.
-Needs no network and no GPU; holds a few tensors at a time.
+A run with these flags starts from the same weights. QK-norm starts at 1 if the LLM has none (Qwen2.5) and is copied if it has (Qwen3).
+The patch convolution becomes a linear layer, and ViT layers after the selected one are dropped. The vocabulary grows to the tokenizer's
+and is never cut. The command needs no network and no GPU, and holds a few tensors at a time.
 """
 
 from __future__ import annotations
@@ -17,26 +17,32 @@ from megatron_bagel.cli.usage import command_parser
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = command_parser(__doc__, prog)
-    p.add_argument("--llm", required=True, type=Path, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
-    p.add_argument("--vit", type=Path, help="SigLIP folder; without it the model has no image understanding")
-    p.add_argument("--vae", type=Path, help="ae.safetensors; without it the model has no image generation")
-    p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
-    p.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the LLM's")
-    p.add_argument("--layer-module", default="Qwen2MoTDecoderLayer", help="Qwen2MoTDecoderLayer, Qwen2MoEDecoderLayer or Qwen2DecoderLayer")
-    p.add_argument("--no-qk-norm", action="store_true", help="do not normalise queries and keys per head")
-    p.add_argument("--tie-word-embeddings", action="store_true", help="share the token embedding with the output layer")
-    p.add_argument("--no-copy-init-moe", action="store_true", help="seeded values for the generation expert, not the LLM's")
-    p.add_argument("--max-latent-size", type=int, default=32, help="side of the latent grid")
-    p.add_argument("--vit-max-num-patch-per-side", type=int, help="side of the ViT's position grid; default: the ViT's own")
-    p.add_argument("--vit-select-layer", type=int, default=-2, help="which ViT layer feeds the connector; -2 drops the last")
-    p.add_argument("--seed", type=int, default=4396, help="of the values no folder has (global_seed of a run)")
-    p.add_argument("--allow-missing", nargs="*", default=[], metavar="PATTERN", help="weights the folders may lack, such as '*.q_norm.*'")
-    return p
+    arguments = command_parser(__doc__, prog)
+    arguments.add_argument("--llm", required=True, type=Path, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
+    arguments.add_argument("--vit", type=Path, help="SigLIP folder; without it the model cannot understand images")
+    arguments.add_argument("--vae", type=Path, help="ae.safetensors; without it the model cannot generate images")
+    arguments.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
+    arguments.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the LLM's")
+    arguments.add_argument(
+        "--layer-module", default="Qwen2MoTDecoderLayer", help="Qwen2MoTDecoderLayer, Qwen2MoEDecoderLayer or Qwen2DecoderLayer"
+    )
+    arguments.add_argument("--no-qk-norm", action="store_true", help="do not normalise queries and keys per head")
+    arguments.add_argument("--tie-word-embeddings", action="store_true", help="share the token embedding with the output layer")
+    arguments.add_argument(
+        "--no-copy-init-moe", action="store_true", help="start the generation expert from seeded values, not from the LLM's"
+    )
+    arguments.add_argument("--max-latent-size", type=int, default=32, help="side of the latent grid")
+    arguments.add_argument("--vit-max-num-patch-per-side", type=int, help="side of the ViT's position grid; default: the ViT's own")
+    arguments.add_argument("--vit-select-layer", type=int, default=-2, help="ViT layer that feeds the connector; -2 drops the last")
+    arguments.add_argument("--seed", type=int, default=4396, help="seed of values that no folder has (global_seed of a run)")
+    arguments.add_argument(
+        "--allow-missing", nargs="*", default=[], metavar="PATTERN", help="weights that the folders may lack, such as '*.q_norm.*'"
+    )
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert init") -> int:
-    """Make the checkpoint; returns the process's exit status."""
+    """Make the checkpoint. Returns the exit status."""
     args = parser(prog).parse_args(argv)
 
     def work() -> None:

@@ -1,10 +1,11 @@
-"""What is in a training checkpoint: step, model, layout, config, data position, tensors. Also compares two, and checks one's checksums.
+"""Show step, model, parallel sizes, config, data position and tensors of a training checkpoint; compare two; verify checksums.
 
     %(prog)s show CHECKPOINT            one page about it; --tensors lists every tensor
     %(prog)s compare CHECKPOINT OTHER   tensor by tensor; status 1 when they differ
     %(prog)s verify CHECKPOINT          reads every file; status 1 when one is damaged
 
-CHECKPOINT is a step folder, or the folder above it: then its newest complete step. No GPU, one tensor in memory.
+CHECKPOINT is a step folder, or the folder above it, which means its newest complete step. The command needs no GPU and holds one tensor
+at a time.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from megatron_bagel.cli.usage import command_parser
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = command_parser(__doc__, prog)
-    modes = p.add_subparsers(dest="mode", required=True)
-    show = modes.add_parser("show", help="what is in it")
+    arguments = command_parser(__doc__, prog)
+    modes = arguments.add_subparsers(dest="mode", required=True)
+    show = modes.add_parser("show", help="show what it holds")
     show.add_argument("--tensors", action="store_true", help="list every tensor with shape and type")
-    show.add_argument("--json", action="store_true", help="as JSON")
-    compare = modes.add_parser("compare", help="two checkpoints, tensor by tensor")
-    compare.add_argument("--only", default="", metavar="PREFIX", help="only tensors whose key begins so, such as 'ema.' or 'decoder.'")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    compare = modes.add_parser("compare", help="compare two checkpoints, tensor by tensor")
+    compare.add_argument(
+        "--only", default="", metavar="PREFIX", help="only tensors whose key begins with PREFIX, such as 'ema.' or 'decoder.'"
+    )
     verify = modes.add_parser("verify", help="compare all files with their checksums")
     for mode in (show, compare, verify):
         mode.add_argument("checkpoint", type=Path, help="a step folder, or the folder above it")
-    compare.add_argument("other", type=Path, help="another one")
-    return p
+    compare.add_argument("other", type=Path, help="another checkpoint")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert inspect") -> int:
-    """Inspect; returns the process's exit status."""
+    """Show, compare or verify. Returns the exit status."""
     args = parser(prog).parse_args(argv)
 
     def work() -> None:

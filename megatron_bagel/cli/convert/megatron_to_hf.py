@@ -1,4 +1,4 @@
-"""Training checkpoint -> model folder in the released BAGEL layout. No GPU, no model in memory, any layout of the run that saved it."""
+"""Convert a training checkpoint, saved with any parallel sizes, to a model folder in BAGEL's released format. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from megatron_bagel.cli.convert import command_line as command
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(prog=prog, description=__doc__)
-    p.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or the folder above it: then its newest complete step")
-    p.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist or be empty")
-    p.add_argument("--weights", choices=command.WEIGHTS, default="ema", help="which weights; the released model is an average (ema)")
-    p.add_argument(
+    arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
+    arguments.add_argument(
+        "--checkpoint", required=True, type=Path, help="step folder, or the folder above it, which means its newest complete step"
+    )
+    arguments.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist or be empty")
+    arguments.add_argument(
+        "--weights", choices=command.WEIGHTS, default="ema", help="weights to write; the released model is an average (ema)"
+    )
+    arguments.add_argument(
         "--dtype", choices=("bf16", "fp32", "keep"), default="bf16",
-        help="bf16 is the released type; fp32 keeps the main weights' bits; keep: each tensor in the type it is stored in",
+        help="bf16: the released type; fp32: the main weights' bits; keep: the stored type of each tensor",
     )  # fmt: skip
-    p.add_argument("--shard-size", type=command.size, help="cut weight files into parts of at most this size (5GB, 200MB), with an index")
-    p.add_argument(
+    arguments.add_argument(
+        "--shard-size", type=command.size, help="split weight files into parts of at most this size (5GB, 200MB), with an index"
+    )
+    arguments.add_argument(
         "--untrained-from", type=Path, metavar="FOLDER",
-        help="model folder that gives the parts the run was trained without: vision tower, image generation, autoencoder",
+        help="model folder with the parts that the run was trained without: vision tower, image generation, autoencoder",
     )  # fmt: skip
-    p.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the one the run used")
-    p.add_argument("--autoencoder", type=Path, help="ae.safetensors to copy; default: the one the run used")
-    return p
+    arguments.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the run's")
+    arguments.add_argument("--autoencoder", type=Path, help="ae.safetensors to copy; default: the run's")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert megatron-to-hf") -> int:
-    """Convert; returns the process's exit status."""
+    """Convert the checkpoint. Returns the exit status."""
     args = parser(prog).parse_args(argv)
 
     def work() -> None:

@@ -1,1 +1,1 @@
-"""The commands of ``megatron-bagel data``: they build, merge, verify and show an index, and make sample data, latents, tokenizers."""
+"""The commands of ``megatron-bagel data``. They build, merge, verify and show an index, and make sample data, latents and tokenizers."""

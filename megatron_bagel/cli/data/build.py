@@ -2,11 +2,11 @@
 
     %(prog)s --dataset_config_file data.yaml --data-root bagel_example --tokenizer hf/BAGEL-7B-MoT --output index
 
-Rows that cannot be used are kept out, counted on the console, and listed with file, row and reason in OUTPUT/skipped.jsonl.
-The same command continues a build that broke off. Sources may be URLs (s3://, gs://, hdfs://, or any scheme of fsspec).
+Rows that cannot be used are left out, counted on the console, and listed with file, row and reason in OUTPUT/skipped.jsonl.
+The same command continues an interrupted build. Sources may be URLs (s3://, gs://, hdfs://, or any scheme of fsspec).
 
-Many machines build one index with --num-jobs N --job-index 0 ... N-1 (the same other flags, a shared file system) and then merge
-what they made (megatron-bagel data merge, or data_tools/merge_index.py); examples/build_index.sbatch does it under Slurm.
+Many machines build one index with --num-jobs N --job-index 0 ... N-1, with equal other flags and a shared file system. Then
+megatron-bagel data merge (or data_tools/merge_index.py) merges the parts. examples/build_index.sbatch does both under Slurm.
 """
 
 from __future__ import annotations
@@ -26,25 +26,30 @@ from megatron_bagel.data.transforms import PIXEL_LIMIT
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line; every flag is accepted with dashes and with underscores."""
+    """Return the command line's values. Every flag is accepted with dashes and with underscores."""
     parser = command_parser(__doc__, prog)
 
     def flag(name: str, **settings: Any) -> None:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
     flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML that training reads too")
-    flag("data_root", metavar="DIR", help="folder or URL in the guide's layout (t2i/, editing/, vlm/, text/); not needed where the "
-         "YAML's dataset_info says where each dataset lies")  # fmt: skip
+    flag("data_root", metavar="DIR", help="folder or URL with the guide's folders (t2i/, editing/, vlm/, text/); not needed if the "
+         "YAML's dataset_info says where each dataset is")  # fmt: skip
     parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=Path, metavar="PATH",
-                        help="Hugging Face folder or SentencePiece .model; training must use the same")  # fmt: skip
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the index appears, once it is complete")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 builds in this one (default)")
-    flag("rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"samples per set of files, about (default {ROWS_PER_SHARD})")
-    flag("check_images", choices=IMAGE_CHECKS, default="structure", help="keep out images that are cut off or whose checksums are wrong "
-         "(structure, default), all that do not decode (decode, three times slower), or only what is no image (header)")  # fmt: skip
-    flag("max_image_pixels", type=int, default=PIXEL_LIMIT, help=f"larger images are kept out as bombs (default {PIXEL_LIMIT})")
-    flag("num_jobs", type=int, default=1, help="jobs that build this index together, each its share of the shards (default 1)")
-    flag("job_index", type=int, default=0, help="which of them this is, from 0")
+                        help="Hugging Face folder or SentencePiece .model file; training must use the same one")  # fmt: skip
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the index, which appears when it is complete")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 builds in this one (default)")
+    flag(
+        "rows_per_shard",
+        type=int,
+        default=ROWS_PER_SHARD,
+        help=f"approximate number of samples per set of files (default {ROWS_PER_SHARD})",
+    )
+    flag("check_images", choices=IMAGE_CHECKS, default="structure", help="leave out truncated images and wrong checksums (structure, "
+         "default), all that do not decode (decode, three times slower), or only files that are no images (header)")  # fmt: skip
+    flag("max_image_pixels", type=int, default=PIXEL_LIMIT, help=f"leave out larger images as decompression bombs (default {PIXEL_LIMIT})")
+    flag("num_jobs", type=int, default=1, help="number of jobs that share the shards of this index (default 1)")
+    flag("job_index", type=int, default=0, help="number of this job, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
     return parser.parse_args(argv)
 
@@ -77,5 +82,5 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
 
 
 def merge_command(prog: str) -> str:
-    """Return the command that merges the parts, written as this one was."""
+    """Return the command that merges the parts, in the form that this command was started in."""
     return "python data_tools/merge_index.py" if prog.endswith(".py") else f"{prog.removesuffix('build')}merge"

@@ -1,11 +1,11 @@
-"""Show what is in an index: schema, counts and histograms, one sample with texts and pictures, or one pack of a run with its mask.
+"""Show an index: schema, counts and histograms, one sample with texts and pictures, or one pack of a run with its mask.
 
     %(prog)s INDEX
     %(prog)s INDEX --dataset t2i_pretrain/t2i --sample 17 --images out
     %(prog)s INDEX --config results/config.yaml --pack 3 --png pack.png
     %(prog)s INDEX --dataset t2i_pretrain/t2i --sample 17 --config results/config.yaml --pack 3 --html look.html
 
-Words go to the console; --png draws what is shown last, --html writes words and pictures of everything to one file.
+The console shows text. --png draws the last thing shown, and --html writes text and figures of everything to one file.
 """
 
 from __future__ import annotations
@@ -31,26 +31,28 @@ from megatron_bagel.data.tokenizer import load_tokenizer
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.layout.pack import build_pack
 
-Section = tuple[str, Callable[[], Figure]]  # words, and how to draw the same thing
+Section = tuple[str, Callable[[], Figure]]  # text, and the function that draws the same thing
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line's values."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("index", type=Path, help="folder of an index")
     parser.add_argument("--dataset", metavar="GROUP/NAME", help="one dataset instead of all")
     parser.add_argument("--sample", type=int, metavar="N", help="show sample N of --dataset")
     parser.add_argument("--config", type=Path, metavar="YAML", help="config.yaml of a run (in its results_dir), which --pack needs")
     parser.add_argument("--pack", type=int, metavar="N", help="show pack N of the run's order")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="spell texts out (default: the tokenizer the index was built with)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="write the sample's pictures there as PNG")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw what is shown last: pack, sample or histograms")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write words and pictures of everything shown to one file")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="tokenizer that decodes texts (default: the one that built the index)"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="write the sample's pictures to this folder as PNG")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last thing shown: pack, sample or histograms")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write text and figures of everything shown to one file")
     return parser.parse_args(argv)
 
 
 def write_images(reader: DatasetReader, index: int, folder: Path) -> list[Path]:
-    """Decode the sample's images to ``folder``; returns the files."""
+    """Decode the sample's images to ``folder``. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     record = reader.record(index)
@@ -61,27 +63,27 @@ def write_images(reader: DatasetReader, index: int, folder: Path) -> list[Path]:
 
 
 def overview(index: IndexedSamples, readers: Sequence[DatasetReader]) -> Section:
-    """Return schema, counts and histograms."""
-    words = [describe_schema(index.manifest), *(describe_dataset(reader) for reader in readers)]
-    return "\n".join(words), partial(overview_figure, list(readers))
+    """Return the section of schema, counts and histograms."""
+    paragraphs = [describe_schema(index.manifest), *(describe_dataset(reader) for reader in readers)]
+    return "\n".join(paragraphs), partial(overview_figure, list(readers))
 
 
 def one_sample(args: argparse.Namespace, index: IndexedSamples, readers: Sequence[DatasetReader]) -> Section:
-    """Return a sample with its texts and pictures."""
+    """Return the section of one sample, with its texts and pictures."""
     if len(readers) > 1:
         raise ValueError(f"--sample needs --dataset, one of {', '.join(index.datasets)}")
     reader, number = readers[0], args.sample
     if not 0 <= number < len(reader):
         raise ValueError(f"--sample {number} does not exist; {reader.name} has samples 0 to {len(reader) - 1}")
     tokenizer = load_tokenizer(args.tokenizer or index.manifest.tokenizer_path)
-    words = describe_sample(reader, number, tokenizer)
+    text = describe_sample(reader, number, tokenizer)
     if args.images is not None:
-        words += "".join(f"\n  {path}" for path in write_images(reader, number, args.images))
-    return words, partial(sample_figure, reader, number, tokenizer)
+        text += "".join(f"\n  {path}" for path in write_images(reader, number, args.images))
+    return text, partial(sample_figure, reader, number, tokenizer)
 
 
 def one_pack(args: argparse.Namespace, index: IndexedSamples) -> Section:
-    """Return a pack as the run makes it, whatever ranks it falls to."""
+    """Return the section of one pack, as the run makes it on any ranks."""
     if args.config is None:
         raise ValueError("--pack needs --config: the order and size of packs are a run's")
     if args.pack < 0:
@@ -96,16 +98,16 @@ def one_pack(args: argparse.Namespace, index: IndexedSamples) -> Section:
 
 
 def write_html(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write one file that needs no other: every section's words and its picture."""
+    """Write one self-contained file with every section's text and figure."""
     parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"]
-    for words, draw in sections:
-        data = base64.b64encode(as_png(draw())).decode()
-        parts.append(f"<pre>{html.escape(words)}</pre><img src='data:image/png;base64,{data}'>")
+    for text, draw in sections:
+        png = base64.b64encode(as_png(draw())).decode()
+        parts.append(f"<pre>{html.escape(text)}</pre><img src='data:image/png;base64,{png}'>")
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data inspect") -> int:
-    """Print and draw what was asked for. Returns the exit status."""
+    """Print and draw the requested sections. Returns the exit status."""
     args = parse_arguments(argv, prog)
     try:
         index = IndexedSamples.open(args.index)
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data ins
             sections.append(one_sample(args, index, readers))
         if args.pack is not None:
             sections.append(one_pack(args, index))
-        print("\n".join(words for words, _ in sections))
+        print("\n".join(text for text, _ in sections))
         if args.png is not None:
             args.png.write_bytes(as_png(sections[-1][1]()))
         if args.html is not None:

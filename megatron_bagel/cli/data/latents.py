@@ -3,8 +3,8 @@
     %(prog)s INDEX --dataset_config_file data.yaml --vae hf/BAGEL-7B-MoT/ae.safetensors --output latents
     python -m megatron_bagel.train --latent_cache latents --index_dir INDEX --dataset_config_file data.yaml ...
 
-The cache belongs to this index, these image_transform_args and these weights. The same command continues where it broke off; with
---num-jobs N each job (one per GPU, say) writes its share on a shared file system, and the last one to end completes the cache.
+The cache belongs to this index, these image_transform_args and these weights. The same command continues an interrupted one. With
+--num-jobs N each job (one per GPU, say) writes its share to a shared file system, and the last one to end completes the cache.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from megatron_bagel.encoders.latent_writer import CacheOptions, clear_latent_cac
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line's values."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("index", type=Path, help="folder of an index")
     parser.add_argument("--dataset_config_file", "--dataset-config-file", required=True, type=Path, metavar="YAML",
                         help="the dataset YAML that training reads too: its image_transform_args are applied")  # fmt: skip
-    parser.add_argument("--vae", "--vae_path", "--vae-path", required=True, type=Path, metavar="FILE", help="weights of the autoencoder")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the cache is made")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="float32 (default) trains with the losses of encoding; "
-                        "bfloat16 takes half the room and rounds")  # fmt: skip
-    parser.add_argument("--num_jobs", "--num-jobs", type=int, default=1, help="jobs that make the cache together (default 1)")
-    parser.add_argument("--job_index", "--job-index", type=int, default=0, help="which of them this is, from 0")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where --output holds another cache")
+    parser.add_argument(
+        "--vae", "--vae_path", "--vae-path", required=True, type=Path, metavar="FILE", help="file of the autoencoder's weights"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the cache")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="float32 (default) keeps the losses of encoding; "
+                        "bfloat16 halves the size and rounds")  # fmt: skip
+    parser.add_argument("--num_jobs", "--num-jobs", type=int, default=1, help="number of jobs that share the cache (default 1)")
+    parser.add_argument("--job_index", "--job-index", type=int, default=0, help="number of this job, from 0")
+    parser.add_argument("--overwrite", action="store_true", help="replace another cache at --output")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data latents") -> int:
     """Fill the cache, or one job's part of it. Returns the exit status."""
     args = parse_arguments(argv, prog)
-    platform.install()  # on a CPU memory of the encoder's temporaries is kept: giving it back took as long as the encoding
+    platform.install()  # on a CPU this keeps the memory of the encoder's temporaries: returning it took as long as encoding
     try:
         options = CacheOptions(args.dtype, platform.device(), args.num_jobs, args.job_index)
         groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]

@@ -1,4 +1,4 @@
-"""Put together what the jobs of an index build (--num-jobs N) made: the same index, byte for byte, as one job would have built.
+"""Merge the parts of an index that several jobs built (--num-jobs N). One job would build the same index, byte for byte.
 
 %(prog)s --output index
 %(prog)s --output index /disk1/index.job-00000-of-00002 /disk2/index.job-00001-of-00002
@@ -15,9 +15,9 @@ from megatron_bagel.data.index.publish import merge_jobs
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line's values."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the index appears; as given to the jobs")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the index, as given to the jobs")
     parser.add_argument("parts", nargs="*", type=Path, metavar="PART", help="folders of the jobs (default: OUTPUT.job-*-of-*)")
     parser.add_argument("--overwrite", action="store_true", help="replace another index at --output")
     return parser.parse_args(argv)

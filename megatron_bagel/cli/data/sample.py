@@ -1,9 +1,9 @@
-"""Make a complete small training set from nothing: pictures of coloured shapes in BAGEL's data formats, a tokenizer, model configs.
+"""Make a complete small training set from nothing: pictures of coloured shapes in BAGEL's data formats, a tokenizer and model configs.
 
     %(prog)s OUT --t2i 2000 --edit 2000 --vlm 2000
 
-Beside the data folders of the guide, OUT gets `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config),
-`dataset.yaml` to build an index from, and `world.json`, which says what was made. OUT appears only when it is complete.
+OUT gets the guide's data folders, `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config),
+`dataset.yaml`, from which an index is built, and `world.json`, which describes the set. OUT appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -27,36 +27,40 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--t2i", type=int, default=1000, metavar="N", help="pictures with captions (default 1000)")
     parser.add_argument("--edit", type=int, default=1000, metavar="N", help="editing examples (default 1000)")
     parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
-    parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0: no such group)")
+    parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0, which makes no such group)")
     parser.add_argument("--weights", type=float, nargs=4, default=list(WEIGHTS.values()), metavar=("T2I", "EDIT", "VLM", "TEXT"),
-                        help=f"how often each kind is drawn in training (default: {' '.join(map(str, WEIGHTS.values()))})")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
+                        help=f"weight of each kind in training (default: {' '.join(map(str, WEIGHTS.values()))})")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and texts (default 0)")
     world = parser.add_argument_group("the world")
     world.add_argument("--image-size", nargs="+", default=["64"], metavar="SIZE",
-                       help="64, or WxH; several sizes are mixed, one drawn per picture (default 64)")  # fmt: skip
+                       help="64, or WxH; of several sizes, each picture draws one (default 64)")  # fmt: skip
     world.add_argument("--max-count", type=int, default=1, metavar="N", help="shapes per picture, 1 to N (default 1)")
     world.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default all)")
     world.add_argument("--sizes", nargs="+", default=["large"], metavar="SIZE", help=f"of {', '.join(SIZES)} (default large)")
-    world.add_argument("--hold-out", nargs="+", default=[], metavar="COLOUR:SHAPE", help="pairs that never appear, to test on")
+    world.add_argument("--hold-out", nargs="+", default=[], metavar="COLOUR:SHAPE", help="pairs that never appear, for tests")
     words = parser.add_argument_group("the words")
     words.add_argument("--captions-per-image", type=int, default=2, metavar="N", help="wordings per caption, 1 or 2 (default 2)")
     words.add_argument("--questions-per-image", type=int, default=2, metavar="N", help="questions per conversation (default 2)")
     words.add_argument("--edit-steps", type=int, default=1, metavar="N", help="edits per example, 1 to N (default 1)")
     words.add_argument("--edit-kinds", nargs="+", default=None, metavar="KIND", help=f"of {', '.join(EDITS)} (default all)")
-    words.add_argument("--vocab-size", type=int, default=512, help="the tokenizer's tokens at most (default 512)")
+    words.add_argument("--vocab-size", type=int, default=512, help="largest number of tokens of the tokenizer (default 512)")
     model = parser.add_argument_group("the model configs")
-    model.add_argument("--hidden-size", type=int, default=128, help="of the decoder (default 128)")
-    model.add_argument("--layers", type=int, default=6, help="of the decoder (default 6)")
-    model.add_argument("--vit-hidden-size", type=int, default=96, help="of the vision transformer (default 96)")
-    model.add_argument("--vit-layers", type=int, default=4, help="of the vision transformer, the unused last one included (default 4)")
+    model.add_argument("--hidden-size", type=int, default=128, help="hidden size of the decoder (default 128)")
+    model.add_argument("--layers", type=int, default=6, help="layers of the decoder (default 6)")
+    model.add_argument("--vit-hidden-size", type=int, default=96, help="hidden size of the vision transformer (default 96)")
+    model.add_argument(
+        "--vit-layers", type=int, default=4, help="layers of the vision transformer, including the unused last one (default 4)"
+    )
     model.add_argument(
         "--vit-image-size",
         type=int,
         default=None,
         metavar="N",
-        help="longest side in pixels at which the ViT sees pictures; fewer patches are learnt faster (default: their own)",
+        help="longest side in pixels at which the ViT sees pictures; fewer patches train faster (default: their own)",
     )
-    model.add_argument("--vit-patches-per-side", type=int, default=10, help="largest image the ViT can address (default 10)")
+    model.add_argument(
+        "--vit-patches-per-side", type=int, default=10, help="side of the largest image that the ViT can address, in patches (default 10)"
+    )
     return parser
 
 
@@ -72,7 +76,7 @@ def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...]:
 
 
 def spec_of(args: argparse.Namespace) -> FolderSpec:
-    """Return the typed settings of the command line. Raises ValueError naming what cannot be."""
+    """Return the typed settings of the command line. Raises ValueError with the setting that cannot work."""
     world = World(shapes=tuple(args.shapes), sizes=tuple(args.sizes), max_count=args.max_count,
                   picture_sizes=parse_sizes(args.image_size), held_out=parse_pairs(args.hold_out))  # fmt: skip
     kinds = tuple(args.edit_kinds) if args.edit_kinds else None
@@ -83,7 +87,7 @@ def spec_of(args: argparse.Namespace) -> FolderSpec:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sample") -> int:
-    """Make the set; errors of the input end with one line and exit status 2."""
+    """Make the set. Errors of the input end with one line and exit status 2."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     llm, vit = LLMSize(args.hidden_size, args.layers), ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)

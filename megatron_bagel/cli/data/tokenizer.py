@@ -14,7 +14,7 @@ from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
 def strings(value: object) -> Iterator[str]:
-    """Yield every string inside a JSON value, at any depth; keys are not text."""
+    """Yield every string inside a JSON value, at any depth. Keys are not text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -26,7 +26,7 @@ def strings(value: object) -> Iterator[str]:
 
 
 def read_texts(paths: list[Path]) -> Iterator[str]:
-    """Yield the texts of the files, line by line. Raises ValueError naming file and line for a .jsonl line that is no JSON."""
+    """Yield the texts of the files, line by line. Raises ValueError with file and line for a .jsonl line that is not JSON."""
     for path in paths:
         if not path.is_file():
             raise ValueError(f"--text: there is no file {path}")
@@ -43,11 +43,11 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tokenizer") -> int:
-    """Train the tokenizer; errors of the input end with one line and exit status 2."""
+    """Train the tokenizer. Errors of the input end with one line and exit status 2."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer's files")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text files or .jsonl")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens at most, special tokens included (default 8192)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="largest number of tokens, including special tokens (default 8192)")
     args = parser.parse_args(argv)
     try:
         size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)

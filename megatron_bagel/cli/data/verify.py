@@ -2,7 +2,7 @@
 
     %(prog)s INDEX --workers 8
 
-Every problem is a line with shard, source file and row; the exit status is 1 when there is one.
+Every problem is a line with shard, source file and row. The exit status is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of th
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line's values."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("index", type=Path, help="folder of an index")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 checks in this one (default)")
-    parser.add_argument("--no-decode", action="store_true", help="leave the images' pixels out (several times faster)")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 checks in this one (default)")
+    parser.add_argument("--no-decode", action="store_true", help="do not decode images (several times faster)")
     return parser.parse_args(argv)
 
 
