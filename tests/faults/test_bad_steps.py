@@ -74,7 +74,7 @@ def test_a_resumed_run_judges_alike(losses: list[float], cut: int) -> None:
     def judged(steps: BadSteps, some: list[float]) -> list[str]:
         found = []
         for loss in some:
-            found.append(steps.wrong(attempt(loss)))
+            found.append(steps.problem(attempt(loss)))
             if not found[-1]:
                 steps._losses.append(loss)
         return found
