@@ -1,1 +1,1 @@
-"""From a folder or a checkpoint to modules with weights, for training and for inference."""
+"""Builds modules and fills them from a folder or a checkpoint, for training and for inference."""

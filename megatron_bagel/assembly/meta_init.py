@@ -1,6 +1,6 @@
-"""Modules built without memory for their weights, which come from disk anyway: no rank holds more than its share and one tensor.
+"""Builds modules without memory for weights that will be loaded, so no rank holds more than its share and one tensor.
 
-Building with random weights first would also draw billions of numbers only to overwrite them.
+Random weights would cost memory and billions of random numbers, only to be overwritten.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _META = torch.device("meta")
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within the block parameters of new modules have shapes and no data; tables computed with numpy are real.
+    """Give parameters of modules made within the block shapes but no data. Tables computed with numpy have data.
 
-    Megatron-Core passes `torch.cuda.current_device()` explicitly, so that has to answer "meta", too.
+    Megatron-Core passes ``torch.cuda.current_device()`` explicitly, so that function returns the meta device too.
     """
     cuda: Any = torch.cuda
     current_device = cuda.current_device
@@ -32,18 +32,18 @@ def on_meta() -> Iterator[None]:
 
 
 def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Put every parameter of `module` on `device` in `dtype`; those without data become zeros, with the attributes they had.
+    """Put every parameter of ``module`` on ``device`` in ``dtype``. Parameters without data become zeros and keep their attributes.
 
-    Zeros, because rows that pad the vocabulary are in no file. A parameter used in two places stays one.
+    They become zeros because rows that pad the vocabulary are in no file. A parameter that two modules share stays one parameter.
     """
-    made: dict[int, nn.Parameter] = {}
+    real_of: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if not parameter.is_meta:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in real_of:
                 real = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=parameter.requires_grad)
                 real.__dict__.update(parameter.__dict__)
-                made[id(parameter)] = real
-            part.register_parameter(name, made[id(parameter)])
+                real_of[id(parameter)] = real
+            part.register_parameter(name, real_of[id(parameter)])
     module.to(device, dtype)

@@ -1,4 +1,4 @@
-"""The modules that a rank trains: what of the model it has, where its memory is, and what stays frozen."""
+"""Builds the modules that a rank trains: its part of the model, on its device, with what is frozen."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How the modules of a run are built.
+    """Settings that the modules of a run are built from.
 
     Attributes:
-        megatron: parallel sizes, recomputation, and which modules the decoder is made of.
-        frozen: what does not train.
-        autoencoder: the file of the autoencoder's weights; None where a latent cache holds what it would make.
+        megatron: Parallel sizes, recomputation, and the implementation of the decoder's modules.
+        frozen: What does not train.
+        autoencoder: The file of the autoencoder's weights; None if a latent cache replaces the encoder.
     """
 
     megatron: MegatronArguments
@@ -43,10 +43,10 @@ class BuildSettings:
 
 @dataclass
 class Modules:
-    """The parts of a model on this rank, not wrapped yet: a pipeline stage has one decoder chunk, or several when interleaved.
+    """The parts of a model on this rank, not wrapped yet. A pipeline stage has one decoder chunk, or several if it is interleaved.
 
-    ``tower`` and ``autoencoder`` are on every rank or, with ``--encoder-placement first_stage``, ``tower`` on the first stage alone,
-    ``autoencoder`` on the first, which reads latents, and the last, which aims at them.
+    ``tower`` and ``autoencoder`` are on every rank. With ``--encoder-placement first_stage`` the ``tower`` is only on the first stage, and
+    the ``autoencoder`` on the first, which reads latents, and the last, which predicts them.
     """
 
     decoder: list[BagelModel]
@@ -55,7 +55,7 @@ class Modules:
 
     @property
     def named(self) -> dict[str, nn.Module]:
-        """Names as checkpoints use them."""
+        """Return the trained parts by their names in checkpoints."""
         if len(self.decoder) == 1:
             named: dict[str, nn.Module] = {"decoder": self.decoder[0]}
         else:
@@ -64,19 +64,25 @@ class Modules:
 
 
 def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, shapes_only: bool = False) -> Modules:
-    """Modules of this rank on its device, without meaningful weights; the autoencoder with its own. With ``shapes_only`` no tensor has
-    memory and no file of weights is read."""
+    """Build the modules of this rank on its device. Only the autoencoder has its weights.
+
+    Args:
+        settings: The settings of the modules.
+        arch: The model.
+        tcfg: The decoder's configuration for Megatron-Core.
+        shapes_only: Whether tensors have no memory. No file of weights is read then.
+    """
     device = torch.device("meta") if shapes_only else platform.device()
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    everywhere = encoders_on_all_ranks(settings.megatron)
-    # Transformer Engine's layers allocate on the GPU whatever is asked for.
+    on_all_ranks = encoders_on_all_ranks(settings.megatron)
+    # Transformer Engine's layers always allocate on the GPU.
     with on_meta() if settings.megatron.transformer_impl == "local" else nullcontext():
         decoder = [_build_chunk(settings, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
-        has_tower = arch.vit is not None and (first or everywhere)
+        has_tower = arch.vit is not None and (first or on_all_ranks)
         tower = VisionTower(arch, recompute=settings.megatron.recompute_vit) if has_tower else None
     autoencoder = None
-    if arch.autoencoder is not None and (first or last or everywhere):
+    if arch.autoencoder is not None and (first or last or on_all_ranks):
         with on_meta() if shapes_only else nullcontext():
             autoencoder = AutoEncoder(arch.autoencoder) if shapes_only else _autoencoder(settings, arch.autoencoder).to(device)
     parts: list[nn.Module] = [*decoder] if tower is None else [*decoder, tower]
@@ -86,19 +92,19 @@ def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerCon
 
 
 def _autoencoder(settings: BuildSettings, arch: AutoencoderArch) -> AutoEncoder | CachedPosterior:
-    """The autoencoder with its weights or, where a latent cache holds what it would make, its place holder."""
+    """Return the autoencoder with its weights, or the cached posteriors if a latent cache replaces it."""
     return load_autoencoder(settings.autoencoder, arch) if settings.autoencoder is not None else CachedPosterior(arch)
 
 
 def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:
-    """Chunk ``number`` of this rank's pipeline stage."""
+    """Build chunk ``number`` of this rank's pipeline stage."""
     interleaved = tcfg.virtual_pipeline_model_parallel_size is not None
-    place = {"ignore_virtual": False, "vp_stage": number} if interleaved else {}
+    virtual_stage = {"ignore_virtual": False, "vp_stage": number} if interleaved else {}
     return build_decoder(
         arch,
         tcfg,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
+        pre_process=parallel_state.is_pipeline_first_stage(**virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(**virtual_stage),
         vp_stage=number if interleaved else None,
         freeze_und=settings.frozen.und,
         transformer_impl=settings.megatron.transformer_impl,
@@ -107,6 +113,6 @@ def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConf
 
 
 def freeze_modules(frozen: FreezeSettings, modules: Modules) -> None:
-    """Take what is frozen out of training; it then stays out of gradient and optimizer memory."""
+    """Freeze what does not train, so that it takes no gradient and optimizer memory."""
     for number, chunk in enumerate(modules.decoder):
         freeze(chunk, modules.tower if number == 0 else None, frozen)

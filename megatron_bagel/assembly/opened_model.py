@@ -1,4 +1,4 @@
-"""A model as a folder holds it, in the released layout or as a training checkpoint: its shape, its companions, and its weights."""
+"""Opens a model folder in the released format or a training checkpoint: its shape, tokenizer, autoencoder and weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What wins over the folder; None leaves the choice to it.
+    """Choices that override those of the folder; None keeps the folder's.
 
     Attributes:
         weights: "ema" or "model".
-        tokenizer: another tokenizer than the folder's, or than the one that the run of a checkpoint used.
-        autoencoder: the same for the autoencoder's weights.
-        max_latent_size: side of the latent position table.
-        interpolate_pos: whether images are spread over the whole position grid.
+        tokenizer: The path of a tokenizer that replaces the folder's, or that of the run which wrote the checkpoint.
+        autoencoder: The path of autoencoder weights that replace them in the same way.
+        max_latent_size: The side of the latent position table.
+        interpolate_pos: Whether the positions of an image spread over the whole position grid.
     """
 
     weights: str | None = None
@@ -43,7 +43,7 @@ class OpenOptions:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """``fill`` gives modules of ``arch`` their weights; it raises ValueError for tensors that are missing or left over."""
+    """An opened model. ``fill`` loads the weights into modules of ``arch``; it raises ValueError for missing or unexpected tensors."""
 
     arch: BagelArch
     tokenizer: Tokenizer
@@ -52,40 +52,40 @@ class OpenedModel:
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The checkpoint that ``path`` is, or the newest one in it; None without a complete one."""
+    """Return ``path`` if it is a checkpoint, else the newest checkpoint in it, or None without a complete one."""
     if is_complete(path):
         return path
     return latest_checkpoint(path) if path.is_dir() else None
 
 
 def open_model(path: Path, options: OpenOptions) -> OpenedModel:
-    """Open a model folder, a checkpoint, or a folder of checkpoints (the newest is taken).
+    """Open a model folder, a checkpoint, or the newest checkpoint in a folder.
 
     Raises:
-        ValueError: there is nothing loadable at ``path``, or its tokenizer or autoencoder is not there.
+        ValueError: ``path`` is neither, or its tokenizer or autoencoder is missing.
     """
     if not path.is_dir():
-        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face layout or a training checkpoint")
+        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint")
     if (path / "llm_config.json").is_file():
         return _open_folder(path, options)
     checkpoint = checkpoint_at(path)
     if checkpoint is None:
-        raise ValueError(f"--model {path} holds neither llm_config.json (a Hugging Face folder) nor a complete training checkpoint")
+        raise ValueError(f"--model {path} has neither llm_config.json (a Hugging Face folder) nor a complete training checkpoint")
     return _open_checkpoint(checkpoint, options)
 
 
 def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
-    flags: dict[str, Any] = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
+    overrides: dict[str, Any] = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
     file = Path(options.autoencoder) if options.autoencoder else path / "ae.safetensors"
-    folder = HFFolder(path, **flags)
+    folder = HFFolder(path, **overrides)
     kinds = folder.available_weights()
     if not kinds:
         raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
     source = folder.weights(options.weights or kinds[0])
-    stored = folder.stored_latent_size(options.weights or kinds[0])
-    if options.max_latent_size is None and stored is not None:
-        # The stored table says for which side the weights were trained; a config.json may be silent or stale.
-        folder = HFFolder(path, **{**flags, "max_latent_size": stored})
+    latent_size = folder.stored_latent_size(options.weights or kinds[0])
+    if options.max_latent_size is None and latent_size is not None:
+        # The stored table has the side that the weights were trained with; config.json may lack it or be outdated.
+        folder = HFFolder(path, **{**overrides, "max_latent_size": latent_size})
     arch = folder.arch
     if options.autoencoder:
         arch = replace(arch, autoencoder=AutoencoderArch.beside(file))
@@ -103,14 +103,14 @@ def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
     stored = CheckpointWeights(path)
     kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
     if kind not in stored.kinds():
-        raise ValueError(f"--weights {kind}: {path} holds {' and '.join(stored.kinds())} only")
+        raise ValueError(f"--weights {kind}: {path} has only {' and '.join(stored.kinds())} weights")
     settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
     arch = replace(stored.arch, **settings)
-    used = companions_of(stored.state["run"].get("config", {}))
-    tokenizer = _existing(options.tokenizer, used.tokenizer, "--tokenizer", path)
+    companions = companions_of(stored.state["run"].get("config", {}))
+    tokenizer = _existing(options.tokenizer, companions.tokenizer, "--tokenizer", path)
     autoencoder = None
     if arch.autoencoder is not None:
-        file = _existing(options.autoencoder, used.autoencoder, "--autoencoder", path)
+        file = _existing(options.autoencoder, companions.autoencoder, "--autoencoder", path)
         autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
     read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
 
@@ -121,9 +121,9 @@ def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
     return OpenedModel(arch, load_tokenizer(tokenizer, add_special=True), autoencoder, fill)
 
 
-def _existing(given: str | None, recorded: Path | None, flag: str, checkpoint: Path) -> Path:
-    """A path given by flag, or the one the training run used."""
-    path = Path(given) if given else recorded
+def _existing(path_from_flag: str | None, recorded_path: Path | None, flag: str, checkpoint: Path) -> Path:
+    """Return the path that ``flag`` gives, or the one that the training run used. Raises ValueError if it does not exist."""
+    path = Path(path_from_flag) if path_from_flag else recorded_path
     if path is None or not path.exists():
         raise ValueError(f"{checkpoint}: the run's {flag[2:]} ({path or 'not recorded'}) does not exist; give its location with {flag}")
     return path

@@ -1,6 +1,6 @@
-"""Where a run's weights come from: the checkpoint it continues, the checkpoint or model folder it takes them from, or pretrained parts.
+"""Chooses and loads a run's first weights: from the checkpoint it continues, another checkpoint, a model folder, or pretrained parts.
 
-Weights never come from chance unless ``--init_random`` says so: every source is strict about what it holds.
+Weights are random only with ``--init_random``. Every source must have all weights of the model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_bagel.config.architecture import BagelArch
 
 @dataclass(frozen=True)
 class InitialSettings:
-    """What weights are before anything is trained.
+    """Settings of the weights of a run that starts from scratch.
 
     Attributes:
-        seed: seed of the weights that no file holds.
-        llm: folder of the pretrained decoder; None starts it from random weights.
-        vit: folder of the pretrained vision tower; None starts it from random weights, where there is one.
-        allow_missing: patterns of weights that a source may lack and that then keep their seeded values.
-        copy_init_moe: whether the generation expert starts as a copy of the understanding expert.
+        seed: The seed of weights that are in no file.
+        llm: The folder of the pretrained decoder; None for random weights.
+        vit: The folder of the pretrained vision tower; None for random weights, if the model has a tower.
+        allow_missing: Patterns of weights that a source may lack. They keep their seeded values.
+        copy_init_moe: Whether the generation expert starts as a copy of the understanding expert.
     """
 
     seed: int
@@ -42,16 +42,16 @@ class InitialSettings:
 
 @dataclass(frozen=True)
 class StartSettings:
-    """Where a run starts.
+    """Settings of the starting point of a run.
 
     Attributes:
-        checkpoint_dir: folder of the run's own checkpoints.
-        auto_resume: whether the newest of them is continued, where there is one.
-        resume_from: checkpoint or model folder to start from otherwise.
-        model_only: whether only weights are taken from ``resume_from``.
-        from_ema: whether these are the averaged ones.
-        verify: whether checksums are compared before a checkpoint is loaded.
-        initial: the weights of a run that continues nothing.
+        checkpoint_dir: The folder of the run's own checkpoints.
+        auto_resume: Whether the run continues from the newest of them, if there is one.
+        resume_from: The checkpoint or model folder to start from otherwise.
+        model_only: Whether only weights are loaded from ``resume_from``.
+        from_ema: Whether these are the averaged weights.
+        verify: Whether checksums are compared before a checkpoint is loaded.
+        initial: The weights of a run that starts from scratch.
     """
 
     checkpoint_dir: Path
@@ -65,14 +65,14 @@ class StartSettings:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a run starts. ``checkpoint`` continues everything; else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts."""
+    """A run's starting point: a ``checkpoint`` to continue, else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts."""
 
     checkpoint: Path | None = None
     folder: Path | None = None
     weights: str = "model"
 
     def describe(self, initial: InitialSettings) -> str:
-        """One sentence for the log."""
+        """Return a sentence for the log."""
         if self.checkpoint is not None:
             return f"continuing from {self.checkpoint}"
         if self.folder is not None:
@@ -83,20 +83,25 @@ class WeightSource:
 
 
 def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> WeightSource:
-    """Decide from the resume flags, the newest checkpoint that is not in ``damaged`` winning with ``auto_resume`` as in the original.
+    """Choose the starting point by the resume flags. With ``auto_resume`` the newest checkpoint comes first, as in the original.
 
-    Raises ValueError for a ``resume_from`` that is neither a checkpoint nor a model folder, and for a run whose checkpoints are all
-    damaged: it must not begin anew unnoticed.
+    Args:
+        settings: The settings of the starting point.
+        damaged: Checkpoints that must not be chosen.
+
+    Raises:
+        ValueError: ``resume_from`` is neither a checkpoint nor a model folder, or all checkpoints of the run are damaged. Such a run
+            must not start from scratch unnoticed.
     """
     if settings.auto_resume:
         newest = latest_checkpoint(settings.checkpoint_dir, excluded=damaged)
         if newest is not None:
             return WeightSource(checkpoint=newest)
-        gone = {*damaged, *unusable_only(settings.checkpoint_dir)}
-        if gone:
+        unusable = {*damaged, *unusable_only(settings.checkpoint_dir)}
+        if unusable:
             raise ValueError(
-                f"no checkpoint in {settings.checkpoint_dir} can be used: {', '.join(sorted(map(str, gone)))}. Copy one of them again, or "
-                "remove them to start anew"
+                f"no checkpoint in {settings.checkpoint_dir} can be used: {', '.join(sorted(map(str, unusable)))}. Copy one of them "
+                "again, or remove them to start from scratch"
             )
     path = settings.resume_from
     if path is None:
@@ -112,11 +117,11 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
             f"--resume_from {path} is a model folder: it has weights, but no optimizer state, step or data position to resume. "
             "Pass --resume_model_only True to start from its weights"
         )
-    return WeightSource(folder=path, weights=_stored(folder, settings.from_ema))
+    return WeightSource(folder=path, weights=_available_weights(folder, settings.from_ema))
 
 
-def _stored(folder: HFFolder, ema: bool) -> str:
-    """Which file to take: the one asked for, or the only one there (a released folder has EMA weights alone)."""
+def _available_weights(folder: HFFolder, ema: bool) -> str:
+    """Return the weights to load: those requested, or the only ones in the folder (a released folder has only EMA weights)."""
     return "ema" if ema or folder.available_weights() == ["ema"] else "model"
 
 
@@ -125,12 +130,12 @@ def load_first_weights(initial: InitialSettings, source: WeightSource, modules: 
     if source.folder is not None:
         load_folder(initial, source.folder, source.weights, modules, arch)
         return
-    first = InitialWeights.of(arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe)
-    first.fill(list(modules.named.values()))
+    weights = InitialWeights.of(arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe)
+    weights.fill(list(modules.named.values()))
 
 
 def average_source(source: WeightSource) -> str | None:
-    """ "ema" when a model-only start finds an average of its own beside the weights it takes, as the original loads both."""
+    """Return "ema" if a start from weights only has a separate average in the same folder, because the original loads both; else None."""
     if source.folder is None or source.weights == "ema":
         return None
     if is_complete(source.folder):
@@ -139,10 +144,10 @@ def average_source(source: WeightSource) -> str | None:
 
 
 def load_folder(initial: InitialSettings, folder: Path, weights: str, modules: Modules, arch: BagelArch) -> None:
-    """Fill the modules from a checkpoint or a model folder, weights only."""
-    seeded = partial(initial_value, arch=arch, seed=initial.seed)
+    """Fill the modules with the ``weights`` ("model" or "ema") of a checkpoint or a model folder."""
+    seeded_value = partial(initial_value, arch=arch, seed=initial.seed)
     if is_complete(folder):
-        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded)
+        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded_value)
         return
     parts = list(modules.named.values())
-    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, initial.allow_missing, initial_value=seeded)
+    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)

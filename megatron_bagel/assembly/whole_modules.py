@@ -1,4 +1,4 @@
-"""The modules of a model that only answers: every rank has all layers, cut by tensor parallelism alone, and nothing trains."""
+"""Builds the modules of a model for inference: every rank has all layers, sharded by tensor parallelism only, and nothing trains."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 
 
 def filled_modules(model: OpenedModel, dtype: torch.dtype) -> tuple[BagelModel, VisionTower | None]:
-    """Decoder and vision tower in ``dtype`` on this rank's device, with the weights of ``model``. Moves its autoencoder there, too.
+    """Build decoder and vision tower in ``dtype`` on this rank's device, with the weights of ``model``, and move its autoencoder there.
 
-    Raises ValueError for a tensor-parallel size that the model cannot be cut by, and for tensors that are missing or left over.
+    Raises:
+        ValueError: The tensor-parallel size does not divide the model, or tensors are missing or unexpected.
     """
     arch, ranks = model.arch, parallel_state.get_tensor_model_parallel_world_size()
     megatron = MegatronArguments(tensor_model_parallel_size=ranks)
     check_parallel_sizes(megatron, arch.llm)
-    # Random weights would only be overwritten. Megatron marks the weights that ranks share only where it initialises them.
-    nothing: dict[str, Any] = {"init_method": _as_it_is, "output_layer_init_method": _as_it_is, "perform_initialization": ranks > 1}
-    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **nothing)
+    # Random weights would only be overwritten. Megatron marks sharded weights only when it initialises them.
+    no_init: dict[str, Any] = {"init_method": _unchanged, "output_layer_init_method": _unchanged, "perform_initialization": ranks > 1}
+    config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **no_init)
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     decoder = build_decoder(arch, config)
     vision_tower = VisionTower(arch) if arch.vit else None
@@ -42,6 +43,6 @@ def filled_modules(model: OpenedModel, dtype: torch.dtype) -> tuple[BagelModel, 
     return decoder, vision_tower
 
 
-def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
-    """Initialisation of weights that are about to be loaded."""
+def _unchanged(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight without initialising it, because it will be loaded."""
     return weight

@@ -1,1 +1,1 @@
-"""The training step and everything around it: losses, optimizer, EMA, schedule, metrics."""
+"""The training loop and its steps, with losses, optimizer, moving average, schedule, evaluation and metrics."""

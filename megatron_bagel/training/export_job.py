@@ -1,6 +1,6 @@
-"""One export of a running job: ``python -m megatron_bagel.training.export_job CHECKPOINT FOLDER``, started by saving.py.
+"""Exports one checkpoint of a running job: ``python -m megatron_bagel.training.export_job CHECKPOINT FOLDER``, started by ``saving.py``.
 
-The command for people, with its choices, is tools/checkpoint_convert/megatron_to_hf.py.
+To export a checkpoint by hand, with a choice of weights and types, use ``tools/checkpoint_convert/megatron_to_hf.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_bagel import platform
 
 
 def main(checkpoint: str, out: str) -> int:
-    """Export the averages in the released types; returns the exit status."""
+    """Export the averaged weights of ``checkpoint`` to the folder ``out`` in the released types, and return the exit status."""
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     platform.install_for_streaming()
@@ -33,6 +33,6 @@ if __name__ == "__main__":
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: unloading libraries with threads of their own can abort a process whose folder is written, which would be told as a failure
-    # ("terminate called without an active exception", seen once in many exports).
+    # Exit without unloading libraries. Those with threads of their own can abort the process ("terminate called without an active
+    # exception", seen once in many exports), and a complete export would count as failed.
     os._exit(STATUS)

@@ -1,6 +1,6 @@
-"""Hooks of the training loop: what watches a run is called before and after each step, and the loop does not know what it is.
+"""Hooks of the training loop. The loop calls them before and after each step and does not know what they do.
 
-All ranks have the same hooks in the same order, so a hook may exchange something with the other ranks. An error of a hook ends the run.
+All ranks have the same hooks in the same order, so a hook may communicate with other ranks. An error in a hook ends the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_bagel.training.step_result import StepDone
 
 
 class Pause(Enum):
-    """Work of a run that is not a step. The value names it in reports."""
+    """Work of a run that is not a training step. Reports use the value as its name."""
 
     EVALUATION = "an evaluation"
     SAVE = "a save"
@@ -23,39 +23,39 @@ class Pause(Enum):
 
 
 class StepHook:
-    """Watches the steps of a run. A hook overrides the moments that it needs; the others do nothing."""
+    """Watches the steps of a run. A subclass overrides the methods that it needs; the others do nothing."""
 
     def start(self) -> None:
-        """The loop begins."""
+        """Prepare for the first step. The loop calls this when it begins."""
 
     def before_step(self, step: int) -> None:
-        """Step number ``step`` begins; its data has not been asked for."""
+        """Take note that step number ``step`` begins. Its data has not been requested yet."""
 
     def data_loaded(self) -> None:
-        """This rank has its data, and has not waited for other ranks yet."""
+        """Take note that this rank has its data and has not waited for other ranks yet."""
 
     def batch_settled(self) -> None:
-        """All ranks have data that they can train on, and begin to compute."""
+        """Take note that all ranks have data that they can train on. The computation begins after this call."""
 
     def gradients_ready(self) -> None:
-        """This rank has its gradients, and has not exchanged them yet. Called again when a step is computed again."""
+        """Take note that this rank has its gradients and has not exchanged them yet. A step that is computed again calls this again."""
 
     def after_step(self, done: StepDone) -> None:
-        """The step is over; it has not been logged yet, nor evaluated or saved."""
+        """Take note of a finished step. It has not been logged, evaluated or saved yet."""
 
     def pause(self, pause: Pause) -> AbstractContextManager[None]:
-        """What surrounds an evaluation or a save."""
+        """Return the context that an evaluation or a save runs in."""
         del pause
         return nullcontext()
 
     def close(self) -> None:
-        """The loop ends, by an error too. Only called after ``start``."""
+        """Release what the hook uses. The loop calls this when it ends, also after an error, but only if ``start`` succeeded."""
 
 
 class Hooks(StepHook):
-    """Several hooks as one. Each moment reaches them in their order, except that pauses and the run end in the reverse order.
+    """Presents several hooks as one. It calls them in their order; pauses end and hooks close in the reverse order.
 
-    As a context manager it starts and closes them: all that were started are closed, also when one of them fails.
+    As a context manager it starts and closes them. Every hook that was started is closed, even if another one fails.
     """
 
     def __init__(self, hooks: Sequence[StepHook] = ()) -> None:
@@ -98,9 +98,9 @@ class Hooks(StepHook):
 
     @contextmanager
     def pause(self, pause: Pause) -> Iterator[None]:
-        with ExitStack() as entered:
+        with ExitStack() as contexts:
             for hook in self._hooks:
-                entered.enter_context(hook.pause(pause))
+                contexts.enter_context(hook.pause(pause))
             yield
 
     def close(self) -> None:

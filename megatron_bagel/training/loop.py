@@ -1,4 +1,4 @@
-"""The training loop: data, step, log, evaluate, save. What else watches a run hangs on hooks (hooks.py)."""
+"""The training loop: data, step, log, evaluate, save. Everything else that watches a run is a hook (``hooks.py``)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop itself is told: the ``total_steps`` of the run, and the steps between evaluations."""
+    """Settings of the loop itself: the ``total_steps`` of the run and the number of steps between evaluations."""
 
     total_steps: int
     eval_every: int = 0
@@ -38,7 +38,7 @@ class LoopSettings:
 
 @dataclass
 class Run:
-    """Everything a run consists of on this rank. ``record`` is its configuration as checkpoints keep it."""
+    """Holds the parts of a run on this rank. ``record`` is its configuration as checkpoints keep it."""
 
     loop: LoopSettings
     record: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Run:
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
     local: LocalCheckpoints | None = None
-    #: Steps done when the newest checkpoint was made, or when this process took the run over.
+    #: Steps done when the newest checkpoint was saved, or when this process started or resumed the run.
     saved_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,17 +65,17 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Step until ``total_steps``, or until a signal asks to stop; the last state is always saved."""
+    """Train until ``total_steps`` or until a signal requests a stop. The last state is always saved."""
     with run.hooks:
         run.step_log.window.restart()
         while run.counters.steps < run.loop.total_steps and not run.survival.agreement.stop:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             table = run.step_log.table(run.counters.steps)
             run.hooks.before_step(run.counters.steps)
             batch = next_batch(run)
             result = step(run, batch, table)
             run.counters = run.counters.after(result, run.replacements.count, run.survival.bad_steps.count)
-            done = StepDone(result, run.counters, time.perf_counter() - began)
+            done = StepDone(result, run.counters, time.perf_counter() - start_time)
             run.hooks.after_step(done)
             run.step_log.add(done, batch, table)
             evaluate(run)
@@ -84,7 +84,7 @@ def train(run: Run) -> None:
 
 
 def next_batch(run: Run) -> StepBatch:
-    """This replica's packs of the next step, of samples that could be read."""
+    """Return this replica's packs of the next step, with unreadable samples replaced."""
     with run.timers("data"):
         loaded = next(run.loader)
         run.hooks.data_loaded()
@@ -94,13 +94,13 @@ def next_batch(run: Run) -> StepBatch:
 
 
 def step(run: Run, batch: StepBatch, table: LossTable | None) -> StepResult:
-    """Train on a batch; ``table`` takes its losses by dataset."""
+    """Train on a batch and collect its losses by dataset in ``table``."""
     watch = StepWatch(run.counters.steps, run.survival.bad_steps, run.hooks.gradients_ready)
     return train_step(run.trainable, batch, run.settings, table, run.timers, watch)
 
 
 def evaluate(run: Run) -> None:
-    """Evaluate where it is due: every ``eval_every`` steps, and after the last one."""
+    """Evaluate if an evaluation is due: every ``eval_every`` steps and after the last step."""
     steps = run.counters.steps
     if run.evaluation is not None and (steps % run.loop.eval_every == 0 or steps == run.loop.total_steps):
         with paused(run, "eval", Pause.EVALUATION):
@@ -108,7 +108,7 @@ def evaluate(run: Run) -> None:
 
 
 def save_when_due(run: Run) -> None:
-    """Publish what was written meanwhile, and save where it is due: a checkpoint, or else a local one."""
+    """Publish a background save that has ended, and save if a checkpoint or a local checkpoint is due."""
     run.saving.poll()
     if run.saving.due(run.counters.steps):
         save(run)
@@ -118,14 +118,14 @@ def save_when_due(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the state after ``run.counters.steps`` steps, whole after ``run.saving.finish()`` if not before."""
+    """Write a checkpoint of the state after ``run.counters.steps`` steps. It is complete after ``run.saving.finish()`` at the latest."""
     with paused(run, "save", Pause.SAVE), synced_parameters(run.trainable.wrapped):
         run.saving.saver.save(run.counters.steps, run.trained, run_state(run))
     run.saved_steps = run.counters.steps
 
 
 def finish(run: Run) -> None:
-    """After the last step: save it if it was not saved, and wait until everything is written."""
+    """Save the state after the last step if it is not saved yet, and wait until everything is written."""
     run.survival.note_stop(run.counters.steps)
     if run.saved_steps != run.counters.steps:
         save(run)
@@ -137,13 +137,13 @@ def finish(run: Run) -> None:
 
 @contextmanager
 def paused(run: Run, phase: str, pause: Pause) -> Iterator[None]:
-    """Within the block the run does not train: the time goes to ``phase`` of the timers and is left out of the rates."""
+    """Count the time within the block as ``phase`` of the timers and leave it out of the rates."""
     with run.step_log.window.excluded(), run.timers(phase), run.hooks.pause(pause):
         yield
 
 
 def run_state(run: Run) -> dict[str, Any]:
-    """Everything that a run continues with and is no tensor."""
+    """Return everything that a run needs to continue and that is not a tensor."""
     counters = run.counters
     return {
         "schedule": run.trainable.learning_rate.state_dict(),

@@ -1,9 +1,9 @@
-"""Two losses, each divided by its own token count over the whole global batch, so gradients do not depend on how packs fall.
+"""Two losses, each divided by its own token count over the global batch, so gradients do not depend on how samples are packed.
 
-The counts come from the layout (integers), so they are known before the step starts: no all-reduce of token counts, and a
-microbatch without text or without images simply adds nothing. Summing the gradients of ``microbatch_loss`` over all
-microbatches and data-parallel ranks gives the gradient of ``ce_weight * mean(ce) + mse_weight * mean(mse)``; nothing may
-divide by the number of ranks or microbatches afterwards (``calculate_per_token_loss`` and ``optimizer.finalize_gradients``).
+The counts come from the layout (integers), so they are known before the step starts. A microbatch without text or without
+images simply adds nothing. Summing the gradients of ``microbatch_loss`` over all microbatches and data-parallel ranks gives
+the gradient of ``ce_weight * mean(ce) + mse_weight * mean(mse)``. Nothing may divide by the number of ranks or microbatches
+afterwards (``calculate_per_token_loss`` and ``optimizer.finalize_gradients``).
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from megatron_bagel import platform
 
 
 class CountedPack(Protocol):
-    """What the totals need of a pack's layout."""
+    """The part of a pack's layout that the totals are counted from."""
 
     @property
     def ce_weights(self) -> np.ndarray:
-        """Weight of each text token that is learned."""
+        """Return the weight of each text token with a loss."""
 
     @property
     def mse_positions(self) -> np.ndarray:
-        """Positions of the latent tokens that are learned."""
+        """Return the positions of the latent tokens with a loss."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the two losses are combined. ``ce_loss_reweighting`` takes the weighted mean of CE with the pack's ``ce_weights``
-    (a text of n tokens weighs n^-1/2 per token), so that long answers do not drown short ones."""
+    """Weights that combine the two losses.
+
+    ``ce_loss_reweighting`` takes the weighted mean of CE with the pack's ``ce_weights``: each token of a text of n tokens weighs
+    n^-1/2, so that long answers do not outweigh short ones.
+    """
 
     ce_weight: float = 1.0
     mse_weight: float = 1.0
@@ -52,7 +55,7 @@ class LossTotals:
 
     @classmethod
     def of(cls, packs: Iterable[CountedPack]) -> LossTotals:
-        """Totals of a global batch. The sum of the weights is taken in float64, in the order of ``packs``."""
+        """Return the totals of a global batch. Weights are summed in float64, in the order of ``packs``."""
         total = cls()
         for pack in packs:
             total = total + cls(len(pack.ce_weights), float(np.sum(pack.ce_weights, dtype=np.float64)), len(pack.mse_positions))
@@ -63,22 +66,23 @@ class LossTotals:
 
 
 def _mean_share(summed: Tensor, denominator: float) -> Tensor:
-    """This microbatch's part of a mean; 0 (still attached to the graph) when nothing in the global batch counts."""
+    """Return this microbatch's share of a mean, or 0 (still attached to the graph) if no token of the global batch counts."""
     return summed / denominator if denominator > 0 else summed * 0.0
 
 
 def microbatch_loss(ce: Tensor, mse: Tensor, ce_weights: Tensor, totals: LossTotals, weights: LossWeights) -> tuple[Tensor, Tensor]:
-    """Loss of one microbatch and its share of the two global means.
+    """Return the loss of one microbatch and its share of the two global means.
 
     Args:
-        ce: [n_ce] unreduced cross entropy, fp32; may be empty.
-        mse: [n_mse, channels] squared error of the velocity, fp32; may be empty. The mean over channels is one token's loss.
-        ce_weights: [n_ce]; used only with ``ce_loss_reweighting``.
-        totals: counts of the whole global batch.
+        ce: The unreduced cross entropy [n_ce], fp32; may be empty.
+        mse: The squared error of the velocity [n_mse, channels], fp32; may be empty. A token's loss is the mean over channels.
+        ce_weights: The weights of the text tokens [n_ce], used only with ``ce_loss_reweighting``.
+        totals: The counts of the global batch.
+        weights: The weights that combine the two losses.
 
     Returns:
-        ``(loss, shares)``: a scalar to differentiate, and a detached [2] tensor (ce, mse) whose sum over all microbatches and
-        data-parallel ranks is the pair of global means (the original's ``losses.ce`` and ``losses.mse``).
+        A scalar to differentiate, and a detached [2] tensor (ce, mse) whose sum over all microbatches and data-parallel ranks is
+        the pair of global means (the original's ``losses.ce`` and ``losses.mse``).
     """
     if weights.ce_loss_reweighting:
         ce_mean = _mean_share((ce * ce_weights.to(ce.dtype)).sum(), totals.ce_weight_sum)
@@ -92,7 +96,7 @@ def microbatch_loss(ce: Tensor, mse: Tensor, ce_weights: Tensor, totals: LossTot
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses of a step averaged over its global batch, as logged; ``faults`` is the number of ranks that found something not finite."""
+    """Losses of a step averaged over its global batch, as logged. ``faults`` is the number of ranks with a number that is not finite."""
 
     loss: float
     ce: float
@@ -101,10 +105,16 @@ class StepLosses:
 
 
 def global_losses(shares: Sequence[Tensor], weights: LossWeights, *groups: dist.ProcessGroup | None, fault: bool = False) -> StepLosses:
-    """Sum the [2] shares of this rank's microbatches, and its ``fault``, over ``groups``, one after the other (none: one process).
+    """Sum the shares of this rank's microbatches over ``groups``, one group after the other, and return the losses of the step.
 
     The sum is float64 so that the logged value does not depend on the order of microbatches beyond the last fp32 digit.
-    Every rank of the groups must call this, also one that had no microbatch shares (an empty list counts as zeros).
+    Every rank of the groups must call this, also one without microbatch shares (an empty list counts as zeros).
+
+    Args:
+        shares: The [2] shares (ce, mse) that ``microbatch_loss`` returned on this rank.
+        weights: The weights that combine the two losses.
+        groups: The process groups; with none, this process is the only one.
+        fault: Whether this rank has a number that is not finite.
     """
     total = torch.zeros(3, dtype=torch.float64, device=platform.device())
     for share in shares:

@@ -1,6 +1,6 @@
-"""A run as the flags resolve it: made once by the entry point (cli/resolve_run.py); whatever stands below takes it, or a part of it.
+"""A run as the flags resolve it. The entry point makes it once (``cli/resolve_run.py``); everything below takes it, or a part of it.
 
-No part is the configuration: each component has settings of its own, defined beside it, so that it can be built and tested without flags.
+No part is the configuration. Each component has settings of its own, defined beside it, so it can be built and tested without flags.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from megatron_bagel.training.step import StepSettings
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Everything that a run is made of, before anything is built.
+    """Describes every part of a run before anything is built.
 
     Attributes:
-        record: the configuration as plain values, which checkpoints and ``config.yaml`` keep. Nothing is decided by it.
-        arch: the model; its vocabulary holds every token of ``tokenizer``.
-        tokenizer: the tokenizer of the run.
-        megatron: parallel sizes, precision and recomputation, under Megatron-Core's names.
-        sizes: what these come to on the ranks of the run.
-        seed: seed of everything that is drawn.
-        results_dir: folder of logs and metrics.
+        record: The configuration as plain values, which checkpoints and ``config.yaml`` keep. No code decides anything by it.
+        arch: The model; its vocabulary holds every token of ``tokenizer``.
+        tokenizer: The tokenizer of the run.
+        megatron: Parallel sizes, precision and recomputation, under Megatron-Core's names.
+        sizes: The batch sizes, replicas and types that follow from these on the ranks of the run.
+        seed: The seed of every random draw.
+        results_dir: The folder of logs and metrics.
         data, start, build, encoding, optimizer, schedule, step, loop, step_log,
-            saving, resilience, observing: settings of these components.
-        ema_decay: decay of the moving average of the weights.
-        max_skipped_share: share of unreadable samples above which the run ends.
-        peak_device_tflops: peak rate of a device; 0 looks it up by its name.
-        local_checkpoints: None without them.
-        evaluation: None in a run that is never evaluated.
-        wandb: None without W&B.
+            saving, resilience, observing: The settings of these components.
+        ema_decay: The decay of the moving average of the weights.
+        max_skipped_share: The share of unreadable samples above which the run ends.
+        peak_device_tflops: The peak rate of a device; 0 looks it up by the device's name.
+        local_checkpoints: The settings of local checkpoints, or None without them.
+        evaluation: The settings of evaluations, or None for a run without them.
+        wandb: The settings of W&B, or None without it.
     """
 
     record: Mapping[str, Any]
@@ -82,5 +82,5 @@ class ResolvedRun:
 
     @property
     def costs(self) -> CostInputs:
-        """What a step of this run costs."""
+        """Return the inputs of the cost formulas for a step of this run."""
         return CostInputs(self.arch, self.megatron, self.sizes, self.data.packs.max_num_tokens, self.build.frozen)

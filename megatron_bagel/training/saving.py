@@ -1,6 +1,6 @@
-"""When a run saves, what becomes of its checkpoints, and the model folders that are exported from them while it goes on.
+"""When a run saves, which checkpoints it keeps, and the model folders that are exported from them while training continues.
 
-An export reads a published checkpoint in a process of its own, tensor by tensor: the ranks wait for nothing but the save.
+An export reads a published checkpoint in a process of its own, tensor by tensor. The ranks wait only for the save itself.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class HFExporter:
-    """Writes `<results_dir>/hf/<step>` from finished checkpoints, one after the other. Lives on rank 0.
+    """Exports finished checkpoints to ``<results_dir>/hf/<step>``, one after the other. Only rank 0 uses it.
 
-    A failed export is an error in the log and no more: its checkpoint is there to be exported by hand.
+    A failed export is logged as an error and does not end the run. Its checkpoint can be exported by hand.
     """
 
     results_dir: Path
@@ -34,24 +34,24 @@ class HFExporter:
     _running: tuple[Path, subprocess.Popen[bytes]] | None = None
 
     def add(self, checkpoint: Path) -> None:
-        """Export `checkpoint` if it is its turn. Called when it has been published."""
+        """Queue ``checkpoint``, which has just been published, if an export of its step is due."""
         if self.every and step_of(checkpoint) % self.every == 0:
             self._waiting.append(checkpoint)
             self.poll()
 
     def in_use(self) -> list[Path]:
-        """Checkpoints that are still read, or will be."""
+        """Return the checkpoints that an export reads now or will read."""
         return [*self._waiting, *([self._running[0]] if self._running else [])]
 
     def poll(self) -> None:
-        """Note the end of an export and start the next."""
+        """Report an export that has ended and start the next one."""
         if self._running is not None and self._running[1].poll() is not None:
             self._end(*self._running)
         if self._running is None and self._waiting:
             self._start(self._waiting.pop(0))
 
     def finish(self) -> None:
-        """Wait until everything is exported."""
+        """Wait until every queued checkpoint is exported."""
         while self._running is not None:
             self._running[1].wait()
             self.poll()
@@ -59,11 +59,11 @@ class HFExporter:
     def _start(self, checkpoint: Path) -> None:
         out = self.results_dir / "hf" / checkpoint.name
         if out.exists():
-            logger.info("%s exists already: not exported again", out)
+            logger.info("%s exists already and is not exported again; remove it to export it anew", out)
             return
         log = out.with_name(f"{out.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        # The launcher's variables would make it one more rank; it needs no device.
+        # With the launcher's variables the export would act as one more rank. It needs no device.
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         package = str(Path(megatron_bagel.__file__).parent.parent)
         environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
@@ -75,7 +75,10 @@ class HFExporter:
         self._running = None
         log = self.results_dir / "hf" / f"{checkpoint.name}.log"
         if process.returncode:
-            logger.error("%s could not be exported; %s says: %s", checkpoint, log, log.read_text(errors="replace")[-1000:].strip())
+            tail = log.read_text(errors="replace")[-1000:].strip()
+            logger.error(
+                "%s could not be exported: %s (the end of %s). Export it with megatron-bagel convert megatron-to-hf", checkpoint, tail, log
+            )
             return
         logger.info("exported %s to %s", checkpoint, self.results_dir / "hf" / checkpoint.name)
         log.unlink()
@@ -83,14 +86,14 @@ class HFExporter:
 
 @dataclass(frozen=True)
 class SavingSettings:
-    """When a run saves and what it keeps.
+    """Settings of saves and exports.
 
     Attributes:
-        checkpoint_dir: folder of its checkpoints.
-        results_dir: folder of the exported model folders.
-        every: steps between checkpoints.
-        export_every: steps between exports, 0 for none.
-        checkpoints: how checkpoints are written, and which are kept.
+        checkpoint_dir: The folder of the run's checkpoints.
+        results_dir: The folder that exported model folders are written into, under ``hf/``.
+        every: The number of steps between checkpoints.
+        export_every: The number of steps between exports; 0 for none.
+        checkpoints: How checkpoints are written, and which are kept.
     """
 
     checkpoint_dir: Path
@@ -101,7 +104,7 @@ class SavingSettings:
 
 
 class Saving:
-    """The saves of a run."""
+    """Saves the checkpoints of a run and exports some of them."""
 
     def __init__(self, settings: SavingSettings) -> None:
         self._every = settings.every, settings.export_every
@@ -114,17 +117,17 @@ class Saving:
         )
 
     def due(self, steps: int) -> bool:
-        """Whether the state after `steps` steps is saved: every so many steps, and where an export reads it."""
+        """Return whether the state after ``steps`` steps is saved, for a checkpoint or for an export."""
         return any(number and steps % number == 0 for number in self._every)
 
     def poll(self) -> None:
-        """After every step, on all ranks: publish what was written meanwhile."""
+        """Publish a background save that has ended, and continue the exports. All ranks call it after every step."""
         self.saver.poll()
         if dist.get_rank() == 0:
             self._exporter.poll()
 
     def finish(self, exports: bool = True) -> None:
-        """At the end, on all ranks: wait for the save under way, and on rank 0 for the ``exports`` if there is time for them."""
+        """Wait for the save in progress and, on rank 0 and with ``exports``, for the exports. All ranks call it at the end of a run."""
         self.saver.finish()
         if dist.get_rank() == 0:
             if exports:

@@ -1,6 +1,6 @@
-"""One optimizer step, in the order of the design: count, encode, pipeline, encode backward, update.
+"""One optimizer step, in this order: count, encode, pipeline, encode backward, judge, update.
 
-Every sum over ranks that a step needs besides gradients is one small vector, exchanged before the schedule starts.
+All counts that a step needs from other ranks travel in one small vector, which is summed before the schedule starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_bagel.training.step_result import StepResult, TaskCounts
 
 @dataclass
 class Trainable:
-    """What a step moves. ``decoder`` and ``tower`` are wrapped; ``tower`` is None without a ViT, or when all of it is frozen."""
+    """Holds what a step changes. ``decoder`` and ``tower`` are wrapped; ``tower`` is None without a ViT or if all of it is frozen."""
 
     config: TransformerConfig
     decoder: list[DistributedDataParallel]
@@ -49,17 +49,22 @@ class Trainable:
 
     @property
     def wrapped(self) -> list[DistributedDataParallel]:
-        """Every module with a gradient buffer."""
+        """Return every module with a gradient buffer."""
         return [*self.decoder, *([self.tower] if self.tower is not None else [])]
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """``backend`` names the attention (sdpa, flex, dense), ``seq_length`` is the capacity of a pack in tokens, ``cp_comm_type`` how
-    context-parallel ranks exchange keys (all_gather, a2a).
+    """Settings of a training step.
 
-    Slots of a microbatch are a multiple of ``slot_multiple`` (sequence parallelism cuts them evenly), and with ``fixed_slots`` the
-    same for every pack, so that pipeline stages need not tell each other shapes.
+    Attributes:
+        weights: The weights that combine the two losses.
+        backend: The attention: sdpa, flex or dense.
+        seq_length: The capacity of a pack in tokens.
+        device: The device of the microbatches.
+        slot_multiple: The number that divides the slots of a microbatch, because sequence parallelism cuts them evenly.
+        fixed_slots: Whether every pack has the same number of slots, so that pipeline stages need not exchange shapes.
+        cp_comm_type: How context-parallel ranks exchange keys: all_gather or a2a.
     """
 
     weights: LossWeights
@@ -71,51 +76,56 @@ class StepSettings:
     cp_comm_type: str = "all_gather"
 
     def slots(self, tokens: int) -> int:
-        """Slots of one context-parallel rank for a pack of ``tokens`` tokens, padding included."""
-        wanted = self.seq_length if self.fixed_slots else tokens
-        return padded_length(wanted, parallel_state.get_context_parallel_world_size(), self.slot_multiple)
+        """Return the slots of one context-parallel rank for a pack of ``tokens`` tokens, padding included."""
+        length = self.seq_length if self.fixed_slots else tokens
+        return padded_length(length, parallel_state.get_context_parallel_world_size(), self.slot_multiple)
 
 
 def global_counts(
     packs: Sequence[LoadedPack], group: dist.ProcessGroup | None, tasks: Sequence[str] = ()
 ) -> tuple[LossTotals, StepWork, int, TaskCounts | None]:
-    """Loss totals, work and samples of the global batch, from each replica's own packs; with ``tasks`` also their shares of it.
+    """Return loss totals, work, samples and, with ``tasks``, counts by task of the global batch.
 
-    One float64 vector is summed over the replicas, exact for counts below 2 ** 53. (The design would have every rank lay out every
-    pack of the global batch; at thousands of replicas that costs more than this exchange of about 120 bytes.)
+    One float64 vector is summed over the replicas, which is exact for counts below 2 ** 53. Every rank could instead lay out every
+    pack of the global batch, but with thousands of replicas that costs more than this exchange of about 120 bytes.
+
+    Args:
+        packs: The packs of this replica.
+        group: The data-parallel group; None for a single replica.
+        tasks: The dataset groups to count by, in the same order on every rank.
     """
     totals = LossTotals.of(pack.pack for pack in packs)
     work = sum((StepWork.of(pack.pack) for pack in packs), StepWork())
     samples = sum(len(pack.pack.samples) for pack in packs)
     counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
-    fixed = len(counts)
+    num_fixed = len(counts)
     counts += TaskCounts.of(packs, tasks).to_list() if tasks else []
     summed = torch.tensor(counts, dtype=torch.float64, device=platform.device())
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(summed, group=group)
     values = summed.tolist()
-    split = len(fields(totals))
+    num_totals = len(fields(totals))
     totals = LossTotals(int(values[0]), values[1], int(values[2]))
-    work = StepWork(*(int(value) for value in values[split : fixed - 1]))
-    return totals, work, int(values[fixed - 1]), TaskCounts.from_list(values[fixed:], tasks) if tasks else None
+    work = StepWork(*(int(value) for value in values[num_totals : num_fixed - 1]))
+    return totals, work, int(values[num_fixed - 1]), TaskCounts.from_list(values[num_fixed:], tasks) if tasks else None
 
 
 def microbatches(packs: Sequence[LoadedPack], image_encoder: ImageEncoder, settings: StepSettings) -> list[MicroBatch]:
-    """Encode the packs and put this rank's share of their tokens into its order."""
+    """Encode the packs and return a microbatch of each, with this rank's share of its tokens in this rank's order."""
     features = image_encoder.encode(packs)
     group = parallel_state.get_context_parallel_group()
-    made = []
+    batches = []
     for pack, encoded in zip(packs, features, strict=True):
         orders = context_orders(pack.pack, group.size(), settings.slots(pack.pack.sequence_length))
-        place = CPContext(group.rank(), group, orders, settings.cp_comm_type)
-        made.append(make_microbatch(pack.pack, orders[place.rank], encoded, settings.backend, settings.device, place))
-    return made
+        cp_context = CPContext(group.rank(), group, orders, settings.cp_comm_type)
+        batches.append(make_microbatch(pack.pack, orders[cp_context.rank], encoded, settings.backend, settings.device, cp_context))
+    return batches
 
 
 def forward_step(
     batches: Iterator[MicroBatch], model: torch.nn.Module, totals: LossTotals, weights: LossWeights, table: LossTable | None = None
 ) -> tuple[object, Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
-    """Megatron's forward_step_func: the stage's output, and how the last stage turns it into a loss."""
+    """Return the stage's output and the function that turns it into a loss on the last stage (Megatron's ``forward_step_func``)."""
     batch = next(batches)
 
     def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -130,8 +140,13 @@ def forward_step(
 
 @dataclass(frozen=True)
 class StepWatch:
-    """Who looks at a step on its way: ``bad_steps`` judges its numbers before the update, ``gradients_ready`` is called when this rank's
-    gradients are there and not yet exchanged."""
+    """Observers of a step while it runs.
+
+    Attributes:
+        step: The number of the step.
+        bad_steps: Judges the numbers of the step before the update.
+        gradients_ready: Called when this rank has its gradients and has not exchanged them yet.
+    """
 
     step: int
     bad_steps: BadSteps
@@ -146,10 +161,17 @@ def train_step(
     timed: Phases = untimed,
     watch: StepWatch | None = None,
 ) -> StepResult:
-    """Train on one global batch, of which this replica holds ``batch.packs``. ``table`` takes this rank's losses by dataset.
+    """Train on one global batch and return its numbers.
 
-    Without a ``watch`` every update is made, whatever its numbers are. A step whose update is left out moves no weight and no average; its
-    place in the schedule and in the data is used up.
+    A step whose update is left out changes no weight and no average. It still advances the schedule and uses up its data.
+
+    Args:
+        trainable: The modules, optimizer, average and schedule.
+        batch: The global batch, with the packs of this replica.
+        settings: The settings of the step.
+        table: Collects this rank's losses by dataset, if the step is logged.
+        timed: Times the phases of the step.
+        watch: The observers of the step. Without them every update is made, whatever its numbers are.
     """
     tasks = table.groups if table is not None else ()
     totals, work, samples, by_task = global_counts(batch.packs, parallel_state.get_data_parallel_group(), tasks)
@@ -174,49 +196,67 @@ def _gradients(
     timed: Phases,
     watch: StepWatch | None,
 ) -> Attempt:
-    """Losses and finished gradients of the step; weights stay as they are."""
+    """Compute the losses and the finished gradients of the step. Weights do not change."""
+    _clear(trainable, table)
+    with timed("encode"):
+        shards = microbatches(batch.packs, trainable.image_encoder, settings)
+    with timed("forward_backward"):
+        shares = _forward_backward(trainable.decoder, shards, settings, totals, table)
+    with timed("encode_backward"):
+        trainable.image_encoder.backward()
+    local_numbers = _local_numbers(trainable, shares) if watch is not None and watch.bad_steps.compares else torch.zeros(0)
+    if watch is not None:
+        watch.gradients_ready()
+    with timed("grad_sync"):
+        # The schedule does not do this, because it would finish before the tower's backward pass.
+        finalize_gradients(trainable.decoder)
+        if trainable.tower is not None:
+            trainable.tower.finish_grad_sync()
+    with timed("optimizer"):
+        norm = gradient_norm(trainable.optimizer)
+    # Tensor-parallel ranks have equal shares, so only the first of them adds its own. The sum is over the world, so that all ranks judge
+    # the step by the same bits.
+    own_shares = shares if parallel_state.get_tensor_model_parallel_rank() == 0 else []
+    losses = global_losses(own_shares, settings.weights, dist.group.WORLD, fault=not math.isfinite(norm))
+    return Attempt(losses, norm, local_numbers)
+
+
+def _clear(trainable: Trainable, table: LossTable | None) -> None:
+    """Set gradients and the losses in ``table`` to zero, also those of an earlier attempt at the same step."""
     for module in trainable.wrapped:
         module.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     if table is not None:
         table.clear()
-    with timed("encode"):
-        shards = microbatches(batch.packs, trainable.image_encoder, settings)
-    chunks = trainable.decoder
-    with timed("forward_backward"):
-        outputs = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
-            # Every chunk of an interleaved stage sees every microbatch.
-            data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(shards),
-            # Megatron divides by the context-parallel size itself.
-            seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
-            micro_batch_size=1,
-            forward_only=False,
-        )
-    with timed("encode_backward"):
-        trainable.image_encoder.backward()
-    shares = [output["shares"] for output in outputs]
-    own = _own_numbers(trainable, shares) if watch is not None and watch.bad_steps.compares else torch.zeros(0)
-    if watch is not None:
-        watch.gradients_ready()
-    with timed("grad_sync"):
-        # Not left to the schedule, which would finish before the tower's backward pass.
-        finalize_gradients(chunks)
-        if trainable.tower is not None:
-            trainable.tower.finish_grad_sync()
-    with timed("optimizer"):
-        norm = gradient_norm(trainable.optimizer)
-    # Tensor-parallel ranks have equal shares: one of them speaks. Over the world, so that all ranks judge the step by the same bits.
-    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
-    losses = global_losses(shares if speaks else [], settings.weights, dist.group.WORLD, fault=not math.isfinite(norm))
-    return Attempt(losses, norm, own)
 
 
-def _own_numbers(trainable: Trainable, shares: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[2 + buffers] float64: this rank's losses, and the sum of each gradient buffer before it is exchanged (or, with
-    ``overlap_grad_reduce``, while it is)."""
+def _forward_backward(
+    chunks: list[DistributedDataParallel],
+    shards: Sequence[MicroBatch],
+    settings: StepSettings,
+    totals: LossTotals,
+    table: LossTable | None,
+) -> list[torch.Tensor]:
+    """Run Megatron's schedule over the microbatches and return their [2] loss shares, which only the last stage has."""
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, totals=totals, weights=settings.weights, table=table),
+        # Every chunk of an interleaved stage sees every microbatch.
+        data_iterator=[iter(shards) for _ in chunks] if len(chunks) > 1 else iter(shards),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(shards),
+        # Megatron divides by the context-parallel size itself.
+        seq_length=settings.slots(settings.seq_length) * parallel_state.get_context_parallel_world_size(),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return [output["shares"] for output in outputs]
+
+
+def _local_numbers(trainable: Trainable, shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return this rank's losses and the sum of each of its gradient buffers [2 + buffers], float64.
+
+    The buffers are summed before they are exchanged or, with ``overlap_grad_reduce``, while they are.
+    """
     losses = sum((share.double() for share in shares), torch.zeros(2, dtype=torch.float64, device=platform.device()))
     sums = [buffer.grad_data.sum(dtype=torch.float64) for module in trainable.wrapped for buffer in module.buffers]
     return torch.cat([losses, *(total.reshape(1) for total in sums)])

@@ -1,4 +1,4 @@
-"""The numbers of one optimizer step, and the run's progress after it: made where they are known, and handed on as they are."""
+"""The numbers of one optimizer step and the run's progress after it. Each is computed once and travels unchanged to the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TaskCounts:
 
     @classmethod
     def of(cls, packs: Sequence[LoadedPack], tasks: Sequence[str]) -> TaskCounts:
-        """Of some packs; every sample's group is among ``tasks``."""
+        """Count the tokens and samples of ``packs``. Every sample's group must be among ``tasks``."""
         tokens, samples = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
         for loaded in packs:
             for sample, length in zip(loaded.pack.samples, loaded.pack.sample_lens, strict=True):
@@ -30,33 +30,33 @@ class TaskCounts:
         return cls(tokens, samples)
 
     def to_list(self) -> list[float]:
-        """As numbers that can be summed over ranks."""
+        """Return the counts as numbers that can be summed over ranks."""
         return [float(number) for counts in (self.tokens, self.samples) for number in counts.values()]
 
     @classmethod
     def from_list(cls, numbers: Sequence[float], tasks: Sequence[str]) -> TaskCounts:
-        """Inverse of ``to_list``."""
-        whole = [int(number) for number in numbers]
-        return cls(dict(zip(tasks, whole, strict=False)), dict(zip(tasks, whole[len(tasks) :], strict=True)))
+        """Return the counts of a list that ``to_list`` made; ``tasks`` are in the same order."""
+        counts = [int(number) for number in numbers]
+        return cls(dict(zip(tasks, counts, strict=False)), dict(zip(tasks, counts[len(tasks) :], strict=True)))
 
 
 def group_of(dataset: str) -> str:
-    """The group of a dataset's full name."""
+    """Return the dataset group in a dataset's full name."""
     return dataset.split("/", 1)[0]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step over the whole global batch came to.
+    """Results of one step, over the whole global batch.
 
     Attributes:
-        losses: means over the global batch.
-        outcome: whether the update was made, and the gradient norm.
-        totals: the tokens that the losses are means over.
-        work: what the batch asked of the model.
-        samples: samples of the batch.
-        lr: the step's learning rate, also where no update was made.
-        tasks: counts by task; only steps that are logged have them.
+        losses: The means over the global batch.
+        outcome: Whether the update was made, and the gradient norm.
+        totals: The token counts that the losses are averaged over.
+        work: The work of the batch, from which its operations are counted.
+        samples: The number of samples in the batch.
+        lr: The step's learning rate, even if no update was made.
+        tasks: Counts by task; only steps that are logged have them.
     """
 
     losses: StepLosses
@@ -70,14 +70,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Counters:
-    """Progress that is not in any tensor.
+    """Progress of a run, counted from its beginning.
 
     Attributes:
-        steps: steps done.
-        samples: samples trained on.
-        tokens: tokens trained on.
-        skipped: samples that were replaced because they could not be read.
-        bad_steps: updates that were left out.
+        steps: Steps done.
+        samples: Samples trained on.
+        tokens: Tokens trained on.
+        skipped: Samples that were replaced because they could not be read.
+        bad_steps: Updates that were left out.
     """
 
     steps: int = 0
@@ -87,7 +87,7 @@ class Counters:
     bad_steps: int = 0
 
     def after(self, result: StepResult, skipped: int, bad_steps: int) -> Counters:
-        """The counters with one more step; ``skipped`` and ``bad_steps`` have been counted since the run began."""
+        """Return the counters after one more step. ``skipped`` and ``bad_steps`` are the totals since the run began."""
         return replace(
             self, steps=self.steps + 1, samples=self.samples + result.samples, tokens=self.tokens + result.work.tokens,
             skipped=skipped, bad_steps=bad_steps,
@@ -96,7 +96,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step that is over, as hooks and the log see it: its result, the counters after it, and how many seconds it took."""
+    """A finished step, as hooks and the log see it: its result, the counters after it, and its duration in seconds."""
 
     result: StepResult
     counters: Counters
@@ -104,5 +104,5 @@ class StepDone:
 
     @property
     def step(self) -> int:
-        """The step's number; the first step of a run is 0."""
+        """Return the step's number; the first step of a run is 0."""
         return self.counters.steps - 1

@@ -56,7 +56,7 @@ def test_a_rerun_tells_a_device_from_the_data(single_rank: None, tmp_path: Path,
     assert steps.attempt(0, lambda: attempt(1.0))[1]
     results = iter([attempt(math.nan), second])
     if math.isnan(second.losses.loss):
-        with pytest.raises(FloatingPointError, match="Computed twice, both times bad"):
+        with pytest.raises(FloatingPointError, match="The second computation was bad too"):
             steps.attempt(1, lambda: next(results))
         assert "every rank computed the same again" in (tmp_path / "events.jsonl").read_text()
     else:
@@ -74,7 +74,7 @@ def test_a_resumed_run_judges_alike(losses: list[float], cut: int) -> None:
     def judged(steps: BadSteps, some: list[float]) -> list[str]:
         found = []
         for loss in some:
-            found.append(steps.wrong(attempt(loss)))
+            found.append(steps.problem(attempt(loss)))
             if not found[-1]:
                 steps._losses.append(loss)
         return found

@@ -44,7 +44,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=ENDED):
         run_ranks(_hang, 3, tmp_path, "stopped")
     text = _report(tmp_path)
-    assert "rank 1 (" in text and "does not answer" in text and "Last heard of in step 41" in text
+    assert "rank 1 (" in text and "does not answer" in text and "Its last beat was in step 41" in text
     assert "ranks 0, 2 are in step 41, in all_reduce" in text
 
 

@@ -1,1 +1,1 @@
-"""Held-out losses and sample pictures while training goes on."""
+"""Held-out losses and sample pictures during training."""

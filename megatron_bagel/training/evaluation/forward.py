@@ -1,7 +1,7 @@
-"""Passes without gradients over the whole layout: validation and sample pictures use the training path itself, on any parallelism.
+"""Forward passes without gradients for validation and sample pictures, on the training path and with any parallel sizes.
 
-What a model is watched with must be what is trained: the same microbatches, schedule and attention. So nothing is gathered, and a model
-that only fits on many ranks is evaluated on them.
+An evaluation must run what is trained: the same microbatches, schedule and attention. So no weights are gathered, and a model that
+only fits on many ranks is evaluated on them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ Collector = Callable[[MicroBatch, Tensor, Tensor], Any]
 
 
 def microbatch_multiple(trainable: Trainable) -> int:
-    """Microbatches of a pass come in multiples of this: interleaved stages take them in groups of as many as there are stages."""
+    """Return the number that must divide the microbatches of a pass: interleaved stages take as many at a time as there are stages."""
     return parallel_state.get_pipeline_model_parallel_world_size() if len(trainable.decoder) > 1 else 1
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, collect: Collector) -> tuple[Any, Callable[..., Any]]:
+    """Return the stage's output and the function that collects it on the last stage (Megatron's ``forward_step_func``)."""
     batch = next(batches)
 
-    def collected(output: tuple[Tensor, Tensor], non_loss_data: bool = False) -> Any:
+    def collect_output(output: tuple[Tensor, Tensor], non_loss_data: bool = False) -> Any:
         return collect(batch, *output)
 
-    return model(batch), collected
+    return model(batch), collect_output
 
 
 def forward_only(trainable: Trainable, batches: Sequence[MicroBatch], settings: StepSettings, collect: Collector) -> list[Any]:
-    """What ``collect`` returns for each microbatch, on the ranks of the last stage; an empty list elsewhere.
+    """Return what ``collect`` returns for each microbatch on the ranks of the last stage, and an empty list on other ranks.
 
-    Every rank of a replica calls it, inside ``evaluating``, with as many microbatches, a multiple of ``microbatch_multiple``.
+    Every rank of a replica calls it inside ``evaluating``, all with the same number of microbatches, a multiple of
+    ``microbatch_multiple``.
     """
     chunks = trainable.decoder
     return get_forward_backward_func()(
@@ -58,8 +60,10 @@ def forward_only(trainable: Trainable, batches: Sequence[MicroBatch], settings: 
 
 @contextmanager
 def evaluating(trainable: Trainable, averaged: bool) -> Iterator[None]:
-    """Within the block nothing has gradients, and weights are whole on every rank and, with ``averaged``, the EMA's; afterwards
-    training goes on as if nothing had been."""
+    """Evaluate within the block: no gradients, complete weights on every rank and, with ``averaged``, the weights of the average.
+
+    After the block training continues bit for bit as without it.
+    """
     # Outermost, so that no hook of overlapped gathering fires inside the block.
     with synced_parameters(trainable.wrapped), trainable.ema.applied() if averaged else nullcontext(), torch.no_grad():
         for module in trainable.wrapped:

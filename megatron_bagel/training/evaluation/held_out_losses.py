@@ -1,6 +1,6 @@
-"""Losses on held-out rows, by dataset and timestep, for the weights and for their average, on the layout the run has.
+"""Losses on held-out rows, by dataset and timestep, for the weights and for their average, with the parallel sizes of the run.
 
-The rows, their order and all noise are fixed, so two steps of a run, and two runs of one seed, are compared on the same numbers.
+The rows, their order and all noise are fixed, so the losses of two steps, or of two runs with one seed, can be compared.
 """
 
 from __future__ import annotations
@@ -24,35 +24,43 @@ WEIGHTS = ("model", "ema")
 
 
 class HeldOutLosses:
-    """The held-out packs of this replica, read anew each time: they are few, and training's memory is not theirs to keep."""
+    """Measures losses on this replica's held-out packs, and reads them again each time so that they take no memory from training."""
 
     def __init__(
         self, sources: Sequence[GroupSource], reader: PackReader, samples: int, max_num_tokens: int, max_num_tokens_per_sample: int
     ) -> None:
-        """``samples`` of every dataset, packed up to ``max_num_tokens``. Raises ValueError when no held-out sample is short enough."""
+        """Plan packs of ``samples`` held-out samples of every dataset. Raises ValueError if no held-out sample is short enough."""
         self.reader = reader
         self.datasets = [name for source in sources for name in source.datasets()]
         self.plans = held_out_packs(sources, samples, max_num_tokens, max_num_tokens_per_sample)
 
-    def measure(self, trainable: Trainable, settings: StepSettings, averaged: bool, at_once: int) -> dict[str, float]:
-        """Mean losses by name (`LossTable.means`) on every rank; ``at_once`` packs are encoded and held together. Collective."""
+    def measure(self, trainable: Trainable, settings: StepSettings, averaged: bool, packs_per_pass: int) -> dict[str, float]:
+        """Return mean losses by name (``LossTable.means``) on every rank. Collective.
+
+        Args:
+            trainable: The model.
+            settings: The settings of a training step.
+            averaged: Whether the weights are replaced by their average.
+            packs_per_pass: The number of packs that are encoded and in memory at the same time.
+        """
         table = LossTable(self.datasets, QUARTERS)
         with evaluating(trainable, averaged):
-            for packs in self._portions(microbatch_multiple(trainable), at_once):
+            for packs in self._packs_by_pass(microbatch_multiple(trainable), packs_per_pass):
                 batches = microbatches([self.reader[pack.plan] for pack in packs], trainable.image_encoder, settings)
-                counted = {id(batch) for batch, pack in zip(batches, packs, strict=True) if not pack.repeated}
+                counted_ids = {id(batch) for batch, pack in zip(batches, packs, strict=True) if not pack.repeated}
 
-                def collect(batch: MicroBatch, ce: Tensor, mse: Tensor, counted: set[int] = counted) -> None:
-                    if id(batch) in counted:
+                def collect(batch: MicroBatch, ce: Tensor, mse: Tensor, counted_ids: set[int] = counted_ids) -> None:
+                    if id(batch) in counted_ids:
                         table.add(batch, ce, mse)
 
                 forward_only(trainable, batches, settings, collect)
         table.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True), parallel_state.get_pipeline_model_parallel_group())
         return table.means()
 
-    def _portions(self, multiple: int, at_once: int) -> Iterator[list[HeldOutPack]]:
+    def _packs_by_pass(self, multiple: int, packs_per_pass: int) -> Iterator[list[HeldOutPack]]:
+        """Yield this replica's packs in lists of about ``packs_per_pass``, each a multiple of ``multiple`` long."""
         group = parallel_state.get_data_parallel_group()
-        mine = share_of(self.plans, dist.get_rank(group), dist.get_world_size(group), multiple)
-        each = max(at_once // multiple, 1) * multiple
-        for start in range(0, len(mine), each):
-            yield mine[start : start + each]
+        packs = share_of(self.plans, dist.get_rank(group), dist.get_world_size(group), multiple)
+        size = max(packs_per_pass // multiple, 1) * multiple
+        for start in range(0, len(packs), size):
+            yield packs[start : start + size]

@@ -1,7 +1,7 @@
-"""The fixed prompts that a run is watched with: held-out samples cut down to what is given and what is to be made.
+"""Fixed prompts that show the progress of a run: held-out samples, divided into conditions and a target.
 
-A probe is a sample of the run's own data, so it has the sizes, the wording and the order of items the model is trained on, and its
-truth is known: the picture or the answer that the data holds.
+A probe is a sample of the run's own data, so it has the sizes, the wording and the order of items that the model is trained on. Its
+truth is known: the picture or the answer in the data.
 """
 
 from __future__ import annotations
@@ -22,64 +22,77 @@ from megatron_bagel.model.batch import Features
 
 @dataclass(frozen=True)
 class Probe:
-    """One fixed prompt: the items that are given, in order, and the item to be made. ``source`` and ``index`` say where it is from."""
+    """One fixed prompt: the items of ``sample`` that condition the model, in order, and the item that it must produce.
+
+    ``source`` and ``index`` name the sample: the number of its dataset group and its index in the group.
+    """
 
     name: str
     group: str
     source: int
     index: int
     sample: Sample
-    given: tuple[Item, ...]
-    wanted: Item
+    conditions: tuple[Item, ...]
+    target: Item
 
     @classmethod
     def of(cls, sample: Sample, source: int, index: int) -> Probe | None:
-        """Up to the first item with a loss; None for a sample without any, and for one that begins with it: plain text."""
-        first = next((place for place, item in enumerate(sample.items) if item.loss), None)
-        given = tuple(item for item in sample.items[:first] if not item.dropped)
-        if first is None or not given:
+        """Make a probe whose target is the first item with a loss. Return None without such an item, or if no item precedes it."""
+        target = next((index for index, item in enumerate(sample.items) if item.loss), None)
+        conditions = tuple(item for item in sample.items[:target] if not item.dropped)
+        if target is None or not conditions:
             return None
         name = f"{sample.dataset} {sample.index}"
-        return cls(name, sample.group or sample.dataset, source, index, sample, given, sample.items[first])
+        return cls(name, sample.group or sample.dataset, source, index, sample, conditions, sample.items[target])
 
     @property
     def draws(self) -> bool:
-        """Whether a picture is to be made, rather than a text."""
-        return self.wanted.kind == "vae"
+        """Return whether the target is a picture rather than a text."""
+        return self.target.kind == "vae"
 
     def prompt(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """The last text given, readable; empty when there is none."""
-        texts = [item.token_ids for item in self.given if item.kind == "text"]
+        """Return the last text among the conditions, decoded; empty if there is none."""
+        texts = [item.token_ids for item in self.conditions if item.kind == "text"]
         return decode([int(token) for token in texts[-1]]) if texts else ""
 
     def views(self) -> list[Sample]:
-        """What guidance compares, as samples that end with the picture: everything given, all before the last text, texts alone."""
-        last = max((place for place, item in enumerate(self.given) if item.kind == "text"), default=len(self.given))
-        kept = (self.given, self.given[:last], tuple(item for item in self.given if item.kind == "text"))
-        return [replace(self.sample, items=(*items, self.wanted)) for items in kept]
+        """Return the three views that guidance compares, as samples that end with the target.
+
+        They have all conditions, the conditions before the last text, and only the texts.
+        """
+        last_text = max((index for index, item in enumerate(self.conditions) if item.kind == "text"), default=len(self.conditions))
+        texts = tuple(item for item in self.conditions if item.kind == "text")
+        views = (self.conditions, self.conditions[:last_text], texts)
+        return [replace(self.sample, items=(*items, self.target)) for items in views]
 
     def answering(self, length: int, fill: int) -> Sample:
-        """What is given, and room for an answer of ``length`` tokens, which hold ``fill`` until they are written."""
+        """Return a sample of the conditions and an answer of ``length`` tokens, all of them ``fill`` until they are predicted."""
         blank = Item("text", loss=True, ids=np.full(length, fill, dtype=np.int64))
-        return replace(self.sample, items=(*self.given, blank))
+        return replace(self.sample, items=(*self.conditions, blank))
 
 
 @dataclass(frozen=True)
 class EncodedProbe:
-    """A probe with the features of its images: rows by (kind, image number). ``vit`` rows are missing where no stage reads them."""
+    """A probe with the features of its images: rows by (kind, image number). There are no ``vit`` rows on stages that do not read them."""
 
     probe: Probe
     rows: dict[tuple[str, int], Tensor]
 
 
 def in_packs(samples: Sequence[Sample], spec: LayoutSpec, capacity: int) -> list[list[int]]:
-    """Numbers of the samples of each pack, in order, as many as fit. Raises ValueError naming a sample that does not."""
+    """Assign samples to packs in order, as many as fit into each, and return the indexes of each pack's samples.
+
+    Raises:
+        ValueError: A sample is longer than ``capacity``; the text names it.
+    """
     packs: list[list[int]] = []
     room = 0
     for number, sample in enumerate(samples):
         tokens = sample_tokens(sample, spec)
         if tokens > capacity:
-            raise ValueError(f"{sample.dataset} {sample.index} takes {tokens} tokens to be made; raise --max_num_tokens above {capacity}")
+            raise ValueError(
+                f"{sample.dataset} {sample.index} needs {tokens} tokens for its evaluation; raise --max_num_tokens above {capacity}"
+            )
         if not packs or tokens > room:
             packs.append([])
             room = capacity
@@ -89,35 +102,35 @@ def in_packs(samples: Sequence[Sample], spec: LayoutSpec, capacity: int) -> list
 
 
 def read_probes(probes: Sequence[Probe], reader: PackReader, capacity: int) -> Iterator[tuple[list[Probe], LoadedPack]]:
-    """Packs of the probes' whole samples with their pixels, for the encoders."""
+    """Yield packs of the probes' complete samples with their pixels, for the encoders."""
     for number, members in enumerate(in_packs([probe.sample for probe in probes], reader.spec, capacity)):
-        chosen = [probes[member] for member in members]
-        samples = tuple((probe.source, probe.index, 0) for probe in chosen)
-        tokens = sum(sample_tokens(probe.sample, reader.spec) for probe in chosen)
-        yield chosen, reader[PackPlan(number, samples, tokens, 0.0)]
+        pack_probes = [probes[member] for member in members]
+        samples = tuple((probe.source, probe.index, 0) for probe in pack_probes)
+        tokens = sum(sample_tokens(probe.sample, reader.spec) for probe in pack_probes)
+        yield pack_probes, reader[PackPlan(number, samples, tokens, 0.0)]
 
 
 def encoded(probes: Sequence[Probe], pack: Pack, features: Features) -> list[EncodedProbe]:
-    """Cut a pack's features into those of each probe's given images."""
-    found = [EncodedProbe(probe, {}) for probe in probes]
+    """Slice a pack's features into those of each probe's conditions."""
+    encoded_probes = [EncodedProbe(probe, {}) for probe in probes]
     for kind, rows in (("vit", features.vit), ("vae", features.latents)):
         if rows is None:
             continue
         images = pack.images_of(kind)
         for image, part in zip(images, rows.split([image.tokens for image in images]), strict=True):
             if not image.noised:
-                found[image.sample].rows[kind, image.image] = part.detach()
-    return found
+                encoded_probes[image.sample].rows[kind, image.image] = part.detach()
+    return encoded_probes
 
 
 def condition_features(pack: Pack, members: Sequence[EncodedProbe], channels: int, device: torch.device | str) -> Features:
-    """Features of a pack of views or answers, ``members`` being the probe of each of its samples; pictures to be made are zeros."""
+    """Return the features of a pack of views or answers. ``members`` are the probes of its samples; targets are zeros."""
     vit = [members[image.sample].rows.get(("vit", image.image)) for image in pack.images_of("vit")]
-    whole = [part for part in vit if part is not None]
+    vit_rows = [part for part in vit if part is not None]
     latents = [
         torch.zeros(image.tokens, channels, device=device) if image.noised else members[image.sample].rows["vae", image.image]
         for image in pack.images_of("vae")
     ]
     rows = torch.cat(latents) if latents else torch.zeros(0, channels, device=device)
     times = torch.zeros(len(rows), device=device)
-    return Features(torch.cat(whole) if whole and len(whole) == len(vit) else None, rows, rows, times)
+    return Features(torch.cat(vit_rows) if vit_rows and len(vit_rows) == len(vit) else None, rows, rows, times)

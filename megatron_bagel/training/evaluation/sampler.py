@@ -1,7 +1,7 @@
-"""Pictures and texts from a model in training, wherever its layers and tokens lie: each step is one pass of the training path.
+"""Samples pictures and texts from a model in training. Each sampling step is one pass of the training path, with any parallel sizes.
 
-Nothing is cached. A picture's conditions are read anew in every step, and a text is read anew for every token, in exchange for which
-generation needs no code of its own for any layout. All ranks of a replica come to the same answers.
+There are no caches. The model reads a picture's conditions again in every step, and a text again for every token. In exchange,
+sampling needs no code of its own for any parallelism. All ranks of a replica obtain the same answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_bagel.training.step import StepSettings, Trainable
 
 @dataclass
 class _Template:
-    """A pack that is passed many times with other latents or tokens. ``members`` number the rows (views, answers) it holds."""
+    """A pack that passes through the model many times with other latents or tokens. ``members`` are the indexes of its samples."""
 
     members: list[int]
     pack: Pack
@@ -44,7 +44,7 @@ class _Template:
 
 @dataclass
 class ProbeAnswers:
-    """Answers the probes of one replica. ``channels`` are those of a latent token. Every method is collective over the replica."""
+    """Answers the probes of one replica. A latent token has ``channels`` numbers. Every public method is collective over the replica."""
 
     trainable: Trainable
     settings: StepSettings
@@ -54,18 +54,21 @@ class ProbeAnswers:
     seed: int
 
     def pictures(self, probes: Sequence[EncodedProbe], sampling: ImageSampling) -> list[Tensor]:
-        """Latent tokens [tokens, channels] of each probe's picture, by Euler steps under guidance from noise keyed by its name."""
+        """Return the latent tokens [tokens, channels] of each probe's picture.
+
+        They come from Euler steps under guidance, starting from noise that is keyed by the probe's name.
+        """
         if not probes:
             return []
         guidance = sampling.guidance
         count = 1 if guidance.text_scale <= 1 else 2 if guidance.img_scale <= 1 else 3
-        rows = [view for each in probes for view in each.probe.views()[:count]]
-        templates = self._prepare(rows, [each for each in probes for _ in range(count)])
-        sizes = [_picture_tokens(row, self.spec) for row in rows[::count]]
-        x = [self._noise(each, size) for each, size in zip(probes, sizes, strict=True)]
+        views = [view for probe in probes for view in probe.probe.views()[:count]]
+        templates = self._prepare(views, [probe for probe in probes for _ in range(count)])
+        sizes = [_picture_tokens(view, self.spec) for view in views[::count]]
+        x = [self._noise(probe, size) for probe, size in zip(probes, sizes, strict=True)]
         times = time_grid(sampling.num_timesteps, sampling.timestep_shift)
         for t, dt in zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True):
-            velocities = self._velocities(templates, [x[row // count] for row in range(len(rows))], t)
+            velocities = self._velocities(templates, [x[view // count] for view in range(len(views))], t)
             scales = guidance.scales_at(t)
             text, images = guidance.needs(t)
             for number in range(len(x)):
@@ -73,114 +76,121 @@ class ProbeAnswers:
                 x[number] = x[number] - dt * guide(v[0], v[1] if text else None, v[2] if images else None, scales, guidance)
         return x
 
-    def texts(self, probes: Sequence[EncodedProbe], most_tokens: int) -> list[list[int]]:
-        """Token ids of each probe's answer, the likeliest token each time, at most ``most_tokens`` of them."""
+    def texts(self, probes: Sequence[EncodedProbe], max_tokens: int) -> list[list[int]]:
+        """Return the token ids of each probe's answer by greedy sampling, at most ``max_tokens`` of them."""
         if not probes:
             return []
         fill = self.tokenizer.eos
-        templates = self._prepare([each.probe.answering(most_tokens, fill) for each in probes], probes)
+        templates = self._prepare([probe.probe.answering(max_tokens, fill) for probe in probes], probes)
         ids: list[list[int]] = [[] for _ in probes]
-        open_ = set(range(len(probes)))
-        for step in range(most_tokens):
+        unfinished = set(range(len(probes)))
+        for step in range(max_tokens):
             for number, token in enumerate(self._next_tokens(templates, ids, step, len(probes))):
-                if number in open_ and token == fill:
-                    open_.remove(number)
-                elif number in open_:
+                if number in unfinished and token == fill:
+                    unfinished.remove(number)
+                elif number in unfinished:
                     ids[number].append(token)
-            if not open_:
+            if not unfinished:
                 break
         return ids
 
-    # ------------------------------------------------------------------ passes
-    def _prepare(self, rows: Sequence[Sample], owners: Sequence[EncodedProbe]) -> list[_Template]:
-        """Packs of the rows, laid out for this rank; filled up with repetitions to what the schedule takes."""
+    def _prepare(self, samples: Sequence[Sample], probes: Sequence[EncodedProbe]) -> list[_Template]:
+        """Pack the samples, each with the features of its probe, and lay the packs out for this rank."""
         group = parallel_state.get_context_parallel_group()
         device = self.settings.device
         templates = []
-        for members in in_packs(rows, self.spec, self.settings.seq_length):
-            pack = build_pack([rows[member] for member in members], self.spec)
+        for members in in_packs(samples, self.spec, self.settings.seq_length):
+            pack = build_pack([samples[member] for member in members], self.spec)
             orders = context_orders(pack, group.size(), self.settings.slots(pack.sequence_length))
-            place = CPContext(group.rank(), group, orders, self.settings.cp_comm_type)
-            features = condition_features(pack, [owners[member] for member in members], self.channels, device)
-            batch = make_microbatch(pack, orders[place.rank], features, self.settings.backend, device, place)
-            templates.append(_Template(members, pack, orders[place.rank], features, replace(batch, predict=True)))
+            cp_context, order = CPContext(group.rank(), group, orders, self.settings.cp_comm_type), orders[group.rank()]
+            features = condition_features(pack, [probes[member] for member in members], self.channels, device)
+            batch = make_microbatch(pack, order, features, self.settings.backend, device, cp_context)
+            templates.append(_Template(members, pack, order, features, replace(batch, predict=True)))
         return templates
 
     def _pass(self, templates: Sequence[_Template], batches: Sequence[MicroBatch], collect: Collector) -> list[Tensor]:
+        """Pass a batch of each template, repeating the last one up to a number that the schedule takes; drop the repetitions."""
         missing = -len(batches) % microbatch_multiple(self.trainable)
         outputs = forward_only(self.trainable, [*batches, *([batches[-1]] * missing)], self.settings, collect)
         return outputs[: len(templates)]
 
     def _velocities(self, templates: Sequence[_Template], x: Sequence[Tensor], t: float) -> list[Tensor]:
-        """Velocity [tokens, channels] of each row at time ``t``, float32, on every rank."""
+        """Return the velocity [tokens, channels] of each sample at time ``t``, float32, on every rank."""
         batches = []
-        for each in templates:
-            latents, times = each.features.latents.clone(), each.features.timesteps.clone()
+        for template in templates:
+            latents, times = template.features.latents.clone(), template.features.timesteps.clone()
             start = 0
-            for image in each.pack.images_of("vae"):
+            for image in template.pack.images_of("vae"):
                 if image.noised:
-                    latents[start : start + image.tokens] = x[each.members[image.sample]]
+                    latents[start : start + image.tokens] = x[template.members[image.sample]]
                     times[start : start + image.tokens] = t
                 start += image.tokens
-            here = torch.from_numpy(each.order.vae_rows).to(latents.device)
-            # Latents and noise alike: between them lies x_t itself, whatever t is.
-            moved = latents[here]
-            batches.append(replace(each.batch, latents=moved, noise=moved, timesteps=times[here]))
+            local_rows = torch.from_numpy(template.order.vae_rows).to(latents.device)
+            # Latents and noise are equal, so every mixture of them is x_t itself, whatever t is.
+            x_t = latents[local_rows]
+            batches.append(replace(template.batch, latents=x_t, noise=x_t, timesteps=times[local_rows]))
         outputs = self._pass(templates, batches, lambda batch, logits, velocity: velocity)
-        whole = torch.zeros(sum(len(each.pack.mse_positions) for each in templates), self.channels, device=self.settings.device)
-        first = 0
-        for each, velocity in zip(templates, outputs, strict=False):
-            own = torch.from_numpy(np.flatnonzero(each.order.slots[each.pack.mse_positions] >= 0)).to(whole.device)
-            whole[first + own] = velocity
-            first += len(each.pack.mse_positions)
-        _to_every_rank(whole)
-        return list(whole.split([len(row) for each in templates for row in (x[member] for member in each.members)]))
+        num_tokens = sum(len(template.pack.mse_positions) for template in templates)
+        velocities = torch.zeros(num_tokens, self.channels, device=self.settings.device)
+        start = 0
+        for template, velocity in zip(templates, outputs, strict=False):
+            local_tokens = np.flatnonzero(template.order.slots[template.pack.mse_positions] >= 0)
+            velocities[start + torch.from_numpy(local_tokens).to(velocities.device)] = velocity
+            start += len(template.pack.mse_positions)
+        _to_every_rank(velocities)
+        return list(velocities.split([len(x[member]) for template in templates for member in template.members]))
 
     def _next_tokens(self, templates: Sequence[_Template], ids: Sequence[Sequence[int]], step: int, count: int) -> list[int]:
-        """The likeliest token after ``step`` tokens of each row's answer, on every rank."""
-        batches, wanted = [], {}
-        for each in templates:
-            tokens = each.pack.text_ids.copy()
-            owner = each.pack.sample_numbers(each.pack.ce_positions)
-            # The place in the text where token n + 1 is predicted is the one that holds token n.
-            places = np.array([np.flatnonzero(owner == row)[step] for row in range(len(each.members))])
-            slots = np.searchsorted(each.pack.text_positions, each.pack.ce_positions)
-            for row, member in enumerate(each.members):
-                answer = slots[owner == row][1 : 1 + step]
-                tokens[answer] = (list(ids[member]) + [self.tokenizer.eos] * step)[:step]
-            here = each.order.slots[each.pack.ce_positions] >= 0
-            local = np.where(here[places], np.cumsum(here)[places] - 1, -1)
-            put = torch.from_numpy(tokens[each.order.text_rows]).to(self.settings.device)
-            batches.append(replace(each.batch, text_ids=put))
-            wanted[id(batches[-1])] = local
+        """Return the likeliest token after ``step`` tokens of each sample's answer, on every rank."""
+        inputs = [self._answer_input(template, ids, step) for template in templates]
+        batches = [batch for batch, _ in inputs]
+        local_rows = {id(batch): rows for batch, rows in inputs}
         limit = len(self.tokenizer)
 
         def likeliest(batch: MicroBatch, logits: Tensor, velocity: Tensor) -> Tensor:
-            local = torch.from_numpy(wanted[id(batch)]).to(logits.device)
-            found = torch.zeros(len(local), dtype=torch.long, device=logits.device)
-            rows = logits[local[local >= 0]]
-            found[local >= 0] = gather_from_tensor_model_parallel_region(rows)[:, :limit].argmax(-1)
-            return found
+            rows = torch.from_numpy(local_rows[id(batch)]).to(logits.device)
+            tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+            tokens[rows >= 0] = gather_from_tensor_model_parallel_region(logits[rows[rows >= 0]])[:, :limit].argmax(-1)
+            return tokens
 
         outputs = self._pass(templates, batches, likeliest)
-        whole = torch.zeros(count, dtype=torch.long, device=self.settings.device)
-        for each, found in zip(templates, outputs, strict=False):
-            whole[torch.tensor(each.members, device=whole.device)] = found
-        _to_every_rank(whole)
-        return whole.tolist()
+        next_tokens = torch.zeros(count, dtype=torch.long, device=self.settings.device)
+        for template, tokens in zip(templates, outputs, strict=False):
+            next_tokens[torch.tensor(template.members, device=next_tokens.device)] = tokens
+        _to_every_rank(next_tokens)
+        return next_tokens.tolist()
 
-    def _noise(self, each: EncodedProbe, tokens: int) -> Tensor:
-        return keyed_normal((tokens, self.channels), self.seed, "probe", each.probe.name).to(self.settings.device)
+    def _answer_input(self, template: _Template, ids: Sequence[Sequence[int]], step: int) -> tuple[MicroBatch, np.ndarray]:
+        """Return a microbatch with ``step`` tokens of each answer, and the row of this rank's logits that predicts each next token.
+
+        The row is -1 if another context-parallel rank has it.
+        """
+        pack, order = template.pack, template.order
+        token_ids = pack.text_ids.copy()
+        sample_of = pack.sample_numbers(pack.ce_positions)
+        # Token n + 1 is predicted at the position of token n.
+        predicting = np.array([np.flatnonzero(sample_of == sample)[step] for sample in range(len(template.members))])
+        text_rows = np.searchsorted(pack.text_positions, pack.ce_positions)
+        for sample, member in enumerate(template.members):
+            answer_rows = text_rows[sample_of == sample][1 : 1 + step]
+            token_ids[answer_rows] = (list(ids[member]) + [self.tokenizer.eos] * step)[:step]
+        is_local = order.slots[pack.ce_positions] >= 0
+        local_rows = np.where(is_local[predicting], np.cumsum(is_local)[predicting] - 1, -1)
+        text_ids = torch.from_numpy(token_ids[order.text_rows]).to(self.settings.device)
+        return replace(template.batch, text_ids=text_ids), local_rows
+
+    def _noise(self, probe: EncodedProbe, tokens: int) -> Tensor:
+        return keyed_normal((tokens, self.channels), self.seed, "probe", probe.probe.name).to(self.settings.device)
 
 
 def _picture_tokens(sample: Sample, spec: LayoutSpec) -> int:
-    """Latent tokens of the picture that a view ends with."""
+    """Return the number of latent tokens in the picture that a view ends with."""
     rows, columns = item_grid(sample.items[-1], spec)
     return rows * columns
 
 
 def _to_every_rank(values: Tensor) -> None:
-    """Sum what the context-parallel ranks of the last stage found, and hand it to the other stages."""
+    """Sum ``values`` over the context-parallel ranks of the last stage, and send the sum to the other stages."""
     if parallel_state.get_context_parallel_world_size() > 1:
         dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:

@@ -1,1 +1,1 @@
-"""What a run writes about itself: log lines, metrics, timers, traces, pictures."""
+"""Log lines, metrics, timers, traces and pictures of a run."""

@@ -1,4 +1,4 @@
-"""Pictures of a run side by side, so that steps can be compared at a glance: what was given, what came out, what the data holds."""
+"""Draws pictures of a run side by side, to compare steps at a glance: the conditions, the sampled picture, and the data's picture."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-#: Pixels around a tile, and the least height of a tile: small pictures are enlarged, so that one sees something.
+#: Pixels around a tile, and the smallest height of a tile. Smaller pictures are enlarged.
 MARGIN, TILE = 6, 128
 BACKGROUND, INK = (236, 236, 236), (30, 30, 30)
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """Pictures (uint8 [height, width, 3]) of one prompt, each with a word that says what it is, and the prompt itself."""
+    """A prompt and its pictures (uint8 [height, width, 3]), each with a caption."""
 
     prompt: str
     pictures: tuple[tuple[str, np.ndarray], ...]
 
 
 def as_pixels(image: Tensor) -> np.ndarray:
-    """A transformed image, float [3, H, W] in [-1, 1], as uint8 [H, W, 3]."""
+    """Convert a transformed image, float [3, H, W] in [-1, 1], to uint8 [H, W, 3]."""
     return ((image * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def contact_sheet(rows: Sequence[SheetRow], columns: int = 2) -> Image.Image:
-    """All rows in a grid, ``columns`` prompts beside each other. Raises ValueError when there is no picture."""
+    """Draw all rows in a grid with ``columns`` prompts beside each other. Raises ValueError if there is no picture."""
     if not any(row.pictures for row in rows):
         raise ValueError("a contact sheet needs at least one picture")
     cells = [_cell(row) for row in rows]
@@ -41,7 +41,8 @@ def contact_sheet(rows: Sequence[SheetRow], columns: int = 2) -> Image.Image:
 
 
 def _cell(row: SheetRow) -> Image.Image:
-    tiles = [(word, _enlarged(picture)) for word, picture in row.pictures]
+    """Draw one prompt above its pictures."""
+    tiles = [(caption, _enlarged(picture)) for caption, picture in row.pictures]
     font = ImageFont.load_default()
     line = 14
     width = max(sum(tile.width + MARGIN for _, tile in tiles) + MARGIN, 2 * TILE)
@@ -52,8 +53,8 @@ def _cell(row: SheetRow) -> Image.Image:
         pen.text((MARGIN, top), text, INK, font)
         top += line
     left = MARGIN
-    for word, tile in tiles:
-        pen.text((left, top), word, INK, font)
+    for caption, tile in tiles:
+        pen.text((left, top), caption, INK, font)
         cell.paste(tile, (left, top + line))
         left += tile.width + MARGIN
     return cell
@@ -65,14 +66,14 @@ def _enlarged(picture: np.ndarray) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
-    """Up to ``most`` lines of words; what does not fit is cut off with dots. Signs the built-in font lacks become question marks."""
+def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, max_lines: int = 3) -> list[str]:
+    """Wrap ``text`` into up to ``max_lines`` lines and end a longer text with dots. Characters not in the font become question marks."""
     lines, words = [""], text.encode("latin-1", "replace").decode("latin-1").split()
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
-        elif len(lines) < most:
+        elif len(lines) < max_lines:
             lines.append(word)
         else:
             lines[-1] += " ..."

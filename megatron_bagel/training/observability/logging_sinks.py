@@ -1,7 +1,6 @@
-"""Where a run's numbers and pictures go: console and ``log.txt``, ``metrics.jsonl``, TensorBoard, W&B and Prometheus on request.
-Rank 0 only.
+"""Writes a run's numbers and pictures on rank 0: console and ``log.txt``, ``metrics.jsonl``, TensorBoard and, on request, W&B, Prometheus.
 
-Other ranks hold a ``RunLog`` too and call the same methods, which do nothing there, so the loop has no rank test of its own.
+Other ranks have a ``RunLog`` too and call the same methods, which do nothing there, so the loop need not test the rank.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _ORIGINAL_NAMES = {
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """The guide's W&B flags. ``run_id`` and ``resume`` let a restarted run continue its curves."""
+    """Settings of W&B. ``run_id`` and ``resume`` let a restarted run continue its curves."""
 
     project: str = "bagel"
     name: str = "run"
@@ -57,17 +56,17 @@ class WandbSettings:
 
 
 class WandbSink:
-    """Sends each record under the original's names. Raises ValueError if wandb is not installed."""
+    """Sends each record to W&B under the original's names. Raises ValueError if wandb is not installed."""
 
     def __init__(self, settings: WandbSettings, results_dir: Path, run_config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "W&B logging was asked for, but the package wandb is not installed: pip install 'megatron-bagel[logging]', or turn "
-                "W&B off (metrics.jsonl and TensorBoard are written either way)."
+                "W&B logging is on, but the package wandb is not installed: pip install 'megatron-bagel[logging]', or turn W&B off "
+                "(metrics.jsonl and TensorBoard are written anyway)"
             ) from error
-        # The original's id: name and run id together, so that two runs of one name do not overwrite each other.
+        # The id has name and run id, as in the original, so that two runs with one name do not overwrite each other.
         self._run = wandb.init(
             project=settings.project,
             id=f"{settings.name}-run{settings.run_id}",
@@ -79,30 +78,30 @@ class WandbSink:
         )
 
     def write(self, metrics: StepMetrics) -> None:
-        """One record; memory in MB as the original, everything else as in ``metrics.jsonl``."""
+        """Send one record, with memory in MB as in the original and everything else as in ``metrics.jsonl``."""
         values = metrics.values()
-        record = {name: values[ours] for name, ours in _ORIGINAL_NAMES.items()}
+        record = {original_name: values[name] for original_name, name in _ORIGINAL_NAMES.items()}
         record["mem_allocated"] = metrics.peak_mem_bytes / _MEBIBYTE
         record |= {**metrics.by_dataset, **metrics.observed}
         self._run.log(record, step=metrics.step)
 
     def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Held-out losses, each under ``validation/``."""
+        """Send held-out losses, each under ``validation/``."""
         self._run.log({f"validation/{name}": value for name, value in numbers.items()}, step=step)
 
     def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
-        """One picture of samples."""
+        """Send one sheet of pictures."""
         import wandb
 
         self._run.log({f"samples/{name}": wandb.Image(sheet)}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the W&B run."""
         self._run.finish()
 
 
 class TensorBoardSink:
-    """Event files under ``results_dir/tensorboard``; steps from ``next_step`` on of an earlier run are hidden."""
+    """Writes event files to ``results_dir/tensorboard``. An earlier run's steps from ``next_step`` on are hidden."""
 
     def __init__(self, results_dir: Path, next_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -110,27 +109,27 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(results_dir / "tensorboard"), purge_step=next_step)
 
     def write(self, metrics: StepMetrics) -> None:
-        """One scalar per field, at the step."""
+        """Write one scalar per number of the step."""
         for name, value in metrics.as_json().items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, metrics.step)
 
     def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One scalar per held-out loss, at the step."""
+        """Write one scalar per held-out loss."""
         for name, value in numbers.items():
             self._writer.add_scalar(f"validation/{name}", value, step)
 
     def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
-        """One picture of samples."""
+        """Write one sheet of pictures."""
         self._writer.add_image(f"samples/{name}", np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write what is buffered and close the files."""
         self._writer.close()
 
 
 class RunLog:
-    """All outputs of one run. ``next_step`` is the first step this process will log (resume: the step after the checkpoint's)."""
+    """Writes all logs of one run. ``next_step`` is the first step that this process will log; after a resume it is the checkpoint's."""
 
     def __init__(
         self,
@@ -150,7 +149,7 @@ class RunLog:
         self.results_dir.mkdir(parents=True, exist_ok=True)
         self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
         self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
-        # An evaluation is logged after its step: one of step n belongs to the first n steps.
+        # An evaluation is logged after its step, so its number n means that n steps were done.
         self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1)
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.results_dir, next_step))
@@ -160,12 +159,12 @@ class RunLog:
             self._sinks.append(PrometheusSink(prometheus, self.results_dir))
 
     def info(self, text: str) -> None:
-        """One line on the console and in ``log.txt``, with the time."""
+        """Write one line with the time to the console and ``log.txt``."""
         if self._active:
             self._logger.info(text)
 
     def log(self, metrics: StepMetrics) -> None:
-        """Write one step everywhere."""
+        """Write the numbers of one step to every log."""
         if self._active:
             self._logger.info(log_line(metrics))
             self._metrics.write(metrics.as_json())
@@ -184,13 +183,13 @@ class RunLog:
             sink.write_validation(step, numbers)
 
     def log_samples(self, step: int, rows: Mapping[str, Sequence[SheetRow]], texts: Sequence[Mapping[str, Any]]) -> None:
-        """Write pictures, one sheet per name, and texts into ``samples/``, and the sheets to the loggers."""
+        """Write pictures, one sheet per name, and texts to ``samples/``, and the sheets to the loggers."""
         if not self._active:
             return
         folder = self.results_dir / "samples"
         folder.mkdir(exist_ok=True)
-        for name, found in rows.items():
-            sheet = contact_sheet(found)
+        for name, sheet_rows in rows.items():
+            sheet = contact_sheet(sheet_rows)
             sheet.save(folder / f"{step:07d}_{name}.png")
             for sink in self._sinks:
                 sink.write_sheet(step, name, sheet)
@@ -199,7 +198,7 @@ class RunLog:
             (folder / f"{step:07d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def close(self, plot: bool = True) -> None:
-        """Draw ``loss.png`` (if any step was logged) and close every file. Also safe after an error of the loop."""
+        """Draw ``loss.png`` if any step was logged, and close every file. It may be called after an error of the loop."""
         if not self._active:
             return
         self._metrics.close()
@@ -216,9 +215,9 @@ class RunLog:
 
 @contextmanager
 def package_log(results_dir: str | Path, rank: int) -> Iterator[None]:
-    """Within the block what the package logs (weights loaded, checkpoints passed over, saves) is on console and in ``log.txt``.
+    """Send the package's log messages (weights, checkpoints, saves) to the console and ``log.txt`` within the block, on rank 0.
 
-    On rank 0; other ranks' warnings go where Python sends them.
+    Python handles the warnings of other ranks.
     """
     if rank:
         yield
@@ -234,7 +233,7 @@ def package_log(results_dir: str | Path, rank: int) -> Iterator[None]:
 
 
 def _console_and_file(path: Path, name: str = "megatron_bagel.run") -> tuple[logging.Logger, list[logging.Handler]]:
-    """The run's own logger, apart from the root one, which libraries configure as they like."""
+    """Return a logger with two handlers. It is not connected to the root logger, which libraries configure."""
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -1,7 +1,7 @@
 """The record of a logged step, which every logger writes under the same names, and the rates in it.
 
-Losses are averages over the step's global batch, rates are over the wall clock since the last logged step, and the learning
-rate is the one the step used.
+Losses are averages over the step's global batch. Rates are over the wall clock since the last logged step. The learning rate is
+the one that the step used.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class WindowRates:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of ``metrics.jsonl``: the numbers of a step as they were made, and what is measured when the step is logged.
+    """One line of ``metrics.jsonl``: the numbers of a step, and what is measured when it is logged.
 
     Attributes:
-        done: the step, with its result and the run's counters.
-        rates: over all steps since the last logged one. ``tflops`` and ``mfu`` follow the original's formula, ``work_tflops`` and
-            ``work_mfu`` count the work really done (costs/flops.py); all four are over all devices.
-        peak_mem_bytes: the largest memory that this rank has used.
-        by_dataset: ``ce/<group>``, ``ce/<group>/<dataset>`` and the same of ``mse``: the step's losses by what they are of.
-        observed: how the steps went (step_stats.py).
+        done: The step, with its result and the run's counters.
+        rates: The rates over all steps since the last logged one. ``tflops`` and ``mfu`` follow the original's formula; ``work_tflops``
+            and ``work_mfu`` count the work actually done (``costs/flops.py``). All four are over all devices.
+        peak_mem_bytes: The largest memory that this rank has used.
+        by_dataset: The step's losses by ``ce/<group>``, ``ce/<group>/<dataset>`` and the same of ``mse``.
+        observed: Times, memory and the composition of the batch (``step_stats.py``).
     """
 
     done: StepDone
@@ -50,12 +50,14 @@ class StepMetrics:
 
     @property
     def step(self) -> int:
-        """Number of the logged step."""
+        """Return the number of the logged step."""
         return self.done.step
 
     def values(self) -> dict[str, int | float]:
-        """All numbers by their names in the log. Seconds, bytes and TFLOP/s; ``step_`` counts are of the step's global batch, without
-        padding."""
+        """Return all numbers by their names in the log.
+
+        Units are seconds, bytes and TFLOP/s. Counts ``step_...`` are of the step's global batch, without padding.
+        """
         result, counters, rates = self.done.result, self.done.counters, self.rates
         return {
             "step": self.step,
@@ -84,17 +86,17 @@ class StepMetrics:
         }
 
     def as_json(self) -> dict[str, int | float | None]:
-        """The same at full precision. JSON has no NaN or infinity: they become null, and readers show a gap."""
+        """Return the numbers at full precision. JSON has no NaN or infinity: they become null, and readers show a gap."""
         return jsonable(self.values())
 
 
 def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values, with None for those JSON cannot say: NaN and infinity."""
+    """Return the values with None for NaN and infinity, which JSON does not have."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def log_line(metrics: StepMetrics) -> str:
-    """The original's console line, trailing comma and space included; the time stamp is the logger's."""
+    """Return the original's console line, including the trailing comma and space. The logger adds the time."""
     losses, rates = metrics.done.result.losses, metrics.rates
     steps_per_s = 1.0 / rates.step_time_s if rates.step_time_s > 0 else 0.0
     return (
@@ -104,9 +106,9 @@ def log_line(metrics: StepMetrics) -> str:
 
 
 class RateWindow:
-    """Sums tokens and operations between two log lines; counts the steps it really saw, so that the first window is right too.
+    """Sums tokens and operations between two log lines. It counts the steps itself, so that the rates of the first window are right.
 
-    ``add`` takes global figures (all ranks), so every rank could keep one without talking to the others.
+    ``add`` takes numbers of all ranks, so a window needs no communication.
     """
 
     def __init__(self, peak_tflops_per_device: float, devices: int) -> None:
@@ -114,14 +116,14 @@ class RateWindow:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a window now."""
-        self._since = time.perf_counter()
+        """Start a new window now."""
+        self._start_time = time.perf_counter()
         self._steps = self._tokens = 0
         self._mfu_flops = self._work_flops = 0.0
 
     @property
     def steps(self) -> int:
-        """Steps counted since the last log line."""
+        """Return the number of steps since the last log line."""
         return self._steps
 
     def add(self, tokens: int, mfu_flops: float, work_flops: float) -> None:
@@ -133,16 +135,16 @@ class RateWindow:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave the time within the block out: it was not training (a checkpoint, sample images)."""
-        began = time.perf_counter()
+        """Leave the time within the block out of the rates, for a checkpoint or an evaluation."""
+        start_time = time.perf_counter()
         yield
-        self._since += time.perf_counter() - began
+        self._start_time += time.perf_counter() - start_time
 
     def close(self) -> WindowRates:
-        """Rates of the window, and start the next one. Raises ValueError if no step was counted."""
+        """Return the rates of the window and start the next one. Raises ValueError if no step was counted."""
         if not self._steps:
             raise ValueError("no step was counted since the last log line")
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        seconds = max(time.perf_counter() - self._start_time, 1e-9)
         tflops, mfu = utilization(self._mfu_flops, seconds, self._peak, self._devices)
         work_tflops, work_mfu = utilization(self._work_flops, seconds, self._peak, self._devices)
         rates = WindowRates(seconds / self._steps, self._tokens / seconds, tflops, mfu, work_tflops, work_mfu)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object per logged step, whole lines only, and never the same step twice after a resume."""
+"""``metrics.jsonl``: one JSON object per logged step, in complete lines, without a repeated step after a resume."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the step records of complete lines. Raises ValueError for a broken line, and for one that is no step record."""
     for number, record in whole_lines(path, "move the file away or repair that line."):
         if "step" not in record:
-            raise ValueError(f"{path}, line {number} is not a step record: it has no 'step'. Is this file from something else?")
+            raise ValueError(
+                f"{path}, line {number} is not a step record, because it has no 'step'. Move the file away if another program wrote it"
+            )
         yield record
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All records of a run, in the order written. Raises ValueError naming the line if the file is damaged before its end."""
+    """Return all records of a run in their order. Raises ValueError with the line number if the file is damaged before its end."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no {path}: has the run logged a step yet?")
+        raise ValueError(f"{path} is missing: the run has not logged a step yet, or this is not its results_dir")
     return list(_records(path))
 
 
 class MetricsFile:
-    """Appends records and flushes each one, so that a killed run keeps all it logged.
+    """Appends records and flushes each one, so that a killed run keeps all its records.
 
-    ``next_step`` is the first step this run may log: older records of that step or a later one (a run that went on past the
-    checkpoint now resumed from) are removed first.
+    ``next_step`` is the first step that this run will log. Records of this and later steps, from a run that continued past the
+    checkpoint now resumed from, are removed first.
     """
 
     def __init__(self, path: str | os.PathLike[str], next_step: int) -> None:
@@ -43,14 +45,14 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def _truncate(self, next_step: int) -> None:
-        kept = [record for record in _records(self.path) if record["step"] < next_step]
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        earlier_records = [record for record in _records(self.path) if record["step"] < next_step]
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in earlier_records))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record (plain JSON values; floats keep all their digits)."""
+        """Append one record of plain JSON values. Floats keep all their digits."""
         self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; it stays readable."""
+        """Close the file."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""``loss.png``: the run at a glance, drawn from ``metrics.jsonl`` alone, so it can be redrawn at any time and after a crash."""
+"""Draws ``loss.png``, the curves of a run, from ``metrics.jsonl`` alone, so that it can be drawn at any time and after a crash."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ PANELS = (("mse", "MSE"), ("ce", "CE"), ("grad_norm", "gradient norm"), ("lr", "
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over up to ``window`` finite values; NaN where there is none."""
-    result: list[float] = []
+    """Return the trailing mean over up to ``window`` finite values, or NaN if there is none."""
+    means: list[float] = []
     for end in range(1, len(values) + 1):
         recent = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
-        result.append(sum(recent) / len(recent) if recent else math.nan)
-    return result
+        means.append(sum(recent) / len(recent) if recent else math.nan)
+    return means
 
 
 def plot_losses(history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draw both losses, gradient norm and learning rate over the steps. Raises ValueError if there is nothing to draw."""
     if not history:
-        raise ValueError("metrics.jsonl has no record yet, so there is no curve to draw.")
-    # Imported here: matplotlib costs a second, and only rank 0 draws, once. Agg needs no display and no pyplot state.
+        raise ValueError("metrics.jsonl has no record yet, so there is no curve to draw")
+    # Imported here because matplotlib takes a second, and only rank 0 draws, once. Agg needs no display and no pyplot state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""The newest numbers of a run as a text file in Prometheus' format, for the textfile collector of node_exporter.
+"""Writes the newest numbers of a run to a text file in Prometheus' format, for the textfile collector of node_exporter.
 
-A pull through a file needs no port and cannot slow training down. The file is replaced as a whole, so a scrape never
-sees half of it. What a metric's name holds after a slash (a dataset, a phase) becomes a label, so that one query shows all of them.
+A file needs no port and cannot slow training down. It is replaced as a whole, so a scrape never reads half of it. The part of a
+metric's name after a slash (a dataset, a phase) becomes a label, so that one query shows all of them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ Row = tuple[str, Mapping[str, str], float]
 
 
 class PrometheusSink:
-    """Writes the file at every logged step and evaluation. ``running`` in it is 1 until the run ends by itself; of a killed run the
-    collector's own ``node_textfile_mtime_seconds`` tells the age."""
+    """Writes the file at every logged step and evaluation.
+
+    Its ``running`` is 1 until the run ends by itself. The collector's ``node_textfile_mtime_seconds`` shows the age of a killed run.
+    """
 
     def __init__(self, path: str | Path, results_dir: str | Path) -> None:
         self.path = Path(path)
@@ -47,39 +49,39 @@ class PrometheusSink:
         self._write(running=1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """The numbers of a logged step."""
+        """Write the numbers of a logged step."""
         self._step = [_row(name, value) for name, value in metrics.as_json().items()]
         self._write(running=1)
 
     def write_validation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Held-out losses; they stay in the file until the next evaluation."""
+        """Write held-out losses, which stay in the file until the next evaluation."""
         self._validation = [("validation_step", {}, step), *(("validation", {"of": name}, value) for name, value in numbers.items())]
         self._write(running=1)
 
     def write_sheet(self, step: int, name: str, sheet: Image.Image) -> None:
-        """Pictures have no place in such a file."""
+        """Do nothing, because the file cannot contain pictures."""
 
     def close(self) -> None:
-        """Say that the run is over."""
+        """Write that the run has ended."""
         self._write(running=0)
 
     def _write(self, running: int) -> None:
         rows = [("running", {}, running), *self._step, *self._validation]
         registry = CollectorRegistry(auto_describe=False)
         registry.register(Gauges((name, {**self._run, **labels}, value) for name, labels, value in rows))
-        # Written beside the file under a name that does not end in .prom, which node_exporter would read, and renamed.
+        # The client writes to a name that does not end in .prom, which node_exporter would read, and renames the file.
         write_to_textfile(str(self.path), registry)
         self.path.chmod(0o644)  # node_exporter runs as another user
 
 
 class Gauges(Collector):
-    """The rows of one moment, as gauges of a registry: rows of one name share a family, whose labels are those of its first row."""
+    """Presents rows as gauges of a registry. Rows with one name share a family, which has the labels of its first row."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._families: dict[str, GaugeMetricFamily] = {}
         for name, labels, value in rows:
-            full = f"{_PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
-            family = self._families.setdefault(full, GaugeMetricFamily(full, "", labels=list(labels)))
+            full_name = f"{_PREFIX}_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}"
+            family = self._families.setdefault(full_name, GaugeMetricFamily(full_name, "", labels=list(labels)))
             family.add_metric(list(labels.values()), value)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:

@@ -1,4 +1,4 @@
-"""Which steps are logged, and what is measured for that: losses by dataset, rates since the last record, how the steps went."""
+"""Chooses the steps that are logged and makes their records: losses by dataset, rates since the last record, times and memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from megatron_bagel.training.step_result import StepDone
 
 @dataclass(frozen=True)
 class StepLogSettings:
-    """Which steps are logged, and the sizes that their numbers are related to.
+    """Settings of the records of steps.
 
     Attributes:
-        log_every: steps between records.
-        total_steps: steps of the run; the last one is logged too.
-        pack_tokens: capacity of a pack.
-        replicas: data-parallel replicas.
-        frozen: what does not train, for the work of a step.
+        log_every: The number of steps between records.
+        total_steps: The number of steps of the run; the last step is logged too.
+        pack_tokens: The capacity of a pack.
+        replicas: The number of data-parallel replicas.
+        frozen: What does not train, for the work of a step.
     """
 
     log_every: int
@@ -38,22 +38,37 @@ class StepLogSettings:
 
 
 class StepLog:
-    """Turns steps into records. Every step is counted; records are made of some."""
+    """Counts every step and makes records of some steps."""
 
     def __init__(
         self, settings: StepLogSettings, arch: BagelArch, datasets: Sequence[str], log: RunLog, timers: Timers, window: RateWindow
     ) -> None:
-        """``datasets`` are the full names of all that can occur, in one order on every rank."""
+        """Take the parts that records are made from and written to.
+
+        Args:
+            settings: The settings of the records.
+            arch: The model.
+            datasets: The full names of all datasets that can occur, in the same order on every rank.
+            log: Where records are written.
+            timers: The timers of the phases of a step.
+            window: Counts tokens and operations since the last record.
+        """
         self._settings, self._arch, self._datasets = settings, arch, datasets
         self._log, self._timers, self.window = log, timers, window
 
     def table(self, step: int) -> LossTable | None:
-        """An empty table for the losses of a step that will be logged; None for other steps."""
-        logged = step % self._settings.log_every == 0 or step + 1 == self._settings.total_steps
-        return LossTable(self._datasets) if logged else None
+        """Return an empty table for the losses of a step that will be logged, or None for other steps."""
+        is_logged = step % self._settings.log_every == 0 or step + 1 == self._settings.total_steps
+        return LossTable(self._datasets) if is_logged else None
 
     def add(self, done: StepDone, batch: StepBatch, table: LossTable | None) -> None:
-        """Count a step, and log it if it has a ``table``. ``batch`` is this replica's. Collective over the world in logged steps."""
+        """Count a step, and log it if it has a ``table``. Collective over the world in logged steps.
+
+        Args:
+            done: The finished step.
+            batch: The global batch, with the packs of this replica.
+            table: The losses of this rank by dataset, for a step that is logged.
+        """
         work = done.result.work
         flops = work_flops(self._arch, work, self._settings.frozen.llm, self._settings.frozen.vit).total
         self.window.add(work.tokens, mfu_flops(self._arch.llm, work), flops)

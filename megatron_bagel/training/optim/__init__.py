@@ -1,1 +1,1 @@
-"""Optimizer, averages and learning rate."""
+"""The optimizer, the moving average of the weights, and the learning rate."""

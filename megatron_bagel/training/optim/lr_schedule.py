@@ -1,8 +1,8 @@
-"""Learning rate per step, on Megatron's scheduler, counting so that the very first step already learns.
+"""The learning rate of each step, by Megatron's scheduler, but with a first step that already learns.
 
-Megatron (and the original) start warm-up at step 0 with a rate of exactly 0: the first batch is read and thrown away. Here
-step i (from 0) uses the rate of count i + 1, so warm-up rises lr/warmup, 2 lr/warmup, ...; ``zero_lr_first_step`` restores
-the original's count. The rate logged for a step is the one that step used.
+Megatron (and the original) start warm-up at step 0 with a rate of exactly 0, so the first batch has no effect. Here step i
+(from 0) uses the rate of count i + 1, so warm-up rises lr/warmup, 2 lr/warmup, ...; ``zero_lr_first_step`` restores the
+original's count. The log shows the rate that a step used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ STYLES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Linear warm-up to ``lr``, then constant, or cosine down to ``min_lr`` at ``total_steps``.
+    """Settings of a schedule: linear warm-up to ``lr``, then constant, or cosine down to ``min_lr`` at ``total_steps``.
 
-    Cosine: min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with p the fraction of the steps after warm-up; past ``total_steps``
-    it stays at min_lr (the original's formula would rise again).
+    The cosine is min_lr + (lr - min_lr) (1 + cos(pi p)) / 2, where p is the fraction of the steps after warm-up. Past
+    ``total_steps`` the rate stays at min_lr (the original's formula would rise again).
     """
 
     lr: float
@@ -33,20 +33,20 @@ class ScheduleSettings:
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
-            raise ValueError(f"lr_scheduler is {self.style!r}; it must be one of {', '.join(STYLES)}.")
+            raise ValueError(f"--lr_scheduler is {self.style!r}; it must be one of {', '.join(STYLES)}")
         if self.warmup_steps < 0 or self.total_steps < 1:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be >= 0 and total_steps ({self.total_steps}) >= 1.")
+            raise ValueError(f"--warmup_steps is {self.warmup_steps} and --total_steps {self.total_steps}; they must be at least 0 and 1")
         if self.style == "cosine" and self.warmup_steps >= self.total_steps:
             raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be smaller than total_steps ({self.total_steps}) with "
-                "--lr_scheduler cosine: there would be no step left to decay over."
+                f"--warmup_steps ({self.warmup_steps}) must be smaller than --total_steps ({self.total_steps}) with "
+                "--lr_scheduler cosine: no step would be left for the decay"
             )
         if self.style == "cosine" and self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) must not be larger than lr ({self.lr}) with --lr_scheduler cosine.")
+            raise ValueError(f"--min_lr ({self.min_lr}) must not be larger than --lr ({self.lr}) with --lr_scheduler cosine")
 
 
 class LearningRate:
-    """Sets the rate on the optimizer's groups. Call ``step()`` once after each optimizer step; ``lr`` is what the next one uses."""
+    """Sets the rate of the optimizer's groups. Call ``step()`` once after each optimizer step; ``lr`` is the rate of the next one."""
 
     def __init__(self, optimizer: MegatronOptimizer, settings: ScheduleSettings) -> None:
         self.settings = settings
@@ -59,7 +59,7 @@ class LearningRate:
             max_lr=settings.lr,
             min_lr=min_lr,
             lr_warmup_steps=settings.warmup_steps,
-            # A constant rate may warm up for longer than the run; Megatron only wants the decay to end after the warm-up.
+            # A constant rate may warm up for longer than the run, and Megatron requires the decay to end after the warm-up.
             lr_decay_steps=max(settings.total_steps, settings.warmup_steps + 1) if constant else settings.total_steps,
             lr_decay_style=settings.style,
             start_wd=0.0,
@@ -72,7 +72,7 @@ class LearningRate:
         self._set(0)
 
     def _set(self, steps: int) -> None:
-        # A loaded optimizer brings its checkpoint's rates in the groups; the run's own flags must win.
+        # The groups of a loaded optimizer have the rates of its checkpoint, but the flags of this run decide.
         for group in self._optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.settings.lr, self._min_lr
         self._scheduler.num_steps = steps + self._first
@@ -80,22 +80,22 @@ class LearningRate:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done so far."""
+        """Return the number of optimizer steps done so far."""
         return self._scheduler.num_steps - self._first
 
     @property
     def lr(self) -> float:
-        """Rate the next optimizer step will use."""
+        """Return the rate of the next optimizer step."""
         return float(self._scheduler.get_lr({}))
 
     def step(self) -> None:
-        """Move on by one optimizer step."""
+        """Advance by one optimizer step."""
         self._scheduler.step(1)
 
     def state_dict(self) -> dict[str, int]:
-        """Only the count is state: rates, warm-up and style come from the flags of the run that continues."""
+        """Return the count of steps, which is the only state. Rates, warm-up and style come from the flags of the run that continues."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at a count. Call after the optimizer's own state has been loaded."""
+        """Continue at the count in ``state``. Call it after the optimizer's own state has been loaded."""
         self._set(int(state["steps"]))

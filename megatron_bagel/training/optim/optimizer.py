@@ -1,8 +1,8 @@
 """Megatron's DDP and optimizer over the decoder chunks and the vision tower, set up so that gradients are plain sums.
 
-One AdamW group without weight decay (the original's). The losses are already divided by their global counts
-(losses.py), so gradients are summed over ranks and microbatches and never averaged. Frozen parameters stay outside of the
-gradient buffers and of the optimizer.
+The optimizer is AdamW with one group and without weight decay, as in the original. The losses are already divided by their
+global counts (``losses.py``), so gradients are summed over ranks and microbatches and never averaged. Frozen parameters are
+in no gradient buffer and in no optimizer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from megatron_bagel.platform.launch.fake_world import is_fake
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and where its state lives. eps 1e-15 is the original's: almost a sign update where gradients are tiny.
+    """Settings of AdamW and of its state. eps 1e-15 is the original's: almost a sign update for tiny gradients.
 
-    ``max_grad_norm`` 0 turns clipping off; the norm is reported either way. ``use_distributed_optimizer`` splits fp32 main
-    weights and moments over the data-parallel ranks; the two overlap flags need it or, for reduction alone, a GPU's streams to
-    pay off. ``distributed_optimizer_instances`` above 1 shards inside groups of ranks and replicates between them.
+    ``max_grad_norm`` 0 turns clipping off; the norm is still reported. ``use_distributed_optimizer`` shards fp32 main weights and
+    moments over the data-parallel ranks. ``overlap_param_gather`` needs it, and ``overlap_grad_reduce`` helps only with the streams
+    of a GPU. ``distributed_optimizer_instances`` above 1 shards inside groups of ranks and replicates between them.
     """
 
     lr: float
@@ -51,15 +51,15 @@ class OptimizerSettings:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError(
                 "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: without sharded weights "
-                "there is nothing to gather. Add both or drop it."
+                "there is nothing to gather. Add both flags or remove it"
             )
         if self.distributed_optimizer_instances > 1 and not self.use_distributed_optimizer:
-            raise ValueError("--num-distributed-optimizer-instances above 1 needs --use-distributed-optimizer.")
+            raise ValueError("--num-distributed-optimizer-instances above 1 needs --use-distributed-optimizer")
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Result of one optimizer step. ``grad_norm`` is the global L2 norm before clipping."""
+    """The result of one optimizer step. ``grad_norm`` is the global L2 norm before clipping."""
 
     updated: bool
     grad_norm: float
@@ -68,34 +68,37 @@ class StepOutcome:
 def wrap_ddp(config: TransformerConfig, modules: Sequence[torch.nn.Module], settings: OptimizerSettings) -> list[DistributedDataParallel]:
     """Wrap each module (decoder chunks in order, then the vision tower) with its own gradient buffers.
 
-    Raises ValueError if ``config.calculate_per_token_loss`` is off: Megatron would then divide gradients by the number of
-    ranks, and the losses of this project are divided by their global counts already.
+    Raises:
+        ValueError: ``config.calculate_per_token_loss`` is off. Megatron would then divide gradients by the number of ranks, although
+            the losses are already divided by their global counts.
     """
     if not config.calculate_per_token_loss:
-        raise ValueError("TransformerConfig.calculate_per_token_loss must be True: gradients of this project are sums, not averages.")
+        raise ValueError("TransformerConfig.calculate_per_token_loss must be True, because gradients are sums here and not averages")
     return [
-        # A config each: DDP writes its defaults (bucket size) into the one it is given.
+        # Each module has its own config, because DDP writes its default bucket size into it.
         DistributedDataParallel(config, _ddp_config(settings), module, disable_bucketing=index > 0 and not settings.overlap_grad_reduce)
         for index, module in enumerate(modules)
     ]
 
 
 def wrap_over_world(config: TransformerConfig, module: torch.nn.Module, settings: OptimizerSettings) -> DistributedDataParallel:
-    """Wrap a module that is whole on every rank: data-parallel over the world, whatever the decoder's layout.
+    """Wrap a module that is complete on every rank: data-parallel over the world, whatever the decoder's parallel sizes.
 
-    Its optimizer state is sharded over the world once (``distributed_optimizer_instances`` is for the decoder).
+    Its optimizer state is sharded once over the world (``distributed_optimizer_instances`` is for the decoder).
     """
-    own = _ddp_config(replace(settings, distributed_optimizer_instances=1))
-    return DistributedDataParallel(config, own, module, disable_bucketing=not settings.overlap_grad_reduce, pg_collection=_world_groups())
+    ddp_config = _ddp_config(replace(settings, distributed_optimizer_instances=1))
+    return DistributedDataParallel(
+        config, ddp_config, module, disable_bucketing=not settings.overlap_grad_reduce, pg_collection=_world_groups()
+    )
 
 
 def _world_groups() -> ProcessGroupCollection:
-    """Megatron's groups for a module that only data parallelism touches."""
-    everyone = dist.group.WORLD
-    # Expert parallelism is never used here, so its group is this rank by itself.
-    alone = parallel_state.get_expert_model_parallel_group()
-    groups = {"dp": everyone, "dp_cp": everyone, "intra_dist_opt": everyone}
-    groups |= dict.fromkeys(("tp", "pp", "ep", "mp", "cp", "tp_ep_pp", "expt_dp"), alone)
+    """Return Megatron's process groups for a module that is only data-parallel."""
+    world = dist.group.WORLD
+    # Expert parallelism is never used, so its group consists of this rank only.
+    single_rank = parallel_state.get_expert_model_parallel_group()
+    groups = {"dp": world, "dp_cp": world, "intra_dist_opt": world}
+    groups |= dict.fromkeys(("tp", "pp", "ep", "mp", "cp", "tp_ep_pp", "expt_dp"), single_rank)
     return ProcessGroupCollection(**groups)
 
 
@@ -112,29 +115,47 @@ def _ddp_config(settings: OptimizerSettings) -> DistributedDataParallelConfig:
 
 
 def trainable_parameters(module: torch.nn.Module) -> int:
-    """Number of parameter elements that will get gradients."""
+    """Return the number of parameter elements that train."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def build_optimizer(
     modules: Sequence[DistributedDataParallel], settings: OptimizerSettings, over_world: DistributedDataParallel | None = None
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of all wrapped modules. Raises ValueError when everything is frozen, on every rank.
+    """Build AdamW over the trainable parameters of all wrapped modules. Collective over the world.
 
-    ``over_world`` (from `wrap_over_world`) gets an optimizer of its own beside the others', with one gradient norm over all. A
-    pipeline stage without any trainable parameter gets one that only takes part in that norm. Collective over the world.
+    A pipeline stage without a trainable parameter gets an optimizer that only takes part in the gradient norm.
+
+    Args:
+        modules: The wrapped modules.
+        settings: The settings of the optimizer.
+        over_world: A module from ``wrap_over_world``. It gets an optimizer of its own; the gradient norm is over both.
+
+    Raises:
+        ValueError: Everything is frozen on every rank.
     """
     trainable = [module for module in modules if trainable_parameters(module)]
-    anywhere = torch.tensor([len(trainable) + (over_world is not None)], device=platform.device())
-    dist.all_reduce(anywhere)
-    # A rehearsal knows of its own rank alone.
-    if not anywhere.item() and not is_fake():
+    num_trainable = torch.tensor([len(trainable) + (over_world is not None)], device=platform.device())
+    dist.all_reduce(num_trainable)
+    # A dry run only knows its own rank.
+    if not num_trainable.item() and not is_fake():
         raise ValueError(
-            "No parameter is left to train: the freeze flags (freeze_llm, freeze_vit, freeze_und) together with visual_gen / "
-            "visual_und off freeze the whole model. Drop one of them."
+            "no parameter is left to train: --freeze_llm, --freeze_vit and --freeze_und, or --visual_gen and --visual_und False, freeze "
+            "the whole model. Change one of them"
         )
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    config = OptimizerConfig(
+    config = _optimizer_config(settings)
+    # There are no overrides, because without weight decay biases need no group of their own.
+    optimizer = get_megatron_optimizer(config, trainable or list(modules), config_overrides={}, use_gloo_process_groups=not is_fake())
+    if over_world is None:
+        return optimizer
+    world_optimizer = get_megatron_optimizer(
+        config, [over_world], config_overrides={}, use_gloo_process_groups=False, pg_collection=_world_groups()
+    )
+    return ChainedOptimizer([*leaf_optimizers(optimizer), *leaf_optimizers(world_optimizer)])
+
+
+def _optimizer_config(settings: OptimizerSettings) -> OptimizerConfig:
+    return OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=0.0,
@@ -144,46 +165,40 @@ def build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.max_grad_norm,
         bf16=settings.bf16,
-        params_dtype=dtype,
+        params_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
-    # No overrides: without weight decay there is no reason to split biases into a group of their own.
-    optimizer = get_megatron_optimizer(config, trainable or list(modules), config_overrides={}, use_gloo_process_groups=not is_fake())
-    if over_world is None:
-        return optimizer
-    apart = get_megatron_optimizer(config, [over_world], config_overrides={}, use_gloo_process_groups=False, pg_collection=_world_groups())
-    return ChainedOptimizer([*leaf_optimizers(optimizer), *leaf_optimizers(apart)])
 
 
 def finalize_gradients(model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """``config.finalize_model_grads_func``: finish the reductions, but do not divide by Megatron's token count.
+    """Finish the reductions without dividing by Megatron's token count (``config.finalize_model_grads_func``).
 
-    ``num_tokens`` is accepted because the schedules pass it; the losses were divided by the exact global counts already.
+    The schedules pass ``num_tokens``. It is not used, because the losses are already divided by the exact global counts.
     """
     del num_tokens
     finalize_model_grads(list(model), None, **kwargs)
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:
-    """Clip by coef = min(1, max_norm / (norm + 1e-6)) and update."""
+    """Clip the gradients by min(1, max_norm / (norm + 1e-6)) and update the weights."""
     norm = gradient_norm(optimizer)
     update_weights(optimizer, norm)
     return StepOutcome(updated=True, grad_norm=norm)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The global L2 norm of the finished gradients. Collective. No weight is touched; may be called again for other gradients.
+    """Return the global L2 norm of the finished gradients. Collective. It changes no weight and may be called again.
 
-    With ``update_weights`` it is Megatron's ``optimizer.step()``, cut where an update can still be left out: without a loss scale (fp16 is
-    not offered) Megatron itself does not look for numbers that are not finite.
+    Together with ``update_weights`` it is Megatron's ``optimizer.step()``, split where an update can still be left out. Without a loss
+    scale (fp16 is not supported) Megatron itself does not look for numbers that are not finite.
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Clip the gradients that ``gradient_norm`` was just called for, and update."""
+    """Clip the gradients by their ``norm`` from ``gradient_norm``, and update the weights."""
     for leaf in leaf_optimizers(optimizer):
         parameters = [] if getattr(leaf, "is_stub_optimizer", False) else leaf.get_parameters()
         if parameters and leaf.config.clip_grad > 0:
@@ -193,10 +208,10 @@ def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
 
 @contextmanager
 def synced_parameters(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Within the block every rank's model weights are complete, for evaluation, export and checkpoints.
+    """Complete the model weights of every rank for the duration of the block, for evaluation, export and checkpoints.
 
-    With ``overlap_param_gather`` the weights of an update arrive on other ranks only as the next forward pass asks for them;
-    the hooks that do so are taken off inside the block. Blocks may be nested: an inner one finds no hooks.
+    With ``overlap_param_gather`` other ranks receive updated weights only when the next forward pass asks for them. The hooks that
+    do so are removed within the block. Blocks may be nested; an inner block has no hooks to remove.
     """
     overlapped = [
         module for module in modules
@@ -213,9 +228,9 @@ def synced_parameters(modules: Sequence[DistributedDataParallel]) -> Iterator[No
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """The elements [start, stop) of a flattened parameter that this rank of ``group`` updates or keeps the EMA of.
+    """The elements [start, stop) of a flattened parameter that this rank of ``group`` updates and averages.
 
-    ``instance`` numbers the copy when several groups hold the same slices (distributed_optimizer_instances > 1).
+    ``instance`` is the number of the copy if several groups hold the same slices (``distributed_optimizer_instances`` above 1).
     """
 
     start: int
@@ -225,17 +240,22 @@ class OwnedSlice:
 
 
 def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers inside Megatron's chain (the optimizer itself if it is not one)."""
+    """Return the optimizers in Megatron's chain, or the optimizer itself if it is not a chain."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def owned_slices(
     optimizer: MegatronOptimizer, parameters: Sequence[torch.nn.Parameter], groups: Sequence[dist.ProcessGroup]
 ) -> list[OwnedSlice]:
-    """Slice of each trainable parameter that belongs to this rank.
+    """Return the slice of each trainable parameter that belongs to this rank.
 
-    With the distributed optimizer it is the slice whose fp32 main weight lives here (empty if none does). Without it every
-    rank holds all main weights, and each parameter is cut evenly over the ranks of its data-parallel group, one of ``groups`` each.
+    With the distributed optimizer it is the slice whose fp32 main weight is on this rank; it may be empty. Without it every rank has
+    all main weights, and each parameter is sliced evenly over the ranks of its data-parallel group.
+
+    Args:
+        optimizer: The optimizer from ``build_optimizer``.
+        parameters: The trainable parameters.
+        groups: The data-parallel group of each parameter.
     """
     sharded = [leaf for leaf in leaf_optimizers(optimizer) if isinstance(leaf, DistributedOptimizer) and not leaf.is_stub_optimizer]
     if not sharded:
@@ -252,7 +272,7 @@ def _distributed_slice(leaves: Sequence[DistributedOptimizer], parameter: torch.
     owner = next((leaf for leaf in leaves if any(parameter in buffer.param_index_map for buffer in leaf.buffers)), None)
     if owner is None:
         raise ValueError(
-            f"A trainable parameter of shape {tuple(parameter.shape)} is in no gradient buffer; was it unfrozen after wrap_ddp?"
+            f"a trainable parameter of shape {tuple(parameter.shape)} is in no gradient buffer; was it unfrozen after wrap_ddp?"
         )
     if parameter not in owner.model_param_gbuf_map:
         return OwnedSlice(0, 0, owner.data_parallel_group, owner.distributed_optimizer_instance_id)
@@ -261,11 +281,11 @@ def _distributed_slice(leaves: Sequence[DistributedOptimizer], parameter: torch.
 
 
 def main_weight_slice(parameter: torch.nn.Parameter, owned: OwnedSlice) -> torch.Tensor:
-    """This rank's slice of the fp32 main weight, flat; the parameter itself when it is fp32 already."""
+    """Return this rank's slice of the fp32 main weight, flat. The main weight of an fp32 parameter is the parameter."""
     main = getattr(parameter, "main_param", None)
     if main is None:
         if parameter.dtype != torch.float32 and owned.stop > owned.start:
-            raise ValueError(f"No fp32 main weight for a {parameter.dtype} parameter of shape {tuple(parameter.shape)}.")
+            raise ValueError(f"a {parameter.dtype} parameter of shape {tuple(parameter.shape)} has no fp32 main weight")
         return parameter.detach().reshape(-1)[owned.start : owned.stop].float()
     if getattr(parameter, "main_param_sharded", False):
         return main.detach()

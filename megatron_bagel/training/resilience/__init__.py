@@ -1,1 +1,1 @@
-"""What a run does when something goes wrong."""
+"""Detects what goes wrong in a run, reports it, and continues or ends the run."""

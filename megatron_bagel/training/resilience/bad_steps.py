@@ -1,8 +1,8 @@
-"""Steps that must not reach the weights: numbers that are not finite, and loss spikes. Judged before the update, alike on all ranks.
+"""Detects steps that must not reach the weights: numbers that are not finite, and loss spikes. It judges a step before the update.
 
-The verdict follows from sums over the world (step.py), so that every rank comes to the same one. With ``rerun`` Megatron-Core's
-RerunStateMachine computes the step again from the same weights, data and random states; a rank whose own numbers differ then has computed
-wrongly once.
+The verdict follows from sums over the world (``step.py``), so it is the same on every rank. With ``rerun`` Megatron-Core's
+``RerunStateMachine`` computes the step again from the same weights, data and random states. A rank whose local numbers differ has then
+computed wrongly once.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.training.losses import StepLosses
 from megatron_bagel.training.resilience.events import EventFile
 
-HISTORY = 50  # good steps that a spike is measured against
-_ENOUGH = 10  # before so many good steps there are no spikes
+HISTORY = 50  # good steps whose median loss a spike is compared with
+_MIN_HISTORY = 10  # good steps before which no loss counts as a spike
 
 
 @dataclass
 class Attempt:
-    """One computation of a step's gradients. ``own`` is this rank's number before any sum over ranks: what a second attempt must repeat."""
+    """One computation of a step's gradients. ``local_numbers`` of this rank, not summed over ranks, must be equal in a second attempt."""
 
     losses: StepLosses
     grad_norm: float
-    own: torch.Tensor
+    local_numbers: torch.Tensor
 
 
 @dataclass(frozen=True)
 class BadStepSettings:
-    """What makes a step bad, and what follows.
+    """Settings that define a bad step and its consequence.
 
     Attributes:
         on_bad_step: "stop", "skip" or "rerun".
-        loss_spike_factor: a loss above this many times the recent median is bad; 0 for none.
-        max_bad_steps: so many in a row end the run.
+        loss_spike_factor: A loss above this many times the recent median is bad; 0 for no limit.
+        max_bad_steps: The number of bad steps in a row that ends the run.
     """
 
     on_bad_step: str = "stop"
@@ -53,7 +53,7 @@ class BadStepSettings:
 
 
 class BadSteps:
-    """The policy of a run, and its memory: recent losses (for spikes), bad steps in a row, and ``count`` of them since the run began."""
+    """Judges the steps of a run. It keeps recent losses, the number of bad steps in a row, and their ``count`` since the run began."""
 
     def __init__(self, settings: BadStepSettings, events: EventFile, count: int = 0) -> None:
         self.settings, self.events, self.count = settings, events, count
@@ -62,89 +62,106 @@ class BadSteps:
         self._machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS) if settings.on_bad_step == "rerun" else None
 
     def attempt(self, step: int, compute: Callable[[], Attempt]) -> tuple[Attempt, bool]:
-        """The step's numbers, and whether its update may be made. ``compute`` is called once, or twice with ``rerun``. Collective.
+        """Compute a step once, or twice with ``rerun``, and judge it. Collective.
 
-        Raises FloatingPointError when the run must stop; no weight has been touched then.
+        Args:
+            step: The number of the step.
+            compute: Computes the gradients of the step.
+
+        Returns:
+            The numbers of the step, and whether its update may be made.
+
+        Raises:
+            FloatingPointError: The run must stop. No weight has changed.
         """
         if self._machine is None:
-            found = compute()
-            wrong = self.wrong(found)
+            attempt = compute()
+            problem = self.problem(attempt)
         else:
-            found, wrong = self._twice(step, compute)
-        if not wrong:
+            attempt, problem = self._compute_twice(step, compute)
+        if not problem:
             self._in_a_row = 0
-            self._losses.append(found.losses.loss)
-            return found, True
+            self._losses.append(attempt.losses.loss)
+            return attempt, True
         self.count += 1
         self._in_a_row += 1
-        numbers = {"loss": found.losses.loss, "grad_norm": found.grad_norm}
+        numbers = {"loss": attempt.losses.loss, "grad_norm": attempt.grad_norm}
         stop = self.settings.on_bad_step != "skip" or self._in_a_row >= self.settings.max_bad_steps
-        self.events.write(step, "bad_step", f"{wrong}; {'the run stops' if stop else 'no update is made'}", numbers)
+        self.events.write(step, "bad_step", f"{problem}; {'the run stops' if stop else 'no update is made'}", numbers)
         if stop:
-            raise FloatingPointError(f"step {step}: {wrong}. {self._advice()}")
-        return found, False
+            raise FloatingPointError(f"step {step}: {problem}. {self._advice()}")
+        return attempt, False
 
     @property
     def compares(self) -> bool:
-        """Whether attempts are compared, so that ``own`` is needed."""
+        """Return whether attempts are compared, so that they need ``local_numbers``."""
         return self._machine is not None
 
-    def wrong(self, found: Attempt) -> str:
-        """What is wrong with a step's numbers; empty when nothing is. The same on all ranks."""
-        losses = found.losses
+    def problem(self, attempt: Attempt) -> str:
+        """Describe what makes a step bad, in the same words on all ranks; empty for a good step."""
+        losses = attempt.losses
         if losses.faults or not math.isfinite(losses.loss):
-            where = "the loss" if not math.isfinite(losses.loss) else "the gradient"
-            return f"{where} is not finite (loss {losses.loss}, gradient norm {found.grad_norm})"
+            name = "the loss" if not math.isfinite(losses.loss) else "the gradient"
+            return f"{name} is not finite (loss {losses.loss}, gradient norm {attempt.grad_norm})"
         factor = self.settings.loss_spike_factor
-        if factor and len(self._losses) >= _ENOUGH and losses.loss > factor * (usual := median(self._losses)):
-            return f"loss spike: {losses.loss:.4g} is more than {factor:g} times the recent {usual:.4g}"
+        if factor and len(self._losses) >= _MIN_HISTORY and losses.loss > factor * (recent_loss := median(self._losses)):
+            return f"loss spike: {losses.loss:.4g} is more than {factor:g} times the recent {recent_loss:.4g}"
         return ""
 
     def _advice(self) -> str:
+        """Return what to do about the bad step that ends the run."""
         if self.settings.on_bad_step == "skip":
-            return f"That is bad step number {self._in_a_row} in a row (--max_bad_steps); resume from an earlier checkpoint, lower --lr"
-        again = "Computed twice, both times bad, so data or settings are at fault rather than a device. " if self._machine else ""
+            return (
+                f"This is bad step number {self._in_a_row} in a row (--max_bad_steps). Resume from an earlier checkpoint, with a lower --lr"
+            )
+        rerun = "The second computation was bad too, so data or settings are at fault rather than a device. " if self._machine else ""
         return (
-            f"{again}No weight was touched. Resume from the last checkpoint with a lower --lr or --max_grad_norm, or with "
-            "--on_bad_step skip; the packs of this step come again then"
+            f"{rerun}No weight was touched. Resume from the last checkpoint with a lower --lr or --max_grad_norm, or with "
+            "--on_bad_step skip; the packs of this step will come again"
         )
 
-    def _twice(self, step: int, compute: Callable[[], Attempt]) -> tuple[Attempt, str]:
+    def _compute_twice(self, step: int, compute: Callable[[], Attempt]) -> tuple[Attempt, str]:
+        """Compute a step, and again if it is bad. Return the last attempt and its problem."""
         machine: Any = self._machine
-        first_wrong, differs = "", 0.0
-        # In its first iteration the machine validates nothing, as it could not ask for a restart from a checkpoint. None is asked here.
+        first_problem, difference = "", 0.0
+        # The machine validates nothing in its first iteration, when there is no checkpoint to restart from. A restart is not needed here.
         machine.first_iteration_complete = True
 
-        def compare(before: torch.Tensor, now: torch.Tensor) -> float:
-            nonlocal differs
-            same = torch.equal(before.nan_to_num(), now.nan_to_num()) and torch.equal(before.isfinite(), now.isfinite())
-            differs = 0.0 if same else math.inf
-            return differs
+        def compare(first: torch.Tensor, second: torch.Tensor) -> float:
+            nonlocal difference
+            is_equal = torch.equal(first.nan_to_num(), second.nan_to_num()) and torch.equal(first.isfinite(), second.isfinite())
+            difference = 0.0 if is_equal else math.inf
+            return difference
 
         while machine.should_run_forward_backward(None):
-            found = compute()
-            wrong = self.wrong(found)
-            first_wrong = first_wrong or wrong
-            machine.validate_result(found.own, lambda _, wrong=wrong: bool(wrong), message="bad step", comparison_func=compare, fatal=False)
+            attempt = compute()
+            problem = self.problem(attempt)
+            first_problem = first_problem or problem
+            machine.validate_result(
+                attempt.local_numbers, lambda _, is_bad=bool(problem): is_bad, message="bad step", comparison_func=compare, fatal=False
+            )
         machine.should_checkpoint_and_exit()
-        if first_wrong:
-            self._attribute(step, first_wrong, wrong, differs > 0)
-        return found, wrong
+        if first_problem:
+            self._report_rerun(step, first_problem, problem, difference > 0)
+        return attempt, problem
 
-    def _attribute(self, step: int, first: str, second: str, differs: bool) -> None:
-        """Say whose numbers changed between the attempts. Collective over the world."""
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (differs, socket.gethostname(), str(platform.device())))
-        odd = [rank for rank, (differed, _, _) in enumerate(everyone) if differed]
-        places = ", ".join(f"{everyone[rank][1]} {everyone[rank][2]}" for rank in odd[:8])
-        who = f"{rank_list(odd)} ({places}) computed something else the second time" if odd else "every rank computed the same again"
-        self.events.write(step, "rerun", f"{first}; {who}; {'still bad' if second else 'good now'}", {"ranks": odd})
+    def _report_rerun(self, step: int, first_problem: str, second_problem: str, differs: bool) -> None:
+        """Report the ranks whose numbers changed between the attempts. Collective over the world."""
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, (differs, socket.gethostname(), str(platform.device())))
+        ranks = [rank for rank, (is_different, _, _) in enumerate(states) if is_different]
+        devices = ", ".join(f"{states[rank][1]} {states[rank][2]}" for rank in ranks[:8])
+        text = (
+            f"{rank_list(ranks)} ({devices}) computed different numbers the second time" if ranks else "every rank computed the same again"
+        )
+        verdict = "still bad" if second_problem else "good now"
+        self.events.write(step, "rerun", f"{first_problem}; {text}; {verdict}", {"ranks": ranks})
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: a resumed run judges as the uninterrupted one."""
+        """Return the state for a checkpoint, so that a resumed run judges its steps like an uninterrupted one."""
         return {"losses": list(self._losses), "in_a_row": self._in_a_row, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
+        """Restore the state that ``state_dict`` returned."""
         self._losses = deque(state["losses"], maxlen=HISTORY)
         self._in_a_row, self.count = state["in_a_row"], state["count"]

@@ -1,8 +1,8 @@
-"""One readable report when ranks fail, in place of as many interleaved tracebacks.
+"""Prints one readable report when ranks fail, instead of interleaved tracebacks.
 
-A failing rank puts its error into the store of the rendezvous. The one that came first waits a moment for the others, prints a report
-(what came first, what followed from it, who said nothing) and writes it with all tracebacks to ``errors/`` in results_dir. Which came
-first is the order of arrival in the store, not a comparison of clocks.
+A failing rank puts its error into the store of the rendezvous. The first such rank waits a moment for the others and prints a report: the
+first error, the errors that followed, and the ranks without one. It writes the report with all tracebacks to ``errors/`` in results_dir.
+The order of errors is the order of their arrival in the store; clocks are not compared.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience import hang_watchdog
 
-#: Seconds between the last error that arrived and the report, and the most that is waited.
-QUIET, MOST = 2.0, 20.0
+#: Seconds without a new error after which the report is made, and the longest wait for errors.
+QUIET_S, MAX_WAIT_S = 2.0, 20.0
 
 
 @dataclass(frozen=True)
 class RankError:
-    """The first error of a rank; ``text`` is its last line, ``user`` whether it is one that a setting or a file causes."""
+    """The first error of a rank. ``text`` is its last line; ``user`` tells whether a setting or a file caused it."""
 
     rank: int
     host: str
@@ -40,17 +40,17 @@ class RankError:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> RankError:
-        """From the exception as it came up."""
+        """Describe the exception ``error`` of ``rank``, which runs on this host."""
         user = isinstance(error, ValueError)
         text = str(error) if user or isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"
         return cls(rank, socket.gethostname(), text, "".join(traceback.format_exception(error)), user)
 
 
 class ErrorReport:
-    """``with ErrorReport(results_dir):`` around a run. An error inside becomes SystemExit: 2 for a ValueError, else 1.
+    """Reports the errors of a run: ``with ErrorReport(results_dir):``. An error becomes SystemExit 2 for a ValueError, else 1.
 
-    Without a store that answers, each rank prints its own error. Nothing is said of errors that follow from a hang which the watchdog has
-    reported already: ranks that end break the connections of others.
+    If the store does not answer, each rank prints its own error. Errors after a hang that the watchdog has reported are not printed,
+    because ranks that end break the connections of others.
     """
 
     def __init__(self, results_dir: str | Path) -> None:
@@ -63,19 +63,20 @@ class ErrorReport:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        own = RankError.of(self._rank, error)
+        rank_error = RankError.of(self._rank, error)
         try:
             if self._hang.check([hang_watchdog.REPORTED]):
                 raise SystemExit(hang_watchdog.EXIT_CODE) from None
-            self._gather(own)
+            self._gather(rank_error)
         except RuntimeError:  # torch's DistError: the host of the store is gone
-            where = f"on rank {own.rank} ({own.host}), and the store of the rendezvous does not answer"
-            print(f"megatron_bagel.train: error {where}: {own.trace}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if own.user else 1) from None
+            where = f"on rank {rank_error.rank} ({rank_error.host}), and the store of the rendezvous does not answer"
+            print(f"megatron_bagel.train: error {where}: {rank_error.trace}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if rank_error.user else 1) from None
 
-    def _gather(self, own: RankError) -> None:
+    def _gather(self, rank_error: RankError) -> None:
+        """Store this rank's error. The first rank to do so reports the errors of all; the others wait for the report."""
         number = self._store.add("count", 1)
-        self._store.set(f"error/{number}", json.dumps(asdict(own)))
+        self._store.set(f"error/{number}", json.dumps(asdict(rank_error)))
         if number > 1:
             self._wait_for_report()
             return
@@ -87,24 +88,25 @@ class ErrorReport:
         self._store.set("reported", "1")
 
     def _wait_for_report(self) -> None:
-        """A rank that left at once would make the launcher end the one that reports."""
-        deadline = time.monotonic() + QUIET + MOST
+        """Wait until the report is printed. A rank that exits earlier makes the launcher kill the rank that reports."""
+        deadline = time.monotonic() + QUIET_S + MAX_WAIT_S
         while time.monotonic() < deadline and not self._store.check(["reported"]):
             time.sleep(0.1)
 
     def _collect(self) -> list[RankError]:
-        """Errors in the order of their arrival, until all ranks have one or no more come."""
-        deadline, known = time.monotonic() + MOST, 1
-        quiet = time.monotonic() + QUIET
-        while known < self._world_size and time.monotonic() < min(deadline, quiet):
+        """Return the errors in the order of their arrival, as soon as all ranks have one or no more arrive."""
+        deadline, count = time.monotonic() + MAX_WAIT_S, 1
+        quiet_end = time.monotonic() + QUIET_S
+        while count < self._world_size and time.monotonic() < min(deadline, quiet_end):
             time.sleep(0.1)
-            if (count := self._store.add("count", 0)) > known:
-                known, quiet = count, time.monotonic() + QUIET
-        keys = [f"error/{number}" for number in range(1, known + 1)]
-        # A rank that died between counting itself and saying why has no text.
+            if (new_count := self._store.add("count", 0)) > count:
+                count, quiet_end = new_count, time.monotonic() + QUIET_S
+        keys = [f"error/{number}" for number in range(1, count + 1)]
+        # A rank that died after it raised the count and before it stored its error has no text.
         return [RankError(**json.loads(self._store.get(key))) for key in keys if self._store.check([key])]
 
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
+        """Write the report and all tracebacks to a new file, and return its path."""
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         number = len(list(self._folder.glob("*.txt"))) if self._folder.is_dir() else 0
         path = self._folder / f"{number:03d}-attempt-{attempt}.txt"
@@ -115,16 +117,16 @@ class ErrorReport:
 
 
 def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
-    """The first error, who had the same, what others said, and who said nothing."""
+    """Describe the first error and the ranks that have it, the errors of other ranks, and the ``silent`` ranks without one."""
     groups: dict[str, list[int]] = {}
     for error in errors:
         groups.setdefault(error.text, []).append(error.rank)
     (first, ranks), *later = groups.items()
-    everywhere = len(ranks) == len(errors) and not silent
+    is_on_all_ranks = len(ranks) == len(errors) and not silent
     hosts = sorted({error.host for error in errors if error.text == first})
-    where = "" if everywhere else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
+    where = "" if is_on_all_ranks else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
     lines = [f"{where}{first}"]
-    lines += [f"then {rank_list(others)}: {text.splitlines()[0][:300] if text else text}" for text, others in later]
+    lines += [f"then {rank_list(later_ranks)}: {text.splitlines()[0][:300] if text else text}" for text, later_ranks in later]
     if silent:
         lines.append(
             f"nothing from {rank_list(list(silent))}: killed (out of memory? the launcher knows its exit code), cut off, or still waiting"

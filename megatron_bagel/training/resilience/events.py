@@ -1,4 +1,4 @@
-"""``events.jsonl``: what happened to a run besides its steps, one JSON object each. Nothing is ever removed from it, also on resume."""
+"""``events.jsonl``: the events of a run besides its steps, one JSON object each. No event is ever removed, not even on resume."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 class EventFile:
-    """Writes on rank 0, and into the log there; other ranks may call it too."""
+    """Writes events to the file and to the log, on rank 0 only. Other ranks may call it too."""
 
     def __init__(self, results_dir: str | Path) -> None:
         self._path = Path(results_dir) / EVENTS
 
     def write(self, step: int, kind: str, text: str, values: Mapping[str, Any] | None = None) -> None:
-        """``kind`` is a word to look for (bad_step, stop, straggler), ``text`` a sentence for people, ``values`` the numbers."""
+        """Write an event.
+
+        Args:
+            step: The number of the step.
+            kind: A word to search for, such as bad_step, stop or straggler.
+            text: A sentence for a reader.
+            values: The numbers of the event.
+        """
         if dist.get_rank():
             return
         logger.warning("step %d: %s", step, text)

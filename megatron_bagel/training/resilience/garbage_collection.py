@@ -1,6 +1,6 @@
-"""Python's garbage collection at chosen steps, on all ranks in the same ones (Megatron's ``--manual_gc``).
+"""Runs Python's garbage collection at chosen steps, the same on all ranks (Megatron's ``--manual_gc``).
 
-By itself each rank's collector runs whenever enough objects were made there. All ranks then wait for one after the other.
+Otherwise each rank's collector runs whenever that rank has made enough objects, and all ranks wait for one after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_bagel.training.step_result import StepDone
 
 
 class GarbageCollection(StepHook):
-    """Collects at the start, after every ``interval``-th step (0: none), and around evaluations, as Megatron does; else never."""
+    """Collects at the start, after every ``interval`` steps (0 for never), and around evaluations, as Megatron does."""
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
@@ -31,12 +31,12 @@ class GarbageCollection(StepHook):
 
     @contextmanager
     def pause(self, pause: Pause) -> Iterator[None]:
-        evaluates = pause is Pause.EVALUATION
-        if evaluates:
+        is_evaluation = pause is Pause.EVALUATION
+        if is_evaluation:
             gc.collect()
         yield
-        if evaluates:
-            # What the evaluation made is young; the rest was looked through just before.
+        if is_evaluation:
+            # Objects of the evaluation are young, and all older objects were examined just before it.
             gc.collect(generation=0)
 
     def close(self) -> None:

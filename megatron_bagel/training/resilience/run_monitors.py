@@ -1,4 +1,4 @@
-"""What keeps a run alive, in one object for the loop: watchdog, bad steps, stop requests, stragglers, heartbeats to a launcher."""
+"""Collects what monitors a run in one object for the loop: watchdog, bad steps, stop requests, stragglers, launcher heartbeats."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from megatron_bagel.training.step_result import StepDone
 
 @dataclass(frozen=True)
 class ResilienceSettings:
-    """What is done when something goes wrong.
+    """Settings of the monitors of a run.
 
     Attributes:
-        results_dir: folder of the file of events.
-        limits: how long ranks may take before they count as hanging.
-        collective_minutes: how long a collective may take after the first step.
-        first_collective_minutes: how long it may take before.
-        bad_steps: what makes a step bad, and what follows.
-        stragglers: how slow ranks are looked for.
-        heartbeats: whether a launcher gets heartbeats; None when it started this process.
-        grace_seconds: time between a scheduler's signal and its SIGKILL; None where unknown.
+        results_dir: The folder of ``events.jsonl``.
+        limits: How long a rank may take before it counts as hanging.
+        collective_minutes: The time-out of collectives after the first step.
+        first_collective_minutes: The time-out of collectives until then.
+        bad_steps: What defines a bad step, and its consequence.
+        stragglers: How slow ranks are detected.
+        heartbeats: Whether a launcher gets heartbeats; None for yes if it started this process.
+        grace_seconds: The time between a scheduler's signal and its SIGKILL; None if unknown.
     """
 
     results_dir: Path
@@ -49,7 +49,7 @@ class ResilienceSettings:
 
 @dataclass
 class Survival:
-    """Made before the run is set up, so that a hang there is seen too."""
+    """Holds the monitors of a run. They exist before the run is set up, so that they detect a hang in set-up too."""
 
     collective_minutes: float
     events: EventFile
@@ -62,7 +62,7 @@ class Survival:
 
     @classmethod
     def of(cls, settings: ResilienceSettings, request: StopRequest | None = None, watchdog: Watchdog | None = None) -> Survival:
-        """Nobody watches and no signal is noted unless ``surviving`` gave them."""
+        """Build the monitors. Without the ``request`` and ``watchdog`` of ``surviving`` no signal is noted and no thread watches."""
         events = EventFile(settings.results_dir)
         idle = Watchdog(side_store(STORE), dist.get_rank(), dist.get_world_size(), settings.limits, settings.results_dir)
         return cls(
@@ -71,7 +71,7 @@ class Survival:
         )  # fmt: skip
 
     def hooks(self, last_save: Callable[[], float | None]) -> list[StepHook]:
-        """What watches the steps; ``last_save`` gives the newest save's seconds, None before the first save."""
+        """Return the hooks of the monitors. ``last_save`` returns the seconds of the newest save, or None before the first."""
         return [
             SignsOfLife(self.watchdog, self.heartbeats),
             self.stragglers,
@@ -80,14 +80,14 @@ class Survival:
         ]
 
     def note_stop(self, steps: int) -> None:
-        """Say why the run ends before its last step, where it does."""
+        """Write an event with the reason if the run ends before its last step."""
         if self.agreement.stop:
-            self.events.write(steps, "stop", f"{self.agreement.reason}: saving after {steps} steps, then leaving; {self.grace.outlook()}")
+            self.events.write(steps, "stop", f"{self.agreement.reason}: saving after {steps} steps, then ending; {self.grace.outlook()}")
 
 
 @dataclass
 class SignsOfLife(StepHook):
-    """Tells the watchdog and a launcher that the run goes on. Pauses may take longer than a step."""
+    """Reports progress to the watchdog and the launcher. A pause may take longer than a step."""
 
     watchdog: Watchdog
     heartbeats: LauncherHeartbeats
@@ -113,7 +113,7 @@ class GraceCheck(StepHook):
 
 @dataclass
 class CollectiveTimeout(StepHook):
-    """Cuts the time-out of collectives to ``minutes`` once the first step is over, which may take longer than any after it."""
+    """Sets the time-out of collectives to ``minutes`` after the first step, which may take longer than any other."""
 
     minutes: float
     _set: bool = False
@@ -127,14 +127,14 @@ class CollectiveTimeout(StepHook):
 
 @contextmanager
 def surviving(settings: ResilienceSettings) -> Iterator[Survival]:
-    """Signals are noted, and ranks watched, while the block runs."""
+    """Note signals and watch the ranks within the block."""
     with stop_on_signals() as request, watching(side_store(STORE), settings.limits, settings.results_dir) as watchdog:
         survival = Survival.of(settings, request, watchdog)
         survival.heartbeats.start()
         try:
             yield survival
         finally:
-            # A monitor talks to one client at a time, and this process may begin again.
+            # A launcher's monitor serves one client at a time, and this process may start another run.
             survival.heartbeats.close()
         # No rank stops watching while another may still wait for it.
         dist.barrier()

@@ -1,6 +1,6 @@
-"""When to stop: all ranks must leave the loop after the same step.
+"""Lets all ranks leave the loop after the same step when one of them has a signal.
 
-The decision rides on the sum over the world that each step begins with (unreadable_samples.py): two more numbers, no exchange of its own.
+The request travels with the sum over the world that begins each step (``unreadable_samples.py``), so it needs no communication of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_bagel.platform.launch.signals import StopRequest
 
 
 class StepAgreement:
-    """The sum over the world that begins a step. ``stop`` turns true on all ranks in the same step, when any rank got a signal."""
+    """Exchanges stop requests at the beginning of a step. ``stop`` becomes true on all ranks in the same step if any has a signal."""
 
     def __init__(self, request: StopRequest | None = None) -> None:
         self._request = request or StopRequest()
@@ -21,10 +21,10 @@ class StepAgreement:
         self.reason = ""
 
     def exchange(self, failures: int) -> int:
-        """``failures`` summed over all ranks. Collective over the world."""
-        asked = torch.tensor([failures, self._request.number > 0], device=platform.device())
-        dist.all_reduce(asked)
-        total, stopping = asked.tolist()
+        """Return the sum of ``failures`` over all ranks, and note a stop request of any rank. Collective over the world."""
+        counts = torch.tensor([failures, self._request.number > 0], device=platform.device())
+        dist.all_reduce(counts)
+        total, stopping = counts.tolist()
         if stopping:
             self.stop = True
             self.reason = f"{self._request.name or 'a signal'} ({stopping} of {dist.get_world_size()} ranks got one)"

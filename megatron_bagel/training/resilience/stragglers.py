@@ -1,4 +1,4 @@
-"""Which ranks are slower than the others: each rank's own time of a step, without waiting for anyone, gathered rarely."""
+"""Finds ranks that are slower than the others. Each rank measures its time without waits for other ranks; it is gathered rarely."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from megatron_bagel.training.hooks import StepHook
 from megatron_bagel.training.resilience.events import EventFile
 from megatron_bagel.training.step_result import StepDone
 
-_WORST = 5  # so many are named
+_MAX_SHOWN = 5  # slow ranks that an event names
 _NOISE_S = 0.005
 
 
 @dataclass(frozen=True)
 class OwnTime:
-    """Seconds of one rank in one step: waiting for data, and from the batch to its own gradients."""
+    """The seconds of one rank in one step: waiting for data, and from the batch to its gradients."""
 
     data: float
     compute: float
 
     @property
     def total(self) -> float:
-        """Return the seconds of both."""
+        """Return the sum of both."""
         return self.data + self.compute
 
 
 @dataclass(frozen=True)
 class StragglerSettings:
-    """``every``: steps between measurements, 0 for none. ``factor``: a rank is slow above this many times the median's time."""
+    """``every`` is the number of steps between measurements, 0 for none. A rank is slow above ``factor`` times the median time."""
 
     every: int = 500
     factor: float = 1.3
 
 
 class Stragglers(StepHook):
-    """Measures every so many steps. The device is waited for before the gradient exchange of that step, and of no other.
+    """Measures some steps. Only in these steps does a rank wait for its device before it exchanges gradients.
 
-    With tensor, pipeline or context parallelism a replica's ranks wait for each other inside a step, so a slow one shows as a slow replica.
+    With tensor, pipeline or context parallelism ranks of a replica wait for each other in a step, so the replica of a slow rank is slow.
     """
 
     def __init__(self, settings: StragglerSettings, events: EventFile) -> None:
@@ -69,25 +69,25 @@ class Stragglers(StepHook):
             self._compute = time.perf_counter() - self._mark
 
     def after_step(self, done: StepDone) -> None:
-        """Gather and name the slow ones. Collective over the world in measured steps."""
+        """Gather the times and report slow ranks. Collective over the world in measured steps."""
         if not self._measuring:
             return
-        own = torch.tensor([self._data, self._compute], dtype=torch.float64, device=platform.device())
-        times = torch.empty(2 * dist.get_world_size(), dtype=torch.float64, device=own.device)
-        dist.all_gather_into_tensor(times, own)
-        found = [OwnTime(*row) for row in times.view(-1, 2).tolist()]
-        text = describe(found, self._factor)
+        local_times = torch.tensor([self._data, self._compute], dtype=torch.float64, device=platform.device())
+        all_times = torch.empty(2 * dist.get_world_size(), dtype=torch.float64, device=local_times.device)
+        dist.all_gather_into_tensor(all_times, local_times)
+        times = [OwnTime(*row) for row in all_times.view(-1, 2).tolist()]
+        text = describe(times, self._factor)
         if text:
-            slowest = max(range(len(found)), key=lambda rank: found[rank].total)
-            self._events.write(done.step, "straggler", text, {"rank": slowest, "seconds": found[slowest].total})
+            slowest = max(range(len(times)), key=lambda rank: times[rank].total)
+            self._events.write(done.step, "straggler", text, {"rank": slowest, "seconds": times[slowest].total})
 
 
 def describe(times: Sequence[OwnTime], factor: float) -> str:
-    """The slow ranks, slowest first; empty when there are none."""
-    usual = median(time.total for time in times)
-    slow = [rank for rank, time in enumerate(times) if time.total > factor * usual and time.total > usual + _NOISE_S]
-    slow.sort(key=lambda rank: -times[rank].total)
-    if not slow:
+    """Name the slow ranks, slowest first; empty if there are none."""
+    median_s = median(time.total for time in times)
+    slow_ranks = [rank for rank, time in enumerate(times) if time.total > factor * median_s and time.total > median_s + _NOISE_S]
+    slow_ranks.sort(key=lambda rank: -times[rank].total)
+    if not slow_ranks:
         return ""
-    named = [f"rank {rank} {times[rank].total:.3f} s ({times[rank].data:.3f} of them waiting for data)" for rank in slow]
-    return f"slow ranks, of {len(times)} with a median of {usual:.3f} s of their own: {shorten(named, _WORST)}"
+    parts = [f"rank {rank} {times[rank].total:.3f} s ({times[rank].data:.3f} s of it waiting for data)" for rank in slow_ranks]
+    return f"slow ranks of {len(times)}, whose median time for a step is {median_s:.3f} s: {shorten(parts, _MAX_SHOWN)}"

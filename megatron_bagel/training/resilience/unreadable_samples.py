@@ -1,7 +1,7 @@
-"""Samples that cannot be read while training: replaced on all ranks alike, counted, written down; too many of them end the run.
+"""Replaces samples that cannot be read during training, on all ranks alike, and lists them. Too many of them end the run.
 
-Only the rank that encodes a picture reads it, so only that rank notices; texts are read by all ranks of a replica. Their number is
-summed over the world before every step (stop_agreement.py); the rest happens where it is not zero.
+Only the rank that encodes a picture reads it, so only that rank notices a failure; all ranks of a replica read its texts. The number of
+failures is summed over the world before every step (``stop_agreement.py``). Ranks exchange the failures only if there are any.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_bagel.training.observability.metrics_file import MetricsFile
 from megatron_bagel.training.resilience.stop_agreement import StepAgreement
 
 SKIPPED = "skipped.jsonl"
-_FEW = 10  # so many never end a run, whatever share of a young run they are
+_ALWAYS_ALLOWED = 10  # failures that never end a run, even if they are a large share of its first samples
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be read: its replica, the pack's place in that replica's step, the sample's in the pack, and the reason."""
+    """A sample that could not be read: its replica, the index of the pack in the replica's step, its index in the pack, and the reason."""
 
     replica: int
     pack: int
@@ -31,9 +31,9 @@ class Failure:
 
 
 class Replacements:
-    """Settles every step's batch before it is trained on. ``count`` is the number of samples replaced since the run began.
+    """Replaces unreadable samples in the batch of every step. ``count`` is the number of samples replaced since the run began.
 
-    ``next_step`` is the first step this process trains: what a run that was killed wrote down of it and later ones is removed.
+    ``next_step`` is the first step that this process trains. Entries of this and later steps, which a killed run wrote, are removed.
     """
 
     def __init__(
@@ -46,40 +46,46 @@ class Replacements:
         self._agreement = agreement or StepAgreement()
 
     def settle(self, batch: StepBatch, step: int, samples_before: int) -> StepBatch:
-        """``batch`` as it can be trained on, of whole samples only. Collective over the world.
+        """Return ``batch`` with unreadable samples replaced. Collective over the world.
 
-        Raises ValueError when more than ``max_share`` of the run's samples (those of this step included) could not be read.
+        Args:
+            batch: The batch as it was loaded.
+            step: The number of the step.
+            samples_before: The number of samples that the run trained on before this step.
+
+        Raises:
+            ValueError: More than ``max_share`` of the run's samples, including this step, could not be read.
         """
         planned = samples_before + sum(len(plan.samples) for plan in batch.plans)
         while failures := self._exchange(batch):
             self.count += len(failures)
             self._write(step, failures)
-            if self.count > max(self.max_share * planned, _FEW):
+            if self.count > max(self.max_share * planned, _ALWAYS_ALLOWED):
                 raise ValueError(
                     f"step {step}: {self.count} of {planned} samples could not be read, more than --max_skipped_share {self.max_share} "
-                    f"allows; the last one: {failures[-1].reason}. All are listed in {self._path}; mend the data "
-                    "(data_tools/verify_index.py finds what is broken) or raise the flag"
+                    f"allows. The last one: {failures[-1].reason}. {self._path} lists all of them. Repair the data "
+                    "(data_tools/verify_index.py finds what is damaged) or raise the flag"
                 )
-            mine = [failure for failure in failures if failure.replica == self.loader.replica]
-            if mine:
-                batch = self.loader.replaced(batch, [(failure.pack, failure.sample) for failure in mine])
+            local_failures = [failure for failure in failures if failure.replica == self.loader.replica]
+            if local_failures:
+                batch = self.loader.replaced(batch, [(failure.pack, failure.sample) for failure in local_failures])
         return batch
 
     def _exchange(self, batch: StepBatch) -> list[Failure]:
-        """The failures of all replicas, each once, in one order on every rank."""
-        own = [
-            Failure(self.loader.replica, place, sample, reason)
-            for place, pack in enumerate(batch.packs)
+        """Return the failures of all replicas, each once and in the same order on every rank."""
+        local_failures = [
+            Failure(self.loader.replica, index, sample, reason)
+            for index, pack in enumerate(batch.packs)
             for sample, reason in pack.failures
         ]
-        if not self._agreement.exchange(len(own)):
+        if not self._agreement.exchange(len(local_failures)):
             return []
-        everyone: list[Sequence[Failure]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own)
-        found: dict[tuple[int, int, int], Failure] = {}
-        for failure in (failure for rank in everyone for failure in rank):
-            found.setdefault((failure.replica, failure.pack, failure.sample), failure)
-        return [found[key] for key in sorted(found)]
+        failures_by_rank: list[Sequence[Failure]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(failures_by_rank, local_failures)
+        failures: dict[tuple[int, int, int], Failure] = {}
+        for failure in (failure for rank_failures in failures_by_rank for failure in rank_failures):
+            failures.setdefault((failure.replica, failure.pack, failure.sample), failure)
+        return [failures[key] for key in sorted(failures)]
 
     def _write(self, step: int, failures: Sequence[Failure]) -> None:
         if dist.get_rank():

@@ -1,1 +1,1 @@
-"""From settings to a run that is ready to step."""
+"""Builds a run from its settings until it is ready for its first step."""

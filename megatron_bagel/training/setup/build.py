@@ -1,9 +1,12 @@
-"""What a run trains: the modules behind Megatron's DDP, their optimizer, average and schedule, and what encodes images before them."""
+"""Builds what a run trains: modules in Megatron's DDP, their optimizer, average and schedule, and the image encoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel import platform
@@ -18,7 +21,7 @@ from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
 from megatron_bagel.parallel.replica import Replica
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.lr_schedule import LearningRate
-from megatron_bagel.training.optim.optimizer import build_optimizer, trainable_parameters, wrap_ddp, wrap_over_world
+from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, trainable_parameters, wrap_ddp, wrap_over_world
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.step import Trainable
 
@@ -26,11 +29,51 @@ from megatron_bagel.training.step import Trainable
 def build_trainable(
     resolved: ResolvedRun, source: WeightSource | None, replica: Replica | None, share: EncodingShare | None
 ) -> tuple[Trainable, Trained]:
-    """``replica`` and this rank's ``share`` are given where the ranks of a replica share the encoding of images. Without a ``source``
-    of weights everything has its shape and no memory (inside ``on_meta``)."""
+    """Build the modules, the optimizer, the average and the schedule of a run.
+
+    Args:
+        resolved: The settings of the run.
+        source: The weights to start from. Without a source everything has its shape and no memory (inside ``on_meta``).
+        replica: The replica of this rank, if its ranks share the encoding of images.
+        share: This rank's share of the encoding, given if and only if ``replica`` is.
+
+    Returns:
+        What a step changes, and the same modules and states under the names of a checkpoint.
+
+    Raises:
+        ValueError: Only one of ``replica`` and ``share`` is given, or nothing is left to train.
+    """
     if (replica is None) != (share is None):
-        raise ValueError("a replica and this rank's share of the encoding of images are given together or not at all")
-    arch, megatron, optimizer_settings = resolved.arch, resolved.megatron, resolved.optimizer
+        raise ValueError("build_trainable needs both a replica and this rank's share of the encoding of images, or neither")
+    tcfg, modules = _build_modules(resolved, source)
+    tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
+    wrapped, optimizer = _wrap_modules(resolved.optimizer, tcfg, modules, tower_trains, over_world=replica is not None)
+    wrapped_decoder = wrapped[: len(modules.decoder)]
+    wrapped_tower = wrapped[-1] if tower_trains else None
+    tcfg.grad_scale_func = optimizer.scale_loss
+    if resolved.megatron.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in wrapped_decoder]
+        tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    names = [name for name, part in modules.named.items() if part in _trained_parts(modules, tower_trains)]
+    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
+    if source is not None:
+        _load_separate_average(resolved.start.initial, source, modules, resolved.arch, optimizer, ema)
+    encoders = resolved.arch, modules.tower if wrapped_tower is None else wrapped_tower, modules.autoencoder, resolved.encoding
+    trainable = Trainable(
+        config=tcfg,
+        decoder=wrapped_decoder,
+        tower=wrapped_tower,
+        image_encoder=ImageEncoder(*encoders) if replica is None or share is None else ShardedImageEncoder(*encoders, replica, share),
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, resolved.schedule),
+        ema=ema,
+    )
+    return trainable, Trained(modules.named, resolved.arch, optimizer, ema)
+
+
+def _build_modules(resolved: ResolvedRun, source: WeightSource | None) -> tuple[TransformerConfig, Modules]:
+    """Build the modules, fill them unless a checkpoint will, and freeze what does not train."""
+    arch, megatron = resolved.arch, resolved.megatron
     # Local modules are made without memory and filled later; Megatron-Core would draw their first weights on the GPU.
     on_cpu = not platform.has_gpu() or megatron.transformer_impl == "local"
     tcfg = transformer_config(arch.llm, megatron, resolved.sizes.bf16, on_cpu=on_cpu)
@@ -38,41 +81,30 @@ def build_trainable(
     if source is not None and source.checkpoint is None:
         load_first_weights(resolved.start.initial, source, modules, arch)
     freeze_modules(resolved.build.frozen, modules)
-    trained_tower = modules.tower if modules.tower is not None and trainable_parameters(modules.tower) > 0 else None
-    parts: list[nn.Module] = [*modules.decoder] if trained_tower is None else [*modules.decoder, trained_tower]
-    if replica is not None and trained_tower is not None:
-        wrapped_tower = wrap_over_world(tcfg, trained_tower, optimizer_settings)
-        wrapped = [*wrap_ddp(tcfg, modules.decoder, optimizer_settings), wrapped_tower]
-        optimizer = build_optimizer(wrapped[:-1], optimizer_settings, over_world=wrapped_tower)
-    else:
-        wrapped = wrap_ddp(tcfg, parts, optimizer_settings)
-        optimizer = build_optimizer(wrapped, optimizer_settings)
-    tcfg.grad_scale_func = optimizer.scale_loss
-    if megatron.overlap_grad_reduce:
-        syncs = [chunk.no_sync for chunk in wrapped[: len(modules.decoder)]]
-        tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    names = [name for name, part in modules.named.items() if part in parts]
-    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
-    if source is not None:
-        _load_average_apart(resolved.start.initial, source, modules, arch, optimizer, ema)
-    tower = modules.tower if trained_tower is None else wrapped[-1]
-    encoders = arch, tower, modules.autoencoder, resolved.encoding
-    trainable = Trainable(
-        config=tcfg,
-        decoder=wrapped[: len(modules.decoder)],
-        tower=None if trained_tower is None else wrapped[-1],
-        image_encoder=ImageEncoder(*encoders) if replica is None or share is None else ShardedImageEncoder(*encoders, replica, share),
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, resolved.schedule),
-        ema=ema,
-    )
-    return trainable, Trained(modules.named, arch, optimizer, ema)
+    return tcfg, modules
 
 
-def _load_average_apart(
+def _trained_parts(modules: Modules, tower_trains: bool) -> list[nn.Module]:
+    """Return the chunks of the decoder and, if it trains, the vision tower."""
+    return [*modules.decoder, *([modules.tower] if tower_trains and modules.tower is not None else [])]
+
+
+def _wrap_modules(
+    settings: OptimizerSettings, tcfg: TransformerConfig, modules: Modules, tower_trains: bool, over_world: bool
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Wrap the parts that train, the tower last, and build their optimizer. ``over_world`` makes the tower data-parallel over all ranks."""
+    if not over_world or not tower_trains or modules.tower is None:
+        wrapped = wrap_ddp(tcfg, _trained_parts(modules, tower_trains), settings)
+        return wrapped, build_optimizer(wrapped, settings)
+    tower = wrap_over_world(tcfg, modules.tower, settings)
+    decoder = wrap_ddp(tcfg, modules.decoder, settings)
+    return [*decoder, tower], build_optimizer(decoder, settings, over_world=tower)
+
+
+def _load_separate_average(
     initial: InitialSettings, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma
 ) -> None:
-    """Start the average from the source's own EMA where weights and average are different files, as the original does."""
+    """Start the average from the EMA file of ``source`` if it stores weights and average in separate files, as the original does."""
     if average_source(source) is None or source.folder is None:
         return
     load_folder(initial, source.folder, "ema", modules, arch)

@@ -1,4 +1,4 @@
-"""Which hooks a run has, and in which order they are called."""
+"""Builds the hooks of a run, in the order in which the loop calls them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_bagel.training.saving import Saving
 def build_hooks(resolved: ResolvedRun, survival: Survival, saving: Saving) -> Hooks:
     """Return the hooks of a run.
 
-    The profiler comes first, so that a trace holds what the others do. Garbage is collected last, outside of the times that the monitors
-    measure, and after a rank has said that its step is over.
+    The profiler comes first, so that a trace contains the other hooks. Garbage collection comes last: outside of the times that the
+    monitors measure, and after a rank has reported the end of its step.
     """
     hooks: list[StepHook] = [ProfilerWindow(resolved.observing, resolved.results_dir, dist.get_rank())]
     hooks += survival.hooks(lambda: saving.saver.last_seconds)

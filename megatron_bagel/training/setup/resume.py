@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest state, in checkpoint_dir or as local checkpoints on the disks of its nodes."""
+"""Continues a run from its newest state, which is in checkpoint_dir or in local checkpoints on the disks of its nodes."""
 
 from __future__ import annotations
 
@@ -18,39 +18,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continued:
-    """``steps`` done before; ``state`` is everything that is no tensor, None at a run's beginning. ``told``: a sentence for the log."""
+    """The point that a run continues from.
+
+    Attributes:
+        steps: The number of steps already done.
+        state: Everything that is not a tensor; None at the beginning of a run.
+        message: A sentence for the log.
+    """
 
     steps: int
     state: dict[str, Any] | None
-    told: str
+    message: str
 
 
 def local_checkpoints(settings: LocalCheckpointSettings | None, checkpoint_dir: Path) -> LocalCheckpoints | None:
-    """Those of a run whose other checkpoints are in ``checkpoint_dir``, if it has any. Collective.
+    """Return the local checkpoints of the run with checkpoints in ``checkpoint_dir``, or None without settings. Collective.
 
-    Raises ValueError where a node has no such folder and it cannot be made.
+    Raises:
+        ValueError: A node does not have the folder and cannot make it.
     """
     if settings is None:
         return None
-    # Imported only here: the package it stands on is optional.
+    # Imported here because the package it needs is optional.
     from megatron_bagel.checkpoint.dist.local import LocalCheckpoints
 
     return LocalCheckpoints(settings.directory, str(checkpoint_dir), settings.every)
 
 
 def continue_from(settings: StartSettings, source: WeightSource, trained: Trained, local: LocalCheckpoints | None) -> Continued:
-    """Fill weights, optimizer and average from ``source``'s checkpoint, or from local ones that are newer. Collective.
+    """Fill weights, optimizer and average from the checkpoint of ``source``, or from newer local checkpoints. Collective.
 
-    Local checkpoints of steps that this run is still to make are removed.
+    Local checkpoints of later steps, which this run will do again, are removed.
     """
     continued = Continued(0, None, source.describe(settings.initial))
     base = step_of(source.checkpoint) if source.checkpoint is not None else 0
-    found = local.newest(base, trained) if local is not None and settings.auto_resume else None
-    if local is not None and found is not None:
+    newest = local.newest(base, trained) if local is not None and settings.auto_resume else None
+    if local is not None and newest is not None:
         local.load(trained)
-        continued = Continued(found.step, found.state, f"continuing from the local checkpoints of step {found.step}, {local.description}")
+        continued = Continued(
+            newest.step, newest.state, f"continuing from the local checkpoints of step {newest.step}, {local.description}"
+        )
     elif source.checkpoint is not None:
-        continued = Continued(*load_checkpoint(source.checkpoint, trained), continued.told)
+        continued = Continued(*load_checkpoint(source.checkpoint, trained), continued.message)
     if local is not None:
         local.forget_after(continued.steps)
     return continued

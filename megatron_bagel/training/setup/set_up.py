@@ -1,4 +1,4 @@
-"""A whole run: process groups, model, data, optimizer, and the weights or the checkpoint it starts from."""
+"""Sets up a run and executes it: process groups, model, data, optimizer, and the weights or the checkpoint it starts from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.record import write_record
 from megatron_bagel.costs.flops import peak_tflops
@@ -40,9 +41,12 @@ from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import Trainable
 from megatron_bagel.training.step_result import Counters
 
+if TYPE_CHECKING:
+    from megatron_bagel.checkpoint.dist.local import LocalCheckpoints
+
 
 def execute(resolved: ResolvedRun) -> None:
-    """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
+    """Set up a run in an initialised process group and train. Raises ValueError for settings, data or weights that cannot work."""
     check_same_everywhere(resolved.record)
     with surviving(resolved.resilience) as survival, package_log(resolved.results_dir, dist.get_rank()):
         initialize_parallel(resolved)
@@ -55,7 +59,7 @@ def execute(resolved: ResolvedRun) -> None:
 
 
 def initialize_parallel(resolved: ResolvedRun) -> None:
-    """Megatron-Core's process groups and random states. Nothing of a result depends on the latter: every draw here is keyed."""
+    """Initialise Megatron-Core's process groups and random states. No result depends on the latter, because every draw is keyed."""
     megatron = resolved.megatron
     parallel_state.initialize_model_parallel(
         megatron.tensor_model_parallel_size,
@@ -64,7 +68,7 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
         context_parallel_size=megatron.context_parallel_size,
         num_distributed_optimizer_instances=resolved.sizes.distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
-        # Until the first step is done; then they are cut to what the flag says (run_monitors.py).
+        # Valid until the first step is done; run_monitors.py then sets the time-out that the flag gives.
         distributed_timeout_minutes=math.ceil(resolved.resilience.first_collective_minutes),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(resolved.seed)
@@ -72,27 +76,40 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
 
 def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
     """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
-    arch, sizes, tokenizer, rank = resolved.arch, resolved.sizes, resolved.tokenizer, dist.get_rank()
     survival = survival or Survival.of(resolved.resilience)
     resolved = replace(resolved, start=resume_after_restart(resolved.start, resolved.results_dir))
     source = starting_point(resolved.start)
     _ensure_index(resolved)
     replica, share = encoding_share(resolved)
-    place = parallel_state.get_data_parallel_rank()
-    loader = open_loader(resolved.data, arch, tokenizer, sizes.batch_sizes, place, sizes.data_parallel_size, share)
+    loader = _loader(resolved, share)
     trainable, trained = build_trainable(resolved, source, replica, share)
     local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)
     continued = continue_from(resolved.start, source, trained, local)
     counters = _restore(continued.state, continued.steps, trainable, loader, survival) if continued.state is not None else Counters()
+    run = _assemble(resolved, survival, counters, loader, trainable, trained, local)
+    _announce(resolved, run, continued.message)
+    return run
+
+
+def _assemble(
+    resolved: ResolvedRun,
+    survival: Survival,
+    counters: Counters,
+    loader: PackLoader,
+    trainable: Trainable,
+    trained: Trained,
+    local: LocalCheckpoints | None,
+) -> Run:
+    """Connect the data, the model and its state with what logs, saves, watches and evaluates them."""
     observing = resolved.observing
     log = RunLog(
-        resolved.results_dir, rank, counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
+        resolved.results_dir, dist.get_rank(), counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
     )  # fmt: skip
     timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving)
-    run = Run(
+    return Run(
         loop=resolved.loop,
         record=resolved.record,
-        arch=arch,
+        arch=resolved.arch,
         trainable=trainable,
         trained=trained,
         loader=loader,
@@ -106,24 +123,21 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
         hooks=build_hooks(resolved, survival, saving),
         counters=counters,
         local=local,
+        evaluation=_evaluation(resolved),
     )
-    if resolved.evaluation is not None:
-        run.evaluation = Evaluation(resolved.evaluation, resolved.data, arch, tokenizer, sizes.num_microbatches)
-    _announce(resolved, run, continued.told)
-    return run
 
 
 def _ensure_index(resolved: ResolvedRun) -> None:
-    """Make the index, where there is none, on rank 0. Indexing may take longer than a collective of training ever should."""
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    """Build the index on rank 0 if there is none. The time-out is long, because indexing may take far longer than any collective."""
+    waiting_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     if dist.get_rank() == 0:
         ensure_index(resolved.data, resolved.tokenizer)
-    dist.barrier(patient)
-    dist.destroy_process_group(patient)
+    dist.barrier(waiting_group)
+    dist.destroy_process_group(waiting_group)
 
 
 def encoding_share(resolved: ResolvedRun) -> tuple[Replica | None, EncodingShare | None]:
-    """The replica of this rank and its share of the encoding of images, where the ranks of a replica share it. Collective."""
+    """Return this rank's replica and its share of the encoding of images, or None twice if replicas do not share it. Collective."""
     if not encoders_on_all_ranks(resolved.megatron):
         return None, None
     replica = make_replica()
@@ -132,10 +146,23 @@ def encoding_share(resolved: ResolvedRun) -> tuple[Replica | None, EncodingShare
 
 
 def step_log(resolved: ResolvedRun, loader: PackLoader, log: RunLog, timers: Timers) -> StepLog:
-    """Return what makes the records of a run."""
+    """Return the log that makes the records of a run's steps."""
     window = RateWindow(peak_tflops(device_name(), resolved.peak_device_tflops), dist.get_world_size())
     datasets = [name for source in loader.reader.sources for name in source.datasets()]
     return StepLog(resolved.step_log, resolved.arch, datasets, log, timers, window)
+
+
+def _loader(resolved: ResolvedRun, share: EncodingShare | None) -> PackLoader:
+    """Open the loader of this rank's data-parallel replica."""
+    sizes, replica = resolved.sizes, parallel_state.get_data_parallel_rank()
+    return open_loader(resolved.data, resolved.arch, resolved.tokenizer, sizes.batch_sizes, replica, sizes.data_parallel_size, share)
+
+
+def _evaluation(resolved: ResolvedRun) -> Evaluation | None:
+    """Return what evaluates the run, or None in a run without evaluations."""
+    if resolved.evaluation is None:
+        return None
+    return Evaluation(resolved.evaluation, resolved.data, resolved.arch, resolved.tokenizer, resolved.sizes.num_microbatches)
 
 
 def _replacements(resolved: ResolvedRun, loader: PackLoader, counters: Counters, survival: Survival) -> Replacements:
@@ -143,7 +170,7 @@ def _replacements(resolved: ResolvedRun, loader: PackLoader, counters: Counters,
 
 
 def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader: PackLoader, survival: Survival) -> Counters:
-    """Take over what is no tensor; returns how far the run is."""
+    """Restore the state that is not a tensor and return the progress of the run."""
     trainable.learning_rate.load_state_dict(state["schedule"])
     loader.load_state_dict(state["data"])
     if "bad_steps" in state:  # earlier versions had none
@@ -151,16 +178,17 @@ def _restore(state: Mapping[str, Any], steps: int, trainable: Trainable, loader:
     return Counters(steps, state["consumed_samples"], state["consumed_tokens"], state["skipped_samples"])
 
 
-def _announce(resolved: ResolvedRun, run: Run, start: str) -> None:
+def _announce(resolved: ResolvedRun, run: Run, start_message: str) -> None:
+    """Log where the run starts and its sizes, and write its configuration."""
     sizes = resolved.sizes
     if dist.get_rank() == 0:
         write_record(resolved.record, resolved.results_dir / "config.yaml")
-    run.log.info(start)
-    trained = sum(trainable_parameters(part) for part in run.trainable.wrapped)
-    total = sum(p.numel() for part in run.trained.modules.values() for p in part.parameters())
+    run.log.info(start_message)
+    num_trained = sum(trainable_parameters(part) for part in run.trainable.wrapped)
+    num_total = sum(p.numel() for part in run.trained.modules.values() for p in part.parameters())
     run.log.info(
-        f"{total / 1e6:.2f} M parameters on this rank, {trained / 1e6:.2f} M of them train; {sizes.data_parallel_size} replicas x "
-        f"{sizes.num_microbatches} packs of {resolved.step.seq_length} tokens per step; attention {sizes.attention_backend}"
+        f"{num_total / 1e6:.2f} M parameters on this rank, {num_trained / 1e6:.2f} M of them trained; {sizes.data_parallel_size} replicas "
+        f"x {sizes.num_microbatches} packs of {resolved.step.seq_length} tokens per step; attention {sizes.attention_backend}"
     )
     for note in sizes.notes:
         run.log.info(note)

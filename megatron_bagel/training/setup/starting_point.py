@@ -1,4 +1,4 @@
-"""Which checkpoint or folder a run starts from, decided once for all ranks, and only after its files were found whole."""
+"""Chooses the checkpoint or folder that a run starts from, once for all ranks and after its files have been verified."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def starting_point(settings: StartSettings) -> WeightSource:
-    """Where this run starts: rank 0's choice on all ranks, for folders may change while ranks look at them. Collective.
+    """Return where this run starts. All ranks take rank 0's choice, because folders may change while ranks look at them. Collective.
 
-    A checkpoint's checksums are compared first (`verify`), the work shared by all ranks. Where `auto_resume` chose a damaged
-    one, the step before it is taken and the log says so. Raises ValueError when a damaged one was asked for by name, or when every
-    checkpoint of the run is damaged: a run never begins anew because its checkpoints are lost.
+    With ``verify`` all ranks together compare the checksums of a checkpoint first. If the newest checkpoint, which ``auto_resume``
+    chose, is damaged, the run starts from the step before it and logs a warning.
+
+    Raises:
+        ValueError: A checkpoint that was named is damaged, or every checkpoint of the run is. A run never starts from scratch because
+            its checkpoints are lost.
     """
     unusable: list[Path] = []
     while True:
@@ -28,18 +31,18 @@ def starting_point(settings: StartSettings) -> WeightSource:
         folder = source.checkpoint or (source.folder if source.folder is not None and is_complete(source.folder) else None)
         if folder is None or not settings.verify:
             return source
-        wrong = verify_together(folder)
-        if not wrong:
+        problems = verify_together(folder)
+        if not problems:
             return source
         if folder.parent != settings.checkpoint_dir or not settings.auto_resume:
-            raise ValueError(f"{folder} is damaged: {'; '.join(wrong[:5])}. Use another step, or copy it again")
+            raise ValueError(f"{folder} is damaged: {'; '.join(problems[:5])}. Start from another step, or copy the checkpoint again")
         if dist.get_rank() == 0:
-            logger.warning("%s is damaged (%s): the step before it is used", folder, "; ".join(wrong[:5]))
+            logger.warning("%s is damaged (%s): the step before it is used", folder, "; ".join(problems[:5]))
         unusable.append(folder)
 
 
 def verify_together(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, all of them read, each rank its share. Collective; the same answer on all ranks."""
+    """Read all files of a checkpoint, each rank its share, and return their problems, the same on all ranks. Collective."""
     if dist.get_rank() == 0 and read_checksums(folder) is None:
-        logger.warning("%s has no checksums (an earlier version wrote it): its files are used unchecked", folder)
+        logger.warning("%s has no checksums, because an earlier version wrote it: its files are used without a check", folder)
     return from_all_ranks(damaged(folder, dist.get_rank(), dist.get_world_size()))

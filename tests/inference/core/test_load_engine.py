@@ -34,7 +34,7 @@ def test_training_checkpoint_equals_the_folder(engine: Engine, tiny_folder: Path
     loaded = load_engine(tmp_path)
     theirs = dict(loaded.decoder.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in engine.decoder.named_parameters())
-    with pytest.raises(ValueError, match="--weights ema: .* holds model only"):
+    with pytest.raises(ValueError, match="--weights ema: .* has only model weights"):
         load_engine(tmp_path, LoadOptions(weights="ema"))
 
 

@@ -31,7 +31,7 @@ class ProbeNoise:
     def posterior(self, shape: tuple[int, ...]) -> torch.Tensor:
         from megatron_bagel.data.keyed_random import keyed_normal
 
-        sample, (image,) = self.probe.sample, [item.image for item in self.probe.given if item.kind == "vae"]
+        sample, (image,) = self.probe.sample, [item.image for item in self.probe.conditions if item.kind == "vae"]
         return keyed_normal(shape, self.seed, sample.dataset, sample.index, sample.epoch, "posterior", image, "clean")
 
     def text(self) -> np.random.Generator:
@@ -61,12 +61,12 @@ def both_ways(config: Any) -> list[tuple[str, Any, Any]]:
     for result in ours:
         probe = evaluation.probes[result.number]
         reader, row, _ = evaluation.sources[probe.source]._locate(probe.index, 0)
-        shown = [item.image for item in probe.given if item.kind == "vit"]
+        shown = [item.image for item in probe.conditions if item.kind == "vit"]
         terms = [decode_rgb(reader.image_bytes(row, image)) for image in shown]
-        terms += [item.ids for item in probe.given if item.kind == "text"]
-        size = (probe.wanted.height, probe.wanted.width) if probe.draws else None
+        terms += [item.ids for item in probe.conditions if item.kind == "text"]
+        size = (probe.target.height, probe.target.width) if probe.draws else None
         request = Request(tuple(terms), "image" if probe.draws else "text", size=size)
-        sampling = TextSampling(max_length=evaluation.most_tokens + 1)
+        sampling = TextSampling(max_length=evaluation.max_answer_tokens + 1)
         (theirs,) = answer(engine, [request], [ProbeNoise(probe, config.training.global_seed)], sampling, evaluation.sampling)
         if probe.draws:
             found.append((probe.group, result.picture, theirs.image))

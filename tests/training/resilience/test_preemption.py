@@ -1,4 +1,4 @@
-"""Warnings that a save at a signal would be cut off: given when, and only when, the measured times do not fit into the grace time."""
+"""Warnings that a save at a signal would not finish: given if and only if the measured times do not fit into the grace time."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def test_warned_when_it_does_not_fit(
             assert new == []
         elif not highest:
             assert [event["event"] for event in new] == ["grace"] and new[0]["needed_s"] == pytest.approx(needed)
-        # Not with every step that is a little longer, but before it is much more than was told.
+        # Not with every step that is a little longer, but before it is much more than the last warning said.
         highest = new[0]["needed_s"] if new else highest
         assert grace is None or needed <= max(grace, 1.1 * highest)
 
 
 @pytest.mark.parametrize(
-    ("grace", "save", "told"),
+    ("grace", "save", "text"),
     [
-        (30.0, 12.0, "that should take 12.0 s, as the last one did; the scheduler gives 30 s from the signal on"),
-        (None, 12.0, "that should take 12.0 s, as the last one did"),
-        (5.0, None, "how long that takes is not known, for nothing was saved since the start; the scheduler gives 5 s from the signal on"),
+        (30.0, 12.0, "that should take 12.0 s, like the last save; the scheduler gives 30 s from the signal on"),
+        (None, 12.0, "that should take 12.0 s, like the last save"),
+        (5.0, None, "the time for that is unknown, because there was no save since the start; the scheduler gives 5 s from the signal on"),
     ],
 )
-def test_the_outlook_at_the_signal(single_rank: None, tmp_path: Path, grace: float | None, save: float | None, told: str) -> None:
+def test_the_outlook_at_the_signal(single_rank: None, tmp_path: Path, grace: float | None, save: float | None, text: str) -> None:
     watch = Grace(grace, EventFile(tmp_path))
     watch.step_took(1, 1.0, save)
-    assert watch.outlook() == told
+    assert watch.outlook() == text
