@@ -20,6 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_bagel.common.json_files import parse_json
 from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience import hang_watchdog
@@ -102,7 +103,7 @@ class ErrorReport:
                 known, quiet = count, time.monotonic() + QUIET
         keys = [f"error/{number}" for number in range(1, known + 1)]
         # A rank that died between counting itself and saying why has no text.
-        return [RankError(**json.loads(self._store.get(key))) for key in keys if self._store.check([key])]
+        return [RankError(**parse_json(self._store.get(key), key)) for key in keys if self._store.check([key])]
 
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
