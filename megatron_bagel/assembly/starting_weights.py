@@ -14,6 +14,7 @@ from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.state import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
@@ -31,6 +32,7 @@ class InitialSettings:
         vit: folder of the pretrained vision tower; None starts it from random weights, where there is one.
         allow_missing: patterns of weights that a source may lack and that then keep their seeded values.
         copy_init_moe: whether the generation expert starts as a copy of the understanding expert.
+        check_weights: how many values of each weight that is loaded are checked to be finite.
     """
 
     seed: int
@@ -38,6 +40,7 @@ class InitialSettings:
     vit: str | None
     allow_missing: Sequence[str] = ()
     copy_init_moe: bool = True
+    check_weights: WeightCheck = "sampled"
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def load_first_weights(initial: InitialSettings, source: WeightSource, modules: 
     if source.folder is not None:
         load_folder(initial, source.folder, source.weights, modules, arch)
         return
-    first = InitialWeights.of(arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe)
+    first = InitialWeights.of(
+        arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe, initial.check_weights
+    )
     first.fill(list(modules.named.values()))
 
 
@@ -142,7 +147,8 @@ def load_folder(initial: InitialSettings, folder: Path, weights: str, modules: M
     """Fill the modules from a checkpoint or a model folder, weights only."""
     seeded = partial(initial_value, arch=arch, seed=initial.seed)
     if is_complete(folder):
-        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded)
+        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded, initial.check_weights)
         return
     parts = list(modules.named.values())
-    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, initial.allow_missing, initial_value=seeded)
+    source = HFFolder(folder).weights(weights, initial.check_weights)
+    load_weights(source, WeightMap(arch), parts, initial.allow_missing, initial_value=seeded)

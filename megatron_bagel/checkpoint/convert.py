@@ -75,7 +75,7 @@ def export_checkpoint(
     Raises:
         ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
-    checkpoint = CheckpointWeights(folder)
+    checkpoint = CheckpointWeights(folder, "sampled")
     missing_kinds = [kind for kind in weights if kind not in checkpoint.kinds()]
     if missing_kinds or not weights:
         raise ValueError(f"{folder} holds {' and '.join(checkpoint.kinds())} weights; asked for: {', '.join(weights) or 'none'}")

@@ -95,14 +95,14 @@ def start_settings(config: Config) -> StartSettings:
         model_only=training.resume_model_only,
         from_ema=training.finetune_from_ema,
         verify=training.verify_checkpoint,
-        initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe),
+        initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
     )
 
 
 def build_settings(config: Config) -> BuildSettings:
     """How its modules are built."""
     autoencoder = autoencoder_path(config) if config.data.latent_cache is None else None
-    return BuildSettings(config.megatron, freeze_settings(config), autoencoder)
+    return BuildSettings(config.megatron, freeze_settings(config), autoencoder, config.training.check_weights)
 
 
 def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSettings:

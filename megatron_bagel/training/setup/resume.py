@@ -49,7 +49,7 @@ def continue_from(settings: StartSettings, source: WeightSource, trained: Traine
         local.load(trained)
         continued = Continued(found.step, found.state, f"continuing from the local checkpoints of step {found.step}, {local.description}")
     elif source.checkpoint is not None:
-        continued = Continued(*load_checkpoint(source.checkpoint, trained), continued.told)
+        continued = Continued(*load_checkpoint(source.checkpoint, trained, settings.initial.check_weights), continued.told)
     if local is not None:
         local.forget_after(continued.steps)
     return continued
