@@ -51,7 +51,7 @@ def write_sidecar(folder: Path, samples: int) -> None:
         stem, rows = place / f"{number:05d}", min(ROWS_PER_SHARD, samples - first)
         if number < _DISTINCT or rows < ROWS_PER_SHARD:
             _write_columns(Path(f"{stem}.arrow"), rows, number)
-            for ending in ("bin", "idx"):  # planning opens neither
+            for ending in ("bin", "idx", "crc"):  # planning opens neither
                 Path(f"{stem}.{ending}").write_bytes(b"\0")
         else:
             for ending in SHARD_FILES:

@@ -100,7 +100,7 @@ class WeightFile:
     """Offers the tensors of a weight file by the methods of ``CheckpointWeights``."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
-        self._reader, self._prefix = SafetensorsReader(path), prefix
+        self._reader, self._prefix = SafetensorsReader(path, "none"), prefix
 
     def keys(self) -> list[str]:
         """Return the names with the prefix before them."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_bagel import platform
 from megatron_bagel.assembly.meta_init import materialize, on_meta
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
@@ -34,11 +35,13 @@ class BuildSettings:
         megatron: Parallel sizes, recomputation, and the implementation of the decoder's modules.
         frozen: What does not train.
         autoencoder: The file of the autoencoder's weights; None if a latent cache replaces the encoder.
+        check_weights: How many values of each of its weights are checked to be finite.
     """
 
     megatron: MegatronArguments
     frozen: FreezeSettings
     autoencoder: Path | None
+    check_weights: WeightCheck = "sampled"
 
 
 @dataclass
@@ -93,7 +96,9 @@ def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerCon
 
 def _autoencoder(settings: BuildSettings, arch: AutoencoderArch) -> AutoEncoder | CachedPosterior:
     """Return the autoencoder with its weights, or the cached posteriors if a latent cache replaces it."""
-    return load_autoencoder(settings.autoencoder, arch) if settings.autoencoder is not None else CachedPosterior(arch)
+    if settings.autoencoder is None:
+        return CachedPosterior(arch)
+    return load_autoencoder(settings.autoencoder, arch, check_weights=settings.check_weights)
 
 
 def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:

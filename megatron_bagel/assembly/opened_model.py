@@ -13,6 +13,7 @@ from torch import nn
 from megatron_bagel.checkpoint.convert import companions_of
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -32,6 +33,7 @@ class OpenOptions:
         autoencoder: The path of autoencoder weights that replace them in the same way.
         max_latent_size: The side of the latent position table.
         interpolate_pos: Whether the positions of an image spread over the whole position grid.
+        check_weights: How many values of each weight are checked to be finite.
     """
 
     weights: str | None = None
@@ -39,6 +41,7 @@ class OpenOptions:
     autoencoder: str | None = None
     max_latent_size: int | None = None
     interpolate_pos: bool | None = None
+    check_weights: WeightCheck = "sampled"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
     kinds = folder.available_weights()
     if not kinds:
         raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
-    source = folder.weights(options.weights or kinds[0])
+    source = folder.weights(options.weights or kinds[0], options.check_weights)
     latent_size = folder.stored_latent_size(options.weights or kinds[0])
     if options.max_latent_size is None and latent_size is not None:
         # The stored table has the side that the weights were trained with; config.json may lack it or be outdated.
@@ -95,12 +98,12 @@ def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
 
     autoencoder = None
     if arch.autoencoder is not None:
-        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model")
+        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model", options.check_weights)
     return OpenedModel(arch, load_tokenizer(options.tokenizer or path, add_special=True), autoencoder, fill)
 
 
 def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
-    stored = CheckpointWeights(path)
+    stored = CheckpointWeights(path, options.check_weights)
     kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
     if kind not in stored.kinds():
         raise ValueError(f"--weights {kind}: {path} has only {' and '.join(stored.kinds())} weights")
@@ -111,7 +114,7 @@ def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
     autoencoder = None
     if arch.autoencoder is not None:
         file = _existing(options.autoencoder, companions.autoencoder, "--autoencoder", path)
-        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder")
+        autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder", options.check_weights)
     read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
 
     def fill(modules: Sequence[nn.Module]) -> None:

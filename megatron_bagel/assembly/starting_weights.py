@@ -14,6 +14,7 @@ from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.load import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
@@ -31,6 +32,7 @@ class InitialSettings:
         vit: The folder of the pretrained vision tower; None for random weights, if the model has a tower.
         allow_missing: Patterns of weights that a source may lack. They keep their seeded values.
         copy_init_moe: Whether the generation expert starts as a copy of the understanding expert.
+        check_weights: How many values of each weight that is loaded are checked to be finite.
     """
 
     seed: int
@@ -38,6 +40,7 @@ class InitialSettings:
     vit: str | None
     allow_missing: Sequence[str] = ()
     copy_init_moe: bool = True
+    check_weights: WeightCheck = "sampled"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ def load_first_weights(initial: InitialSettings, source: WeightSource, modules: 
     if source.folder is not None:
         load_folder(initial, source.folder, source.weights, modules, arch)
         return
-    weights = InitialWeights.of(arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe)
+    weights = InitialWeights.of(
+        arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe, initial.check_weights
+    )
     weights.fill(list(modules.named.values()))
 
 
@@ -147,7 +152,8 @@ def load_folder(initial: InitialSettings, folder: Path, weights: str, modules: M
     """Fill the modules with the ``weights`` ("model" or "ema") of a checkpoint or a model folder."""
     seeded_value = partial(initial_value, arch=arch, seed=initial.seed)
     if is_complete(folder):
-        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded_value)
+        load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded_value, initial.check_weights)
         return
     parts = list(modules.named.values())
-    load_weights(HFFolder(folder).weights(weights), WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)
+    source = HFFolder(folder).weights(weights, initial.check_weights)
+    load_weights(source, WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)

@@ -75,7 +75,7 @@ def export_checkpoint(
     Raises:
         ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
-    checkpoint = CheckpointWeights(folder)
+    checkpoint = CheckpointWeights(folder, "sampled")
     _check_kinds(checkpoint, weights)
     companions = companions or companions_of(checkpoint.state["run"].get("config", {}))
     arch, other_source, companions = _with_parts_of(untrained_from, checkpoint.arch, companions)

@@ -33,4 +33,5 @@ def data_settings(config: Config) -> DataSettings:
             seed=data.data_seed,
         ),
         reader=ReaderSettings(data.num_workers, data.prefetch_factor, data.decode_threads),
+        check_data=data.check_data,
     )

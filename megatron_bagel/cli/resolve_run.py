@@ -117,14 +117,14 @@ def start_settings(config: Config) -> StartSettings:
         model_only=training.resume_model_only,
         from_ema=training.finetune_from_ema,
         verify=training.verify_checkpoint,
-        initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe),
+        initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
     )
 
 
 def build_settings(config: Config) -> BuildSettings:
     """Return the settings of building modules."""
     autoencoder_file = autoencoder_path(config) if config.data.latent_cache is None else None
-    return BuildSettings(config.megatron, freeze_settings(config), autoencoder_file)
+    return BuildSettings(config.megatron, freeze_settings(config), autoencoder_file, config.training.check_weights)
 
 
 def encoding_settings(config: Config) -> ImageEncoderSettings:

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, and digests of files."""
+"""Files that exist whole or not at all, digests of files, and text read with an error that names its file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import hashlib
 import os
 import secrets
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 _CHUNK = 1 << 22
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class FileDigest(NamedTuple):
@@ -59,3 +61,40 @@ def digest(path: Path) -> FileDigest:
             summed.update(piece)
             size += len(piece)
     return FileDigest(size, summed.hexdigest())
+
+
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file, read in pieces. It finds damage several times faster than SHA-256. Raises OSError."""
+    summed = 0
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            summed = zlib.crc32(piece, summed)
+    return summed
+
+
+def refuse_lfs_pointer(path: Path, what: str) -> None:
+    """Raise ValueError if ``path`` is the pointer that Git LFS leaves in place of a large file. ``what`` begins the message."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{what}: {path} is a Git LFS pointer, not the file: run git lfs pull in its repository")
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a small UTF-8 file.
+
+    Args:
+        path: The file.
+        what: The flag or thing the file belongs to; error messages begin with it.
+
+    Raises:
+        ValueError: The file is absent, cannot be read, is a Git LFS pointer, or is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{what}: there is no file {path}")
+    try:
+        refuse_lfs_pointer(path, what)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{what}: {path} cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: {path} is not UTF-8 text ({error})") from error

@@ -1,4 +1,4 @@
-"""JSON objects and JSON lines read from files; every error names the file, and the line where there is one."""
+"""The only reader of JSON: files, lines of files and single texts. Every error names the file, and the line where there is one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,44 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_bagel.common.files import read_text
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: The text.
+        where: The file, line or sender of the text; error messages begin with it.
+
+    Raises:
+        ValueError: The text is no JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not valid JSON for this program: it is nested too deeply") from error
+
+
+def as_stored(value: Any) -> Any:
+    """Return ``value`` as it is after a round trip through JSON: tuples become lists, and keys become strings."""
+    return json.loads(json.dumps(value))
+
+
+def read_json_value(path: Path, what: str) -> Any:
+    """Return the value in a JSON file, of any type.
+
+    Args:
+        path: The file.
+        what: The flag or thing the file belongs to; error messages begin with it.
+
+    Raises:
+        ValueError: The file is absent, unreadable, a Git LFS pointer, or no JSON.
+    """
+    return parse_json(read_text(path, what), f"{what}: {path}")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -16,17 +54,24 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         what: The flag or thing the file belongs to; error messages begin with it.
 
     Raises:
-        ValueError: The file is absent, no JSON, or holds something else than an object.
+        ValueError: The file is absent, unreadable, a Git LFS pointer, no JSON, or holds something else than an object.
     """
-    if not path.is_file():
-        raise ValueError(f"{what}: there is no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {path} is not valid JSON ({error})") from error
+    content = read_json_value(path, what)
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {path} holds a {type(content).__name__}, expected an object of settings")
     return content
+
+
+def json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (label, object) of every line of a file of JSON lines that is not blank. The label names file and line.
+
+    Raises:
+        ValueError: The file cannot be read (as ``read_text`` says), or a line is no JSON object.
+    """
+    for number, line in enumerate(read_text(path, what).splitlines(), start=1):
+        if line.strip():
+            label = f"{path}, line {number}"
+            yield label, _object(parse_json(line, label), label)
 
 
 def whole_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -37,12 +82,19 @@ def whole_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]
     with path.open(encoding="utf-8") as file:
         lines = file.readlines()
     for number, line in enumerate(lines, start=1):
+        label = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line, label)
+        except ValueError as error:
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); {remedy}") from error
+            raise ValueError(f"{error}; {remedy}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} holds a {type(record).__name__}, expected an object; {remedy}")
+            raise ValueError(f"{label} holds a {type(record).__name__}, expected an object; {remedy}")
         yield number, record
+
+
+def _object(value: Any, label: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{label}: expected an object, found {type(value).__name__}")
+    return value

@@ -99,6 +99,10 @@ class DataArguments:
         0.01, "Share of unreadable samples above which the run ends. Ten are always allowed. Each is replaced and listed.",
         minimum=0, maximum=1,
     )  # fmt: skip
+    check_data: Literal["small", "full"] = flag(
+        "small", "Checksums that are compared as samples are read: those of texts and of small images, or those of all images and stored "
+        "latents ('full'), which takes some percent of the reading time.",
+    )  # fmt: skip
     split: str | None = flag(
         None, 'Weights of training and validation rows. With "99,1", one row in 100 of each dataset is held out for evaluation.'
     )
@@ -152,6 +156,9 @@ class TrainingArguments:
     keep_last: int = flag(0, "Keep this many of the newest checkpoints and remove older ones. 0 keeps all.", minimum=0)
     keep_every: int = flag(0, "With keep_last, also keep checkpoints of steps divisible by this number. 0 keeps no others.", minimum=0)
     verify_checkpoint: bool = flag(True, "Compare a checkpoint's checksums before loading it. This reads it one more time.")
+    check_weights: Literal["sampled", "full"] = flag(
+        "sampled", "Weights that are loaded must be finite. This checks some thousand values of each tensor, or all of them ('full').",
+    )  # fmt: skip
     export_hf_every: int = flag(
         0, "Steps between exports to results_dir/hf: EMA weights in the released format, from a checkpoint saved then. 0 never exports.",
         minimum=0,

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import default_of
 from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unknown_flag
@@ -94,12 +93,7 @@ def _with_file(values: dict[str, Any]) -> Config:
 
 
 def _file_values(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config: there is no file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not valid YAML ({error})") from error
+    content = read_yaml(path, "--config") or {}
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected keys and values, found a {type(content).__name__}")
     config = _config_of(content, str(path))

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.files import refuse_lfs_pointer
+from megatron_bagel.common.json_files import read_json
+
 SPECIAL_TOKENS = {
     "bos": "<|im_start|>",
     "eos": "<|im_end|>",
@@ -76,7 +79,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path, add_special: bool) -> None:
         self.path = path
-        self._tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
+        for file in self.files():
+            refuse_lfs_pointer(file, "tokenizer")
+        try:
+            self._tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # the library raises the base class for a file that its Rust part cannot read
+            raise _unreadable(self.files(), path, error) from error
         vocabulary = self._tokenizer.get_vocab()
         missing_tokens = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
         if missing_tokens and not add_special:
@@ -105,6 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.path = path
+        refuse_lfs_pointer(path, "tokenizer")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -154,8 +163,21 @@ def _tokenizer_class(path: Path) -> Any:
     import transformers
 
     config = path / "tokenizer_config.json"
-    name = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
+    name = read_json(config, "tokenizer").get("tokenizer_class") if config.is_file() else None
+    name = name if isinstance(name, str) else ""
     return getattr(transformers, f"{name}Fast", None) or getattr(transformers, name or "AutoTokenizer", transformers.AutoTokenizer)
+
+
+def _unreadable(files: Sequence[Path], folder: Path, error: Exception) -> ValueError:
+    """Return an error that names the file which is no JSON, or else the folder whose files the library does not accept."""
+    for file in files:
+        if file.suffix == ".json":
+            try:
+                read_json(file, "tokenizer")
+            except ValueError as file_error:
+                return ValueError(f"{file_error}; copy the file again")
+    names = ", ".join(file.name for file in files)
+    return ValueError(f"tokenizer: transformers cannot read {folder} ({names}): {type(error).__name__}: {error}")
 
 
 def _missing_special(path: Path, tokens: list[str]) -> ValueError:

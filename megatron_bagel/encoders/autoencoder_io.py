@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -42,28 +43,33 @@ def _check_tensors(path: Path, actual_shapes: dict[str, torch.Size], expected_sh
         )
 
 
-def load_autoencoder(path: str | Path, arch: AutoencoderArch | None = None, flag: str = "--vae_path") -> AutoEncoder:
+def load_autoencoder(
+    path: str | Path, arch: AutoencoderArch | None = None, flag: str = "--vae_path", check_weights: WeightCheck = "sampled"
+) -> AutoEncoder:
     """Load the autoencoder from a safetensors file: fp32, in eval mode, without gradients.
 
     Args:
         path: The weights, usually ``ae.safetensors``.
         arch: The architecture; None reads ``ae_config.json`` beside the file and falls back to FLUX's.
         flag: The flag that set the path, for error messages.
+        check_weights: How many values are checked to be finite.
 
     Raises:
-        ValueError: If the file does not exist or is not safetensors, or any tensor is missing, unexpected or of another shape.
+        ValueError: If the file does not exist or is not safetensors, or any tensor is missing, unexpected, of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"autoencoder: {flag} {path} is not a file; it must be the autoencoder's weights (ae.safetensors)")
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"autoencoder: {flag} {path} cannot be read as safetensors ({error}); is the download complete?") from error
+        source = SafetensorsReader(path, check_weights)
+        names = source.keys()
+        shapes = {name: torch.Size(source.spec(name)[0]) for name in names}
+    except ValueError as error:
+        raise ValueError(f"autoencoder: {flag} {error}") from error
     with torch.device("meta"):
         model = AutoEncoder(arch or AutoencoderArch.beside(path))
-    _check_tensors(path, {n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in model.state_dict().items()})
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    _check_tensors(path, shapes, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    model.load_state_dict({name: source.get(name).float() for name in names}, assign=True)
     return model.eval().requires_grad_(False)
 
 

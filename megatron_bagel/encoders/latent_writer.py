@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,13 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_bagel.common.files import digest, write_whole
+from megatron_bagel.common.finite import is_finite
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.data.index.format import Manifest, dataset_folder
-from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cache_key
+from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cached_files
+from megatron_bagel.data.index.latent_key import cache_key, key_difference
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
+from megatron_bagel.data.index.sequences import write_checksums
 from megatron_bagel.data.planner.sample_plan import transform_of
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
@@ -97,7 +102,7 @@ def write_latent_cache(
             _write_shard(output, shard, autoencoder, options, progress)
     if not all(_marker(output, shard).is_file() for shard in work):
         return False
-    files = {shard.name: json.loads(_marker(output, shard).read_text()) for shard in work}
+    files = {shard.name: read_json(_marker(output, shard), "finished shard") for shard in work}
     write_whole(output / CACHE_MANIFEST, json.dumps({**key, "files": files}, indent=1) + "\n")
     return True
 
@@ -113,10 +118,10 @@ def _prepare(output: Path, key: dict[str, Any], autoencoder: AutoEncoder) -> Non
     path = output / "key.json"
     # Jobs may start at the same moment, and another job's key.json.partial... is then part of this cache.
     names = {file.name for file in output.iterdir() if not file.name.startswith(f"{path.name}.partial")}
-    if path.name in names and json.loads(path.read_text()) != key:
-        raise ValueError(
-            f"{output} holds latents of another index, autoencoder, dtype or image transform; remove it or give another --output"
-        )
+    if path.name in names:
+        difference = key_difference(read_json(path, "--output"), key)
+        if difference:
+            raise ValueError(f"{output} holds latents of {difference}; give --overwrite, remove it, or give another --output")
     if names and path.name not in names:
         raise ValueError(f"{output} is not a latent cache; give another --output")
     write_whole(path, json.dumps(key))
@@ -138,15 +143,20 @@ class _Writer:
         self._builder, self._autoencoder, self._options = builder, autoencoder, options
         self._order: list[bytes] = []  # hashes of the pictures to write
         self._pixels: dict[bytes, torch.Tensor] = {}  # the ones to encode
+        self._labels: dict[bytes, str] = {}  # where they come from, for messages
         self._posteriors: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # bytes as written, most recently used last
         self._stored_bytes = 0
+        self.checksums: list[int] = []
 
-    def add(self, data: bytes, pixels: Callable[[], torch.Tensor]) -> int:
-        """Add the next image, keyed by its encoded bytes, and return the number of images written."""
+    def add(self, data: bytes, pixels: Callable[[], torch.Tensor], label: str) -> int:
+        """Add the next image, keyed by its encoded bytes, and return the number of images written.
+
+        ``label`` says where it comes from. Raises ValueError with it if the posterior of an image is not finite.
+        """
         name = hashlib.sha256(data).digest()
         self._order.append(name)
         if name not in self._posteriors and name not in self._pixels:
-            self._pixels[name] = pixels()
+            self._pixels[name], self._labels[name] = pixels(), label
         return self.flush() if len(self._pixels) == _BATCH or len(self._order) == _MAX_PENDING else 0
 
     @torch.no_grad()
@@ -154,15 +164,20 @@ class _Writer:
         """Write all added images and return their number."""
         moments = self._autoencoder.encode_many([image.to(self._options.device) for image in self._pixels.values()])
         for name, (mean, logvar) in zip(self._pixels, moments, strict=True):
-            posterior = torch.cat([mean, logvar]).to("cpu", DTYPES[self._options.dtype]).contiguous().view(torch.uint8).reshape(-1)
+            values = torch.cat([mean, logvar]).to("cpu", DTYPES[self._options.dtype]).contiguous()
+            if not is_finite(values):
+                raise ValueError(f"the autoencoder gives NaN or infinite values for {self._labels[name]}; check its weights (--vae)")
+            posterior = values.view(torch.uint8).reshape(-1)
             self._posteriors[name] = posterior
             self._stored_bytes += len(posterior)
         for name in self._order:
             self._builder.add_document(self._posteriors[name], [len(self._posteriors[name])])
+            self.checksums.append(zlib.crc32(self._posteriors[name].numpy().data))
             self._posteriors.move_to_end(name)
         num_written = len(self._order)
         self._order.clear()
         self._pixels.clear()
+        self._labels.clear()
         while self._stored_bytes > _REMEMBERED_BYTES:
             self._stored_bytes -= len(self._posteriors.popitem(last=False)[1])
         return num_written
@@ -177,10 +192,12 @@ def _write_shard(
     writer = _Writer(builder, autoencoder, options)
     for row in shard.reader.shard_rows(shard.number):
         for image in range(len(shard.reader.record(row).widths)):
-            progress(writer.add(shard.reader.image_bytes(row, image), partial(_pixels, shard, row, image)))
+            data = shard.reader.image_bytes(row, image)
+            progress(writer.add(data, partial(_pixels, shard, row, image), _label(shard, row, image)))
     progress(writer.flush())
     builder.finalize(str(marker.with_suffix(".idx")))
-    write_whole(marker, json.dumps({suffix: marker.with_suffix(f".{suffix}").stat().st_size for suffix in ("bin", "idx")}))
+    write_checksums(marker.with_suffix(""), writer.checksums)
+    write_whole(marker, json.dumps(cached_files(marker.with_suffix(""))))
 
 
 def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
@@ -189,9 +206,13 @@ def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
     try:
         decoded = decode_rgb(shard.reader.image_bytes(row, image), width * height)
     except ValueError as error:
-        path, line = shard.reader.source(row)
-        raise ValueError(f"image {image} of {shard.reader.name} sample {row} ({path}, row {line}) cannot be read: {error}") from error
+        raise ValueError(f"{_label(shard, row, image)} cannot be read: {error}") from error
     return image_tensor(decoded, transform, *output_size(transform, width, height))
+
+
+def _label(shard: _ShardWork, row: int, image: int) -> str:
+    path, line = shard.reader.source(row)
+    return f"image {image} of {shard.reader.name} sample {row} ({path}, row {line})"
 
 
 def clear_latent_cache(output: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.score import Reading, read_single
 from megatron_bagel.sample_world.text import captions, draw_edit, position_phrase
@@ -133,7 +134,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file. Raises ValueError if it does not exist."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}; run the step before this one first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for _, row in json_lines(path, "exam")]
 
 
 def to_scene(row: Mapping[str, Any]) -> Scene:

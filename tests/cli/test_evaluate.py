@@ -100,7 +100,7 @@ def test_each_format_is_read_and_handed_on(tmp_path: Path, name: str) -> None:
     ("name", "file", "content", "said"),
     [
         ("geneval", "a.jsonl", '{"prompt": "a"}\n{"tag": 1}\n', "a.jsonl, line 2: there is no prompt"),
-        ("geneval", "a.jsonl", "{", "a.jsonl, line 1: not JSON"),
+        ("geneval", "a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
         ("geneval", "a.jsonl", "", "holds no question"),
         ("wise", "a.json", '[{"Prompt": "a", "prompt_id": 1}, {"Prompt": "b", "prompt_id": 1}]', "'1' must name exactly one question"),
         ("wise", "a.json", '{"Prompt": "a"}', "expected a list of prompts"),

@@ -353,7 +353,7 @@ def test_recordings(tmp_path: Path, compare: Callable) -> None:
     [
         (lambda run: shutil.rmtree(run), "second does not exist"),
         (lambda run: [shutil.rmtree(run), run.mkdir()], "second holds nothing to compare: no metrics.jsonl"),
-        (lambda run: (run / "metrics.jsonl").write_text("torn\n{}\n"), "metrics.jsonl, line 1 is not JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("torn\n{}\n"), "metrics.jsonl, line 1 is not valid JSON"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1'), "metrics.jsonl holds no complete record"),
         (lambda run: write_metrics(run / "metrics.jsonl", [record(1), record(1)]), "metrics.jsonl holds step 1 twice"),
         (lambda run: os.truncate(run / "export/ema.safetensors", 4000), "ema.safetensors is not a complete safetensors file"),

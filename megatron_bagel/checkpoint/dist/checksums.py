@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.common.files import digest, write_whole
 
 CHECKSUM_FILE = "checksums.json"
@@ -33,7 +34,7 @@ def write_checksums(folder: Path) -> None:
     """Merge the parts of all ranks, add the sums of the other files and write ``checksums.json``. One rank calls it after all writes."""
     sums: dict[str, Any] = {}
     for part in sorted(folder.glob(f"{_PART}*")):
-        sums |= json.loads(part.read_text(encoding="utf-8"))
+        sums |= read_json(part, "checksums of a rank")
         part.unlink()
     remaining_paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (*sums, CHECKSUM_FILE)]
     sums |= digests(remaining_paths)
@@ -46,7 +47,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        sums = json.loads(path.read_text(encoding="utf-8"))
+        sums = read_json(path, "checkpoint")
         return {str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in sums.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error

@@ -29,7 +29,8 @@ from megatron_bagel.checkpoint.dist.state import (
     sharded_tensors,
     unwrapped,
 )
-from megatron_bagel.checkpoint.hf.load import assign, entries_of, matches
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
+from megatron_bagel.checkpoint.hf.load import assign, entries_of, matches, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
@@ -49,14 +50,14 @@ _MAY_DIFFER = (
 )
 
 
-def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(folder: str | Path, trained: Trained, check_weights: WeightCheck = "sampled") -> tuple[int, dict[str, Any]]:
     """Fill weights, optimizer and EMA from ``folder``, bit for bit.
 
     Returns:
         The number of steps done, and the run's state.
 
     Raises:
-        ValueError: If the folder is no complete checkpoint, or does not hold exactly what this run trains.
+        ValueError: If the folder is no complete checkpoint, does not hold exactly what this run trains, or a weight is not finite.
     """
     folder = Path(folder)
     state = _read_safely(folder)
@@ -64,6 +65,7 @@ def load_checkpoint(folder: str | Path, trained: Trained) -> tuple[int, dict[str
     template = sharded_state(trained, is_loading=True)
     _check_contents(folder, template)
     fill(trained, _load(folder, template))
+    _refuse_not_finite(trained.modules, folder, check_weights)
     return int(state["step"]), state["run"]
 
 
@@ -84,6 +86,7 @@ def load_weights_only(
     weights: str = "model",
     allow_missing: Sequence[str] = (),
     initial_value: Callable[[Entry], torch.Tensor] | None = None,
+    check_weights: WeightCheck = "sampled",
 ) -> None:
     """Fill only the modules, from the trained weights ("model") or their average ("ema"). A frozen weight is its average.
 
@@ -97,6 +100,7 @@ def load_weights_only(
         weights: "model" or "ema".
         allow_missing: Shell patterns of Hugging Face names that the checkpoint may lack.
         initial_value: Returns the full value of a weight that it lacks.
+        check_weights: How many values of each weight are checked to be finite.
 
     Raises:
         ValueError: Like ``load_checkpoint``, and if a checkpoint without an average is asked for "ema".
@@ -113,6 +117,7 @@ def load_weights_only(
     missing_names = _remove_missing(template["model"], weight_map, stored_shapes, allow_missing)
     requested_keys = _check_contents(folder, template, exact=False)
     _fill_modules(modules, _load(folder, template), missing_names)
+    _refuse_not_finite(modules, folder, check_weights)
     if initial_value is not None:
         _fill_missing(modules, weight_map, missing_names, initial_value)
     _log_loaded(folder, weights, requested_keys, WeightMap(saved_arch), missing_names)
@@ -213,6 +218,12 @@ def _fill_missing(
     for entry, parameter in entries_of(modules.values(), weight_map):
         if entry.name in missing_names:
             assign(parameter, initial_value(entry), entry)
+
+
+def _refuse_not_finite(modules: Mapping[str, nn.Module], folder: Path, check_weights: WeightCheck) -> None:
+    """Raise ValueError if a weight of this rank is not finite."""
+    for name, parameter in named_weights(modules.values()).items():
+        refuse_not_finite(parameter, name, folder, check_weights)
 
 
 def _check_contents(folder: Path, template: Mapping[str, Any], exact: bool = True) -> set[str]:

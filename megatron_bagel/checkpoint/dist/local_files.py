@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.checkpoint.dist.checksums import digests
 from megatron_bagel.common.files import write_whole
 
@@ -45,9 +46,11 @@ class RankFiles:
 
     def read_head(self, step: int) -> dict[str, Any]:
         """Return the head that was saved with a step. Raises ValueError if its file has changed since or is incomplete."""
-        path = self.file(step)
+        path, note_path = self.file(step), self.file(step).with_suffix(".json")
+        if not note_path.is_file():
+            raise ValueError(f"{path}: its save did not finish (there is no {note_path.name})")
         try:
-            note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            note = read_json(note_path, "local checkpoint")
             head, recorded_sum = note["head"], note["sum"]
             actual_sum = _sum(path)
         except OSError as error:

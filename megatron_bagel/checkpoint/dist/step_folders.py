@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.checkpoint.dist.checksums import file_problems, write_checksums
 
 logger = logging.getLogger(__name__)
@@ -176,9 +177,15 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     if not is_complete(folder):
         newest_folder = latest_checkpoint(folder)
         hint = f"; the newest checkpoint inside it is {newest_folder}" if newest_folder else ""
+        unusable = unusable_only(folder)
+        if unusable:
+            reasons = "; ".join(f"{path.name}: {', '.join(problems[:5])}" for path, problems in unusable.items())
+            raise ValueError(f"no checkpoint in {folder} can be used ({reasons}); copy one of them again with its hidden files (cp -r)")
         raise ValueError(f"{folder} is not a complete training checkpoint: it lacks {', '.join(_absent_files(folder))}{hint}")
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE_FILE, "checkpoint")
+        if not isinstance(state.get("format_version"), int):
+            raise ValueError("it has no format_version")
     except ValueError as error:
         raise ValueError(f"{folder / STATE_FILE} is damaged ({error}); copy the checkpoint again, or use another step") from error
     if state["format_version"] > FORMAT_VERSION:

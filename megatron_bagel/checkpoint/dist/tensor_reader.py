@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.config.architecture import BagelArch
 
@@ -41,8 +42,9 @@ class CheckpointWeights:
     ``step``, ``arch`` and ``state`` (the JSON state) describe the checkpoint. Raises ValueError for a folder that is no complete one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, check_weights: WeightCheck = "none") -> None:
+        """Read the state; ``check_weights`` says how many values of each tensor that is read are checked to be finite."""
+        self.folder, self.check_weights = Path(folder), check_weights
         self.state: dict[str, Any] = step_folders.read_state(self.folder)
         self.step = int(self.state["step"])
         self.arch = BagelArch.from_dict(self.state["arch"])
@@ -78,10 +80,11 @@ class CheckpointWeights:
         return tuple(stored.size), stored.properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
-        """Return one stored tensor, assembled from its shards."""
+        """Return one stored tensor, assembled from its shards. Raises ValueError if it is checked and not finite."""
         stored = self._stored[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        refuse_not_finite(tensor, key, self.folder, self.check_weights)
         return tensor
 
     def _stored_key(self, keys: Any) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
@@ -80,14 +81,14 @@ class HFFolder:
         """Return which of "ema" and "model" the folder holds."""
         return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
 
-    def weights(self, kind: str = "ema") -> SafetensorsReader:
-        """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index."""
+    def weights(self, kind: str = "ema", check_weights: WeightCheck = "sampled") -> SafetensorsReader:
+        """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index; ``check_weights`` is for reading tensors."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
         if kind not in self.available_weights():
             kinds = ", ".join(self.available_weights()) or "none"
             raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}")
-        return SafetensorsReader(self._weight_file(kind))
+        return SafetensorsReader(self._weight_file(kind), check_weights)
 
     def stored_latent_size(self, kind: str) -> int | None:
         """Return the ``max_latent_size`` that the weights ``kind`` were trained with, by their position table, or None without one."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.load import LoadReport, assign, check_against, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.pretrained import View, llm_source, vit_source
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
@@ -80,6 +81,7 @@ class InitialWeights:
         vit_path: str | Path | None,
         allow_missing: Sequence[str] = (),
         copy_init_moe: bool = False,
+        check_weights: WeightCheck = "sampled",
     ) -> InitialWeights:
         """Build the weights from folders; a path of None leaves that part at its seeded values.
 
@@ -93,13 +95,13 @@ class InitialWeights:
         if llm_path is None:
             optional_patterns.append("language_model.*")
         else:
-            view.merge(llm_source(llm_path, arch, partial(initial_value, arch=arch, seed=seed)))
+            view.merge(llm_source(llm_path, arch, partial(initial_value, arch=arch, seed=seed), check_weights))
             if not any("q_norm" in name for name in view.keys()):  # noqa: SIM118
                 optional_patterns += ["*.q_norm.weight", "*.k_norm.weight"]
         if vit_path is None or arch.vit is None:
             optional_patterns.append("vit_model.*")
         else:
-            view.merge(vit_source(vit_path, arch))
+            view.merge(vit_source(vit_path, arch, check_weights))
         weights = cls(arch, seed, view, tuple(optional_patterns), copy_init_moe)
         if copy_init_moe:
             weights._copy_understanding_expert()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.load import TensorSource
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
@@ -65,21 +66,23 @@ class View:
         return change(source.get(source_name))
 
 
-def folder_weights(folder: str | Path, flag: str) -> SafetensorsReader:
+def folder_weights(folder: str | Path, flag: str, check_weights: WeightCheck = "sampled") -> SafetensorsReader:
     """Open ``model.safetensors`` of a Hugging Face folder, single or sharded. Raises ValueError naming ``flag``."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag}: there is no folder {folder}")
     for name in ("model.safetensors.index.json", "model.safetensors"):
         if (folder / name).is_file():
-            return SafetensorsReader(folder / name)
+            return SafetensorsReader(folder / name, check_weights)
     raise ValueError(
         f"{flag}: {folder} holds neither model.safetensors nor model.safetensors.index.json (pickled .bin weights are not read). "
         "To start from seeded random weights on purpose, pass --init_random True"
     )
 
 
-def llm_source(folder: str | Path, arch: BagelArch, extra_rows: Callable[[Entry], torch.Tensor]) -> View:
+def llm_source(
+    folder: str | Path, arch: BagelArch, extra_rows: Callable[[Entry], torch.Tensor], check_weights: WeightCheck = "sampled"
+) -> View:
     """View a Qwen2-style folder under BAGEL's names.
 
     ``extra_rows(entry)`` (the full start value) fills a vocabulary larger than the file's; a vocabulary is never truncated. If the file
@@ -89,7 +92,7 @@ def llm_source(folder: str | Path, arch: BagelArch, extra_rows: Callable[[Entry]
     Raises:
         ValueError: If the file has more vocabulary rows than the model.
     """
-    reader = folder_weights(folder, "--llm_path")
+    reader = folder_weights(folder, "--llm_path", check_weights)
     sources = {f"language_model.{name}": name for name in reader.keys()}  # noqa: SIM118
     head = "language_model.lm_head.weight"
     if arch.llm.tie_word_embeddings:
@@ -112,9 +115,9 @@ def llm_source(folder: str | Path, arch: BagelArch, extra_rows: Callable[[Entry]
     return view
 
 
-def vit_source(folder: str | Path, arch: BagelArch) -> View:
+def vit_source(folder: str | Path, arch: BagelArch, check_weights: WeightCheck = "sampled") -> View:
     """View a SigLIP folder under BAGEL's names: the patch convolution becomes a linear, layers past the selected one are dropped."""
-    reader = folder_weights(folder, "--vit_path")
+    reader = folder_weights(folder, "--vit_path", check_weights)
     view, dropped = View(reader.path), []
     for source_name in reader.keys():  # noqa: SIM118
         # transformers 5 saves a vision tower without the prefix that earlier releases and BAGEL use.

@@ -19,6 +19,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
+from megatron_bagel.common.files import refuse_lfs_pointer
+from megatron_bagel.common.json_files import parse_json, read_json
+
 _DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -38,13 +42,16 @@ class _TensorLocation(NamedTuple):
 def _header(file: Path) -> dict[str, _TensorLocation]:
     """Return the locations of a file's tensors by rising offset. Raises ValueError for a file that the library rejects."""
     try:
+        refuse_lfs_pointer(file, "weights")
         with safe_open(file, framework="pt", device="cpu"):
             pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            entries = parse_json(stream.read(length), f"the header of {file}")
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        entries = json.loads(stream.read(length))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
     entries.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in entries.values()} - _NAME_DTYPES.keys())
     if unknown:
@@ -62,13 +69,16 @@ class SafetensorsReader:
     Raises ValueError naming a missing, truncated or foreign file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, check_weights: WeightCheck = "sampled") -> None:
+        """Read the header; ``check_weights`` says how many values of each tensor that is read are checked to be finite."""
+        self.path, self.check_weights = Path(path), check_weights
         if not self.path.is_file():
             raise ValueError(f"there is no weight file {self.path}")
         if self.path.suffix == ".json":
-            index = json.loads(self.path.read_text(encoding="utf-8"))
-            self._file_of = {name: self.path.parent / file for name, file in index["weight_map"].items()}
+            weight_map = read_json(self.path, "weights").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"{self.path} has no weight_map of tensor names and files; copy it again")
+            self._file_of = {name: self.path.parent / file for name, file in weight_map.items()}
             missing_files = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
             if missing_files:
                 raise ValueError(f"{self.path} names files that do not exist: {', '.join(missing_files)}")
@@ -97,7 +107,7 @@ class SafetensorsReader:
         return location.shape, location.dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """Read the tensor ``name`` into separate memory."""
+        """Read the tensor ``name`` into separate memory. Raises ValueError if the file is too short, or if it holds NaN or infinity."""
         location = self._location(name)
         tensor = torch.empty(location.shape, dtype=location.dtype)
         with self._file_of[name].open("rb", buffering=0) as file:
@@ -109,6 +119,7 @@ class SafetensorsReader:
                 if not num_bytes:
                     raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
                 remaining_bytes = remaining_bytes[num_bytes:]
+        refuse_not_finite(tensor, name, self._file_of[name], self.check_weights)
         return tensor
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.cli.usage import report_error
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.config.architecture import AutoencoderArch
 
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
@@ -40,9 +40,7 @@ def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
     """Return the shape in the JSON file of ``--autoencoder-config``, or None without a file."""
     if path is None:
         return None
-    if not path.is_file():
-        raise ValueError(f"--autoencoder-config: there is no file {path}")
-    return AutoencoderArch.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return AutoencoderArch.from_dict(read_json(path, "--autoencoder-config"))
 
 
 def size(text: str) -> int:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.json_files import parse_json
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
@@ -35,11 +35,7 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
                 if path.suffix != ".jsonl":
                     yield line
                     continue
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-                yield from strings(value)
+                yield from strings(parse_json(line, f"{path}, line {number}"))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tokenizer") -> int:

@@ -1,33 +1,39 @@
 """Check every byte of an index: checksums, columns, token ids, and that each image decodes to its planned size.
 
     %(prog)s INDEX --workers 8
+    %(prog)s LATENTS
 
-Every problem is a line with shard, source file and row. The exit status is 1 if there is one.
+Of a latent cache it checks sizes, checksums, and that every stored number is finite. Every problem is a line with shard, source file and
+row, or image. The exit status is 1 if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.data.index.format import Manifest, read_manifest
+from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
 from megatron_bagel.data.index.verify import shard_problems
+from megatron_bagel.data.index.verify_latents import cached_shard_problems
 
+T = TypeVar("T")
 Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of the shard, whether to decode images
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the command line's values."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("index", type=Path, help="folder of an index")
+    parser.add_argument("index", type=Path, help="folder of an index or of a latent cache")
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 checks in this one (default)")
     parser.add_argument("--no-decode", action="store_true", help="do not decode images (several times faster)")
     return parser.parse_args(argv)
@@ -45,25 +51,51 @@ def _manifest(index: Path) -> Manifest:
     return read_manifest(index)
 
 
-def results(work: Sequence[Work], workers: int) -> Iterator[list[str]]:
+def results(check_one: Callable[[T], list[str]], work: Sequence[T], workers: int) -> Iterator[list[str]]:
     """Yield the problems of every shard, in order."""
     if workers < 2:
-        yield from map(check, work)
+        yield from map(check_one, work)
         return
     with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-        yield from pool.map(check, work)
+        yield from pool.map(check_one, work)
+
+
+def check_latents(work: tuple[Path, str]) -> list[str]:
+    """Return the problems of one shard of a latent cache."""
+    folder, label = work
+    return list(cached_shard_problems(folder, _cache_manifest(folder), label))
+
+
+@lru_cache(maxsize=1)
+def _cache_manifest(folder: Path) -> dict[str, Any]:
+    return read_cache_manifest(folder)
+
+
+def verify_latents(folder: Path, workers: int) -> int:
+    """Print the problems of a latent cache. Returns the exit status; raises ValueError if its manifest is damaged."""
+    labels = list(read_cache_manifest(folder)["files"])
+    count = 0
+    problems_by_shard = results(check_latents, [(folder, label) for label in labels], workers)
+    for problems in tqdm(problems_by_shard, total=len(labels), unit="shard", disable=None):
+        count += len(problems)
+        for problem in problems:
+            print(problem)
+    print(f"{folder}: latents of {len(labels)} shard(s), " + (f"{count} problem(s)" if count else "all as they should be"))
+    return 1 if count else 0
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
-    """Print the problems of an index. Returns the exit status."""
+    """Print the problems of an index or a latent cache. Returns the exit status."""
     args = parse_arguments(argv, prog)
     try:
+        if (args.index / CACHE_MANIFEST).is_file():
+            return verify_latents(args.index, args.workers)
         manifest = read_manifest(args.index)
     except ValueError as error:
         report_error(prog, error)
         return 2
     shards = [(i, j, shard) for i, dataset in enumerate(manifest.datasets) for j, shard in enumerate(dataset.shards)]
-    problems_by_shard = results([(args.index, i, j, not args.no_decode) for i, j, _ in shards], args.workers)
+    problems_by_shard = results(check, [(args.index, i, j, not args.no_decode) for i, j, _ in shards], args.workers)
     count = 0
     with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as bar:
         for (_, _, shard), problems in zip(shards, problems_by_shard, strict=True):

@@ -26,6 +26,7 @@ from megatron_bagel.data.index.format import MANIFEST, Manifest, read_manifest
 from megatron_bagel.data.index.plan import ROWS_PER_SHARD, ImageChecks, IndexPlan, ShardPlan, plan_index
 from megatron_bagel.data.index.publish import INDEX, PLAN, build_folder, finished_shard, locked, publish
 from megatron_bagel.data.index.shard_writer import write_shard
+from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,9 +57,12 @@ class BuildOptions:
 
 
 def build_index(
-    groups: Sequence[GroupConfig], tokenizer_path: Path, output: Path, options: BuildOptions = BuildOptions()
-) -> Manifest | None:
+    groups: Sequence[GroupConfig], tokenizer_path: Path, output: Path, options: BuildOptions = BuildOptions(),
+    remedy: str = "give --overwrite or another --output",
+) -> Manifest | None:  # fmt: skip
     """Build the index of ``groups`` at ``output``, or return the existing one if it matches.
+
+    It matches although the times of its sources differ, as long as their bytes are the same. ``remedy`` ends the message if it does not.
 
     One of several jobs writes its shards into a separate folder beside ``output``; ``merge_jobs`` then makes the index.
 
@@ -73,7 +77,7 @@ def build_index(
     build = build_folder(output, options.job_index, options.num_jobs)
     with locked(build):
         if output.exists() and not options.overwrite:
-            manifest = _check_existing(output, plan.build_key)
+            manifest = _check_existing(output, plan, remedy)
             shutil.rmtree(build, ignore_errors=True)  # the leftovers of a kill right after publishing
             return manifest
         _prepare(build, plan)
@@ -82,10 +86,10 @@ def build_index(
         return publish(build, plan.summary(), output) if options.num_jobs == 1 else None
 
 
-def _check_existing(output: Path, build_key: str) -> Manifest:
+def _check_existing(output: Path, plan: IndexPlan, remedy: str) -> Manifest:
     manifest = read_manifest(output)
-    if manifest.build_key != build_key:
-        raise ValueError(f"{output} holds the index of other sources or another tokenizer; give --overwrite or another --output")
+    if not has_same_sources(manifest, plan):
+        raise ValueError(f"{output} holds the index of other sources or another tokenizer; {remedy}")
     return manifest
 
 

@@ -4,6 +4,7 @@
     INDEX/skipped.jsonl                      every skipped row: dataset, file, row, reason
     INDEX/<group>/<dataset>/00000.bin .idx   bytes (Megatron-Core's IndexedDataset of uint8): per sample its texts, then its images;
                                              a text is its token ids as little-endian int32, an image the bytes of the source
+    INDEX/<group>/<dataset>/00000.crc        CRC-32 of every text and image, in the order of the .bin
     INDEX/<group>/<dataset>/00000.arrow      planning data, one row per sample (Arrow IPC, one record batch)
 
 A dataset is cut into shards by its source rows alone, so an index has the same bytes for any number of processes.
@@ -13,15 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from megatron_bagel.common.json_files import read_json
+
 SCHEMA_VERSION = 1
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
-SHARD_FILES = ("bin", "idx", "arrow")
+SHARD_FILES = ("bin", "idx", "arrow", "crc")  # shards of earlier versions lack the last one
 TEXT_MODE, IMAGE_MODE = 0, 1  # Megatron-Core's per-sequence modes
 
 _INT32_LIST = pa.list_(pa.field("item", pa.int32(), nullable=False))
@@ -37,7 +40,11 @@ PLANNING_SCHEMA = pa.schema([
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: ``name`` is the stem of its files, and ``files`` maps a suffix to (bytes, sha256)."""
+    """One shard: ``name`` is the stem of its files, and ``files`` maps a suffix to (bytes, sha256).
+
+    ``arrow_crc32`` is compared when the planning columns are opened; earlier versions recorded none. ``source_checksums`` maps the number
+    of a source whose first row is in this shard to (bytes, crc32) of the file.
+    """
 
     name: str
     samples: int
@@ -47,15 +54,22 @@ class ShardInfo:
     skipped: dict[str, int]
     files: dict[str, tuple[int, str]]
     samples_per_source: dict[str, int]
+    arrow_crc32: int | None = None
+    source_checksums: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source file of a dataset: the number of its rows, and of those that became samples."""
+    """One source file of a dataset: the number of its rows, and of those that became samples.
+
+    ``bytes`` and ``crc32`` identify its content; None for remote files, and in an index of an earlier version.
+    """
 
     path: str
     rows: int
     samples: int
+    bytes: int | None = None
+    crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``manifest.json``. ``build_key`` identifies the inputs: sources, tokenizer, settings."""
+    """The content of ``manifest.json``.
+
+    ``build_key`` identifies the inputs: sources with their times, tokenizer, settings. ``inputs_key`` leaves times and contents out, which
+    the sources themselves record; an index of an earlier version has none.
+    """
 
     schema_version: int
     build_key: str
@@ -89,6 +107,7 @@ class Manifest:
     tokenizer_path: str
     vocabulary_size: int
     datasets: list[DatasetInfo]
+    inputs_key: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -106,7 +125,8 @@ class Manifest:
 
 def shard_from_dict(content: dict[str, Any]) -> ShardInfo:
     """Invert ``dataclasses.asdict`` after a round trip through JSON."""
-    return ShardInfo(**{**content, "files": {ending: tuple(value) for ending, value in content["files"].items()}})
+    pairs = {name: {key: tuple(value) for key, value in content.get(name, {}).items()} for name in ("files", "source_checksums")}
+    return ShardInfo(**{**content, **pairs})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -114,12 +134,12 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is not an index: it has no {MANIFEST}; build one with data_tools/build_index.py")
+    content = read_json(path, "index")
+    version = content.get("schema_version")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        remedy = "update megatron_bagel" if version > SCHEMA_VERSION else "build the index again"
+        raise ValueError(f"{path} has schema {version}, this version reads {SCHEMA_VERSION}; {remedy}")
     try:
-        content = json.loads(path.read_text())
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            remedy = "update megatron_bagel" if version > SCHEMA_VERSION else "build the index again"
-            raise ValueError(f"{path} has schema {version}, this version reads {SCHEMA_VERSION}; {remedy}")
         datasets = [
             DatasetInfo(
                 entry["group"],
@@ -131,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
             for entry in content["datasets"]
         ]
         return Manifest(**{**content, "datasets": datasets})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest ({error!r}); build the index again") from error
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_files import parse_json
 from megatron_bagel.data.index.format import SCHEMA_VERSION
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
@@ -71,13 +72,14 @@ class DatasetPlan:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """The part of the manifest that is known before building. ``build_key`` identifies the inputs: files, tokenizer, settings."""
+    """The part of the manifest that is known before building; ``format.Manifest`` explains both keys."""
 
     build_key: str
     tokenizer_fingerprint: str
     tokenizer_path: str
     vocabulary_size: int
     datasets: list[DatasetPlan]
+    inputs_key: str
 
     @property
     def shards(self) -> list[ShardPlan]:
@@ -99,9 +101,13 @@ def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rows_per_sha
     """Plan the index of ``groups``. Raises ValueError if a source is missing or no file of a dataset is usable."""
     datasets = [_plan_dataset(group, entry, rows_per_shard, checks) for group in groups for entry in group.datasets]
     stats = [(location, *size_and_time(location)) for dataset in datasets for location, _ in dataset.sources]
-    content = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(dataset) for dataset in datasets], stats]
-    build_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-    return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets)
+    inputs = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(dataset) for dataset in datasets]]
+    keys = _key([*inputs, stats]), _key(inputs)
+    return IndexPlan(keys[0], tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, keys[1])
+
+
+def _key(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
@@ -161,9 +167,11 @@ def _unlisted(files: list[str], entry: DatasetEntry) -> list[str]:
     if info is None:
         return []
     try:
-        reasons = json.loads(read_raw(info))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} cannot be read as JSON ({error})") from error
+        reasons = parse_json(read_raw(info), f"dataset {entry.name}: parquet_info_path {info}")
+    except OSError as error:
+        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} cannot be read ({error})") from error
+    if not isinstance(reasons, dict):
+        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} holds a {type(reasons).__name__}, expected an object by file")
     known = {last_parts(key) for key in reasons}
     unlisted = [path for path in files if last_parts(path) not in known]
     if len(unlisted) == len(files):

@@ -24,10 +24,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from megatron_bagel.common.files import write_whole
+from megatron_bagel.common.json_files import read_json
 from megatron_bagel.data.index.format import (
     MANIFEST,
     SCHEMA_VERSION,
-    SHARD_FILES,
     SKIPPED,
     DatasetInfo,
     Manifest,
@@ -52,7 +52,7 @@ def finished_shard(build: Path, group: str, dataset: str, name: str) -> ShardInf
     path = dataset_folder(build / STATE, group, dataset) / f"{name}.json"
     if not path.is_file():
         return None
-    info, stem = shard_from_dict(json.loads(path.read_text())), dataset_folder(build / INDEX, group, dataset) / name
+    info, stem = shard_from_dict(read_json(path, "finished shard")), dataset_folder(build / INDEX, group, dataset) / name
     files = [(Path(f"{stem}.{suffix}"), size) for suffix, (size, _) in info.files.items()]
     return info if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
@@ -85,7 +85,8 @@ def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
         _write_skipped(build, plan)
         _refuse_empty(datasets, build / INDEX / SKIPPED)
         settings = (plan["build_key"], plan["tokenizer_fingerprint"], plan["tokenizer_path"], plan["vocabulary_size"])
-        write_whole(build / INDEX / MANIFEST, Manifest(SCHEMA_VERSION, *settings, datasets).to_json())
+        manifest = Manifest(SCHEMA_VERSION, *settings, datasets, plan.get("inputs_key"))
+        write_whole(build / INDEX / MANIFEST, manifest.to_json())
     manifest = read_manifest(build / INDEX)
     if output.exists():
         shutil.rmtree(build / "old", ignore_errors=True)
@@ -112,7 +113,7 @@ def merge_jobs(output: Path, parts: Sequence[Path], overwrite: bool = False) -> 
             if manifest.build_key != plan["build_key"]:
                 raise ValueError(f"{output} holds another index; give --overwrite or another --output")
         else:
-            if not (build / INDEX / MANIFEST).is_file() or json.loads((build / PLAN).read_text()) != plan:
+            if not (build / INDEX / MANIFEST).is_file() or read_json(build / PLAN, "unfinished build") != plan:
                 shutil.rmtree(build, ignore_errors=True)
                 _collect(parts, plan, build)
             manifest = publish(build, plan, output)
@@ -145,7 +146,7 @@ def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:
     for part in parts:
         if not (part / PLAN).is_file():
             raise ValueError(f"{part} is not the folder of a build job: it has no {PLAN}")
-        plans.append(json.loads((part / PLAN).read_text()))
+        plans.append(read_json(part / PLAN, "build job"))
         if plans[-1]["build_key"] != plans[0]["build_key"]:
             raise ValueError(f"{part} was built from other sources, settings or another tokenizer than {parts[0]}; run its job again")
     return plans[0]
@@ -154,15 +155,15 @@ def _common_plan(parts: Sequence[Path]) -> dict[str, Any]:
 def _collect(parts: Sequence[Path], plan: dict[str, Any], build: Path) -> None:
     """Bring every shard into ``build`` from the job that finished it. Raises ValueError if no job has finished one."""
     names = [(dataset["group"], dataset["name"], shard) for dataset in plan["datasets"] for shard in dataset["shards"]]
-    finished = {name: part for name in names for part in parts if finished_shard(part, *name)}
+    finished = {name: (part, info) for name in names for part in parts if (info := finished_shard(part, *name)) is not None}
     unfinished = [name for name in names if name not in finished]
     if unfinished:
         raise ValueError(
             f"{len(unfinished)} of {len(names)} shards are not finished, the first one {'/'.join(unfinished[0])}; run the missing or "
             f"interrupted jobs again. Searched: {', '.join(part.name for part in parts)}"
         )
-    for (group, dataset, shard), part in finished.items():
-        for kind, endings in ((INDEX, SHARD_FILES), (STATE, ("json", "skipped.jsonl"))):
+    for (group, dataset, shard), (part, info) in finished.items():
+        for kind, endings in ((INDEX, (*info.files,)), (STATE, ("json", "skipped.jsonl"))):
             target = dataset_folder(build / kind, group, dataset)
             target.mkdir(parents=True, exist_ok=True)
             for ending in endings:
@@ -184,10 +185,14 @@ def _dataset_info(build: Path, plan: dict[str, Any]) -> DatasetInfo:
     shards = [_shard_info(build, plan["group"], plan["name"], name) for name in plan["shards"]]
     skipped = Counter(short_reason(reason) for _, reason in plan["bad_files"])
     per_source: Counter[str] = Counter()
+    contents: dict[str, tuple[int, int]] = {}
     for shard in shards:
         skipped.update(shard.skipped)
         per_source.update(shard.samples_per_source)
-    sources = [SourceInfo(path, rows, per_source[str(i)]) for i, (path, rows) in enumerate(plan["sources"])]
+        contents |= shard.source_checksums
+    sources = [
+        SourceInfo(path, rows, per_source[str(i)], *contents.get(str(i), (None, None))) for i, (path, rows) in enumerate(plan["sources"])
+    ]
     return DatasetInfo(plan["group"], plan["name"], sources, shards, dict(skipped))
 
 

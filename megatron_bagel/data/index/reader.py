@@ -6,60 +6,69 @@ A reader can be pickled and forked freely; every process maps the files separate
 from __future__ import annotations
 
 import bisect
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_bagel.common.files import crc32
+from megatron_bagel.data.index.arrow_files import read_planning_batch
 from megatron_bagel.data.index.columns import PlanningColumns, Ragged, concatenate_rows
 from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
+from megatron_bagel.data.index.sequences import OPENING, StoredSequences, checked_size
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValRows, TrainValSplit
 from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.records import Record
 from megatron_bagel.data.tokenizer import Tokenizer
 
-OPENING = threading.Lock()  # a thread holds it from ``open_indexed`` until it has copied the bytes
-
-
-@lru_cache(maxsize=64)
-def open_indexed(stem: str, changed: int, multimodal: bool) -> IndexedDataset:
-    """Open the sequences of a shard, and keep the shards used last.
-
-    An open shard holds three file descriptors, and a large index has more shards than a process may have open files. Views of their
-    bytes must not outlive the next call. ``changed``, the time of the ``.bin``, distinguishes a shard from an earlier one at the path.
-    """
-    return IndexedDataset(stem, multimodal=multimodal, mmap=True)
-
 
 class Shard(PlanningColumns):
     """One memory-mapped shard. Its columns are read-only views with one entry per sample, and hold no open file."""
 
-    def __init__(self, folder: Path, info: ShardInfo) -> None:
-        """Map the shard. Raises ValueError if a file is missing or its size differs from the manifest (an interrupted copy)."""
+    def __init__(self, folder: Path, info: ShardInfo, check_all: bool = False) -> None:
+        """Map the shard's columns; ``check_all`` compares the checksum of every text and image that is read.
+
+        Raises ValueError if a file is missing or its size differs from the manifest (an interrupted copy), or the columns are damaged.
+        """
         stem = folder / info.name
         for suffix, (size, _) in info.files.items():
-            path = Path(f"{stem}.{suffix}")
-            stat = path.stat() if path.is_file() else None
-            if stat is None or stat.st_size != size:
-                actual_size = "no file" if stat is None else stat.st_size
-                raise ValueError(f"{path} should have {size} bytes but has {actual_size}; copy or build the index again")
-        self._bytes = str(stem), Path(f"{stem}.bin").stat().st_mtime_ns, True
-        with pa.memory_map(f"{stem}.arrow") as mapped:  # the columns keep the mapping after the file is closed
-            batch = pa.ipc.open_file(mapped).get_batch(0)
+            checked_size(stem, suffix, size, "copy or build the index again")
+        self._stem, self._info, self._check_all = stem, info, check_all
+        columns = Path(f"{stem}.arrow")
+        if info.arrow_crc32 is not None and crc32(columns) != info.arrow_crc32:
+            raise ValueError(f"{columns} does not have the checksum of the manifest; copy or build the index again")
+        batch = read_planning_batch(columns)
         super().__init__(*(_ragged(batch.column(name)) for name in ("text_tokens", "structure", "width", "height")))
         self.source_file = batch.column("source_file").to_numpy()
         self.source_row = batch.column("source_row").to_numpy()
 
-    def sequence(self, number: int) -> np.ndarray:
-        """Return the bytes of one text or image of the shard, as a uint8 view."""
-        return open_indexed(*self._bytes)[number][0]
+        if info.arrow_crc32 is None:
+            _check_columns(self, info, columns)
+
+    @cached_property
+    def sequences(self) -> StoredSequences:
+        """Return the texts and images of the shard. Raises ValueError if the table of their offsets is damaged."""
+        info = self._info
+        return StoredSequences.open(self._stem, info.texts + info.images, True, "crc" in info.files, self._check_all)
+
+
+def _check_columns(shard: Shard, info: ShardInfo, path: Path) -> None:
+    """Raise ValueError if columns without a recorded checksum do not fit each other or the manifest."""
+    counts = len(shard.source_row), len(shard.text_tokens.values), len(shard.width.values)
+    are_values_possible = np.array_equal(shard.width.offsets, shard.height.offsets) and all(
+        not len(values) or values.min() >= minimum
+        for values, minimum in (
+            (shard.text_tokens.values, 0), (shard.structure.values, 0), (shard.width.values, 1), (shard.height.values, 1),
+            (shard.source_file, 0), (shard.source_row, 0),
+        )
+    )  # fmt: skip
+    if counts != (info.samples, info.texts, info.images) or not are_values_possible:
+        raise ValueError(f"{path} is damaged (its columns do not fit each other or the manifest); copy or build the index again")
 
 
 def _ragged(column: pa.ListArray) -> Ragged:
@@ -72,8 +81,8 @@ Rows = TrainValRows | np.ndarray  # row numbers, indexed by an array of position
 class DatasetReader:
     """One dataset of an index. Row i is a sample; its texts and images are numbered from 0."""
 
-    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int) -> None:
-        self.info, self.vocabulary_size = info, vocabulary_size
+    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int, check_all: bool = False) -> None:
+        self.info, self.vocabulary_size, self._check_all = info, vocabulary_size, check_all
         self.group = info.group
         self.name = info.key
         self._folder = dataset_folder(folder, info.group, info.name)
@@ -97,7 +106,10 @@ class DatasetReader:
         if not 0 <= text < len(shard.text_tokens[row]):
             raise IndexError(f"{self.name} row {index} has {len(shard.text_tokens[row])} texts, no text {text}")
         with OPENING:
-            ids = shard.sequence(self._first_sequence(shard, row) + text).view("<i4").astype(np.int64)
+            data = shard.sequences.read(self._first_sequence(shard, row) + text, check=True)
+            if len(data) != 4 * shard.text_tokens[row][text]:
+                raise ValueError(f"text {text} has {len(data)} bytes, planned with {shard.text_tokens[row][text]} tokens of 4 bytes")
+            ids = data.view("<i4").astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary_size:
             raise ValueError(f"text {text} has token ids from {ids.min()} to {ids.max()}, the vocabulary {self.vocabulary_size}")
         return ids
@@ -109,7 +121,7 @@ class DatasetReader:
         if not 0 <= image < images:
             raise IndexError(f"{self.name} row {index} has {images} images, no image {image}")
         with OPENING:
-            return shard.sequence(self._first_sequence(shard, row) + texts + image).tobytes()
+            return shard.sequences.read(self._first_sequence(shard, row) + texts + image).tobytes()
 
     def image_number_in_shard(self, index: int, image: int) -> tuple[str, int]:
         """Return the name of the shard and the number among its images of one image of row ``index``."""
@@ -183,7 +195,7 @@ class DatasetReader:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = Shard(self._folder, self.info.shards[number])
+            self._shards[number] = Shard(self._folder, self.info.shards[number], self._check_all)
         return self._shards[number]
 
     @staticmethod
@@ -199,8 +211,11 @@ class IndexedSamples:
     datasets: Mapping[str, DatasetReader]
 
     @classmethod
-    def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> IndexedSamples:
-        """Open an index. Raises ValueError if ``folder`` holds no index of this version, or one of another tokenizer."""
+    def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None, check_all: bool = False) -> IndexedSamples:
+        """Open an index; ``check_all`` compares the checksum of every image that is read, not only of texts and small images.
+
+        Raises ValueError if ``folder`` holds no index of this version, or one of another tokenizer.
+        """
         folder = Path(folder)
         manifest = read_manifest(folder)
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
@@ -208,7 +223,7 @@ class IndexedSamples:
                 f"the index {folder} was built with the tokenizer {manifest.tokenizer_path}, which differs from {tokenizer.path}; "
                 "build the index again with this one, or train with that one"
             )
-        return cls(manifest, {info.key: DatasetReader(folder, info, manifest.vocabulary_size) for info in manifest.datasets})
+        return cls(manifest, {info.key: DatasetReader(folder, info, manifest.vocabulary_size, check_all) for info in manifest.datasets})
 
     def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:
         """Return the reader of one dataset of the config. Raises ValueError if the index lacks it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bagel.common.files import digest, write_whole
+from megatron_bagel.common.files import crc32, digest, write_whole
 from megatron_bagel.data.index.format import (
     IMAGE_MODE,
     PLANNING_SCHEMA,
@@ -25,6 +26,8 @@ from megatron_bagel.data.index.format import (
 )
 from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
+from megatron_bagel.data.index.sequences import write_checksums
+from megatron_bagel.data.index.source_contents import source_checksums
 from megatron_bagel.data.sources.records import RawSample
 from megatron_bagel.data.sources.rows import BadRow, read_unit
 from megatron_bagel.data.tokenizer import Tokenizer
@@ -79,6 +82,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     stem = folder / plan.name
     builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=np.uint8, multimodal=True)
     columns = _Columns()
+    checksums: list[int] = []
     skipped: Counter[str] = Counter()
     per_source: Counter[str] = Counter()
     counts: Counter[str] = Counter(samples=0, texts=0, images=0, tokens=0)
@@ -95,23 +99,33 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                     continue
                 finally:
                     progress(1)
-                tokens = _add_sample(builder, sample, tokenizer)
+                tokens = _add_sample(builder, checksums, sample, tokenizer)
                 columns.add(sample, tokens, sizes, unit.source, row)
                 per_source[str(unit.source)] += 1
                 counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
     builder.finalize(f"{stem}.idx")
+    write_checksums(stem, checksums)
     columns.write(Path(f"{stem}.arrow"))
     files = {suffix: _checksum(Path(f"{stem}.{suffix}")) for suffix in SHARD_FILES}
-    info = ShardInfo(plan.name, **counts, skipped=dict(skipped), files=files, samples_per_source=dict(per_source))
+    info = ShardInfo(
+        plan.name,
+        **counts,
+        skipped=dict(skipped),
+        files=files,
+        samples_per_source=dict(per_source),
+        arrow_crc32=crc32(Path(f"{stem}.arrow")),
+        source_checksums=source_checksums(plan.units),
+    )
     write_whole(state / f"{plan.name}.json", json.dumps(dataclasses.asdict(info)))
     return info
 
 
-def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: Tokenizer) -> list[int]:
+def _add_sample(builder: IndexedDatasetBuilder, checksums: list[int], sample: RawSample, tokenizer: Tokenizer) -> list[int]:
     ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
     parts = [i.tobytes() for i in ids] + sample.images
     modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(sample.images)
     builder.add_document(np.frombuffer(b"".join(parts), dtype=np.uint8), [len(part) for part in parts], modes)
+    checksums += map(zlib.crc32, parts)
     return [len(i) for i in ids]
 
 

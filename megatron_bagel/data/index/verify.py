@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bagel.common.files import digest
-from megatron_bagel.data.index.format import SHARD_FILES, DatasetInfo, Manifest, ShardInfo, dataset_folder
+from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder
 from megatron_bagel.data.index.reader import Shard
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, forms_per_instruction
@@ -23,14 +23,16 @@ def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard:
     """
     folder = dataset_folder(index, dataset.group, dataset.name)
     label = f"{dataset.key}/{shard.name}"
+    for suffix, (_, recorded_sum) in shard.files.items():
+        path = folder / f"{shard.name}.{suffix}"
+        if path.is_file() and digest(path).sha256 != recorded_sum:
+            yield f"{label}: {shard.name}.{suffix} does not have the checksum of the manifest; copy or build the index again"
     try:
-        data = Shard(folder, shard)
+        data = Shard(folder, shard, check_all=True)
+        _ = data.sequences
     except (ValueError, OSError) as error:
         yield f"{label}: {error}"
         return
-    for suffix in SHARD_FILES:
-        if digest(folder / f"{shard.name}.{suffix}").sha256 != shard.files[suffix][1]:
-            yield f"{label}: {shard.name}.{suffix} does not have the checksum of the manifest; copy or build the index again"
     actual_counts = {"samples": len(data.source_row), "texts": len(data.text_tokens.values), "images": len(data.width.values)}
     differing = {name: count for name, count in actual_counts.items() if count != getattr(shard, name)}
     if differing:
@@ -50,14 +52,18 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, vocabular
     if problem := _structure_problem(group, data.structure[row], len(tokens), len(widths)):
         yield problem
     for text, count in enumerate(tokens):
-        stored_bytes = data.sequence(sequence + text)
+        try:
+            stored_bytes = data.sequences.read(sequence + text)
+        except ValueError as error:
+            yield f"text {text}: {error}"
+            continue
         if len(stored_bytes) != 4 * count:
             yield f"text {text} has {len(stored_bytes)} bytes for {count} tokens"
         elif count and not 0 <= (ids := stored_bytes.view("<i4")).min() <= ids.max() < vocabulary:
             yield f"text {text} has token ids outside the vocabulary of {vocabulary}"
     for image, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)) if decode else ():
         try:
-            size = decode_rgb(data.sequence(sequence + len(tokens) + image).data, width * height).size
+            size = decode_rgb(data.sequences.read(sequence + len(tokens) + image).data, width * height).size
         except ValueError as error:
             yield f"image {image}: {error}"
             continue

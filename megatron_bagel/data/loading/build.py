@@ -68,7 +68,8 @@ def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
         log.info("no --index_dir given: the index of %s is kept in %s", settings.dataset_config_file, folder)
         groups = load_groups(settings.dataset_config_file, settings.data_root)
         try:
-            build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=settings.reader.num_workers))
+            remedy = "remove this folder to have it built again, or give another --results_dir or a finished index as --index_dir"
+            build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=settings.reader.num_workers), remedy)
         except ValueError as error:
             raise ValueError(f"the index of {settings.dataset_config_file} could not be made in {folder}: {error}") from error
     elif not (folder / MANIFEST).is_file():
@@ -94,9 +95,10 @@ def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokeniz
         visual_und=settings.visual_und,
         costs=CostModel.of(arch),
     )
-    index, groups = IndexedSamples.open(settings.index, tokenizer), training_groups(settings)
+    check_all = settings.check_data == "full"
+    index, groups = IndexedSamples.open(settings.index, tokenizer, check_all), training_groups(settings)
     cache = settings.latent_cache
-    latents = LatentCache(cache, index.manifest, groups) if cache is not None and settings.visual_gen else None
+    latents = LatentCache(cache, index.manifest, groups, check_all) if cache is not None and settings.visual_gen else None
     return open_sources(groups, index, plan_settings, train_val_split, latents)
 
 

@@ -35,6 +35,7 @@ class DataSettings:
         dropout: how often conditions are left out.
         packs: how samples become packs; the loader sets its global batch.
         reader: how samples are read.
+        check_data: whether checksums of images and latents are compared when they are read: "small" ones, or all ("full").
     """
 
     dataset_config_file: str
@@ -49,6 +50,7 @@ class DataSettings:
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
     packs: PlannerConfig = field(default_factory=PlannerConfig)
     reader: ReaderSettings = field(default_factory=ReaderSettings)
+    check_data: str = "small"
 
     @property
     def index(self) -> Path:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
 from megatron_bagel.data.sources.video import FrameSampler
 from megatron_bagel.data.transforms import TransformArgs
@@ -85,10 +84,7 @@ def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[G
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no dataset config at {path} (--dataset_config_file)")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = read_yaml(path, "--dataset_config_file")
     return parse_groups(content, str(path), str(path.parent), None if data_root is None else str(data_root))
 
 

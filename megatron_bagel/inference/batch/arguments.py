@@ -50,6 +50,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     group.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model (default: the model's own)")
     group.add_argument("--autoencoder", metavar="FILE", help="ae.safetensors (default: the model's own)")
+    group.add_argument(
+        "--check-weights", "--check_weights", choices=("sampled", "full"), default="sampled",
+        help="weights must be finite: check some thousand values of each tensor, or all of them (default: sampled)",
+    )  # fmt: skip
     group.add_argument("--max-latent-size", type=int, metavar="N", help="side of the latent position table (default: as stored)")
     group.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",

@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
+from megatron_bagel.common.json_files import json_lines, read_json_value
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt
 
@@ -65,20 +66,6 @@ def read_benchmark(name: str, questions: Path, work: Path) -> list[BenchmarkItem
     return items
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        label = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{label}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{label}: expected an object, found {type(row).__name__}")
-        yield label, row
-
-
 def _value(row: Mapping[str, Any], label: str, *names: str) -> Any:
     """Return the value of the first of ``names`` that the row has."""
     for name in names:
@@ -96,7 +83,7 @@ def _prompt(label: str, name: str, task: str, text: str, images: tuple[str, ...]
 
 # ------------------------------------------------------------------ GenEval
 def _read_geneval(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for number, (label, row) in enumerate(_lines(path)):
+    for number, (label, row) in enumerate(json_lines(path, "geneval")):
         yield BenchmarkItem(_prompt(label, f"{number:05d}", "t2i", _value(row, label, "prompt")), row)
 
 
@@ -113,10 +100,7 @@ def _write_geneval(items: list[BenchmarkItem], answers: Answers, generated_folde
 def _read_wise(path: Path, work: Path) -> Iterator[BenchmarkItem]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     for file in files:
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON ({error})") from error
+        rows = read_json_value(file, "wise")
         if not isinstance(rows, list):
             raise ValueError(f"{file}: expected a list of prompts, found {type(rows).__name__}")
         for number, row in enumerate(rows, start=1):
@@ -170,7 +154,7 @@ def _write_gedit(items: list[BenchmarkItem], answers: Answers, generated_folder:
 
 # ------------------------------------------------------------------ questions about images
 def _read_questions(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for label, row in _lines(path):
+    for label, row in json_lines(path, "vqa"):
         image, text = _value(row, label, "image"), _value(row, label, "question", "text")
         name = str(_value(row, label, "question_id"))
         yield BenchmarkItem(_prompt(label, name, "understand", text, (str(path.parent / image),)), row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.inference.batch.requests import Request
 
@@ -103,9 +103,8 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
     if not path.is_file():
         raise ValueError(f"--input {path} does not exist")
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            prompts.append(_parse(line, f"{path}, line {number}", len(prompts), path.parent, task, defaults))
+    for label, row in json_lines(path, "--input"):
+        prompts.append(_parse(row, label, len(prompts), path.parent, task, defaults))
     if not prompts:
         raise ValueError(f"--input {path} holds no prompt")
     name, count = Counter(prompt.name for prompt in prompts).most_common(1)[0]
@@ -114,13 +113,7 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
     return prompts
 
 
-def _parse(line: str, label: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{label}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{label}: expected an object, got {type(row).__name__}")
+def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
     unknown = sorted(set(row) - set(_KEYS))
     if unknown:
         raise ValueError(f"{label}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_bagel.common.files import write_whole
-from megatron_bagel.common.json_files import whole_lines
+from megatron_bagel.common.json_files import as_stored, read_json, whole_lines
 from megatron_bagel.inference.batch.prompts import Prompt
 from megatron_bagel.inference.batch.requests import Answer
 
@@ -28,10 +28,10 @@ class AnswerWriter:
         """Open the folder. ``settings`` (plain JSON values) decide the answers; a resumed run must have the same, or ValueError."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings, path = json.loads(json.dumps(dict(settings or {}))), self.folder / SETTINGS
+        settings, path = as_stored(dict(settings or {})), self.folder / SETTINGS
         kept_records: list[dict[str, Any]] = []
         if resume and path.is_file():
-            _check_same(json.loads(path.read_text(encoding="utf-8")), settings, path)
+            _check_same(read_json(path, "--resume"), settings, path)
             kept_records = _complete_records(self.folder / RESULTS)
         self.answered = {record["id"]: record for record in kept_records}
         write_whole(self.folder / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept_records))
@@ -49,7 +49,7 @@ class AnswerWriter:
         record = self.answered.get(name)
         if record is None:
             return False
-        expected = json.loads(json.dumps({**prompt.record(), "id": name, "seed": seed}))
+        expected = as_stored({**prompt.record(), "id": name, "seed": seed})
         if any(record.get(key) != value for key, value in expected.items()):
             raise ValueError(
                 f"{self.folder / RESULTS}: {name} is the answer to another prompt or seed; give another --out, or drop --resume"

@@ -85,7 +85,10 @@ def open_engine(args: Namespace) -> Engine:
     """Load the model of ``--model``."""
     from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 
-    named = ("weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos")
+    named = (
+        "weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos",
+        "check_weights",
+    )  # fmt: skip
     options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
     return load_engine(args.model, options)
 

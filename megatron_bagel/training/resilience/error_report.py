@@ -20,6 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_bagel.common.json_files import parse_json
 from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience import hang_watchdog
@@ -103,7 +104,7 @@ class ErrorReport:
                 count, quiet_end = new_count, time.monotonic() + QUIET_S
         keys = [f"error/{number}" for number in range(1, count + 1)]
         # A rank that died after it raised the count and before it stored its error has no text.
-        return [RankError(**json.loads(self._store.get(key))) for key in keys if self._store.check([key])]
+        return [RankError(**parse_json(self._store.get(key), key)) for key in keys if self._store.check([key])]
 
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
         """Write the report and all tracebacks to a new file, and return its path."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_bagel.common.json_files import parse_json
 from megatron_bagel.parallel.rank_coordinates import rank_list
 
 #: Name of the watchdogs' store, and the key that exists in it once one of them has reported.
@@ -178,7 +179,7 @@ class Watchdog:
         for rank in range(self._world_size):
             key = f"beat/{rank}"
             if self._store.check([key]):
-                beats[rank] = Beat(**json.loads(self._store.get(key)))
+                beats[rank] = Beat(**parse_json(self._store.get(key), key))
             else:
                 beats[rank] = Beat(0, 0, 0.0, "", "its start", "nothing yet", "unknown host", 0)
         return beats

@@ -59,7 +59,7 @@ def continue_from(settings: StartSettings, source: WeightSource, trained: Traine
             newest.step, newest.state, f"continuing from the local checkpoints of step {newest.step}, {local.description}"
         )
     elif source.checkpoint is not None:
-        continued = Continued(*load_checkpoint(source.checkpoint, trained), continued.message)
+        continued = Continued(*load_checkpoint(source.checkpoint, trained, settings.initial.check_weights), continued.message)
     if local is not None:
         local.forget_after(continued.steps)
     return continued

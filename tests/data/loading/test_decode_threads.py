@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bagel.data.index.reader import open_indexed
+from megatron_bagel.data.index.sequences import open_indexed
 from megatron_bagel.data.loading import loader
 from megatron_bagel.data.loading.decode_threads import DecodeThreads
 from megatron_bagel.data.loading.loader import PackLoader, PackReader
@@ -66,7 +66,7 @@ def test_threads_change_no_pixel(goldens: Path, tmp_path: Path, workers: int, mo
         reading.close()
         return loaded
 
-    monkeypatch.setattr("megatron_bagel.data.index.reader.open_indexed", _one_at_a_time)
+    monkeypatch.setattr("megatron_bagel.data.index.sequences.open_indexed", _one_at_a_time)
     for one, other in zip(packs(0), packs(4), strict=True):
         assert torch.equal(one.vit_patches, other.vit_patches)
         assert torch.equal(one.vae_buffer, other.vae_buffer)

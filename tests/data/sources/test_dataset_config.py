@@ -110,7 +110,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no dataset config"):
         load_groups(tmp_path / "absent.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="not YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         load_groups(tmp_path / "bad.yaml")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(GUIDE))
     assert len(load_groups(tmp_path / "good.yaml")) == 3
