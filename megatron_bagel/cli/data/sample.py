@@ -3,7 +3,8 @@
     %(prog)s OUT --t2i 2000 --edit 2000 --vlm 2000
 
 Beside the data folders of the guide, OUT gets `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config),
-`dataset.yaml` to build an index from, and `world.json`, which says what was made. OUT appears only when it is complete.
+`vae/` (an autoencoder trained on such pictures), `dataset.yaml` to build an index from, `train.yaml` to train with, and `world.json`, which
+says what was made. OUT appears only when it is complete.
 """
 
 from __future__ import annotations
