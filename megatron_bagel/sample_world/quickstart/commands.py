@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 _TAIL_LINES = 20
@@ -52,10 +52,10 @@ def run(commands: Sequence[Sequence[str]], log: Path, threads: int = 1, watch: C
     with log.open("a", encoding="utf-8") as output:
         processes = [subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) for command in commands]
         try:
-            while any(process.poll() is None for process in processes) and not any(process.returncode for process in processes):
+            while _all_are_well(processes):
                 if watch is not None:
                     watch()
-                _wait_for_one(processes)
+                time.sleep(_POLL_SECONDS)
         finally:
             _stop(processes)
     if watch is not None:
@@ -66,13 +66,13 @@ def run(commands: Sequence[Sequence[str]], log: Path, threads: int = 1, watch: C
             raise CommandFailedError(f"{' '.join(command)}\nended with status {process.returncode}; the end of {log}:\n{tail}")
 
 
-def _wait_for_one(processes: Sequence[subprocess.Popen]) -> None:
-    running = next(process for process in processes if process.poll() is None)
-    with suppress(subprocess.TimeoutExpired):
-        running.wait(_POLL_SECONDS)
+def _all_are_well(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Return whether some process still runs and none has failed."""
+    statuses = [process.poll() for process in processes]
+    return None in statuses and not any(statuses)
 
 
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.send_signal(signal.SIGTERM)

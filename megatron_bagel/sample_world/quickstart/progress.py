@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 import yaml
 from tqdm import tqdm
@@ -21,7 +22,7 @@ class TrainingBar:
         self._results, self._label = results, label
         self._offset = 0
         self._sheets: set[Path] = set(results.glob("samples/*.png"))
-        self._bar: tqdm | None = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> TrainingBar:
         return self
@@ -32,10 +33,10 @@ class TrainingBar:
 
     def update(self) -> None:
         """Read what the run has written since the last call."""
-        total = self._total_steps()
-        if total is None:
-            return
         if self._bar is None:
+            total = self._total_steps()
+            if total is None:
+                return
             interval = 0.5 if sys.stderr.isatty() else _FILE_INTERVAL
             self._bar = tqdm(total=total, desc=self._label, unit="step", mininterval=interval, dynamic_ncols=sys.stderr.isatty())
         for record in self._new_records():
@@ -48,14 +49,12 @@ class TrainingBar:
 
     def _total_steps(self) -> int | None:
         config = self._results / "config.yaml"
-        if self._bar is not None:
-            return int(self._bar.total)
         if not config.is_file() or not (self._results / "metrics.jsonl").is_file():
             return None
         sections = yaml.safe_load(config.read_text(encoding="utf-8")).values()
         return int(next(section["total_steps"] for section in sections if isinstance(section, dict) and "total_steps" in section))
 
-    def _new_records(self) -> list[dict]:
+    def _new_records(self) -> list[dict[str, Any]]:
         metrics = self._results / "metrics.jsonl"
         if not metrics.is_file():
             return []
