@@ -56,14 +56,15 @@ def run(commands: Sequence[Sequence[str]], log: Path, threads: int = 1, watch: C
                 if watch is not None:
                     watch()
                 time.sleep(_POLL_SECONDS)
+            statuses = [process.poll() for process in processes]
         finally:
             _stop(processes)
     if watch is not None:
         watch()
-    for command, process in zip(commands, processes, strict=True):
-        if process.returncode:
+    for command, status in zip(commands, statuses, strict=True):
+        if status:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-            raise CommandFailedError(f"{' '.join(command)}\nended with status {process.returncode}; the end of {log}:\n{tail}")
+            raise CommandFailedError(f"{' '.join(command)}\nended with status {status}; the end of {log}:\n{tail}")
 
 
 def _all_are_well(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
