@@ -71,7 +71,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_bagel", "megatron_bagel.*"]),
-    package_data={"megatron_bagel": ["py.typed"]},
+    package_data={"megatron_bagel": ["py.typed", "sample_world/assets/*.yaml", "sample_world/assets/vae/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-bagel = megatron_bagel.cli.main:main"]},

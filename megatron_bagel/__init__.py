@@ -1,3 +1,3 @@
 """Training and generation with BAGEL-style unified multimodal models on Megatron-Core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

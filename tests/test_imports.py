@@ -25,7 +25,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "checkpoint": (("hf",), ("dist",), ("convert",)),
     "cli": (
         ("usage", "console"), ("cost_settings", "data_settings"), ("resolve_run", "resolve_plan"),
-        ("train", "plan", "generate", "evaluate", "data", "convert"), ("main",),
+        ("train", "plan", "generate", "evaluate", "data", "convert", "quickstart"), ("main",),
     ),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),
     "inference": (("core",), ("batch",), ("web",)),

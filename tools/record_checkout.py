@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMMAND_TIMEOUT_S = 1800
+#: Where checkouts keep the small autoencoder, the newest first.
+_AUTOENCODERS = ("megatron_bagel/sample_world/assets/vae", "examples/quickstart/autoencoder")
 
 
 class CommandFailed(Exception):
@@ -95,6 +97,7 @@ def make_world(checkout: Checkout, world: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4, "num_key_value_heads": 2}))
     dataset: list[str | Path] = ["--dataset_config_file", data / "dataset.yaml"]
     checkout.run(["data_tools/build_index.py", *dataset, "--tokenizer", data / "tokenizer", "--output", world / "index"], log)
-    shutil.copytree(checkout.path / "examples/quickstart/autoencoder", autoencoder)
+    kept = (checkout.path / folder for folder in _AUTOENCODERS)
+    shutil.copytree(next(folder for folder in kept if folder.is_dir()), autoencoder)
     vae: list[str | Path] = ["--vae", autoencoder / "ae.safetensors", "--output", world / "latents"]
     checkout.run(["data_tools/cache_latents.py", world / "index", *dataset, *vae], log)

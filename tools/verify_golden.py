@@ -1,10 +1,10 @@
 """Holds this code against numbers recorded from the original: every training case, generation case and module, one line each.
 
-    python tools/verify_golden.py --goldens DIR
-    python tools/verify_golden.py --goldens DIR --attention-backend flex      # on a GPU: the kernel that training uses there
+    python tools/verify_golden.py                                 tests/goldens, or --goldens DIR
+    python tools/verify_golden.py --attention-backend flex        on a GPU: the kernel that training uses there
 
 It computes on the GPU where there is one. Exit status 0 only if every case is within the tolerances of the goldens: 1e-4 relative
-on losses and norms, 2e-5 + 1e-4 relative on elements, fp32. Sizes and settings come from DIR, so a set recorded from another model
+on losses and norms, 2e-5 + 1e-4 relative on elements, fp32. Sizes and settings come from the goldens, so a set recorded from another model
 serves as well.
 """
 
@@ -44,9 +44,7 @@ from tools.golden_train import train_results  # noqa: E402
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="verify_golden.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--goldens", type=Path, default=ROOT.parent / "shared" / "goldens", help="folder of recorded numbers (default: %(default)s)"
-    )
+    p.add_argument("--goldens", type=Path, default=ROOT / "tests" / "goldens", help="folder of recorded numbers (default: %(default)s)")
     p.add_argument(
         "--attention-backend", choices=("sdpa", "flex", "dense"), default="sdpa", help="of the training cases (default: %(default)s)"
     )

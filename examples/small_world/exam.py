@@ -8,31 +8,15 @@ python examples/small_world/exam.py compare RUN RUN ...         a table of the l
 
 import argparse
 import json
-import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-
 from megatron_bagel.sample_world.exam import CHANCE, Exam, marks, picture_grid, read_lines, write_exam
 from megatron_bagel.sample_world.text import EDITS
-from megatron_bagel.sample_world.world import World
+from megatron_bagel.sample_world.world import read_world
 
 PAIRS = ("seen", "held out")
-
-
-def read_world(path: Path) -> World:
-    """The world that make_sample_data.py wrote down in ``world.json``."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; make_sample_data.py writes it beside the data")
-    told = json.loads(path.read_text())["world"]
-    values = {f.name: told[f.name] for f in fields(World) if f.name in told}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    values["picture_sizes"] = tuple(tuple(size) for size in values["picture_sizes"])
-    values["held_out"] = frozenset(tuple(pair) for pair in values["held_out"])
-    return World(**values)
 
 
 def steps_of(answers: Path) -> list[Path]:
@@ -94,7 +78,7 @@ def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
     print(f"after {rows[-1]['step']} steps")
     print_table(table)
     if autoencoder is not None:
-        # The quickstart's own judge: what the autoencoder alone loses is lost to every picture above.
+        # What the autoencoder alone loses is lost to every picture above.
         from train_autoencoder import judge, load_autoencoder, told
 
         print(f"autoencoder alone: {told(judge(load_autoencoder(autoencoder)))}")

@@ -20,7 +20,7 @@ PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 HERE=examples/small_world
-AUTOENCODER=examples/quickstart/autoencoder/ae.safetensors
+AUTOENCODER=megatron_bagel/sample_world/assets/vae/ae.safetensors
 
 train() { # NAME PROCESSES FLAGS...
   local to=$OUT/layouts/$1 processes=$2

@@ -27,7 +27,7 @@ fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 HERE=examples/small_world
-AUTOENCODER=examples/quickstart/autoencoder/ae.safetensors
+AUTOENCODER=megatron_bagel/sample_world/assets/vae/ae.safetensors
 # One process per GPU, at most two; two where there is none.
 PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 QUESTIONS=600

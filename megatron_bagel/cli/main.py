@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("plan", "Predict memory and time of a run, or find parallel sizes that fit."),
     "generate": Command("generate", "Generate pictures and answers from a trained model."),
     "evaluate": Command("evaluate", "Answer the questions of a benchmark for its scorer."),
+    "quickstart": Command("quickstart", "Make data, train a small model, examine it: everything once."),
     "data build": Command("data.build", "Build the index that training reads."),
     "data merge": Command("data.merge", "Merge the parts that several jobs built into one index."),
     "data verify": Command("data.verify", "Check every byte of an index."),

@@ -1,4 +1,4 @@
-"""A complete small training set: the folders of the world, a tokenizer of its texts, model configs, ``dataset.yaml``, ``world.json``."""
+"""A complete small training set: the folders of the world, a tokenizer of its texts, model configs, an autoencoder, ``dataset.yaml``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.assets import AUTOENCODER, TRAIN_CONFIG
 from megatron_bagel.sample_world.folders import FolderSpec, write_folders, write_yaml
 from megatron_bagel.sample_world.text import captions, draw_edit, questions
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
@@ -66,6 +67,8 @@ def make_training_set(folder: Path, spec: FolderSpec, vocab_size: int, llm: LLMS
     shutil.copytree(partial / "tokenizer", partial / "llm")
     write_json(partial / "llm/config.json", llm_config(tokens, llm))
     write_json(partial / "vit/config.json", vit_config(vit))
+    shutil.copytree(AUTOENCODER, partial / "vae")
+    shutil.copyfile(TRAIN_CONFIG, partial / "train.yaml")
     description = dataclasses.asdict(spec)
     description["world"]["held_out"] = sorted(description["world"]["held_out"])
     write_json(partial / "world.json", description)

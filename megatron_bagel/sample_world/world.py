@@ -7,11 +7,14 @@ picture i of a dataset is the same regardless of the other pictures and of the n
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from megatron_bagel.common.json_files import read_json
 
 Choice = TypeVar("Choice")
 
@@ -91,6 +94,16 @@ class World:
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Return all (colour, shape) pairs that may be drawn."""
         return tuple((c, s) for c in self.colours for s in self.shapes if (c, s) not in self.held_out)
+
+
+def read_world(path: Path) -> World:
+    """Return the world that ``data sample`` wrote down in ``world.json``. Raises ValueError if the file is missing or no JSON."""
+    described = read_json(path, "the description that `data sample` writes beside its data")["world"]
+    values = {item.name: described[item.name] for item in fields(World) if item.name in described}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values["picture_sizes"] = tuple(tuple(size) for size in values["picture_sizes"])
+    values["held_out"] = frozenset(tuple(pair) for pair in values["held_out"])
+    return World(**values)
 
 
 def parse_pairs(texts: Sequence[str]) -> frozenset[tuple[str, str]]:

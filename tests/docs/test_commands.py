@@ -21,7 +21,7 @@ PROGRAMS = (
 )  # fmt: skip
 #: Flags that the pages mention and no program lists: those of other programs, and an abbreviation.
 FOREIGN_FLAGS = {"__logdir", "__max_restarts", "__num_worker", "__ft_rank_heartbeat_timeout", "__ft_initial_rank_heartbeat_timeout"}
-#: Parallel axes, each with a row in the README's table.
+#: Parallel axes, each with a row in the table of docs/status.md.
 AXES = (
     "--tensor_model_parallel_size", "--sequence_parallel", "--pipeline_model_parallel_size", "--virtual_pipeline_model_parallel_size",
     "--context_parallel_size", "--cp_comm_type",
@@ -106,8 +106,8 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("flag", AXES)
-def test_what_the_readme_calls_tested_has_a_test(flag: str) -> None:
+def test_what_the_status_page_calls_tested_has_a_test(flag: str) -> None:
     """The row of a parallel axis says that it is tested exactly if some test of whole runs sets its flag."""
-    (row,) = [line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("|") and f"`{flag}`" in line]
+    (row,) = [line for line in text_of(ROOT / "docs" / "status.md").splitlines() if line.startswith("|") and f"`{flag}`" in line]
     runs = [path for path in (ROOT / "tests" / "training").glob("*.py") if flag.removeprefix("--") in text_of(path)]
-    assert ("tested on CPU" in row) == bool(runs), f"{[path.name for path in runs]} set {flag}, and the README says: {row}"
+    assert ("tested on CPU" in row) == bool(runs), f"{[path.name for path in runs]} set {flag}, and the page says: {row}"

@@ -2,8 +2,9 @@
 
     %(prog)s OUT --t2i 2000 --edit 2000 --vlm 2000
 
-OUT gets the guide's data folders, `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config),
-`dataset.yaml`, from which an index is built, and `world.json`, which describes the set. OUT appears only when it is complete.
+OUT gets the guide's data folders, `tokenizer/`, `llm/` (Qwen2 config and the tokenizer's files), `vit/` (SigLIP config), `vae/` (an
+autoencoder trained on such pictures), `dataset.yaml`, from which an index is built, `train.yaml` to train with, and `world.json`, which
+describes the set. OUT appears only when it is complete.
 """
 
 from __future__ import annotations

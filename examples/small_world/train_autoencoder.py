@@ -1,7 +1,7 @@
-"""Makes the autoencoder kept in this folder: FLUX's architecture at a width of 64, trained on the sample world alone.
+"""Makes the autoencoder in megatron_bagel/sample_world/assets/vae: FLUX's architecture at a width of 64, trained on the sample world alone.
 
-    OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT
-    OMP_NUM_THREADS=2 python examples/quickstart/train_autoencoder.py OUT2 --start OUT/ae.safetensors --steps 0 0 1200 --lr 0.001
+    OMP_NUM_THREADS=2 python examples/small_world/train_autoencoder.py OUT
+    OMP_NUM_THREADS=2 python examples/small_world/train_autoencoder.py OUT2 --start OUT/ae.safetensors --steps 0 0 1200 --lr 0.001
 
 It grows from pictures of 16 pixels to 32 and 64 (see megatron_bagel/sample_world/autoencoder_growing.py). Judged not by decibels but by
 whether the scorer still reads colour, place and kind of the shape off the reconstruction.

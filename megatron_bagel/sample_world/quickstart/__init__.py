@@ -1,0 +1,1 @@
+"""From nothing to a small trained model in minutes: the stages of ``megatron-bagel quickstart``, their progress, and the last page."""
