@@ -36,14 +36,14 @@ def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
     They become zeros because rows that pad the vocabulary are in no file. A parameter that two modules share stays one parameter.
     """
-    real_of: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if not parameter.is_meta:
                 continue
-            if id(parameter) not in real_of:
-                real = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=parameter.requires_grad)
-                real.__dict__.update(parameter.__dict__)
-                real_of[id(parameter)] = real
-            part.register_parameter(name, real_of[id(parameter)])
+            if id(parameter) not in replacements:
+                zeros = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=parameter.requires_grad)
+                zeros.__dict__.update(parameter.__dict__)
+                replacements[id(parameter)] = zeros
+            part.register_parameter(name, replacements[id(parameter)])
     module.to(device, dtype)

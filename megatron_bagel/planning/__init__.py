@@ -1,1 +1,1 @@
-"""What a run will need before it has a machine: memory, work, traffic and time by formula, and a rehearsal of one rank without weights."""
+"""Predicts what a run needs: memory, work, traffic and time by formula, and dry runs of one rank without weights."""

@@ -1,8 +1,8 @@
-"""What one microbatch keeps on a rank between its forward and its backward pass, term by term: the tensors that autograd saves.
+"""Activation memory by formula: the tensors that autograd saves on a rank for one microbatch between its two passes.
 
-The terms are those of the ``local`` modules (model/layer.py, model/fused.py, model/attention/sdpa.py) and follow them line by line; a
-test counts the tensors that real passes save. Views of one storage count once. Letters: n tokens, S slots (n and padding), h hidden
-size, f MLP width, t tensor-parallel ranks.
+The terms follow the ``local`` modules (``model/layer.py``, ``model/fused.py``, ``model/attention/sdpa.py``) line by line. A test counts
+the tensors that real passes save. Views of one storage count once. Letters: n tokens, S slots (n and padding), h hidden size, f MLP
+width, t tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMESTEP_FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class Recompute:
-    """Which recomputation a layout uses; ``layers`` counts those of ``full``'s unit, or of ``block``'s first ones."""
+    """The recomputation of a run. ``layers`` is the size of a unit of ``uniform``, or the number of first layers of ``block``."""
 
     granularity: str | None = None
     method: str = "uniform"
@@ -30,34 +30,34 @@ class Recompute:
 
     @classmethod
     def of(cls, megatron: MegatronArguments) -> Recompute:
-        """As the settings ask for it."""
+        """Return the recomputation of the settings."""
         modules = tuple(megatron.recompute_modules or ["core_attn"]) if megatron.recompute_granularity == "selective" else ()
         return cls(megatron.recompute_granularity, megatron.recompute_method, megatron.recompute_num_layers, modules)
 
-    def kept_inputs(self, layers: int) -> int:
-        """Of a chunk of ``layers`` layers, how many layer inputs are all that is kept."""
+    def saved_inputs(self, layers: int) -> int:
+        """Return how many layer inputs a chunk of ``layers`` layers saves in place of everything else."""
         if self.granularity != "full":
             return 0
         return -(-layers // self.layers) if self.method == "uniform" else min(self.layers, layers)
 
-    def untouched(self, layers: int) -> int:
-        """Of a chunk of ``layers`` layers, how many keep everything (or all but selected modules)."""
+    def saving_layers(self, layers: int) -> int:
+        """Return how many layers of a chunk save everything (or everything except selected modules)."""
         if self.granularity != "full":
             return layers
         return 0 if self.method == "uniform" else max(0, layers - self.layers)
 
-    def at_once(self, layers: int) -> int:
-        """Layers whose activations exist again at one time in the backward pass, beside what is kept."""
+    def recomputed_layers(self, layers: int) -> int:
+        """Return how many layers of a chunk have recomputed activations at the same time in the backward pass."""
         if self.granularity != "full":
             return 0
         if self.method == "uniform":
             return min(self.layers, layers)
-        # The first layers are recomputed last, when what later ones kept is free again.
-        return 0 if self.untouched(layers) else 1
+        # The first layers are recomputed last, when the activations of later layers are free again.
+        return 0 if self.saving_layers(layers) else 1
 
 
 def modes(layers: int) -> dict[str, Recompute]:
-    """The modes that a plan compares on chunks of ``layers`` layers, by name; "block" recomputes every second one."""
+    """Return the modes that a plan compares on chunks of ``layers`` layers, by name. "block" recomputes half of them."""
     return {
         "none": Recompute(),
         "selective": Recompute("selective", modules=("core_attn",)),
@@ -69,8 +69,10 @@ def modes(layers: int) -> dict[str, Recompute]:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes that one decoder layer keeps. ``core`` is dropped when core attention is recomputed and replaced by ``core_inputs``;
-    ``mlp`` is dropped when MLPs are."""
+    """Bytes that one decoder layer saves.
+
+    If core attention is recomputed, ``core_inputs`` replaces ``core``; if MLPs are, ``mlp`` is not saved.
+    """
 
     hidden: int
     projections: int
@@ -78,21 +80,21 @@ class LayerActivations:
     core_inputs: int
     mlp: int
 
-    def kept(self, modules: tuple[str, ...]) -> int:
-        """Bytes kept when ``modules`` are recomputed."""
+    def saved_bytes(self, modules: tuple[str, ...]) -> int:
+        """Return the bytes that the layer saves if ``modules`` are recomputed."""
         core = self.core_inputs if "core_attn" in modules else self.core
         return self.hidden + self.projections + core + (0 if "mlp" in modules else self.mlp)
 
 
 class ActivationModel:
-    """Activation bytes of the stages of a layout."""
+    """Computes the activation bytes of the pipeline stages of a run."""
 
     def __init__(self, inputs: CostInputs) -> None:
-        """Raises ValueError for the reference backend ``dense``, whose matrices no run should hold."""
+        """Read the sizes. Raises ValueError for the reference backend ``dense``, whose matrices no run should have."""
         self.megatron, self.arch, self.freeze_und = inputs.megatron, inputs.arch, inputs.frozen.und
         self.backend, self.bytes = inputs.sizes.attention_backend, 2 if inputs.sizes.bf16 else FP32
         if self.backend == "dense":
-            raise ValueError("--attention_backend dense is the reference of the tests; plan with sdpa or flex")
+            raise ValueError("--attention_backend dense is a reference for tests and has no plan; use sdpa or flex")
         llm, tp = inputs.arch.llm, inputs.megatron.tensor_model_parallel_size
         self.tp = tp
         self.groups = max(1, llm.num_key_value_heads // tp)
@@ -100,97 +102,98 @@ class ActivationModel:
         self.heads, self.ffn = self.groups * self.heads_per_group, llm.intermediate_size // tp
 
     def rows(self, tokens: RankTokens) -> int:
-        """Slots of the hidden states between layers."""
+        """Return the slots of the hidden states between layers."""
         return tokens.slots // self.tp if self.megatron.sequence_parallel else tokens.slots
 
     def hidden_bytes(self, tokens: RankTokens) -> int:
-        """One tensor of hidden states: what stages send, and full recomputation keeps."""
+        """Return the bytes of one tensor of hidden states, which stages send and full recomputation saves."""
         return self.rows(tokens) * self.arch.llm.hidden_size * self.bytes
 
     def layer(self, tokens: RankTokens) -> LayerActivations:
-        """One decoder layer."""
+        """Return the bytes that one decoder layer saves."""
         llm, width = self.arch.llm, self.bytes
-        n, h, d = tokens.real, llm.hidden_size, llm.head_dim
+        n, h, d = tokens.num_tokens, llm.hidden_size, llm.head_dim
         trained = tokens.gen if self.freeze_und else n
         normed_rows = min(n, self.rows(tokens))
-        # Rows of both experts lie in one tensor where tensor-parallel ranks put them together first.
-        entered = (trained if self.tp == 1 else tokens.slots) * h * width
+        # With tensor parallelism the rows of both experts are gathered into one tensor first.
+        expert_inputs = (trained if self.tp == 1 else tokens.slots) * h * width
         mixed = n * self.groups * (self.heads_per_group + 2) * d * width
-        turned_scale = FP32 * n * self.groups * (self.heads_per_group + 1) if llm.qk_norm else 0
+        norm_statistics = FP32 * n * self.groups * (self.heads_per_group + 1) if llm.qk_norm else 0
         core, inputs = self._core(tokens, 0 if llm.qk_norm else mixed)
         return LayerActivations(
             # Inputs of the two norms, and their statistics.
             hidden=2 * (self.hidden_bytes(tokens) + FP32 * normed_rows),
             # Inputs of QKV and of the MLP, QKV's result (read by QK-norm) with statistics, input of the output projection.
-            projections=2 * entered + (mixed if llm.qk_norm else 0) + turned_scale + n * self.heads * d * width,
+            projections=2 * expert_inputs + (mixed if llm.qk_norm else 0) + norm_statistics + n * self.heads * d * width,
             core=core,
             core_inputs=inputs,
             mlp=3 * trained * self.ffn * width,
         )
 
     def _core(self, tokens: RankTokens, mixed: int) -> tuple[int, int]:
-        """Bytes of core attention (without its result, the input of the output projection), and of its inputs alone.
+        """Return the bytes of core attention (without its result, the input of the output projection), and of its inputs alone.
 
-        ``mixed`` counts QKV's result where nothing else keeps it: values are a view of it.
+        ``mixed`` is the size of QKV's result if nothing else saves it: values are a view of it.
         """
-        d, width, n = self.arch.llm.head_dim, self.bytes, tokens.real
+        d, width, n = self.arch.llm.head_dim, self.bytes, tokens.num_tokens
         row, kv_row = self.heads * d * width, self.groups * d * width
-        # Queries are cut out of the rotated queries and keys: a copy, unless there is one group.
+        # Queries are sliced from the rotated queries and keys, which copies them unless there is one group.
         inputs = n * (row + kv_row) + (n * row if self.groups > 1 else 0) + mixed
         if self.backend == "flex":
             statistics = FP32 * n * self.heads
             gathered = tokens.keys * 2 * kv_row if self.megatron.context_parallel_size > 1 else 0
-            # flex keeps its result in [heads, tokens] order beside the copy that the projection reads.
+            # flex saves its result in [heads, tokens] order, in addition to the copy that the projection reads.
             return inputs + statistics + gathered + n * row, inputs
         return self._sdpa(tokens, inputs, mixed), inputs
 
     def _sdpa(self, tokens: RankTokens, inputs: int, mixed: int) -> int:
+        """Return the bytes of core attention with SDPA."""
         d, cp = self.arch.llm.head_dim, self.megatron.context_parallel_size
         share = cp if self.megatron.cp_comm_type == "a2a" else 1
         row, kv_row = self.heads * d * self.bytes // share, self.groups * d * self.bytes // share
-        queries = sum(count * asked for count, asked, _ in tokens.documents)
-        keys = sum(count * seen for count, _, seen in tokens.documents)
+        queries = sum(count * num_queries for count, num_queries, _ in tokens.documents)
+        keys = sum(count * num_keys for count, _, num_keys in tokens.documents)
         result = queries * (row + FP32 * self.heads // share)
         repeated = self.heads_per_group > 1
-        one_document = cp == 1 and len(tokens.documents) == 1 and tokens.documents[0][0] == 1
-        if not one_document:
+        if not self._in_place(tokens):
             return queries * row + 2 * keys * (row if repeated else kv_row) + result
-        # Queries are read where they lie, and the result is what the projection reads.
+        # Queries are not copied, and the projection reads the result itself.
         statistics = result - queries * row
         if not repeated:
             return inputs + statistics
         return (queries * row if self.groups > 1 else inputs - mixed) + 2 * keys * row + statistics
 
     def shared(self, tokens: RankTokens) -> int:
-        """What all layers of a pass share: rotary angles and, for SDPA, masks."""
-        # Cosines and sines; in fp32 half of each table is a view of the whole.
+        """Return the bytes that all layers of a pass share: rotary angles and, for SDPA, masks."""
+        # Cosines and sines; in fp32 half of each table is a view of the full table.
         angles = 2 * tokens.slots * self.arch.llm.head_dim * (FP32 if self.bytes == FP32 else self.bytes // 2)
         if self.backend == "flex":
-            # 128 x 128 blocks, a number each, in four tables.
-            return angles + 4 * 4 * (-(-tokens.real // 128)) * (-(-tokens.keys // 128))
-        masks = sum(count * asked * seen for count, asked, seen in tokens.documents) * self.bytes
-        indices = 0 if self._in_place(tokens) else INT64 * (2 * sum(c * q for c, q, _ in tokens.documents) + tokens.real)
+            # Four tables with one number for each block of 128 x 128.
+            return angles + 4 * 4 * (-(-tokens.num_tokens // 128)) * (-(-tokens.keys // 128))
+        masks = sum(count * num_queries * num_keys for count, num_queries, num_keys in tokens.documents) * self.bytes
+        indices = 0 if self._in_place(tokens) else INT64 * (2 * sum(c * q for c, q, _ in tokens.documents) + tokens.num_tokens)
         return angles + masks + indices
 
     def _in_place(self, tokens: RankTokens) -> bool:
+        """Return whether SDPA reads its inputs without a copy, because the pack is one document on one context-parallel rank."""
         return self.megatron.context_parallel_size == 1 and len(tokens.documents) == 1 and tokens.documents[0][0] == 1
 
     def embedding(self, tokens: RankTokens) -> int:
-        """What the first stage keeps before its first layer: token ids, latents as the projection reads them, timesteps."""
-        # Under sequence parallelism a rank's slots are a view of the whole pack's.
-        whole = (tokens.slots - self.rows(tokens)) * self.arch.llm.hidden_size * self.bytes
-        ids = INT64 * (tokens.text + tokens.vit) + whole
+        """Return the bytes that the first stage saves before its first layer: token ids, latents, timesteps."""
+        # With sequence parallelism a rank's slots are a view of those of the whole pack.
+        pack_rows = (tokens.slots - self.rows(tokens)) * self.arch.llm.hidden_size * self.bytes
+        ids = INT64 * (tokens.text + tokens.vit) + pack_rows
         if self.arch.autoencoder is None:
             return ids
         h, width = self.arch.llm.hidden_size, self.bytes
-        clock = tokens.timesteps * (TIMESTEP_FREQUENCIES + 2 * h) * width + INT64 * tokens.gen
-        return ids + tokens.gen * self.arch.latent_token_dim * width + clock
+        timestep_bytes = tokens.timesteps * (TIMESTEP_FREQUENCIES + 2 * h) * width + INT64 * tokens.gen
+        return ids + tokens.gen * self.arch.latent_token_dim * width + timestep_bytes
 
     def head(self, tokens: RankTokens) -> int:
-        """What the last stage keeps behind its last layer: norm, head inputs, log probabilities, velocity errors."""
+        """Return the bytes that the last stage saves after its last layer: norm, head inputs, log probabilities, velocity errors."""
         llm, width = self.arch.llm, self.bytes
         vocabulary = padded_vocabulary(llm.vocab_size, self.tp, self.megatron.make_vocab_size_divisible_by) // self.tp
-        norm = self.hidden_bytes(tokens) + FP32 * min(tokens.real, self.rows(tokens))
+        norm = self.hidden_bytes(tokens) + FP32 * min(tokens.num_tokens, self.rows(tokens))
         text = tokens.ce * (llm.hidden_size * width + vocabulary * FP32 + 2 * INT64)
         pictures = 0
         if self.arch.autoencoder is not None:
@@ -198,27 +201,27 @@ class ActivationModel:
         return norm + text + pictures
 
     def microbatch(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
-        """Bytes that one microbatch keeps on a stage, all its chunks together."""
-        layer, kept = self.layer(tokens), 0
+        """Return the bytes that one microbatch saves on a stage, in all its chunks."""
+        layer, saved_bytes = self.layer(tokens), 0
         for layers in self.chunks(stage):
-            kept += recompute.kept_inputs(layers) * self.hidden_bytes(tokens)
-            kept += recompute.untouched(layers) * layer.kept(recompute.modules)
+            saved_bytes += recompute.saved_inputs(layers) * self.hidden_bytes(tokens)
+            saved_bytes += recompute.saving_layers(layers) * layer.saved_bytes(recompute.modules)
         last = self.megatron.pipeline_model_parallel_size - 1
         ends = (self.embedding(tokens) if stage == 0 else 0) + (self.head(tokens) if stage == last else 0)
-        return kept + self.shared(tokens) + ends
+        return saved_bytes + self.shared(tokens) + ends
 
     def working_set(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
-        """Bytes that come back for a while in the backward pass: the unit that is being recomputed, or one core attention or MLP."""
+        """Return the bytes of what is recomputed at one time in the backward pass: a unit of layers, or one core attention or MLP."""
         layer, layers = self.layer(tokens), max(self.chunks(stage))
-        again = recompute.at_once(layers) * layer.kept(())
+        recomputed_bytes = recompute.recomputed_layers(layers) * layer.saved_bytes(())
         if "core_attn" in recompute.modules:
-            again = max(again, layer.core)
+            recomputed_bytes = max(recomputed_bytes, layer.core)
         if "mlp" in recompute.modules:
-            again = max(again, layer.mlp)
-        return again
+            recomputed_bytes = max(recomputed_bytes, layer.mlp)
+        return recomputed_bytes
 
     def in_flight(self, stage: int, microbatches: int) -> float:
-        """Microbatches (whole ones, in units of all chunks of the stage) whose activations exist at once in Megatron's schedules."""
+        """Return how many microbatches have activations at the same time in Megatron's schedules, in units of all chunks of the stage."""
         stages, chunks = self.megatron.pipeline_model_parallel_size, len(self.chunks(stage))
         if stages == 1:
             return 1
@@ -228,12 +231,12 @@ class ActivationModel:
         return min(microbatches * chunks, warm_up) / chunks
 
     def chunks(self, stage: int) -> list[int]:
-        """Layers of each chunk of a stage."""
+        """Return the number of layers of each chunk of a stage."""
         layers = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)[stage]
         chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1
         return [layers // chunks] * chunks
 
 
 def parts(activations: LayerActivations) -> dict[str, int]:
-    """The terms by name."""
+    """Return the terms by name."""
     return {field.name: getattr(activations, field.name) for field in fields(activations)}

@@ -1,8 +1,8 @@
-"""A rehearsal of one rank of a run of any size: its modules, buffers, optimizer, packs, layout and checkpoint, without memory or ranks.
+"""Builds one rank of a run of any size without memory or other ranks: its modules, buffers, optimizer, packs and checkpoint.
 
-Everything is made by the functions of a real run (training/setup/set_up.py, training/setup/build.py, data/loading/loader.py,
-checkpoint/dist/state.py); only tensors lie on the meta device and the process group is fake. What a step would issue and hold is then
-counted from the packs planned.
+The functions of a real run build everything (``training/setup/set_up.py``, ``training/setup/build.py``, ``data/loading/loader.py``,
+``checkpoint/dist/state.py``), but tensors are on the meta device and the process group is fake. The collectives and the memory of a step
+are then counted from the planned packs.
 """
 
 from __future__ import annotations
@@ -39,11 +39,25 @@ from megatron_bagel.training.step import Trainable
 
 @dataclass
 class DryRunReport:
-    """What one rank of a run would hold and do; ``seconds`` of each phase. ``checkpoint`` are tensors and bytes by section."""
+    """What one rank of a run would have in memory and do.
+
+    Attributes:
+        sizes: The batch sizes, replicas and types of the run.
+        rank: The number of the rank.
+        coordinates: Its rank on each parallel axis.
+        plans: The planned packs of its replica's first step.
+        packs: The layouts of these packs.
+        tokens: The sizes of these packs on the rank.
+        built: The bytes of what was built, by kind.
+        memory: The bytes by formula.
+        calls: The collectives of a step.
+        checkpoint: The number of tensors and their bytes in the rank's share of a checkpoint, by section.
+        seconds: The duration of each phase of the dry run.
+    """
 
     sizes: ResolvedSizes
     rank: int
-    place: RankCoordinates
+    coordinates: RankCoordinates
     plans: list[PackPlan]
     packs: list[Pack]
     tokens: list[RankTokens]
@@ -54,66 +68,76 @@ class DryRunReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
-        """For a reader."""
-        place, sizes = self.place, self.sizes
+        """Return the report as text."""
+        coordinates, sizes = self.coordinates, self.sizes
         head = (
-            f"rank {self.rank} of {sizes.world_size}: tensor {place.tensor}, context {place.context}, data {place.data}, pipeline "
-            f"{place.pipeline}; {sizes.global_batch_size} packs per step, {sizes.num_microbatches} of them on this replica"
+            f"rank {self.rank} of {sizes.world_size}: tensor {coordinates.tensor}, context {coordinates.context}, "
+            f"data {coordinates.data}, pipeline {coordinates.pipeline}; "
+            f"{sizes.global_batch_size} packs per step, {sizes.num_microbatches} of them on this replica"
         )
-        held = self.memory.held
+        calls = [["axis", "payload", "kind", "ranks", "bytes", "calls per step"]]
+        calls += [[call.axis, call.payload, call.kind, str(call.ranks), f"{call.size:,}", str(call.count)] for call in self.calls]
+        checkpoint = [["checkpoint, this rank's share", "tensors", "GiB"]]
+        checkpoint += [[name, str(count), f"{size / GIB:.3f}"] for name, (count, size) in self.checkpoint.items()]
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return "\n\n".join([
+            head, self._memory_table(), self._pack_table(), table(calls), table(checkpoint), f"seconds: {phases}\n{usage()}",
+        ])  # fmt: skip
+
+    def _memory_table(self) -> str:
         memory = [["GiB", "formula", "built"]]
         for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "average_bytes", "autoencoder_bytes"):
-            memory.append([name.removesuffix("_bytes"), f"{getattr(held, name) / GIB:.3f}", f"{self.built[name] / GIB:.3f}"])
+            formula, built = getattr(self.memory.static, name), self.built[name]
+            memory.append([name.removesuffix("_bytes"), f"{formula / GIB:.3f}", f"{built / GIB:.3f}"])
         memory += [["activations", f"{self.memory.activations / GIB:.3f}", ""], ["buffers", f"{self.memory.buffers / GIB:.3f}", ""]]
         memory += [["peak of a step", f"{self.memory.peak / GIB:.3f}", ""]]
+        return table(memory)
+
+    def _pack_table(self) -> str:
         packs = [["pack", "samples", "tokens", "text", "ViT", "VAE", "on this rank"]]
         for plan, pack, tokens in zip(self.plans, self.packs, self.tokens, strict=True):
             kinds = (pack.text_positions, pack.vit_positions, pack.vae_positions)
-            numbers = (plan.number, len(plan.samples), plan.tokens, *map(len, kinds), tokens.real)
+            numbers = (plan.number, len(plan.samples), plan.tokens, *map(len, kinds), tokens.num_tokens)
             packs.append([str(number) for number in numbers])
-        calls = [["axis", "what", "kind", "ranks", "bytes", "calls per step"]]
-        calls += [[call.axis, call.what, call.kind, str(call.ranks), f"{call.size:,}", str(call.count)] for call in self.calls]
-        stored = [["checkpoint, this rank's share", "tensors", "GiB"]]
-        stored += [[name, str(count), f"{size / GIB:.3f}"] for name, (count, size) in self.checkpoint.items()]
-        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        return "\n\n".join([
-            head, table(memory), table(packs[:9]) + (f"\n... {len(packs) - 9} more" if len(packs) > 9 else ""), table(calls), table(stored),
-            f"seconds: {spent}\n{usage()}",
-        ])  # fmt: skip
+        return table(packs[:9]) + (f"\n... {len(packs) - 9} more" if len(packs) > 9 else "")
 
 
 def usage() -> str:
-    """What this process has used so far, as /usr/bin/time tells it."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return f"process: user {used.ru_utime:.1f} s, system {used.ru_stime:.1f} s, largest resident memory {peak_memory_bytes() / GIB:.2f} GiB"
+    """Return the time and memory that this process has used so far, as ``/usr/bin/time`` reports them."""
+    resources = resource.getrusage(resource.RUSAGE_SELF)
+    return (
+        f"process: user {resources.ru_utime:.1f} s, system {resources.ru_stime:.1f} s, "
+        f"largest resident memory {peak_memory_bytes() / GIB:.2f} GiB"
+    )
 
 
 def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
-    """Rehearse ``rank`` of a run, which was resolved for GPUs.
+    """Build ``rank`` of a run that was resolved for GPUs, and return what it would have and do.
 
-    Raises ValueError for a rank outside of the world, an index that is not built yet (a rehearsal writes nothing), and like a run's start.
+    Raises:
+        ValueError: The rank is outside of the world, the index is not built yet (a dry run writes nothing), or a run could not start.
     """
     sizes, megatron, settings = resolved.sizes, resolved.megatron, resolved.step
     if not 0 <= rank < sizes.world_size:
         raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {sizes.world_size}")
     if not (resolved.data.index / MANIFEST).is_file():
-        raise ValueError(f"there is no index in {resolved.data.index}: build one with data_tools/build_index.py and give --index_dir")
+        raise ValueError(f"there is no index in {resolved.data.index}: build one with data_tools/build_index.py and pass --index_dir")
     seconds: dict[str, float] = {}
     with fake_world(rank, sizes.world_size):
         with _timed(seconds, "groups"):
             setup.initialize_parallel(resolved)
             check_rank_order()
-            place = coordinates_of(dist.get_rank())
+            coordinates = coordinates_of(dist.get_rank())
             replica, share = setup.encoding_share(resolved)
         with _timed(seconds, "packs"):
             loader = open_loader(
-                resolved.data, resolved.arch, resolved.tokenizer, sizes.batch_sizes, place.data, sizes.data_parallel_size, share
+                resolved.data, resolved.arch, resolved.tokenizer, sizes.batch_sizes, coordinates.data, sizes.data_parallel_size, share
             )
             plans = loader.plan_next()
             packs = [loader.reader.layout(plan) for plan in plans]
             tokens = [
                 rank_tokens(
-                    pack, place.context, megatron.context_parallel_size,
+                    pack, coordinates.context, megatron.context_parallel_size,
                     settings.seq_length if settings.fixed_slots else None, settings.slot_multiple, settings.cp_comm_type == "a2a",
                 )
                 for pack in packs
@@ -124,51 +148,53 @@ def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
         with _timed(seconds, "checkpoint"), on_meta(), MetaCountsAsCuda(everywhere=True):
             checkpoint = checkpoint_share(trained)
         with _timed(seconds, "memory and collectives"):
-            memory = PeakMemory(resolved.costs).stage(place.pipeline, tokens)
-            calls = CommunicationModel(resolved.costs).rank(place.pipeline, tokens)
-    return DryRunReport(sizes, rank, place, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
+            memory = PeakMemory(resolved.costs).stage(coordinates.pipeline, tokens)
+            calls = CommunicationModel(resolved.costs).rank(coordinates.pipeline, tokens)
+    return DryRunReport(sizes, rank, coordinates, plans, packs, tokens, built, memory, calls, checkpoint, seconds)
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
+    """Add the duration of the block to ``seconds``."""
+    start_time = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - began
+    seconds[name] = time.perf_counter() - start_time
 
 
 def built_bytes(trainable: Trainable, trained: Trained) -> dict[str, int]:
-    """What the modules, buffers and optimizers that were built would hold, in the memory model's terms.
+    """Return the bytes of the modules, buffers and optimizers that were built, in the memory model's terms.
 
-    Optimizer state is made at the first step: two moments of each main weight, and that weight where it is not the model's own.
+    The first step makes the optimizer's state: two moments of each main weight, and the weight itself if it is not the model's.
     """
     parameters = [parameter for part in trained.modules.values() for parameter in part.parameters()]
     buffers = [buffer for part in trainable.wrapped for buffer in part.buffers]
-    inside = {id(parameter) for buffer in buffers for parameter in buffer.params}
-    weights = sum(parameter.nbytes for parameter in parameters if id(parameter) not in inside)
+    buffered = {id(parameter) for buffer in buffers for parameter in buffer.params}
+    weights = sum(parameter.nbytes for parameter in parameters if id(parameter) not in buffered)
     for buffer in buffers:
         sharded = buffer.param_data is not None
         weights += buffer.param_data.nbytes if sharded else sum(parameter.nbytes for parameter in buffer.params)
-    own = {id(parameter) for parameter in parameters}
+    parameter_ids = {id(parameter) for parameter in parameters}
     mains = _main_weights(trainable)
-    apart = any(parameter.dtype != torch.float32 for parameter in parameters)
+    has_main_weights = any(parameter.dtype != torch.float32 for parameter in parameters)
     autoencoder = trainable.image_encoder.autoencoder
     return {
         "weight_bytes": weights,
         "gradient_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer_bytes": sum((3 if apart and id(main) not in own else 2) * 4 * main.numel() for main in mains),
+        "optimizer_bytes": sum((3 if has_main_weights and id(main) not in parameter_ids else 2) * 4 * main.numel() for main in mains),
         "average_bytes": trainable.ema.local_bytes() if trainable.ema is not None else 0,
         "autoencoder_bytes": sum(weight.nbytes for weight in autoencoder.parameters()) if autoencoder is not None else 0,
     }
 
 
 def _main_weights(trainable: Trainable) -> list[torch.Tensor]:
+    """Return the fp32 weights that this rank's optimizers update."""
     leaves = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
-    real = [leaf.optimizer for leaf in leaves if not getattr(leaf, "is_stub_optimizer", False)]
-    return [main for optimizer in real for group in optimizer.param_groups for main in group["params"]]
+    optimizers = [leaf.optimizer for leaf in leaves if not getattr(leaf, "is_stub_optimizer", False)]
+    return [main for optimizer in optimizers for group in optimizer.param_groups for main in group["params"]]
 
 
 def checkpoint_share(trained: Trained) -> dict[str, tuple[int, int]]:
-    """Tensors, and bytes of their local shards, that the rank names in a checkpoint, by section."""
+    """Return the number of tensors in the rank's share of a checkpoint and the bytes of its shards, by section."""
     shares = {}
     for name, section in sharded_state(trained, is_loading=True).items():
         shards: list[ShardedTensor] = list(sharded_tensors(section))

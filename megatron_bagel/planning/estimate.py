@@ -1,4 +1,4 @@
-"""From work and traffic to a step time and an MFU, on stated assumptions: a ranking of layouts first, a prediction second."""
+"""Predicts step time and MFU from work and traffic, on stated assumptions. It ranks plans better than it predicts times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_bagel.planning.gpus import Assumptions, Gpu
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Seconds of a step by part, and what follows. ``bubble`` is a share of the pipeline's time; MFUs are those of training's log."""
+    """The seconds of a step by part, and the rates. ``bubble`` is a share of the pipeline's time; the MFUs are those that training logs."""
 
     encode_s: float
     compute_s: float
@@ -32,12 +32,12 @@ class StepEstimate:
     work_mfu: float
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
 def recomputed_flops(inputs: CostInputs, work: StepWork, recompute: Recompute) -> float:
-    """Operations of the passes that are done a second time: a layer's forward pass is a third of its work."""
+    """Return the operations of passes that are done a second time. A layer's forward pass is a third of its work."""
     arch, megatron = inputs.arch, inputs.megatron
     flops, llm = work_flops(arch, work), arch.llm
     forward, attention = flops.decoder_linear / 3, flops.decoder_attention / 3
@@ -48,22 +48,27 @@ def recomputed_flops(inputs: CostInputs, work: StepWork, recompute: Recompute) -
         extra += forward * 3 * llm.hidden_size * llm.intermediate_size / layer_matrix_elements(llm)
     if recompute.granularity == "full":
         stages, chunks = stage_layers(megatron, llm.num_hidden_layers), virtual_stages(megatron, llm.num_hidden_layers) or 1
-        again = sum(chunks * (layers // chunks - recompute.untouched(layers // chunks)) for layers in stages)
-        extra += (forward + attention) * again / llm.num_hidden_layers
+        recomputed_layers = sum(chunks * (layers // chunks - recompute.saving_layers(layers // chunks)) for layers in stages)
+        extra += (forward + attention) * recomputed_layers / llm.num_hidden_layers
     if megatron.recompute_vit:
         extra += flops.vit / 3
     return extra
 
 
 class StepTime:
-    """Times of a layout on a GPU; the formulas are those of docs/planning.md."""
+    """Computes the times of a run on a GPU by the formulas in ``docs/planning.md``."""
 
-    def __init__(self, inputs: CostInputs, gpu: Gpu, assumed: Assumptions) -> None:
+    def __init__(self, inputs: CostInputs, gpu: Gpu, assumptions: Assumptions) -> None:
         self.inputs, self.arch, self.megatron, self.sizes = inputs, inputs.arch, inputs.megatron, inputs.sizes
-        self.gpu, self.assumed = gpu, assumed
+        self.gpu, self.assumptions = gpu, assumptions
 
     def estimate(self, work: StepWork, calls: Sequence[Sequence[Collective]]) -> StepEstimate:
-        """``work`` is that of the global batch; ``calls`` are the collectives of a rank of each stage."""
+        """Predict the time of a step.
+
+        Args:
+            work: The work of the global batch.
+            calls: The collectives of a rank of each stage.
+        """
         megatron, frozen, sizes = self.megatron, self.inputs.frozen, self.sizes
         flops = work_flops(self.arch, work, frozen.llm, frozen.vit)
         compute = max(self._compute(flops, work, stage) for stage in range(len(calls)))
@@ -75,46 +80,50 @@ class StepTime:
         if chunks > 1:
             pipeline = 0.0  # interleaved stages send while they compute
         busy = compute + tensor + context + pipeline
-        waits = (megatron.pipeline_model_parallel_size - 1) / (chunks * sizes.num_microbatches)
+        bubbles = (megatron.pipeline_model_parallel_size - 1) / (chunks * sizes.num_microbatches)
         exposed = self._exposed(data, compute / sizes.num_microbatches)
         encode = self._encode(flops) + max(sum(self.seconds(call) for call in stage if call.axis == "encoders") for stage in calls)
-        step = encode + busy * (1 + waits) + exposed
+        step = encode + busy * (1 + bubbles) + exposed
         rates = [
             utilization(amount, step, self.gpu.tflops, sizes.world_size)[1] for amount in (mfu_flops(self.arch.llm, work), flops.total)
         ]
         return StepEstimate(
-            encode, compute, tensor, context, pipeline, busy * waits, exposed, waits / (1 + waits), step, work.tokens / step, *rates
+            encode, compute, tensor, context, pipeline, busy * bubbles, exposed, bubbles / (1 + bubbles), step, work.tokens / step, *rates
         )
 
     def seconds(self, call: Collective) -> float:
-        """Of all calls of a collective, at the rate of the slowest link its group spans."""
-        gpu, assumed = self.gpu, self.assumed
-        near = call.span <= gpu.gpus_per_node
-        rate = gpu.link_gbs * assumed.link_share if near else gpu.network_gbs * assumed.network_share
+        """Return the seconds of all calls of a collective, at the rate of the slowest link in its group."""
+        gpu, assumptions = self.gpu, self.assumptions
+        inside_node = call.span <= gpu.gpus_per_node
+        rate = gpu.link_gbs * assumptions.link_share if inside_node else gpu.network_gbs * assumptions.network_share
         return call.sent / (rate * 1e9)
 
     def _compute(self, flops: WorkFlops, work: StepWork, stage: int) -> float:
-        """Seconds that a rank of ``stage`` computes in a step: the decoder's layers, the heads on the last stage, recomputation."""
+        """Return the seconds of computation of a rank of ``stage``: decoder layers, heads on the last stage, recomputation."""
         layers, peak = stage_layers(self.megatron, self.arch.llm.num_hidden_layers), self.gpu.tflops * 1e12
         share = layers[stage] / sum(layers)
-        again = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - self._vit_again(flops)
+        recomputed = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - self._recomputed_vit(flops)
         linear = flops.decoder_linear * share + (flops.heads if stage == len(layers) - 1 else 0)
         per_stage = self.sizes.world_size / len(layers)
-        assumed = self.assumed
-        whole = flops.decoder_linear + flops.decoder_attention
-        mean_rate = whole / (flops.decoder_linear / assumed.matmul_share + flops.decoder_attention / assumed.attention_share)
-        seconds = linear / assumed.matmul_share + flops.decoder_attention * share / assumed.attention_share + again * share / mean_rate
+        assumptions = self.assumptions
+        decoder = flops.decoder_linear + flops.decoder_attention
+        mean_rate = decoder / (flops.decoder_linear / assumptions.matmul_share + flops.decoder_attention / assumptions.attention_share)
+        seconds = (
+            linear / assumptions.matmul_share
+            + flops.decoder_attention * share / assumptions.attention_share
+            + recomputed * share / mean_rate
+        )
         return seconds / peak / per_stage
 
-    def _vit_again(self, flops: WorkFlops) -> float:
+    def _recomputed_vit(self, flops: WorkFlops) -> float:
         return flops.vit / 3 if self.megatron.recompute_vit else 0.0
 
     def _encode(self, flops: WorkFlops) -> float:
-        """Seconds of ViT and autoencoder, spread over a replica's ranks or done by each rank of the first stage."""
-        work = flops.vit + self._vit_again(flops) + flops.autoencoder
+        """Return the seconds of ViT and autoencoder, shared by a replica's ranks or spent by each rank of the first stage."""
+        work = flops.vit + self._recomputed_vit(flops) + flops.autoencoder
         ranks = self.sizes.world_size if encoders_on_all_ranks(self.megatron) else self.sizes.data_parallel_size
-        return work / ranks / (self.gpu.tflops * 1e12 * self.assumed.encoder_share)
+        return work / ranks / (self.gpu.tflops * 1e12 * self.assumptions.encoder_share)
 
     def _exposed(self, data: float, microbatch: float) -> float:
-        """Seconds of gradient and weight traffic that nothing hides: overlapped, it runs beside one microbatch's passes."""
+        """Return the seconds of gradient and weight traffic that are not hidden. With overlap the passes of one microbatch hide it."""
         return max(0.0, data - microbatch) if self.megatron.overlap_grad_reduce else data

@@ -1,4 +1,4 @@
-"""What a plan assumes of GPUs and links: data sheet figures, and how much of them training gets. Every figure has a flag."""
+"""Assumptions about GPUs and links: figures from data sheets, and the share of them that training reaches. Each has a flag."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from megatron_bagel.costs.flops import peak_tflops
 class Gpu:
     """One kind of GPU in its usual machine.
 
-    ``memory_gib`` as the data sheet says it; ``link_gbs`` and ``network_gbs`` are GB/s per GPU in one direction, inside a node and
-    between nodes; ``source`` names where the figures come from. Dense bf16 peaks are those of `training.accounting`, so that a plan's
-    MFU is the one that training will report.
+    Attributes:
+        name: The name of the GPU.
+        memory_gib: The memory according to the data sheet.
+        link_gbs: GB/s per GPU in one direction inside a node.
+        network_gbs: GB/s per GPU in one direction between nodes.
+        gpus_per_node: The number of GPUs in a node.
+        source: Where the figures come from.
+        peak: Dense bf16 TFLOP/s; 0 for the rate in ``costs/flops.py``, with which training reports its MFU.
     """
 
     name: str
@@ -28,7 +33,7 @@ class Gpu:
 
     @property
     def tflops(self) -> float:
-        """Dense bf16 peak in TFLOP/s."""
+        """Return the dense bf16 peak in TFLOP/s."""
         return self.peak or peak_tflops(self.name)
 
 
@@ -47,8 +52,10 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Figures that a prediction rests on, printed with it. Shares are of peaks; ``reserved_gib`` is what CUDA, NCCL, kernels and a
-    fragmented allocator take of the memory."""
+    """Assumptions of a prediction, which are printed with it.
+
+    Shares are fractions of peak rates. ``reserved_gib`` is the memory that CUDA, NCCL, kernels and a fragmented allocator take.
+    """
 
     matmul_share: float = 0.6
     attention_share: float = 0.35
@@ -59,20 +66,20 @@ class Assumptions:
 
 
 def gpu_of(arguments: PlanArguments, peak: float = 0.0) -> Gpu:
-    """The GPU that the flags describe, with another ``peak`` (TFLOP/s) where that is not 0. Raises ValueError for an unknown kind."""
-    known = GPUS.get(arguments.gpu.lower())
-    if known is None:
-        raise ValueError(f"--gpu {arguments.gpu} is not in the table; choose from {', '.join(GPUS)}, and override its figures by flags")
-    given: dict[str, Any] = {
+    """Return the GPU that the flags describe, with ``peak`` (TFLOP/s) if it is not 0. Raises ValueError for an unknown kind."""
+    gpu = GPUS.get(arguments.gpu.lower())
+    if gpu is None:
+        raise ValueError(f"--gpu {arguments.gpu} is not in the table; choose one of {', '.join(GPUS)}, and change its figures with flags")
+    overrides: dict[str, Any] = {
         "memory_gib": arguments.gpu_memory_gib,
         "peak": peak,
         "link_gbs": arguments.link_gbs,
         "network_gbs": arguments.network_gbs,
         "gpus_per_node": arguments.gpus_per_node,
     }
-    return replace(known, **{name: value for name, value in given.items() if value})
+    return replace(gpu, **{name: value for name, value in overrides.items() if value})
 
 
 def assumptions_of(arguments: PlanArguments) -> Assumptions:
-    """The shares that the flags give."""
+    """Return the assumptions that the flags give."""
     return Assumptions(**{field.name: getattr(arguments, field.name) for field in fields(Assumptions)})

@@ -1,4 +1,4 @@
-"""Peak memory of a rank, line by line: what it holds between steps, activations by recomputation mode, buffers, encoders."""
+"""Computes the peak memory of a rank: what it has between steps, activations by recomputation mode, buffers, encoders."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from megatron_bagel.planning.rank_tokens import RankTokens, largest
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a rank of one pipeline stage. ``activations`` are those of the chosen recomputation, all microbatches in flight, and
-    ``by_mode`` those of each mode. ``buffers``: position tables, inputs of all microbatches, what stages hand on, the largest
-    temporary. ``encoders``: weights of the autoencoder and activations of the ViT. ``encoding`` exists before the decoder's
-    activations do, so the peak counts the larger of the two."""
+    """Bytes of a rank of one pipeline stage.
+
+    Attributes:
+        stage: The number of the stage.
+        static: What the rank has between steps.
+        activations: Activations of all microbatches in flight with the chosen recomputation.
+        by_mode: The same for each mode of recomputation.
+        buffers: Position tables, inputs of all microbatches, hidden states that stages exchange, and the largest temporary tensor.
+        encoders: Weights of the autoencoder and activations of the ViT.
+        encoding: Workspace of the autoencoder. It is free before the decoder has activations, so the peak counts the larger of the two.
+    """
 
     stage: int
-    held: RankMemory
+    static: RankMemory
     activations: int
     by_mode: dict[str, int]
     buffers: int
@@ -29,75 +36,77 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes at the fullest moment of a step, without what CUDA and the allocator take."""
-        held = self.held
-        between = held.weight_bytes + held.gradient_bytes + held.optimizer_bytes + held.average_bytes
-        return between + self.buffers + self.encoders + max(self.activations, self.encoding)
+        """Return the peak bytes in a step, without what CUDA and the allocator take."""
+        static = self.static
+        between_steps = static.weight_bytes + static.gradient_bytes + static.optimizer_bytes + static.average_bytes
+        return between_steps + self.buffers + self.encoders + max(self.activations, self.encoding)
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the bytes for JSON."""
         return {
-            "stage": self.stage, **{name: value for name, value in asdict(self.held).items() if name != "autoencoder_bytes"},
+            "stage": self.stage, **{name: value for name, value in asdict(self.static).items() if name != "autoencoder_bytes"},
             "activation_bytes": self.activations, "activation_bytes_by_recompute": self.by_mode, "buffer_bytes": self.buffers,
             "encoder_bytes": self.encoders, "encoding_workspace_bytes": self.encoding, "peak_bytes": self.peak,
         }  # fmt: skip
 
 
 class PeakMemory:
-    """Memory of the stages of a layout for given packs."""
+    """Computes the memory of the stages of a run for given packs."""
 
-    def __init__(self, inputs: CostInputs, held: MemoryModel | None = None) -> None:
+    def __init__(self, inputs: CostInputs, memory_model: MemoryModel | None = None) -> None:
         self.arch, self.megatron, self.frozen = inputs.arch, inputs.megatron, inputs.frozen
-        self.held, self.activations = held or MemoryModel(inputs), ActivationModel(inputs)
+        self.memory_model, self.activations = memory_model or MemoryModel(inputs), ActivationModel(inputs)
 
     def stage(self, stage: int, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> StageMemory:
-        """Of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
-        held, tokens, chosen = self.held.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
-        compared = modes(max(self.activations.chunks(stage)))
-        by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared.items()}
+        """Return the memory of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
+        static, tokens, recompute = self.memory_model.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
+        compared_modes = modes(max(self.activations.chunks(stage)))
+        by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared_modes.items()}
         return StageMemory(
             stage=stage,
-            held=held,
-            activations=self._in_flight(stage, tokens, len(packs), chosen),
+            static=static,
+            activations=self._in_flight(stage, tokens, len(packs), recompute),
             by_mode=by_mode,
             buffers=self._buffers(stage, packs, tokens),
-            encoders=held.autoencoder_bytes + self._vit_activations(stage, packs),
-            encoding=self._encoding(packs) if held.autoencoder_bytes else 0,
+            encoders=static.autoencoder_bytes + self._vit_activations(stage, packs),
+            encoding=self._encoding(packs) if static.autoencoder_bytes else 0,
         )
 
     def stages(self, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> list[StageMemory]:
-        """Of every stage."""
+        """Return the memory of a rank of each stage."""
         return [self.stage(stage, packs, recompute) for stage in range(self.megatron.pipeline_model_parallel_size)]
 
     def _in_flight(self, stage: int, tokens: RankTokens, microbatches: int, recompute: Recompute) -> int:
+        """Return the activation bytes of all microbatches in flight, and of what is recomputed at one time."""
         model = self.activations
-        each = model.microbatch(stage, tokens, recompute)
-        return round(model.in_flight(stage, microbatches) * each) + model.working_set(stage, tokens, recompute)
+        microbatch = model.microbatch(stage, tokens, recompute)
+        return round(model.in_flight(stage, microbatches) * microbatch) + model.working_set(stage, tokens, recompute)
 
     def _buffers(self, stage: int, packs: Sequence[RankTokens], tokens: RankTokens) -> int:
+        """Return the bytes of the ``buffers`` of a stage."""
         arch, model, stages = self.arch, self.activations, self.megatron.pipeline_model_parallel_size
         hidden, width = arch.llm.hidden_size, model.bytes
-        found = 0
+        buffers = 0
         if arch.autoencoder is not None and stage == 0:
-            found += arch.max_latent_size**2 * hidden * width
+            buffers += arch.max_latent_size**2 * hidden * width
         if arch.vit is not None and (stage == 0 or encoders_on_all_ranks(self.megatron)):
-            found += arch.vit_max_num_patch_per_side**2 * hidden * width
+            buffers += arch.vit_max_num_patch_per_side**2 * hidden * width
         if stage in (0, stages - 1):
             # Latents and noise of the step's packs; ViT features and their gradient.
-            found += sum(2 * pack.gen * arch.latent_token_dim * FP32 for pack in packs)
+            buffers += sum(2 * pack.gen * arch.latent_token_dim * FP32 for pack in packs)
         if stage == 0:
-            found += sum(2 * pack.vit * hidden * width for pack in packs)
+            buffers += sum(2 * pack.vit * hidden * width for pack in packs)
         if stages > 1:
-            # Received and sent hidden states and gradients; what was sent is kept until its backward pass.
-            found += round((model.in_flight(stage, len(packs)) + 3) * model.hidden_bytes(tokens))
-        gradient = 2 * model.ffn * tokens.real * width + 2 * model.hidden_bytes(tokens)
+            # Received and sent hidden states and gradients. What was sent stays until its backward pass.
+            buffers += round((model.in_flight(stage, len(packs)) + 3) * model.hidden_bytes(tokens))
+        gradient = 2 * model.ffn * tokens.num_tokens * width + 2 * model.hidden_bytes(tokens)
         if stage == stages - 1:
-            # Log probabilities become a gradient of their size, in fp32.
+            # The gradient of the log probabilities has their size, in fp32.
             gradient = max(gradient, tokens.ce * FP32 * -(-arch.llm.vocab_size // model.tp))
-        return found + gradient
+        return buffers + gradient
 
     def _share(self, stage: int) -> float:
-        """Share of a replica's ViT images that a rank of ``stage`` encodes."""
+        """Return the share of a replica's ViT images that a rank of ``stage`` encodes."""
         megatron = self.megatron
         ranks = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
         if encoders_on_all_ranks(megatron):
@@ -105,7 +114,7 @@ class PeakMemory:
         return 1.0 if stage == 0 else 0.0
 
     def _vit_activations(self, stage: int, packs: Sequence[RankTokens]) -> int:
-        """Saved by the vision tower for the images of the whole step: its backward pass comes after the last microbatch's."""
+        """Return the bytes that the vision tower saves for all images of the step: its backward pass is after the last microbatch's."""
         vit, share = self.arch.vit, self._share(stage)
         tokens = sum(image.tokens for pack in packs for image in pack.images if image.kind == "vit")
         if vit is None or not tokens or not share:
@@ -123,7 +132,7 @@ class PeakMemory:
         return round(tokens * share * (patches + self.arch.n_vit_layers * layer + connector))
 
     def _encoding(self, packs: Sequence[RankTokens]) -> int:
-        """Workspace of the autoencoder: a residual block of the largest image at full resolution, four tensors of its size."""
+        """Return the workspace of the autoencoder: four tensors in a residual block of the largest image at full resolution."""
         if self.arch.autoencoder is None:
             return 0
         pixels = max((image.height * image.width for pack in packs for image in pack.images if image.kind == "vae"), default=0)

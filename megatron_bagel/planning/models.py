@@ -1,4 +1,4 @@
-"""Named model sizes, so that a plan needs no folder: the shapes of the public checkpoints BAGEL is built from."""
+"""Named model sizes, so that a plan needs no folder: the shapes of the public checkpoints that BAGEL is built from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 
-#: SigLIP so400m as BAGEL's released folder has it: 980 pixels, the last of 27 layers left out by ``vit_select_layer``.
+#: SigLIP so400m in BAGEL's released folder: 980 pixels, without the last of 27 layers (``vit_select_layer``).
 _SIGLIP = ViTArch(1152, 4304, 27, 16, image_size=980)
 _MOT = "Qwen2MoTDecoderLayer"
 
@@ -20,7 +20,7 @@ def _bagel(llm: LLMArch, max_latent_size: int = 64) -> BagelArch:
 MODELS: dict[str, BagelArch] = {
     # The released model.
     "bagel-7b-mot": _bagel(LLMArch(3584, 18944, 28, 28, 4, 152064, layer_module=_MOT)),
-    # Starts of one's own, from Qwen2.5's public sizes.
+    # Other models that can start from Qwen2.5's public sizes.
     "qwen2.5-0.5b-mot": _bagel(LLMArch(896, 4864, 24, 14, 2, 151936, layer_module=_MOT)),
     "qwen2.5-1.5b-mot": _bagel(LLMArch(1536, 8960, 28, 12, 2, 151936, layer_module=_MOT)),
     "qwen2.5-3b-mot": _bagel(LLMArch(2048, 11008, 36, 16, 2, 151936, layer_module=_MOT)),
@@ -31,12 +31,12 @@ MODELS: dict[str, BagelArch] = {
 
 
 def parameters(arch: BagelArch) -> int:
-    """Numbers in a model's released files without the autoencoder's: parameters, and the two position tables stored beside them."""
+    """Return the count of numbers in a model's files without the autoencoder: parameters and the two position tables."""
     return sum(prod(shape) for shape in WeightMap(arch).hf_shapes().values())
 
 
 def model_named(name: str) -> BagelArch:
-    """A named size, or the model of a folder in the released layout. Raises ValueError for a name that is neither."""
+    """Return a named size, or the model of a folder in the released format. Raises ValueError for a name that is neither."""
     if name in MODELS:
         return MODELS[name]
     if not Path(name).is_dir():

@@ -1,4 +1,4 @@
-"""One layout of one model on some GPUs, planned: memory, work, traffic and time."""
+"""Plans one model on some GPUs with one choice of parallel sizes: memory, work, traffic and time."""
 
 from __future__ import annotations
 
@@ -26,27 +26,38 @@ TokensOf = Callable[[int, int | None, int, bool], RankTokens]
 
 @dataclass(frozen=True)
 class Problem:
-    """What does not change between layouts: model, machine, assumptions and the pack that every microbatch is like."""
+    """What is the same for all plans of a search: model, machine, assumptions, and the pack that every microbatch equals."""
 
     arch: BagelArch
     gpu: Gpu
     gpus: int
-    assumed: Assumptions
+    assumptions: Assumptions
     pack: Pack
 
     @property
     def memory_bytes(self) -> float:
-        """What a GPU has for a run."""
-        return (self.gpu.memory_gib - self.assumed.reserved_gib) * GIB
+        """Return the memory of a GPU that a run can use."""
+        return (self.gpu.memory_gib - self.assumptions.reserved_gib) * GIB
 
     def tokens_of(self) -> TokensOf:
-        """Sizes of the pack on context-parallel rank 0, remembered: (ranks, capacity, multiple, all-to-all) -> sizes."""
+        """Return a cached function of (ranks, capacity, multiple, all-to-all) to the sizes of the pack on context-parallel rank 0."""
         return cache(lambda ranks, capacity, multiple, all_to_all: rank_tokens(self.pack, 0, ranks, capacity, multiple, all_to_all))
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """A planned layout. ``work`` is that of the global batch; ``calls`` are the collectives of a rank of each stage."""
+    """The plan for one choice of parallel sizes.
+
+    Attributes:
+        inputs: The settings that the costs follow from.
+        memory: The memory of a rank of each stage.
+        work: The work of the global batch.
+        flops: Its operations by part.
+        recomputed: The operations that are done a second time.
+        calls: The collectives of a rank of each stage.
+        estimate: The predicted times.
+        fits: Whether the memory of a GPU is sufficient.
+    """
 
     inputs: CostInputs
     memory: list[StageMemory]
@@ -59,17 +70,17 @@ class ParallelPlan:
 
     @property
     def sizes(self) -> ResolvedSizes:
-        """Batch geometry and precision."""
+        """Return the batch sizes and the precision."""
         return self.inputs.sizes
 
     @property
     def peak_bytes(self) -> int:
-        """Of the fullest stage."""
+        """Return the peak memory of the stage that needs most."""
         return max(stage.peak for stage in self.memory)
 
     @property
     def name(self) -> str:
-        """The axes in short, such as "TP4+SP PP2x2 CP1 DP8 full"."""
+        """Return the parallel sizes in short, such as "TP4+SP PP2x2 CP1 DP8, recompute none"."""
         megatron = self.inputs.megatron
         chunks = megatron.virtual_pipeline_model_parallel_size
         tensor = f"TP{megatron.tensor_model_parallel_size}{'+SP' if megatron.sequence_parallel else ''}"
@@ -82,7 +93,7 @@ class ParallelPlan:
         return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.sizes.data_parallel_size}, recompute {recompute}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan for JSON."""
         megatron = self.inputs.megatron
         return {
             "name": self.name,
@@ -101,8 +112,17 @@ class ParallelPlan:
         }  # fmt: skip
 
 
-def plan_layout(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None = None, held: MemoryModel | None = None) -> ParallelPlan:
-    """Plan the layout of ``inputs``, whose settings have been checked. Raises ValueError for what cannot be planned."""
+def make_plan(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None = None) -> ParallelPlan:
+    """Plan a run.
+
+    Args:
+        inputs: The settings of the run, which have been checked.
+        problem: The model, machine and pack.
+        tokens_of: The function of ``problem.tokens_of()``, for a search that makes many plans.
+
+    Raises:
+        ValueError: The settings cannot be planned.
+    """
     megatron, sizes = inputs.megatron, inputs.sizes
     tokens = (tokens_of or problem.tokens_of())(
         megatron.context_parallel_size,
@@ -111,12 +131,12 @@ def plan_layout(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None
         megatron.cp_comm_type == "a2a",
     )
     packs = [tokens] * sizes.num_microbatches
-    held = held or MemoryModel(inputs)
-    memory = PeakMemory(inputs, held).stages(packs)
-    traffic = CommunicationModel(inputs, held)
+    memory_model = MemoryModel(inputs)
+    memory = PeakMemory(inputs, memory_model).stages(packs)
+    traffic = CommunicationModel(inputs, memory_model)
     calls = [traffic.rank(stage, packs) for stage in range(megatron.pipeline_model_parallel_size)]
-    one = StepWork.of(problem.pack)
-    work = StepWork(*(value * sizes.global_batch_size for value in one.__dict__.values()))
+    pack_work = StepWork.of(problem.pack)
+    work = StepWork(*(value * sizes.global_batch_size for value in pack_work.__dict__.values()))
     return ParallelPlan(
         inputs=inputs,
         memory=memory,
@@ -124,6 +144,6 @@ def plan_layout(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None
         flops=work_flops(inputs.arch, work, inputs.frozen.llm, inputs.frozen.vit),
         recomputed=recomputed_flops(inputs, work, Recompute.of(megatron)),
         calls=calls,
-        estimate=StepTime(inputs, problem.gpu, problem.assumed).estimate(work, calls),
+        estimate=StepTime(inputs, problem.gpu, problem.assumptions).estimate(work, calls),
         fits=max(stage.peak for stage in memory) <= problem.memory_bytes,
     )

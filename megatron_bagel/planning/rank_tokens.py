@@ -1,4 +1,4 @@
-"""The sizes of one pack on one rank that memory and traffic depend on, read from the layout that training itself would make."""
+"""Reads the sizes of one pack on one rank, which memory and traffic depend on, from the layout that training would make."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from megatron_bagel.layout.sdpa_batches import batch_documents
 
 @dataclass(frozen=True)
 class RankTokens:
-    """One pack on one context-parallel rank: ``slots`` with padding, tokens by kind, loss tokens, distinct ``timesteps``.
+    """Sizes of one pack on one context-parallel rank.
 
-    ``documents`` are the batches of SDPA, (samples, queries, keys) each; ``keys`` the tokens whose keys the rank works with;
-    ``everyone`` all tokens of the pack; ``images`` those of the whole pack.
+    Attributes:
+        slots: Slots including padding.
+        text, vit, gen: Tokens by kind; ``gen`` are those of the generation expert.
+        ce, mse: Tokens with a text loss and with a velocity loss.
+        timesteps: The number of distinct timesteps in the pack.
+        keys: The tokens whose keys the rank works with.
+        pack_tokens: All tokens of the pack.
+        documents: The batches of SDPA as (samples, queries, keys).
+        images: The images of the whole pack.
     """
 
     slots: int
@@ -30,29 +37,37 @@ class RankTokens:
     mse: int
     timesteps: int
     keys: int
-    everyone: int
+    pack_tokens: int
     documents: tuple[tuple[int, int, int], ...]
     images: tuple[PackImage, ...] = ()
 
     @property
     def und(self) -> int:
-        """Tokens of the understanding expert."""
+        """Return the tokens of the understanding expert."""
         return self.text + self.vit
 
     @property
-    def real(self) -> int:
-        """Tokens without padding."""
+    def num_tokens(self) -> int:
+        """Return the tokens without padding."""
         return self.text + self.vit + self.gen
 
 
 def rank_tokens(pack: Pack, rank: int, ranks: int, capacity: int | None = None, multiple: int = 1, all_to_all: bool = False) -> RankTokens:
-    """``pack`` on context-parallel rank ``rank`` of ``ranks``; slots are padded for ``capacity`` tokens (default: the pack's own) and to
-    a ``multiple``, as `StepSettings.slots` does it."""
+    """Return the sizes of ``pack`` on a context-parallel rank.
+
+    Args:
+        pack: The layout of the pack.
+        rank: The context-parallel rank.
+        ranks: The number of context-parallel ranks.
+        capacity: The tokens that slots are padded for, as by ``StepSettings.slots``; None for those of the pack.
+        multiple: The number that divides the slots.
+        all_to_all: Whether context-parallel ranks exchange by all-to-all.
+    """
     length = padded_length(pack.sequence_length if capacity is None else capacity, ranks, multiple)
     orders = context_orders(pack, ranks, length)
-    order, whole = orders[rank], concatenated(orders)
-    slots = [order.slots[positions] for positions in (pack.ce_positions, pack.mse_positions)]
-    ce, mse = (int((held >= 0).sum()) for held in slots)
+    order, pack_order = orders[rank], concatenated(orders)
+    loss_slots = [order.slots[positions] for positions in (pack.ce_positions, pack.mse_positions)]
+    ce, mse = (int((slots >= 0).sum()) for slots in loss_slots)
     return RankTokens(
         slots=length,
         text=len(order.text_rows),
@@ -61,22 +76,22 @@ def rank_tokens(pack: Pack, rank: int, ranks: int, capacity: int | None = None, 
         ce=ce,
         mse=mse,
         timesteps=sum(image.noised for image in pack.images) + any(image.kind == "vae" and not image.noised for image in pack.images),
-        keys=len(whole.positions),
-        everyone=pack.sequence_length,
-        documents=_documents(PackMask.of(pack), whole if all_to_all and ranks > 1 else order),
+        keys=len(pack_order.positions),
+        pack_tokens=pack.sequence_length,
+        documents=_documents(PackMask.of(pack), pack_order if all_to_all and ranks > 1 else order),
         images=pack.images,
     )
 
 
 def _documents(mask: PackMask, order: TokenOrder) -> tuple[tuple[int, int, int], ...]:
-    """The batches that ``layout.sdpa_batches.build_sdpa_batches`` makes of a rank's queries, as sizes alone: their masks would be dense."""
+    """Return the sizes of the batches that ``layout.sdpa_batches.build_sdpa_batches`` makes of a rank's queries, without dense masks."""
     ends = np.cumsum(mask.sample_lens)
     counts = np.bincount(np.searchsorted(ends, order.positions, side="right"), minlength=len(mask.sample_lens))
-    present = np.flatnonzero(counts)
-    queries, keys = counts[present], mask.sample_lens[present]
-    return tuple((len(group), int(queries[group].max()), int(keys[group].max())) for group in batch_documents(queries, keys))
+    samples = np.flatnonzero(counts)
+    queries, keys = counts[samples], mask.sample_lens[samples]
+    return tuple((len(batch), int(queries[batch].max()), int(keys[batch].max())) for batch in batch_documents(queries, keys))
 
 
 def largest(tokens: Sequence[RankTokens]) -> RankTokens:
-    """The pack that asks for most memory, by its real tokens."""
-    return max(tokens, key=lambda held: (held.real, held.ce))
+    """Return the pack that needs most memory: the one with the most tokens."""
+    return max(tokens, key=lambda pack: (pack.num_tokens, pack.ce))

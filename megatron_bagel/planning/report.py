@@ -1,4 +1,4 @@
-"""A plan for readers: tables on the terminal, and the picture of memory per stage."""
+"""Presents a plan: tables on the terminal, and a picture of the memory of each stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_bagel.planning.parallel_plan import GIB, ParallelPlan, Problem
 
 #: Lines of the memory table: title -> bytes of a stage.
 _MEMORY = {
-    "weights": lambda stage: stage.held.weight_bytes,
-    "gradients": lambda stage: stage.held.gradient_bytes,
-    "optimizer": lambda stage: stage.held.optimizer_bytes,
-    "average (EMA)": lambda stage: stage.held.average_bytes,
+    "weights": lambda stage: stage.static.weight_bytes,
+    "gradients": lambda stage: stage.static.gradient_bytes,
+    "optimizer": lambda stage: stage.static.optimizer_bytes,
+    "average (EMA)": lambda stage: stage.static.average_bytes,
     "activations": lambda stage: stage.activations,
     "buffers": lambda stage: stage.buffers,
     "encoders": lambda stage: stage.encoders,
@@ -26,7 +26,7 @@ _MEMORY = {
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns, the first left and the others right aligned."""
+    """Align the rows in columns, the first to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = ("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows)
@@ -34,15 +34,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def shown_stages(stages: Sequence[StageMemory]) -> list[StageMemory]:
-    """All of a few stages; of many the first two, the fullest and the last."""
+    """Return all stages if there are few, else the first two, the one with the highest peak, and the last."""
     if len(stages) <= 8:
         return list(stages)
-    fullest = max(stages, key=lambda stage: stage.peak)
-    return [stages[number] for number in sorted({0, 1, fullest.stage, len(stages) - 1})]
+    highest = max(stages, key=lambda stage: stage.peak)
+    return [stages[number] for number in sorted({0, 1, highest.stage, len(stages) - 1})]
 
 
 def plan_text(plan: ParallelPlan, problem: Problem) -> str:
-    """The whole plan of one layout."""
+    """Return the text of a plan."""
     sizes, work = plan.sizes, plan.work
     head = (
         f"{plan.name} on {problem.gpus} x {problem.gpu.name}; {sizes.global_batch_size} packs per step, {sizes.num_microbatches} per "
@@ -50,7 +50,7 @@ def plan_text(plan: ParallelPlan, problem: Problem) -> str:
         f"attention {sizes.attention_backend}"
     )
     verdict = (
-        f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumed.reserved_gib:g} GiB are reserved): "
+        f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumptions.reserved_gib:g} GiB are reserved): "
         f"{'fits' if plan.fits else 'DOES NOT FIT'}"
     )
     parts = [head, memory_table(plan, problem), verdict, mode_table(plan), flops_table(plan), traffic_table(plan), time_text(plan, problem)]
@@ -63,10 +63,10 @@ def _mix(problem: Problem) -> str:
 
 
 def memory_table(plan: ParallelPlan, problem: Problem) -> str:
-    """GiB per rank of the stages."""
+    """Return a table of the GiB per rank of each stage."""
     stages = shown_stages(plan.memory)
     rows = [["GiB per rank", *(f"stage {stage.stage}" for stage in stages)]]
-    rows.append(["parameters, millions", *(f"{stage.held.parameters / 1e6:.1f}" for stage in stages)])
+    rows.append(["parameters, millions", *(f"{stage.static.parameters / 1e6:.1f}" for stage in stages)])
     rows += [[title, *(f"{amount(stage) / GIB:.2f}" for stage in stages)] for title, amount in _MEMORY.items()]
     rows.append(["peak", *(f"{stage.peak / GIB:.2f}" for stage in stages)])
     rows.append(["share of the GPU", *(f"{stage.peak / GIB / problem.gpu.memory_gib:.0%}" for stage in stages)])
@@ -74,7 +74,7 @@ def memory_table(plan: ParallelPlan, problem: Problem) -> str:
 
 
 def mode_table(plan: ParallelPlan) -> str:
-    """Activations under every mode of recomputation."""
+    """Return a table of the activations with each mode of recomputation."""
     stages = shown_stages(plan.memory)
     rows = [["activations, GiB, by recompute", *(f"stage {stage.stage}" for stage in stages)]]
     rows += [[name, *(f"{stage.by_mode[name] / GIB:.2f}" for stage in stages)] for name in stages[0].by_mode]
@@ -82,7 +82,7 @@ def mode_table(plan: ParallelPlan) -> str:
 
 
 def flops_table(plan: ParallelPlan) -> str:
-    """TFLOP per step by part."""
+    """Return a table of the TFLOP per step by part."""
     rows = [["TFLOP per step", ""], *([name.replace("_", " "), f"{value / 1e12:,.1f}"] for name, value in asdict(plan.flops).items())]
     rows.append(["without recomputation", f"{plan.flops.total / 1e12:,.1f}"])
     rows.append(["with recomputation", f"{(plan.flops.total + plan.recomputed) / 1e12:,.1f}"])
@@ -90,33 +90,33 @@ def flops_table(plan: ParallelPlan) -> str:
 
 
 def traffic_table(plan: ParallelPlan) -> str:
-    """GiB that a rank sends per step by axis."""
-    chosen = [stage.stage for stage in shown_stages(plan.memory)]
-    sent = {stage: sent_by_axis(plan.calls[stage]) for stage in chosen}
-    rows = [["GiB sent per rank and step", *(f"stage {stage}" for stage in chosen)]]
-    rows += [[axis, *(f"{sent[stage][axis] / GIB:.3f}" for stage in chosen)] for axis in sent[chosen[0]]]
+    """Return a table of the GiB that a rank sends per step by axis."""
+    stages = [stage.stage for stage in shown_stages(plan.memory)]
+    sent = {stage: sent_by_axis(plan.calls[stage]) for stage in stages}
+    rows = [["GiB sent per rank and step", *(f"stage {stage}" for stage in stages)]]
+    rows += [[axis, *(f"{sent[stage][axis] / GIB:.3f}" for stage in stages)] for axis in sent[stages[0]]]
     return table(rows)
 
 
 def time_text(plan: ParallelPlan, problem: Problem) -> str:
-    """Predicted times, and what the prediction rests on."""
+    """Return the predicted times and the assumptions of the prediction."""
     estimate, gpu = plan.estimate, problem.gpu
     rows = [["seconds per step (predicted)", ""]]
     seconds = {name: value for name, value in estimate.to_dict().items() if name.endswith("_s") and name != "tokens_per_s"}
     rows += [[name.removesuffix("_s").replace("_", " "), f"{value:.3f}"] for name, value in seconds.items()]
-    assumed = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(problem.assumed).items())
+    assumptions = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(problem.assumptions).items())
     return "\n".join([
         table(rows),
         f"pipeline bubble {estimate.bubble:.1%}, {estimate.tokens_per_s:,.0f} tokens/s, MFU {estimate.mfu:.1%} by the original's formula, "
         f"{estimate.work_mfu:.1%} by work done",
         f"assumed: {gpu.tflops:g} TFLOP/s, {gpu.link_gbs:g} GB/s inside a node of {gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between "
-        f"nodes ({gpu.source}); {assumed}. Not measured on any GPU.",
+        f"nodes ({gpu.source}); {assumptions}. Not measured on any GPU.",
     ])  # fmt: skip
 
 
 def search_text(plans: Sequence[ParallelPlan], total: int, problem: Problem) -> str:
-    """The best layouts, one a line."""
-    rows = [["layout", "packs/replica", "peak GiB", "bubble", "step s", "tokens/s", "MFU", "work MFU"]]
+    """Return a table of the best plans, one in each line."""
+    rows = [["parallel sizes", "packs/replica", "peak GiB", "bubble", "step s", "tokens/s", "MFU", "work MFU"]]
     rows += [
         [
             plan.name, str(plan.sizes.num_microbatches), f"{plan.peak_bytes / GIB:.1f}", f"{plan.estimate.bubble:.1%}",
@@ -125,12 +125,14 @@ def search_text(plans: Sequence[ParallelPlan], total: int, problem: Problem) -> 
         ]
         for plan in plans
     ]  # fmt: skip
-    first = f"{total} layouts fit {problem.gpus} x {problem.gpu.name}; the quickest by prediction (not measured on any GPU):"
+    first = (
+        f"{total} choices of parallel sizes fit {problem.gpus} x {problem.gpu.name}; the fastest by prediction (not measured on any GPU):"
+    )
     return "\n".join([first, table(rows)])
 
 
 def tables_of_names() -> str:
-    """Named sizes and GPU kinds."""
+    """Return tables of the named model sizes and the kinds of GPUs."""
     models = [["model", "parameters and tables, billions", "layers", "hidden"]]
     models += [[name, f"{parameters(a) / 1e9:.3f}", str(a.llm.num_hidden_layers), str(a.llm.hidden_size)] for name, a in MODELS.items()]
     gpus = [["gpu", "GiB", "TFLOP/s bf16", "GB/s link", "GB/s network", "source"]]
@@ -140,7 +142,7 @@ def tables_of_names() -> str:
 
 
 def memory_picture(plan: ParallelPlan, problem: Problem, path: str | Path) -> None:
-    """Stacked bars, one per stage, under the line of the GPU's memory."""
+    """Draw the memory of each stage as stacked bars, with a line for the memory of a GPU."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,13 +150,13 @@ def memory_picture(plan: ParallelPlan, problem: Problem, path: str | Path) -> No
 
     stages = range(len(plan.memory))
     figure, axes = plt.subplots(figsize=(max(5.0, 0.6 * len(stages) + 3), 4.5))
-    below = [0.0] * len(stages)
+    bottoms = [0.0] * len(stages)
     for title, amount in _MEMORY.items():
         heights = [amount(stage) / GIB for stage in plan.memory]
-        axes.bar(stages, heights, bottom=below, label=title)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
+        axes.bar(stages, heights, bottom=bottoms, label=title)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.axhline(problem.gpu.memory_gib, color="black", linestyle="--", label=f"{problem.gpu.name}")
-    axes.axhline(problem.memory_bytes / GIB, color="grey", linestyle=":", label="without what is reserved")
+    axes.axhline(problem.memory_bytes / GIB, color="grey", linestyle=":", label="without the reserved memory")
     axes.set(xlabel="pipeline stage", ylabel="GiB per rank", title=plan.name, xticks=list(stages))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Every layout that the model can be cut into and the machine can hold, quickest first."""
+"""Searches the parallel sizes that suit the model and fit the machine, and ranks them by predicted step time."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_bagel.costs.inputs import CostInputs
-from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, plan_layout
+from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, make_plan
 
-#: Tried in turn: settings of recomputation, from what costs least time to what costs least memory.
+#: Settings of recomputation in the order in which they are tried, from the least time to the least memory.
 RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute_granularity": None},
     {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
-#: From settings, by flag name, to what a run with them costs. Raises ValueError for sizes that do not fit.
+#: Returns the cost inputs of a run with other settings, by flag name. Raises ValueError for sizes that are not possible.
 InputsOf = Callable[[dict[str, Any]], CostInputs]
 
 
 def search(problem: Problem, inputs_of: InputsOf) -> list[ParallelPlan]:
-    """Layouts that fit, by predicted step time; of equal axes the least recomputation that fits.
+    """Return the plans that fit, by predicted step time. Each choice of parallel sizes has the least recomputation that fits.
 
     Args:
-        problem: model, machine and pack.
-        inputs_of: gives the run with the sizes and the recomputation that are tried. Whatever it refuses counts as a size that does
-            not fit, so all other settings must have been checked before.
+        problem: The model, machine and pack.
+        inputs_of: Returns the run with the sizes and the recomputation that are tried. A refusal counts as a size that is not
+            possible, so all other settings must have been checked before.
 
     Raises:
-        ValueError: nothing fits; names the nearest miss.
+        ValueError: Nothing fits. The text names the plan that comes nearest.
     """
-    tokens_of, found, nearest = problem.tokens_of(), [], None
+    tokens_of, plans, nearest = problem.tokens_of(), [], None
     for sizes in _sizes(problem):
         for recompute in RECOMPUTE:
             try:
-                plan = plan_layout(inputs_of({**sizes, **recompute}), problem, tokens_of)
+                plan = make_plan(inputs_of({**sizes, **recompute}), problem, tokens_of)
             except ValueError:
-                break  # sizes that this model, batch or number of GPUs cannot be cut into
+                break  # sizes that this model, batch or number of GPUs cannot be divided into
             if plan.fits:
-                found.append(plan)
+                plans.append(plan)
                 break
             nearest = plan if nearest is None or plan.peak_bytes < nearest.peak_bytes else nearest
-    if not found:
+    if not plans:
         miss = f"; the nearest is {nearest.name} with {nearest.peak_bytes / 2**30:.1f} GiB" if nearest else ""
-        machine = f"{problem.gpus} x {problem.gpu.name}, {problem.memory_bytes / 2**30:.1f} GiB of each for a run"
+        machine = f"{problem.gpus} x {problem.gpu.name}, each with {problem.memory_bytes / 2**30:.1f} GiB for a run"
         raise ValueError(
-            f"no layout of this model fits {machine}{miss}. Raise --gpus, lower --max_num_tokens, or give --recompute_vit True"
+            f"no parallel sizes let this model fit {machine}{miss}. Raise --gpus, lower --max_num_tokens, or pass --recompute_vit True"
         )
-    return sorted(found, key=lambda plan: (plan.estimate.step_time_s, plan.peak_bytes))
+    return sorted(plans, key=lambda plan: (plan.estimate.step_time_s, plan.peak_bytes))
 
 
 def _sizes(problem: Problem) -> Iterator[dict[str, Any]]:
+    """Yield the parallel sizes to try, by flag name."""
     layers = problem.arch.llm.num_hidden_layers
     for tensor in _powers(min(problem.gpu.gpus_per_node, problem.gpus)):
         for stages in [size for size in range(1, layers + 1) if layers % size == 0]:
@@ -65,5 +66,6 @@ def _sizes(problem: Problem) -> Iterator[dict[str, Any]]:
                     }  # fmt: skip
 
 
-def _powers(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length())]
+def _powers(limit: int) -> list[int]:
+    """Return the powers of two up to ``limit``."""
+    return [2**power for power in range(limit.bit_length())]

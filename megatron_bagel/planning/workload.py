@@ -1,4 +1,4 @@
-"""A typical pack for a plan, laid out by the same code as a real one: text-to-image samples and questions about pictures."""
+"""Lays out a typical pack for a plan with the code of training: text-to-image samples and questions about pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack, sample_toke
 
 @dataclass(frozen=True)
 class Mix:
-    """What a pack is made of: ``generation_share`` of its tokens in samples of a caption and a picture to generate, the rest in
-    samples of a picture, a question and its answer. Sides in pixels."""
+    """The composition of a pack.
+
+    ``generation_share`` of its tokens are in samples of a caption and a picture to generate, the rest in samples of a picture, a
+    question and its answer. Image sizes are sides in pixels.
+    """
 
     generation_share: float
     image_size: int
@@ -25,39 +28,45 @@ class Mix:
 
     @classmethod
     def of(cls, arguments: PlanArguments) -> Mix:
-        """From flags."""
+        """Return the composition that the flags describe."""
         return cls(
             arguments.generation_share, arguments.image_size, arguments.caption_tokens, arguments.vit_image_size, arguments.answer_tokens
         )
 
 
 def typical_pack(arch: BagelArch, mix: Mix, tokens: int) -> Pack:
-    """As many samples of ``mix`` as ``tokens`` hold. Raises ValueError where not one does, or a picture is too large for the model."""
+    """Return a pack with as many samples of ``mix`` as fit into ``tokens``.
+
+    Raises:
+        ValueError: Not one sample fits, or a picture is too large for the model.
+    """
     spec = LayoutSpec(
         0, 1, 2, 3, arch.vit.patch_size if arch.vit else 14, arch.vit_max_num_patch_per_side, arch.vae_token_pixels, arch.max_latent_size
     )
-    generate, answer = _generation(arch, mix, spec), _question(arch, mix, spec)
-    sizes = sample_tokens(Sample("plan", 0, 0, generate), spec), sample_tokens(Sample("plan", 0, 0, answer), spec)
+    generation, question = _generation(arch, mix, spec), _question(arch, mix, spec)
+    sizes = sample_tokens(Sample("plan", 0, 0, generation), spec), sample_tokens(Sample("plan", 0, 0, question), spec)
     samples: list[Sample] = []
-    filled = [0, 0]
+    totals = [0, 0]
     while True:
-        # Whichever kind is furthest behind its share comes next.
-        behind = mix.generation_share * (sum(filled) + sizes[0]) - filled[0]
-        kind = 0 if behind > 0 and mix.generation_share > 0 else 1
-        if sum(filled) + sizes[kind] > tokens:
+        # The kind that is furthest below its share comes next.
+        missing = mix.generation_share * (sum(totals) + sizes[0]) - totals[0]
+        kind = 0 if missing > 0 and mix.generation_share > 0 else 1
+        if sum(totals) + sizes[kind] > tokens:
             kind = 1 - kind
-            shared = mix.generation_share if kind == 0 else 1 - mix.generation_share
-            if not shared or sum(filled) + sizes[kind] > tokens:
+            share = mix.generation_share if kind == 0 else 1 - mix.generation_share
+            if not share or sum(totals) + sizes[kind] > tokens:
                 break
-        samples.append(Sample("plan", len(samples), 0, (generate, answer)[kind]))
-        filled[kind] += sizes[kind]
+        samples.append(Sample("plan", len(samples), 0, (generation, question)[kind]))
+        totals[kind] += sizes[kind]
     if not samples:
-        raise ValueError(f"--max_num_tokens {tokens} holds no sample of {min(sizes)} tokens; lower --image_size or --vit_image_size")
+        raise ValueError(
+            f"--max_num_tokens {tokens} holds no sample of {min(sizes)} tokens; raise it, or lower --image_size or --vit_image_size"
+        )
     return build_pack(samples, spec)
 
 
 def _text(tokens: int, loss: bool = False) -> Item:
-    # Borders take two tokens.
+    # The two border tokens are part of ``tokens``.
     return Item("text", loss=loss, ids=np.zeros(max(0, tokens - 2), dtype=np.int64))
 
 
@@ -77,8 +86,8 @@ def _question(arch: BagelArch, mix: Mix, spec: LayoutSpec) -> tuple[Item, ...]:
     return (Item("vit", image=0, height=side, width=side), *texts)
 
 
-def _side(name: str, pixels: int, stride: int, most: int) -> int:
-    """``pixels`` rounded down to whole tokens."""
-    if not stride <= pixels <= stride * most:
-        raise ValueError(f"--{name} {pixels} is not between {stride} and {stride * most} pixels, which the model's positions cover")
+def _side(name: str, pixels: int, stride: int, max_tokens: int) -> int:
+    """Round ``pixels`` down to whole tokens. Raises ValueError outside of the positions of the model."""
+    if not stride <= pixels <= stride * max_tokens:
+        raise ValueError(f"--{name} {pixels} is not between {stride} and {stride * max_tokens} pixels, which the model's positions cover")
     return pixels // stride * stride

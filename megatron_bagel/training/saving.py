@@ -59,7 +59,7 @@ class HFExporter:
     def _start(self, checkpoint: Path) -> None:
         out = self.results_dir / "hf" / checkpoint.name
         if out.exists():
-            logger.info("%s exists already and is not exported again; remove it to export it anew", out)
+            logger.info("%s exists already and is not written again; remove it first to export this checkpoint", out)
             return
         log = out.with_name(f"{out.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)

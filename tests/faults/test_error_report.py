@@ -17,7 +17,7 @@ def _fail(folder: Path, wrong: dict[int, tuple[bool, str, str]], quiet: float) -
     """Each rank raises what ``wrong`` says, after the first report has arrived if it says so; the exit code it would leave with."""
     import torch.distributed as dist
 
-    error_report.QUIET = quiet
+    error_report.QUIET_S = quiet
     follows, kind, text = wrong.get(dist.get_rank(), (False, "", ""))
     try:
         with ErrorReport(folder) as report:
@@ -46,7 +46,7 @@ def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pyt
 @pytest.mark.distributed
 def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     wrong = {rank: (False, "ValueError", "--lr is wrong") for rank in range(3)}
-    assert run_ranks(_fail, 3, tmp_path, wrong, error_report.MOST) == [2, 2, 2]
+    assert run_ranks(_fail, 3, tmp_path, wrong, error_report.MAX_WAIT_S) == [2, 2, 2]
     assert "megatron_bagel.train: error: --lr is wrong\n" in capfd.readouterr().err
 
 

@@ -49,7 +49,7 @@ def real(config: Config) -> tuple[list, list[int], dict[str, int], dict[str, tup
     return summary([loaded.plan for loaded in batch.packs], [loaded.pack for loaded in batch.packs]), slots, share
 
 
-def rehearsed(config: Config, ranks: int, results: Any) -> None:
+def dry_run_results(config: Config, ranks: int, results: Any) -> None:
     """Dry runs of all ranks of a world, in a process of its own."""
     from megatron_bagel import platform
     from megatron_bagel.cli.resolve_run import resolve_run
@@ -65,10 +65,10 @@ def rehearsed(config: Config, ranks: int, results: Any) -> None:
 
 
 def dry_runs(config: Config, ranks: int, folder: Path) -> list[tuple]:
-    process = fork(rehearsed, config, ranks, folder / "rehearsed.pt")
+    process = fork(dry_run_results, config, ranks, folder / "dry_runs.pt")
     process.join(240)
     assert process.exitcode == 0
-    return torch.load(folder / "rehearsed.pt", weights_only=False)
+    return torch.load(folder / "dry_runs.pt", weights_only=False)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -86,11 +86,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "dp2", "tp2-sp"))
-def test_a_rehearsal_is_the_run(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
+def test_a_dry_run_is_the_run(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, "bf16": True, **flags})
-    rehearsals = dry_runs(config, ranks, tmp_path)
+    reports = dry_runs(config, ranks, tmp_path)
     memories = run_ranks(held, ranks, config)
-    for found, (packs, slots, share), (_, memory) in zip(rehearsals, run_ranks(real, ranks, config), memories, strict=True):
+    for found, (packs, slots, share), (_, memory) in zip(reports, run_ranks(real, ranks, config), memories, strict=True):
         assert found[0] == packs and found[1] == slots
         assert found[2] == share
         assert {name: found[3][name] for name in found[3]} == {name: memory[name] for name in found[3]}
@@ -109,14 +109,14 @@ def vars_of(config: Config) -> dict[str, Any]:
     return {name: value for part in sections for name, value in part.items() if name in config.given}
 
 
-def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: Path) -> None:
+def test_one_command_builds_a_rank_of_thousands(world: Path, tmp_path: Path) -> None:
     words = words_of(world, tmp_path / "none", 1234, 4096, **{TP: 4, PP: 2, "sequence_parallel": True})
     line = [sys.executable, "-W", "ignore", "-m", "megatron_bagel.train", *words]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "rank 1234 of 4096: tensor 2, context 0, data 308, pipeline 0" in done.stdout
     assert "largest resident memory" in done.stdout
-    assert not (tmp_path / "none").exists()  # a rehearsal writes nothing
+    assert not (tmp_path / "none").exists()  # a dry run writes nothing
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,19 @@ def test_a_rank_of_thousands_is_rehearsed_by_one_command(world: Path, tmp_path: 
         (0, 64, {"index_dir": "nowhere"}, "there is no folder nowhere"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(
+def test_impossible_dry_runs_are_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, rank: int, ranks: int, flags: dict, complaint: str
 ) -> None:
     assert main(words_of(world, tmp_path, rank, ranks, **flags)) == 2
     assert complaint in capsys.readouterr().err
 
 
-def test_a_rehearsal_builds_no_index(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_builds_no_index(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(words_of(world, tmp_path / "none", 0, 64, index_dir=None)) == 2
     assert "build one with data_tools/build_index.py" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_a_rank_without_a_rehearsal_is_refused() -> None:
+def test_a_rank_without_a_dry_run_is_refused() -> None:
     with pytest.raises(ValueError, match="add --dry_run, or drop them"):
         validate_settings(Config.from_values({"fake_rank": 3}), 8, has_gpu=False)

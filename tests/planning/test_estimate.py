@@ -17,7 +17,7 @@ from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.command import problem_of
 from megatron_bagel.planning.estimate import recomputed_flops
 from megatron_bagel.planning.models import MODELS, parameters
-from megatron_bagel.planning.parallel_plan import plan_layout
+from megatron_bagel.planning.parallel_plan import make_plan
 from megatron_bagel.planning.search import search
 from megatron_bagel.planning.workload import Mix, typical_pack
 
@@ -32,7 +32,7 @@ def plan_of(wanted: PlanArguments = SMALL, **flags):
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64, **flags})
     planned = resolve_plan(config, wanted)
     problem = problem_of(planned, wanted)
-    return plan_layout(planned.inputs_of({}), problem), problem
+    return make_plan(planned.inputs_of({}), problem), problem
 
 
 def test_the_released_model_has_the_released_numbers() -> None:
@@ -110,7 +110,7 @@ def test_nothing_fits_a_tiny_gpu() -> None:
     config = Config.from_values({"max_num_tokens": 16384, "global_batch_size": 64})
     wanted = PlanArguments(model="qwen2.5-72b-mot", gpus=2, gpu="a100-40gb", search=True)
     planned = resolve_plan(config, wanted)
-    with pytest.raises(ValueError, match=r"no layout of this model fits 2 x A100, .*the nearest is TP2.*Raise --gpus"):
+    with pytest.raises(ValueError, match=r"no parallel sizes let this model fit 2 x A100, .*the nearest is TP2.*Raise --gpus"):
         search(problem_of(planned, wanted), planned.inputs_of)
 
 

@@ -70,8 +70,8 @@ class ErrorReport:
                 raise SystemExit(hang_watchdog.EXIT_CODE) from None
             self._gather(rank_error)
         except RuntimeError:  # torch's DistError: the host of the store is gone
-            where = f"on rank {rank_error.rank} ({rank_error.host}), and the store of the rendezvous does not answer"
-            print(f"megatron_bagel.train: error {where}: {rank_error.trace}", file=sys.stderr, flush=True)
+            origin = f"on rank {rank_error.rank} ({rank_error.host}), and the store of the rendezvous does not answer"
+            print(f"megatron_bagel.train: error {origin}: {rank_error.trace}", file=sys.stderr, flush=True)
         raise SystemExit(2 if rank_error.user else 1) from None
 
     def _gather(self, rank_error: RankError) -> None:
@@ -125,8 +125,8 @@ def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
     (first, ranks), *later = groups.items()
     is_on_all_ranks = len(ranks) == len(errors) and not silent
     hosts = sorted({error.host for error in errors if error.text == first})
-    where = "" if is_on_all_ranks else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
-    lines = [f"{where}{first}"]
+    origin = "" if is_on_all_ranks else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
+    lines = [f"{origin}{first}"]
     lines += [f"then {rank_list(later_ranks)}: {text.splitlines()[0][:300] if text else text}" for text, later_ranks in later]
     if silent:
         lines.append(
