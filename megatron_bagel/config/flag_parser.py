@@ -96,9 +96,9 @@ def _add_aliases(parser: FlagParser) -> None:
     actions = {action.dest: action for action in parser._actions if not action.option_strings[0].startswith("--no_")}
     for alias, name in ALIASES.items():
         spellings = dict.fromkeys([f"--{alias}", f"--{alias.replace('_', '-')}"])
-        aliased = actions[name]
+        action = actions[name]
         parser.add_argument(
-            *spellings, dest=alias, type=aliased.type, choices=aliased.choices, help=f"Megatron's name of --{name}."
+            *spellings, dest=alias, type=action.type, choices=action.choices, help=f"Megatron's name of --{name}."
         )  # fmt: skip
 
 
@@ -113,11 +113,11 @@ def unknown_flag(text: str, options: Iterable[str]) -> str:
 
 def resolve_aliases(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Return ``values`` with aliases renamed to their settings. Raises ValueError where both are given with different values."""
-    resolved = {name: value for name, value in values.items() if name not in ALIASES}
+    settings = {name: value for name, value in values.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if alias not in values:
             continue
-        if name in resolved and resolved[name] != values[alias]:
-            raise ValueError(f"{source}: --{alias} {values[alias]} and --{name} {resolved[name]} are one setting; give one of them")
-        resolved[name] = values[alias]
-    return resolved
+        if name in settings and settings[name] != values[alias]:
+            raise ValueError(f"{source}: --{alias} {values[alias]} and --{name} {settings[name]} are one setting; give one of them")
+        settings[name] = values[alias]
+    return settings

@@ -29,7 +29,7 @@ def optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
         distributed = False
     if not distributed and megatron.overlap_param_gather:
         raise ValueError("--overlap_param_gather gathers sharded weights: it needs --use_distributed_optimizer, not NO_SHARD")
-    instances = _instances(config, hybrid="HYBRID" in strategy)
+    instances = _instances(config, is_hybrid="HYBRID" in strategy)
     if instances < 1 or data_parallel % instances:
         raise ValueError(
             f"{instances} optimizer instances (--num_distributed_optimizer_instances, --num_replicate) do not divide the "
@@ -45,12 +45,12 @@ def optimizer_sharding(config: Config, data_parallel: int) -> tuple[bool, int]:
     return distributed, instances
 
 
-def _instances(config: Config, hybrid: bool) -> int:
-    replicate, instances = config.training.num_replicate, config.megatron.num_distributed_optimizer_instances
-    if replicate > 1 and not hybrid:
-        raise ValueError(f"--num_replicate {replicate} only means something with --sharding_strategy HYBRID_SHARD")
+def _instances(config: Config, is_hybrid: bool) -> int:
+    replicas, instances = config.training.num_replicate, config.megatron.num_distributed_optimizer_instances
+    if replicas > 1 and not is_hybrid:
+        raise ValueError(f"--num_replicate {replicas} only means something with --sharding_strategy HYBRID_SHARD")
     if instances is None:
-        return replicate
-    if "num_replicate" in config.given and instances != replicate:
-        raise ValueError(f"--num_distributed_optimizer_instances {instances} and --num_replicate {replicate} are one setting; give one")
+        return replicas
+    if "num_replicate" in config.given and instances != replicas:
+        raise ValueError(f"--num_distributed_optimizer_instances {instances} and --num_replicate {replicas} are one setting; give one")
     return instances

@@ -27,7 +27,7 @@ def check_tensor_parallel(size: int, llm: LLMArch) -> None:
     obstacle = _tensor_obstacle(size, llm)
     if obstacle is None:
         return
-    working_sizes = [other for other in range(1, llm.num_attention_heads + 1) if _tensor_obstacle(other, llm) is None]
+    working_sizes = [candidate for candidate in range(1, llm.num_attention_heads + 1) if _tensor_obstacle(candidate, llm) is None]
     raise ValueError(f"--tensor_model_parallel_size {size}: {obstacle}; sizes that work: {listed(working_sizes)}")
 
 

@@ -98,8 +98,8 @@ def _file_values(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: expected keys and values, found a {type(content).__name__}")
     config = _config_of(content, str(path))
     # A value that differs from the default counts as given: someone edited a file that a run had written.
-    edited = {name for name, setting in SETTINGS.items() if config.value_of(name) != default_of(setting)}
-    return {name: config.value_of(name) for name in config.given | edited}
+    edited_names = {name for name, setting in SETTINGS.items() if config.value_of(name) != default_of(setting)}
+    return {name: config.value_of(name) for name in config.given | edited_names}
 
 
 def _config_of(content: dict[str, Any], source: str) -> Config:
@@ -108,22 +108,22 @@ def _config_of(content: dict[str, Any], source: str) -> Config:
     given, derived = content.pop("given", None), content.pop("derived", None) or {}
     if not isinstance(derived, dict):
         raise ValueError(f"{source}: derived holds settings and their values, not a {type(derived).__name__}")
-    flat = _flatten(content, source)
+    flat_values = _flatten(content, source)
     for name in _known_names(derived, f"{source}: derived"):
-        if flat.get(name) == derived[name] and name not in (given or ()):
-            del flat[name]
-    parser, words, empty = build_parser(), [], {}
+        if flat_values.get(name) == derived[name] and name not in (given or ()):
+            del flat_values[name]
+    parser, words, empty_values = build_parser(), [], {}
     names = {action.dest for action in parser._actions} - {"help", "config"}
-    for key, value in flat.items():
+    for key, value in flat_values.items():
         name = key.replace("-", "_")
         if name not in names:
             raise ValueError(f"{source}: {unknown_flag('--' + name, sorted(names))}")
         if value is None or value == []:
-            empty[name] = value
+            empty_values[name] = value
         else:
             # One word with "=": a value such as -2 is not taken for a flag.
             words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    values = {**parser.given_values(words, source), **resolve_aliases(_check_empty(empty, source), source)}
+    values = {**parser.given_values(words, source), **resolve_aliases(_check_empty(empty_values, source), source)}
     config = Config.from_values(values)
     if given is not None:
         config.given = frozenset(_known_names(given, f"{source}: given"))
@@ -138,21 +138,21 @@ def _known_names(names: Any, source: str) -> list[str]:
 
 
 def _flatten(content: dict[str, Any], source: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    flat_values: dict[str, Any] = {}
     for key, value in content.items():
         section = value if key in SECTIONS and isinstance(value, dict) else {key: value}
         for name, setting in section.items():
-            if name in flat and flat[name] != setting:
-                raise ValueError(f"{source}: {name} is set twice, to {flat[name]!r} and {setting!r}")
+            if name in flat_values and flat_values[name] != setting:
+                raise ValueError(f"{source}: {name} is set twice, to {flat_values[name]!r} and {setting!r}")
             if isinstance(setting, dict):
                 raise ValueError(f"{source}: {name} holds a group of settings; groups are {', '.join(SECTIONS)}")
-            flat[str(name)] = setting
-    return flat
+            flat_values[str(name)] = setting
+    return flat_values
 
 
-def _check_empty(empty: dict[str, Any], source: str) -> dict[str, Any]:
+def _check_empty(empty_values: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the settings whose value is ``null`` or ``[]``, which only a default may be. Neither has a spelling on the command line."""
-    for name, value in empty.items():
+    for name, value in empty_values.items():
         if default_of(SETTINGS[ALIASES.get(name, name)]) != value:
             raise ValueError(f"{source}: {name} has no value")
-    return empty
+    return empty_values

@@ -127,10 +127,10 @@ def _batch_geometry(config: Config, data_parallel: int) -> tuple[int, int]:
 
 
 def _check_ramp(sizes: BatchSizes, data_parallel: int) -> None:
-    uneven = [size for size in sizes.steps if size % data_parallel]
-    if uneven:
+    uneven_sizes = [size for size in sizes.steps if size % data_parallel]
+    if uneven_sizes:
         raise ValueError(
-            f"--rampup_batch_size: global batches of {listed(uneven)} packs are no multiples of the {data_parallel} data-parallel "
+            f"--rampup_batch_size: global batches of {listed(uneven_sizes)} packs are not multiples of the {data_parallel} data-parallel "
             f"replicas; let START ({sizes.start}) and INCREMENT ({sizes.increment}) be multiples"
         )
 
@@ -147,13 +147,13 @@ def _check_interleaving(config: Config, microbatches: int) -> None:
 
 
 def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
-    requested, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
-    if requested != "auto":
-        if given and use_flex != (requested == "flex"):
-            raise ValueError(f"--use_flex {use_flex} and --attention_backend {requested} contradict each other; give one of them")
-        if requested == "flex" and not has_gpu:
+    requested_backend, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
+    if requested_backend != "auto":
+        if given and use_flex != (requested_backend == "flex"):
+            raise ValueError(f"--use_flex {use_flex} and --attention_backend {requested_backend} contradict each other; give one of them")
+        if requested_backend == "flex" and not has_gpu:
             raise ValueError("--attention_backend flex needs a GPU: FlexAttention has no backward pass on CPU; use auto or sdpa")
-        return requested, []
+        return requested_backend, []
     backend = "flex" if has_gpu and (use_flex or not given) else "sdpa"
     if given and use_flex and backend == "sdpa":
         return backend, ["use_flex: FlexAttention has no backward pass on CPU; attention runs on sdpa, with the same results"]

@@ -42,7 +42,7 @@ def test_accumulation_and_global_batch_are_two_views_of_one_setting(replicas, ac
         ("--gradient_accumulation_steps 0", 1, r"at least 1"),
         ("--global_batch_size 8 --rampup_batch_size 2 2", 1, r"expected three numbers"),
         ("--global_batch_size 8 --rampup_batch_size 2 4 40", 2, r"which is 8; 10 would do"),
-        ("--global_batch_size 8 --rampup_batch_size 2 1 40", 2, r"batches of 3, 5 or 7 packs are no multiples of the 2"),
+        ("--global_batch_size 8 --rampup_batch_size 2 1 40", 2, r"batches of 3, 5 or 7 packs are not multiples of the 2"),
         (
             "--global_batch_size 8 --rampup_batch_size 1 1 40 --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
             2,

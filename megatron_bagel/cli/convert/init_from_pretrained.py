@@ -57,9 +57,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
             raise ValueError(f"--vae: there is no file {args.vae}")
         vit = ViTArch.from_hf(read_json(args.vit / "config.json", "--vit")) if args.vit is not None else None
         side = args.vit_max_num_patch_per_side or (vit.image_size // vit.patch_size if vit is not None else 70)
-        kind = {"layer_module": args.layer_module, "qk_norm": not args.no_qk_norm, "tie_word_embeddings": args.tie_word_embeddings}
+        layer_settings = {
+            "layer_module": args.layer_module,
+            "qk_norm": not args.no_qk_norm,
+            "tie_word_embeddings": args.tie_word_embeddings,
+        }
         arch = BagelArch(
-            llm=LLMArch.from_hf(read_json(args.llm / "config.json", "--llm"), **kind),
+            llm=LLMArch.from_hf(read_json(args.llm / "config.json", "--llm"), **layer_settings),
             vit=vit,
             autoencoder=AutoencoderArch.beside(args.vae) if args.vae is not None else None,
             max_latent_size=args.max_latent_size,
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         )
         tokenizer = args.tokenizer or args.llm
         arch = grown_vocabulary(arch, len(load_tokenizer(str(tokenizer))))
-        first = InitialWeights.of(arch, args.seed, args.llm, args.vit, args.allow_missing, not args.no_copy_init_moe)
-        print(write_initial_weights(first, args.output, Companions(tokenizer, args.vae)))
+        initial_weights = InitialWeights.of(arch, args.seed, args.llm, args.vit, args.allow_missing, not args.no_copy_init_moe)
+        print(write_initial_weights(initial_weights, args.output, Companions(tokenizer, args.vae)))
 
     return command.run(prog, work)

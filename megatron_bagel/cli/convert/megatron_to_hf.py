@@ -46,9 +46,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.model.positions import sincos_2d
 
         folder = command.step_folder(args.checkpoint)
-        used = companions_of(read_state(folder)["run"].get("config", {}))
-        companions = Companions(args.tokenizer or used.tokenizer, args.autoencoder or used.autoencoder)
-        rest = HFFolder(args.untrained_from) if args.untrained_from is not None else None
-        export_checkpoint(folder, args.output, sincos_2d, command.WEIGHTS[args.weights], args.dtype, companions, rest, args.shard_size)
+        run_companions = companions_of(read_state(folder)["run"].get("config", {}))
+        companions = Companions(args.tokenizer or run_companions.tokenizer, args.autoencoder or run_companions.autoencoder)
+        untrained_folder = HFFolder(args.untrained_from) if args.untrained_from is not None else None
+        export_checkpoint(
+            folder, args.output, sincos_2d, command.WEIGHTS[args.weights], args.dtype, companions, untrained_folder, args.shard_size
+        )
 
     return command.run(prog, work)

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data lat
             clear_latent_cache(args.output)
         autoencoder = load_autoencoder(args.vae, flag="--vae").to(options.device)
         images = total_images(index.manifest, groups) // args.num_jobs
-        with tqdm(total=images, unit="image", desc="latents", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
-            complete = write_latent_cache(index, groups, args.vae, autoencoder, args.output, options, bar.update)
+        with tqdm(total=images, unit="image", desc="latents", mininterval=0.1 if sys.stderr.isatty() else 30.0) as progress_bar:
+            complete = write_latent_cache(index, groups, args.vae, autoencoder, args.output, options, progress_bar.update)
     except (ValueError, OSError) as error:
         report_error(prog, error)
         return 2

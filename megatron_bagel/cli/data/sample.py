@@ -45,6 +45,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     words.add_argument("--edit-steps", type=int, default=1, metavar="N", help="edits per example, 1 to N (default 1)")
     words.add_argument("--edit-kinds", nargs="+", default=None, metavar="KIND", help=f"of {', '.join(EDITS)} (default all)")
     words.add_argument("--vocab-size", type=int, default=512, help="largest number of tokens of the tokenizer (default 512)")
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that set the sizes of the model configs."""
     model = parser.add_argument_group("the model configs")
     model.add_argument("--hidden-size", type=int, default=128, help="hidden size of the decoder (default 128)")
     model.add_argument("--layers", type=int, default=6, help="layers of the decoder (default 6)")
@@ -62,7 +68,6 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     model.add_argument(
         "--vit-patches-per-side", type=int, default=10, help="side of the largest image that the ViT can address, in patches (default 10)"
     )
-    return parser
 
 
 def parse_sizes(texts: list[str]) -> tuple[tuple[int, int], ...]:

@@ -97,10 +97,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data ver
     shards = [(i, j, shard) for i, dataset in enumerate(manifest.datasets) for j, shard in enumerate(dataset.shards)]
     problems_by_shard = results(check, [(args.index, i, j, not args.no_decode) for i, j, _ in shards], args.workers)
     count = 0
-    with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as progress_bar:
         for (_, _, shard), problems in zip(shards, problems_by_shard, strict=True):
             count += len(problems)
-            bar.update(shard.samples)
+            progress_bar.update(shard.samples)
             for problem in problems:
                 print(problem)
     result = f"{count} problem(s)" if count else "all as they should be"

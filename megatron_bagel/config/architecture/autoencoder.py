@@ -41,11 +41,11 @@ class AutoencoderArch:
         Raises:
             ValueError: for a key that is unknown, and for a ``downsample`` that does not follow from ``ch_mult``.
         """
-        known = field_names(cls)
-        unknown = sorted(set(config) - known - {"downsample"})
-        if unknown:
-            raise ValueError(f"autoencoder config has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        arch = cls(**{name: value for name, value in config.items() if name in known})
+        known_names = field_names(cls)
+        unknown_names = sorted(set(config) - known_names - {"downsample"})
+        if unknown_names:
+            raise ValueError(f"autoencoder config has unknown keys {', '.join(unknown_names)}; known are {', '.join(sorted(known_names))}")
+        arch = cls(**{name: value for name, value in config.items() if name in known_names})
         if config.get("downsample", arch.downsample) != arch.downsample:
             raise ValueError(f"autoencoder config says downsample {config['downsample']}; ch_mult {arch.ch_mult} gives {arch.downsample}")
         return arch

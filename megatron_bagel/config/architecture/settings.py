@@ -26,6 +26,6 @@ def split_settings(config: Mapping[str, Any], arch: type) -> tuple[dict[str, Any
 
 def require_settings(config: Mapping[str, Any], names: tuple[str, ...], component: str) -> None:
     """Raise ValueError where a setting of ``names`` has no value. ``component`` says whose config it is."""
-    missing = [name for name in names if config.get(name) is None]
-    if missing:
-        raise ValueError(f"{component} config lacks {', '.join(missing)}; it has {', '.join(sorted(config))}")
+    missing_names = [name for name in names if config.get(name) is None]
+    if missing_names:
+        raise ValueError(f"{component} config lacks {', '.join(missing_names)}; it has {', '.join(sorted(config))}")
