@@ -6,15 +6,17 @@ such a state but cannot load it. With this class a checkpoint has the same forma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from megatron_bagel.platform.groupwise_optimizer import GroupwiseOptimizer
 
-class StepInGroupAdam(torch.optim.Optimizer):
+
+class StepInGroupAdam(GroupwiseOptimizer):
     """Adam or AdamW on torch's fused kernel. ``adam_w_mode`` decouples weight decay, as in FusedAdam."""
 
     def __init__(
@@ -39,46 +41,36 @@ class StepInGroupAdam(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param.data), torch.zeros_like(param.data)
         return state
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. Every group counts a step, even without gradients."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            states = [self._state_of(param) for param in params]
-            self.update(
-                params,
-                [param.grad for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                # The kernel increments the step count in these temporary tensors.
-                [torch.tensor(float(group["step"] - 1), device=param.device) for param in params],
-                foreach=False,
-                fused=True,
-                capturable=False,
-                differentiable=False,
-                grad_scale=None,
-                found_inf=None,
-                has_complex=False,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-        return loss
+    def update_group(self, group: dict[str, Any]) -> None:
+        """Update the parameters of ``group`` that have a gradient. The group counts a step even if none has."""
+        group["step"] = int(group.get("step", 0)) + 1
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        states = [self._state_of(param) for param in params]
+        self.update(
+            params,
+            [param.grad for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            # The kernel increments the step count in these temporary tensors.
+            [torch.tensor(float(group["step"] - 1), device=param.device) for param in params],
+            foreach=False,
+            fused=True,
+            capturable=False,
+            differentiable=False,
+            grad_scale=None,
+            found_inf=None,
+            has_complex=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def use_where_megatron_fell_back_to_torch() -> None:
