@@ -57,9 +57,7 @@ def full_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 def offences(path: str, source: str) -> list[str]:
     """Describe what a module opens although another module is the reader of such files."""
-    return [
-        f"{path}:{line} {name}" for name, line in full_names(ast.parse(source)) if name in READERS and path not in READERS[name]
-    ]
+    return [f"{path}:{line} {name}" for name, line in full_names(ast.parse(source)) if name in READERS and path not in READERS[name]]
 
 
 @pytest.mark.parametrize("path", sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")))

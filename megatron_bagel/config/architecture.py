@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json, read_json_as
+from megatron_bagel.config.whole_numbers import require_sizes
 
 LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
 
@@ -44,6 +45,8 @@ class LLMArch:
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        require_sizes(self, sizes if self.kv_channels is None else (*sizes, "kv_channels"), "LLM")
         if self.layer_module not in LAYER_MODULES:
             raise ValueError(f"layer_module {self.layer_module!r} is not one of {', '.join(LAYER_MODULES)}")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -129,6 +132,8 @@ class ViTArch:
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size")
+        require_sizes(self, sizes, "ViT")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"ViT hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}")
         if self.hidden_act != "gelu_pytorch_tanh":
@@ -175,6 +180,7 @@ class AutoencoderArch:
     shift_factor: float = 0.1159
 
     def __post_init__(self) -> None:
+        require_sizes(self, ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch"), "autoencoder")
         self.ch_mult = tuple(self.ch_mult)
         if self.ch % 32:
             raise ValueError(f"autoencoder ch {self.ch} must be a multiple of 32, the number of GroupNorm groups")
@@ -205,7 +211,7 @@ class AutoencoderArch:
     def beside(cls, weights: Path) -> AutoencoderArch:
         """Shape of the autoencoder whose weights are the file ``weights``: its ``ae_config.json``, or FLUX's without one."""
         path = Path(weights).parent / "ae_config.json"
-        return cls.from_dict(read_json(path, "autoencoder")) if path.is_file() else cls()
+        return read_json_as(cls.from_dict, path, "autoencoder") if path.is_file() else cls()
 
 
 @dataclass
@@ -225,13 +231,11 @@ class BagelArch:
     timestep_shift: float = 1.0
 
     def __post_init__(self) -> None:
+        require_sizes(self, ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"), "model")
         if self.connector_act != "gelu_pytorch_tanh":
             raise ValueError(f"connector_act {self.connector_act!r} is not supported; the released connector uses gelu_pytorch_tanh")
         if self.vit is not None:
             self._check_vit(self.vit)
-        for flag in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"{flag} is {getattr(self, flag)}; it must be at least 1")
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift is {self.timestep_shift}; it must be positive (1 leaves timesteps as drawn)")
 
@@ -287,11 +291,13 @@ class BagelArch:
         vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
         has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()
         released = {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True}
-        vit = ViTArch.from_hf(read_json(vit_file, "model folder")) if has_vit else None
+        vit = read_json_as(ViTArch.from_hf, vit_file, "model folder") if has_vit else None
         if vit is not None and not (vit.rope or values.get("vit_rope")):
             values.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
         return cls(
-            llm=LLMArch.from_hf({**released, **read_json(folder / "llm_config.json", "model folder")}, **(llm or {})),
+            llm=read_json_as(
+                lambda config: LLMArch.from_hf({**released, **config}, **(llm or {})), folder / "llm_config.json", "model folder"
+            ),
             vit=vit,
             autoencoder=AutoencoderArch.beside(ae_file) if has_ae else None,
             **values,

@@ -6,9 +6,10 @@ Pure functions of (configuration, world size, GPU or not), so that every rank an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.common.wording import listed
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.batch_size import BatchSizes
@@ -206,8 +207,8 @@ def architecture(config: Config) -> BagelArch:
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
     else:
         arch = BagelArch(
-            llm=LLMArch.from_hf(read_json(Path(model.llm_path) / "config.json", "--llm_path"), **llm),
-            vit=ViTArch.from_hf(read_json(Path(model.vit_path) / "config.json", "--vit_path")) if training.visual_und else None,
+            llm=read_json_as(partial(LLMArch.from_hf, **llm), Path(model.llm_path) / "config.json", "--llm_path"),
+            vit=read_json_as(ViTArch.from_hf, Path(model.vit_path) / "config.json", "--vit_path") if training.visual_und else None,
             autoencoder=AutoencoderArch.beside(Path(model.vae_path)) if training.visual_gen else None,
             **settings,
         )
