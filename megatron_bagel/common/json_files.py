@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_bagel.common.files import read_text
+
+T = TypeVar("T")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -60,6 +62,26 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {path} holds a {type(content).__name__}, expected an object of settings")
     return content
+
+
+def read_json_as(make: Callable[[dict[str, Any]], T], path: Path, what: str) -> T:
+    """Return what ``make`` builds of the object in a JSON file.
+
+    Args:
+        make: Builds a value of the object. Its errors for wrong values and types become a ValueError that names the file.
+        path: The file.
+        what: The flag or thing the file belongs to; error messages begin with it.
+
+    Raises:
+        ValueError: As ``read_json`` does, or the object is not what ``make`` takes.
+    """
+    content = read_json(path, what)
+    try:
+        return make(content)
+    except ValueError as error:
+        raise ValueError(f"{what}: {path}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{what}: {path} holds a value of a wrong type ({type(error).__name__}: {error})") from error
 
 
 def json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:

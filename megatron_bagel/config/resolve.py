@@ -6,9 +6,11 @@ The functions are pure, so every rank and every planning tool gets the same answ
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.common.wording import listed
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.config.batch_size import BatchSizes
@@ -169,7 +171,11 @@ def architecture(config: Config) -> BagelArch:
         ValueError: with the flag and the file that is missing or wrong.
     """
     model, training = config.model, config.training
-    llm = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
+    llm: dict[str, Any] = {
+        "layer_module": model.layer_module,
+        "qk_norm": model.llm_qk_norm,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
     if training.finetune_from_hf:
         flag_of = {"qk_norm": "llm_qk_norm"}
@@ -182,8 +188,8 @@ def architecture(config: Config) -> BagelArch:
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
     else:
         arch = BagelArch(
-            llm=LLMArch.from_hf(read_json(Path(model.llm_path) / "config.json", "--llm_path"), **llm),
-            vit=ViTArch.from_hf(read_json(Path(model.vit_path) / "config.json", "--vit_path")) if training.visual_und else None,
+            llm=read_json_as(partial(LLMArch.from_hf, **llm), Path(model.llm_path) / "config.json", "--llm_path"),
+            vit=read_json_as(ViTArch.from_hf, Path(model.vit_path) / "config.json", "--vit_path") if training.visual_und else None,
             autoencoder=AutoencoderArch.beside(Path(model.vae_path)) if training.visual_gen else None,
             **settings,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +91,33 @@ def test_head_size_of_qwen3_counts_and_of_qwen2_does_not():
     assert (qwen2.head_dim, qwen3.head_dim) == (16, 32)
     assert LLMArch.from_hf(qwen3.to_hf()) == qwen3 and qwen3.to_hf()["head_dim"] == 32
     assert qwen2.to_hf()["head_dim"] == 32  # as it was read
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("llm_config.json", {"num_attention_heads": 0}, "LLM config has num_attention_heads 0"),
+        ("llm_config.json", {"rope_parameters": [1]}, "wrong type"),
+        ("vit_config.json", {"vision_config": 3}, "wrong type"),
+        ("ae_config.json", {"ch_mult": 3}, "wrong type"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(goldens, tmp_path, file, changes, reason):
+    folder = Path(shutil.copytree(goldens / "hf", tmp_path / "hf"))
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    (folder / "ae.safetensors").touch()
+    with pytest.raises(ValueError, match=reason) as caught:
+        BagelArch.from_hf_folder(folder)
+    assert str(folder / file) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, "two", 1.5, True])
+def test_sizes_that_cannot_be_are_refused_by_name(key: str, value: object) -> None:
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+    with pytest.raises(ValueError, match=f"LLM config has {key} {value!r}; it must be a whole number of at least 1"):
+        LLMArch.from_hf({**config, key: value})
+    if key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        with pytest.raises(ValueError, match=f"ViT config has {key} {value!r}"):
+            ViTArch.from_hf({**config, key: value})

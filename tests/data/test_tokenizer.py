@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n"
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,29 @@ def test_a_path_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a SentencePiece"):
         load_tokenizer(tmp_path / "x.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("tokenizer.json", lambda _: POINTER, "is a Git LFS pointer, not the file: run git lfs pull"),
+        ("tokenizer.json", lambda data: data[:3000], "is not valid JSON"),
+        ("tokenizer_config.json", lambda _: b'{"a": ', "is not valid JSON"),
+        ("tokenizer_config.json", lambda _: b"[" * 200_000, "is nested too deeply"),
+        ("tokenizer.json", lambda _: b"{}", "transformers cannot read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    goldens: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    folder = Path(shutil.copytree(goldens / "hf", tmp_path / "tokenizer"))
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value) and name in str(caught.value)
+
+
+def test_a_pointer_in_place_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is a Git LFS pointer"):
+        load_tokenizer(tmp_path)

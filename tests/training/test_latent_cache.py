@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +14,22 @@ import yaml
 from PIL import Image
 
 from megatron_bagel.cli.data.latents import main
+from megatron_bagel.cli.data.verify import main as verify
 from megatron_bagel.common.files import write_whole
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import read_manifest
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.loading.loader import LoadedPack, PackReader
+from megatron_bagel.data.planner.assign import PackPlan
+from megatron_bagel.data.planner.group_source import GroupSource, open_sources
+from megatron_bagel.data.planner.sample_plan import PlanSettings
 from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.data.transforms import decode_rgb, image_tensor
 from megatron_bagel.encoders import latent_writer
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.latent_writer import CacheOptions, write_latent_cache
+from megatron_bagel.layout.pack import LayoutSpec
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests import runs
 from tests.data.index_files import groups_of, noise_png, write_t2i
@@ -128,7 +135,11 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path, capsy
     open_cache(world, cache)
     with pytest.raises(ValueError, match="image_transform_args of group t2i_pretrain"):
         open_cache(world, cache, lambda content: content["t2i_pretrain"]["image_transform_args"].update(max_image_size=80))
-    (cache / "latents.json").write_text((cache / "latents.json").read_text().replace(read_manifest(world / "index").build_key, "other"))
+    stored = json.loads((cache / "latents.json").read_text())
+    for name, value in (("index", "other"), ("contents", {})):
+        (cache / "latents.json").write_text(json.dumps({**stored, name: value}))
+        open_cache(world, cache)  # the other of the two still says which index it is
+    (cache / "latents.json").write_text(json.dumps({**stored, "index": "other", "contents": {}}))
     with pytest.raises(ValueError, match="another index"):
         open_cache(world, cache)
     assert main(command(world, cache)) == 2 and "remove it or give another --output" in capsys.readouterr().err
@@ -165,3 +176,101 @@ def test_jobs_that_start_at_the_same_moment_do_not_disturb_each_other(world: Pat
     (cache / "key.json.partial-elsewhere-1").write_text("{")
     assert main(command(world, cache, "--num-jobs", "1")) == 0
     open_cache(world, cache)
+
+
+def damaged_file(cache: Path, ending: str, offset: int) -> Path:
+    """Flip a bit of one file of the T2I group."""
+    (path,) = cache.glob(f"t2i_pretrain/*/00000.{ending}")
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def t2i_source(world: Path, cache: Path, check_all: bool = False) -> GroupSource:
+    groups, index = load_groups(world / "data/dataset.yaml"), IndexedSamples.open(world / "index")
+    latents = LatentCache(cache, index.manifest, groups, check_all)
+    spec = LayoutSpec(0, 1, 2, 3, vae_downsample=4, max_latent_size=64, vit_max_side=70)
+    sources = open_sources(groups, index, PlanSettings(0, spec), latents=latents)
+    return next(source for source in sources if source.name == "t2i_pretrain")
+
+
+def read_first(source: GroupSource) -> LoadedPack:
+    measures = source.measure(np.arange(1), 0)
+    plan = PackPlan(0, ((0, 0, 0),), int(measures.tokens[0]), 0.0)
+    return PackReader([source], source.settings.layout, 0, source.latents.arch)[plan]
+
+
+@pytest.fixture(scope="module")
+def whole_cache(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("whole") / "latents"
+    assert main(command(world, cache)) == 0
+    return cache
+
+
+@pytest.fixture
+def cache(whole_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_cache, tmp_path / "latents"))
+
+
+def test_damage_is_found_before_a_latent_is_trained_on(world: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(read_first(t2i_source(world, cache, check_all=True)).vae_images()) == 1
+    assert verify([str(cache)]) == 0 and "all as they should be" in capsys.readouterr().out
+    path = damaged_file(cache, "idx", 40)
+    with pytest.raises(ValueError, match=r"image 0 of t2i_pretrain/.* sample 0 \(.*\) cannot be read: .*00000\.idx"):
+        read_first(t2i_source(world, cache))
+    assert verify([str(cache)]) == 1 and path.name in capsys.readouterr().out
+
+
+def test_a_table_of_before_is_checked_too(world: Path, cache: Path) -> None:
+    """An earlier version recorded sizes alone."""
+    manifest = json.loads((cache / "latents.json").read_text())
+    files = {name: {ending: sizes[ending] for ending in ("bin", "idx")} for name, sizes in manifest["files"].items()}
+    del manifest["contents"]
+    (cache / "latents.json").write_text(json.dumps({**manifest, "files": files}))
+    assert len(read_first(t2i_source(world, cache)).vae_images()) == 1 and verify([str(cache)]) == 0
+    damaged_file(cache, "idx", 40)
+    with pytest.raises(ValueError, match=r"00000\.idx is damaged"):
+        read_first(t2i_source(world, cache))
+
+
+def test_a_flipped_bit_of_a_latent_is_found_on_request(world: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged_file(cache, "bin", 0)
+    with pytest.raises(ValueError, match=r"sample 0 .*checksum"):
+        read_first(t2i_source(world, cache, check_all=True))
+    assert verify([str(cache)]) == 1 and "image 0: its bytes in" in capsys.readouterr().out
+
+
+def test_a_latent_that_is_not_finite_is_named(world: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((cache / "latents.json").read_text())
+    (path,) = cache.glob("t2i_pretrain/*/00000.bin")
+    data = np.fromfile(path, dtype=np.float32)
+    data[1] = np.nan
+    data.tofile(path)
+    for sizes in manifest["files"].values():  # no checksums: the autoencoder itself gave this
+        del sizes["crc"], sizes["crc32"]
+    (cache / "latents.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"image 0 of t2i_pretrain/.* sample 0 \(.*\) cannot be read: .*NaN or infinite"):
+        read_first(t2i_source(world, cache))
+    assert verify([str(cache)]) == 1 and "image 0: its posterior holds NaN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "reason"), [("{", "not valid JSON"), ("{}", "is damaged"), ("[" * 200_000, "nested too deeply")])
+def test_a_damaged_manifest_is_named(world: Path, cache: Path, content: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "latents.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"latents\.json.*{reason}"):
+        open_cache(world, cache)
+    assert verify([str(cache)]) == 2 and "latents.json" in capsys.readouterr().err
+
+
+def test_an_autoencoder_that_gives_nan_is_refused_with_the_image(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "t2i"
+    write_t2i(folder, [(noise_png(0), '{"a": "red"}')])
+    groups = groups_of(tmp_path, "t2i_pretrain")
+    build_index(groups, world / "data/tokenizer", tmp_path / "index", BuildOptions(progress=False))
+    autoencoder = load_autoencoder(world / "ae.safetensors")
+    autoencoder.encoder.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinite values for image 0 of t2i_pretrain/t2i sample 0 \(.*0000\.parquet, row 0\)"):
+        write_latent_cache(
+            IndexedSamples.open(tmp_path / "index"), groups, world / "ae.safetensors", autoencoder, tmp_path / "latents", CacheOptions()
+        )

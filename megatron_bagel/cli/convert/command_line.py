@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.cli.usage import report_error
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.config.architecture import AutoencoderArch
 
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
@@ -40,7 +40,7 @@ def autoencoder_config(path: Path | None) -> AutoencoderArch | None:
     """Return the shape in the JSON file of ``--autoencoder-config``, or None without a file."""
     if path is None:
         return None
-    return AutoencoderArch.from_dict(read_json(path, "--autoencoder-config"))
+    return read_json_as(AutoencoderArch.from_dict, path, "--autoencoder-config")
 
 
 def size(text: str) -> int:

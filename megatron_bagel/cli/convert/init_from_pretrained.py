@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
@@ -49,13 +50,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.checkpoint.convert import Companions, write_initial_weights
         from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights
         from megatron_bagel.checkpoint.hf.pretrained import grown_vocabulary
-        from megatron_bagel.common.json_files import read_json
+        from megatron_bagel.common.json_files import read_json_as
         from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
         from megatron_bagel.data.tokenizer import load_tokenizer
 
         if args.vae is not None and not args.vae.is_file():
             raise ValueError(f"--vae: there is no file {args.vae}")
-        vit = ViTArch.from_hf(read_json(args.vit / "config.json", "--vit")) if args.vit is not None else None
+        vit = read_json_as(ViTArch.from_hf, args.vit / "config.json", "--vit") if args.vit is not None else None
         side = args.vit_max_num_patch_per_side or (vit.image_size // vit.patch_size if vit is not None else 70)
         layer_settings = {
             "layer_module": args.layer_module,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
             "tie_word_embeddings": args.tie_word_embeddings,
         }
         arch = BagelArch(
-            llm=LLMArch.from_hf(read_json(args.llm / "config.json", "--llm"), **layer_settings),
+            llm=read_json_as(partial(LLMArch.from_hf, **layer_settings), args.llm / "config.json", "--llm"),
             vit=vit,
             autoencoder=AutoencoderArch.beside(args.vae) if args.vae is not None else None,
             max_latent_size=args.max_latent_size,

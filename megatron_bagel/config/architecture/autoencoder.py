@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.config.architecture.settings import field_names, field_values
+from megatron_bagel.config.whole_numbers import require_sizes
 
 
 @dataclass
@@ -25,6 +26,7 @@ class AutoencoderArch:
     shift_factor: float = 0.1159
 
     def __post_init__(self) -> None:
+        require_sizes(self, ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch"), "autoencoder")
         self.ch_mult = tuple(self.ch_mult)
         if self.ch % 32:
             raise ValueError(f"autoencoder ch {self.ch} must be a multiple of 32, the number of GroupNorm groups")
@@ -58,4 +60,4 @@ class AutoencoderArch:
     def beside(cls, weights: Path) -> AutoencoderArch:
         """Return the shape of the autoencoder whose weights are a file: its ``ae_config.json``, or FLUX's shape without one."""
         path = Path(weights).parent / "ae_config.json"
-        return cls.from_dict(read_json(path, "autoencoder")) if path.is_file() else cls()
+        return read_json_as(cls.from_dict, path, "autoencoder") if path.is_file() else cls()

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_files import read_json, read_json_as
 from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
 from megatron_bagel.config.architecture.llm import LLMArch
 from megatron_bagel.config.architecture.settings import field_names, field_values
 from megatron_bagel.config.architecture.vit import ViTArch
+from megatron_bagel.config.whole_numbers import require_sizes
 
 _PARTS = {"llm", "vit", "autoencoder"}
 _RELEASED_LLM = {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True}
@@ -33,13 +34,11 @@ class BagelArch:
     timestep_shift: float = 1.0
 
     def __post_init__(self) -> None:
+        require_sizes(self, ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"), "model")
         if self.connector_act != "gelu_pytorch_tanh":
             raise ValueError(f"connector_act {self.connector_act!r} is not supported; the released connector uses gelu_pytorch_tanh")
         if self.vit is not None:
             self._check_vit(self.vit)
-        for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift is {self.timestep_shift}; it must be positive (1 leaves timesteps as drawn)")
 
@@ -99,11 +98,13 @@ class BagelArch:
         settings.update({name: value for name, value in overrides.items() if value is not None})
         vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
         has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()
-        vit = ViTArch.from_hf(read_json(vit_file, "model folder")) if has_vit else None
+        vit = read_json_as(ViTArch.from_hf, vit_file, "model folder") if has_vit else None
         if vit is not None and not (vit.rope or settings.get("vit_rope")):
             settings.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
         return cls(
-            llm=LLMArch.from_hf({**_RELEASED_LLM, **read_json(folder / "llm_config.json", "model folder")}, **(llm or {})),
+            llm=read_json_as(
+                lambda config: LLMArch.from_hf({**_RELEASED_LLM, **config}, **(llm or {})), folder / "llm_config.json", "model folder"
+            ),
             vit=vit,
             autoencoder=AutoencoderArch.beside(ae_file) if has_ae else None,
             **settings,

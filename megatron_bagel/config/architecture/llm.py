@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_bagel.config.architecture.settings import field_values, require_settings, split_settings
+from megatron_bagel.config.whole_numbers import require_sizes
 
 _LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -35,6 +36,8 @@ class LLMArch:
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        require_sizes(self, sizes if self.kv_channels is None else (*sizes, "kv_channels"), "LLM")
         if self.layer_module not in _LAYER_MODULES:
             raise ValueError(f"layer_module {self.layer_module!r} is not one of {', '.join(_LAYER_MODULES)}")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:

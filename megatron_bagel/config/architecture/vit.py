@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_bagel.config.architecture.settings import field_values, require_settings, split_settings
+from megatron_bagel.config.whole_numbers import require_sizes
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -31,6 +32,8 @@ class ViTArch:
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size")
+        require_sizes(self, sizes, "ViT")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"ViT hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}")
         if self.hidden_act != "gelu_pytorch_tanh":

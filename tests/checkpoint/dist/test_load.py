@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from megatron_bagel.checkpoint.dist.load import load_checkpoint, load_weights_only
+from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.load import named_weights
 from tests.checkpoint.hf.test_weight_map import tiny_arch
 from tests.checkpoint.tiny_run import load_and_train, same, tiny_run, train_and_save, weights
 from tests.distributed import run_ranks
@@ -111,3 +114,26 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     [messages] = run_ranks(_refusals, 1, tmp_path / "0000001", parallel={})
     for message, (_, _, expected) in zip(messages, REFUSALS, strict=True):
         assert expected in message and bool(expected) == bool(message)
+
+
+def _saved_with_nan(folder: Path, name: str, how: str) -> str:
+    """Save a run whose weight ``name`` is NaN, and return the message with which it is refused."""
+    trained = tiny_run()
+    named_weights(trained.modules.values())[name].data.fill_(float("nan"))
+    save_checkpoint(folder, 1, Trained(trained.modules, trained.arch), {})
+    fresh = tiny_run(seed=99)
+    with pytest.raises(ValueError) as caught:
+        if how == "resume":
+            load_checkpoint(folder / "0000001", Trained(fresh.modules, fresh.arch))
+        elif how == "weights":
+            load_weights_only(folder / "0000001", fresh.modules, fresh.arch)
+        else:
+            CheckpointWeights(folder / "0000001", "sampled").model(name)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["resume", "weights", "read"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, how: str) -> None:
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    [message] = run_ranks(_saved_with_nan, 1, tmp_path, name, how, parallel={})
+    assert f"{tmp_path / '0000001'}: tensor {name} holds NaN or infinite values" in message

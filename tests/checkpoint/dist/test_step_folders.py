@@ -73,3 +73,18 @@ def test_unusable_folders_are_refused_by_name(tmp_path: Path) -> None:
 def test_state_that_is_not_json_is_refused() -> None:
     with pytest.raises(ValueError, match="numbers, strings, lists"):
         step_folders.state_text({"planner": object()})
+
+
+def test_a_copy_without_hidden_files_names_what_it_lacks(tmp_path: Path) -> None:
+    folder = _fake(tmp_path, 4)
+    (folder / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used \(0000004: \.metadata is missing\).*hidden files"):
+        step_folders.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "[" * 200_000])
+def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
+    folder = _fake(tmp_path, 4)
+    (folder / step_folders.STATE_FILE).write_text(content)
+    with pytest.raises(ValueError, match=rf"{step_folders.STATE_FILE} is damaged"):
+        step_folders.read_state(folder)

@@ -89,3 +89,17 @@ def test_ranks_must_be_shared_out_evenly(tiny_folder: Path, monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 does not divide the 3 launched"):
         load_engine(tiny_folder, LoadOptions(tensor_parallel=2))
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors"])
+def test_weights_that_are_not_finite_are_refused(tiny_folder: Path, tmp_path: Path, single_rank: None, name: str) -> None:
+    """A model of NaN would draw black pictures."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(tiny_folder, tmp_path)
+    tensors = load_file(folder / name)
+    broken = max(tensors, key=lambda tensor_name: tensors[tensor_name].numel())
+    tensors[broken][-1] = float("nan")
+    save_file(tensors, folder / name)
+    with pytest.raises(ValueError, match=rf"{name}: tensor {broken} holds NaN or infinite values"):
+        load_engine(folder, LoadOptions(check_weights="full"))
