@@ -63,7 +63,7 @@ class ProbeAnswers:
         templates = self._prepare(rows, [each for each in probes for _ in range(count)])
         sizes = [_picture_tokens(row, self.spec) for row in rows[::count]]
         x = [self._noise(each, size) for each, size in zip(probes, sizes, strict=True)]
-        times = time_grid(sampling.num_timesteps, sampling.timestep_shift)
+        times = time_grid(sampling.num_timesteps, sampling.timestep_shift, self.settings.device)
         for t, dt in zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True):
             velocities = self._velocities(templates, [x[row // count] for row in range(len(rows))], t)
             scales = guidance.scales_at(t)
