@@ -131,7 +131,7 @@ def picture(engine: Engine, arguments: argparse.Namespace, anew: bool) -> Tensor
     if not anew:
         return torch.cat(generate_latents(engine, [each.views for each in made], grids, noise, sampling))
     x = [start.to(engine.device) for start in noise]
-    times = time_grid(sampling.num_timesteps, sampling.timestep_shift)
+    times = time_grid(sampling.num_timesteps, sampling.timestep_shift, engine.device)
     for step, (t, dt) in enumerate(zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True)):
         views = [each.views for each in (read(engine, arguments) if step else made)]
         pictures = [engine.embed_latents(part, t, engine.latent_position_ids(*grid)) for part in x]

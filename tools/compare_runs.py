@@ -74,14 +74,15 @@ def table(tallies: Sequence[Tally]) -> str:
     return "\n".join("  ".join(line) for line in lines)
 
 
-def left_out() -> str:
-    """Return one line about what no comparison looks at."""
+def left_out(rule: Rule) -> str:
+    """Return one line about what the comparison does not look at."""
     from tools.compare_bytes import PATH_KEYS
     from tools.compare_files import TIMING_PREFIXES, TIMINGS
 
     measured = ", ".join([*TIMINGS, *(f"{prefix}*" for prefix in TIMING_PREFIXES)])
+    rounding = "" if rule.bitwise else "key biases of the vision tower, whose true gradient is zero; "
     return (
-        f"Left out: what is measured ({measured}); of checkpoints versions, number of ranks and flags; "
+        f"Left out: {rounding}what is measured ({measured}); of checkpoints versions, number of ranks and flags; "
         f"of an index paths and what follows from them ({', '.join(sorted(PATH_KEYS))})."
     )
 
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"compare_runs: {error}", file=sys.stderr)
         return 2
-    print(f"\n{table(tallies)}\n{left_out()}")
+    print(f"\n{table(tallies)}\n{left_out(rule)}")
     different = [tally.name for tally in tallies if not tally.equal]
     verdict = f"different: {', '.join(different)}" if different else f"equal {rule}"
     print(f"A ({arguments.a}) and B ({arguments.b}) are {verdict}")

@@ -21,11 +21,12 @@ ROPE_THETA = 10000.0
 def rope_2d(position_ids: Tensor, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine [n, 1, 2, head_dim/4] of the optional 2-D rotary positions; the third axis is (row, column).
 
-    ``position_ids`` [n] are row * side + column. Frequencies are 10000^(-2i / (head_dim/2)).
+    ``position_ids`` [n] are row * side + column. Frequencies are 10000^(-2i / (head_dim/2)), computed in fp32 on
+    the CPU as in the original: another device's power function rounds differently.
     """
-    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=position_ids.device) / (head_dim // 2)
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device="cpu") / (head_dim // 2)
     row_and_column = torch.stack([position_ids // side, position_ids % side], dim=1).float()
-    angles = row_and_column[:, None, :, None] * ROPE_THETA**-exponents
+    angles = row_and_column[:, None, :, None] * (1.0 / ROPE_THETA**exponents).to(position_ids.device)
     return angles.cos(), angles.sin()
 
 

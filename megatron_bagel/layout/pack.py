@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_bagel.layout.items import Item, Mode, Sample
 
@@ -92,10 +94,23 @@ def grid_position_ids(rows: int, cols: int, side: int, interpolate: bool) -> np.
     With ``interpolate``, rows and columns are spread over ``side`` equal bins (nearest bin). Otherwise an id is
     row * side + column.
     """
-    r, c = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
     if interpolate:
-        r, c = r * side // rows, c * side // cols
+        r, c = _interpolated_bins(rows, side), _interpolated_bins(cols, side)
+    else:
+        r, c = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
     return (r[:, None] * side + c[None, :]).reshape(-1)
+
+
+@lru_cache(maxsize=1024)
+def _interpolated_bins(cells: int, side: int) -> np.ndarray:
+    """Return the bin in [0, side) of each of ``cells`` positions, int64 [cells], by the original's float32 arithmetic.
+
+    Bin edges and positions are multiples of 1 / ``side`` and 1 / ``cells`` as ``torch.arange`` rounds them. Where the exact values
+    coincide, the rounding decides on which side of an edge a position falls, so exact integers would give other bins.
+    """
+    edges = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32)
+    positions = torch.arange(0, 1 - 1e-6, 1 / cells, dtype=torch.float32)
+    return torch.bucketize(positions, edges, right=True).numpy()
 
 
 def item_grid(item: Item, spec: LayoutSpec) -> tuple[int, int]:

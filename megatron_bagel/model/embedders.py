@@ -24,8 +24,10 @@ class TimestepEmbedder(nn.Module):
     def sinusoid(t: torch.Tensor) -> torch.Tensor:
         """Return the sinusoid of timesteps [n], fp32 [n, 256]."""
         half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)[None, :]
+        steps = torch.arange(half, dtype=torch.float32, device="cpu")
+        # Computed on the CPU, as in the original: another device's exponential rounds differently.
+        frequencies = torch.exp(-math.log(10000.0) * steps / half).to(t.device)
+        angles = t.float()[:, None] * frequencies[None, :]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:

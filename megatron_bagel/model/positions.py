@@ -19,7 +19,7 @@ def sincos_2d(dim: int, side: int) -> torch.Tensor:
     if dim % 4:
         raise ValueError(f"2-D position table: hidden size {dim} is not a multiple of 4 (sine and cosine of row and column)")
     quarter = dim // 4
-    frequencies = 10000.0 ** -(np.arange(quarter, dtype=np.float64) / quarter)
+    frequencies = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
     angles = np.arange(side, dtype=np.float64)[:, None] * frequencies
     axis_table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     by_column = np.tile(axis_table, (side, 1))

@@ -9,9 +9,11 @@ def rotary_table(position_ids: torch.Tensor, head_dim: int, theta: float) -> tup
     """Return the cosine and sine tables of the rotary angles, both fp32 [tokens, head_dim], in the half-split convention.
 
     The angle of channel i is position * theta ** (-2 i / head_dim). Frequencies stay fp32 in every training dtype; the
-    original rounds them to bf16 while training.
+    original rounds them to bf16 while training. They are computed on the CPU, as in the original: another device's power function
+    rounds differently, and a position of thousands multiplies the difference.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponent)[None, :]
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    frequencies = (1.0 / theta**exponent).to(position_ids.device)
+    angles = position_ids.float()[:, None] * frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

@@ -174,6 +174,16 @@ def test_nan_on_both_sides_is_equal(tmp_path: Path, compare: Callable) -> None:
     assert compare(files[0], files[2])[0] == 0 and compare(files[0], files[2], "--bitwise")[0] == 1
 
 
+def test_key_biases_of_the_vision_tower_count_only_as_bits(tmp_path: Path, compare: Callable) -> None:
+    """The decoder's key biases always count: a norm and rotary positions stand between them and softmax."""
+    tower, decoder = "vit_model.vision_model.encoder.layers.0.self_attn.k_proj.bias", "language_model.model.layers.0.self_attn.k_proj.bias"
+    for name, flags, expected in ((tower, [], 0), (tower, ["--bitwise"], 1), (decoder, [], 1)):
+        files = [weights(tmp_path / f"{number}.safetensors", **{name: torch.full((3,), float(number))}) for number in range(2)]
+        status, text = compare(*files, *flags)
+        assert status == expected, text
+        assert ("key biases of the vision tower" in text) == (not flags)
+
+
 class WatchedFile(WeightFile):
     """Counts the tensors that somebody still holds."""
 

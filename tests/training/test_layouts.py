@@ -76,6 +76,12 @@ def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Refer
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
 
 
+@pytest.mark.slow
+def test_layouts_are_equal_with_the_epsilon_of_the_original(world: Path, tmp_path: Path, reference: Reference) -> None:
+    """At 1e-15 a weight with a true gradient of zero takes full steps on rounding noise; no other weight may differ."""
+    assert_equal(trained(world, tmp_path, 4, {TP: 2, PP: 2, "eps": 1e-15}), reference.run({"eps": 1e-15}))
+
+
 def test_clipping_is_active(reference: Reference) -> None:
     assert_clipped(reference.run({}))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +45,13 @@ class Guidance:
                 raise ValueError(f"{name} is {scale}, it must be at least 1 (1 turns the guidance off)")
 
     def scales_at(self, t: float) -> tuple[float, float]:
-        """Return (text scale, image scale) at time ``t``."""
-        if self.interval[0] < t <= self.interval[1]:
+        """Return (text scale, image scale) at time ``t``, a value of ``time_grid``.
+
+        Both bounds are rounded to float32, as in the original. A time of 0.4 is 0.40000000596 in float32, which exceeds the
+        double 0.4, but does not exceed the float32 0.4.
+        """
+        low, high = np.float32(self.interval[0]), np.float32(self.interval[1])
+        if low < np.float32(t) <= high:
             return self.text_scale, self.img_scale
         return 1.0, 1.0
 
@@ -87,8 +93,10 @@ def guide(v: Tensor, without_text: Tensor | None, without_images: Tensor | None,
     return guided * shrink_factor(v, guided, guidance.renorm_type == "channel", guidance.renorm_min)
 
 
-def time_grid(num_timesteps: int, shift: float) -> Tensor:
+def time_grid(num_timesteps: int, shift: float, device: torch.device | str = "cpu") -> Tensor:
     """Return times from 1 to 0, float32 [num_timesteps], shifted by s t / (1 + (s - 1) t): ``num_timesteps - 1`` Euler steps.
+
+    They are computed on the ``device`` of the pictures, as in the original: devices round ``linspace`` differently.
 
     Raises:
         ValueError: If there are fewer than two points, or the shift is not positive.
@@ -97,5 +105,5 @@ def time_grid(num_timesteps: int, shift: float) -> Tensor:
         raise ValueError(f"num_timesteps is {num_timesteps}; the time grid needs at least 2 points (N points make N - 1 steps)")
     if shift <= 0:
         raise ValueError(f"timestep_shift is {shift}; it must be positive (1 leaves the times evenly spaced)")
-    t = torch.linspace(1, 0, num_timesteps)
+    t = torch.linspace(1, 0, num_timesteps, device=device)
     return shift * t / (1 + (shift - 1) * t)

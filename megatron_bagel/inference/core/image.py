@@ -60,7 +60,7 @@ def generate_latents(
     sizes = [rows * columns for rows, columns in grids]
     position_ids = torch.cat([engine.latent_position_ids(*grid) for grid in grids])
     x_t = torch.cat([n.to(engine.device, torch.float32) for n in noise])
-    times = time_grid(sampling.num_timesteps, sampling.timestep_shift)
+    times = time_grid(sampling.num_timesteps, sampling.timestep_shift, engine.device)
     for step, (t, dt) in enumerate(zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True)):
         pictures = engine.embed_latents(x_t, t, position_ids).split(sizes)
         v_t = _guided_velocity(engine, contexts, pictures, t, sampling)

@@ -66,7 +66,7 @@ class ProbeAnswers:
         templates = self._prepare(views, [probe for probe in probes for _ in range(count)])
         sizes = [_picture_tokens(view, self.spec) for view in views[::count]]
         x = [self._noise(probe, size) for probe, size in zip(probes, sizes, strict=True)]
-        times = time_grid(sampling.num_timesteps, sampling.timestep_shift)
+        times = time_grid(sampling.num_timesteps, sampling.timestep_shift, self.settings.device)
         for t, dt in zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True):
             velocities = self._velocities(templates, [x[view // count] for view in range(len(views))], t)
             scales = guidance.scales_at(t)
