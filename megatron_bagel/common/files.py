@@ -40,6 +40,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def is_stray(name: str) -> bool:
+    """Return whether a file name is one that other programs leave beside data: hidden files, checksums, markers, and backups.
+
+    Examples are ``.DS_Store``, ``._photo.parquet``, ``.part.parquet.crc``, ``_SUCCESS``, and ``data.json~``.
+    """
+    return name.startswith((".", "~")) or name.endswith(("~", ".crc")) or name == "_SUCCESS"
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file so that it exists whole or not at all.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_bagel.common.json_text import parse_json
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -21,8 +22,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{what}: there is no file {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{what}: {path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what}: {path} holds a {type(content).__name__}, expected an object of settings")
@@ -34,12 +35,13 @@ def whole_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]
 
     The torn line is dropped. ``remedy`` ends the message of the ValueError for a broken line elsewhere.
     """
-    with path.open(encoding="utf-8") as file:
-        lines = file.readlines()
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 return
             raise ValueError(f"{path}, line {number} is not JSON ({error}); {remedy}") from error

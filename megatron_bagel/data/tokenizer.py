@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_text import check_encodable, parse_json
+
 SPECIAL_TOKENS = {
     "bos": "<|im_start|>",
     "eos": "<|im_end|>",
@@ -37,9 +39,17 @@ class Tokenizer(ABC):
     num_added: int
     path: Path
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``. No special tokens are added, but those spelled out in the text are recognised."""
+        """Return the ids of ``text``. No special tokens are added, but those spelled out in the text are recognised.
+
+        Raises ValueError for half a character (a lone surrogate), which tokenizers refuse with errors that do not name it.
+        """
+        check_encodable(text)
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of a text without lone surrogates."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -85,7 +95,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._tokenizer.convert_tokens_to_ids(token))
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,7 +132,7 @@ class SentencePieceTokenizer(Tokenizer):
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._special[token])
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._special_pattern.split(text):
             if part in self._special:
@@ -154,7 +164,7 @@ def _tokenizer_class(path: Path) -> Any:
     import transformers
 
     config = path / "tokenizer_config.json"
-    name = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
+    name = parse_json(config.read_bytes()).get("tokenizer_class", "") if config.is_file() else ""
     return getattr(transformers, f"{name}Fast", None) or getattr(transformers, name or "AutoTokenizer", transformers.AutoTokenizer)
 
 

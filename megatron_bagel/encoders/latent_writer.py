@@ -25,7 +25,7 @@ from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, DTYPES, cache
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
 from megatron_bagel.data.planner.sample_plan import transform_of
 from megatron_bagel.data.sources.dataset_config import GroupConfig
-from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
+from megatron_bagel.data.transforms import image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 _BATCH = 64  # images in memory at a time
@@ -187,7 +187,7 @@ def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
     record, transform = shard.reader.record(row), transform_of(shard.group, "vae")
     width, height = int(record.widths[image]), int(record.heights[image])
     try:
-        decoded = decode_rgb(shard.reader.image_bytes(row, image), width * height)
+        decoded = shard.reader.picture(row, image)
     except ValueError as error:
         path, line = shard.reader.source(row)
         raise ValueError(f"image {image} of {shard.reader.name} sample {row} ({path}, row {line}) cannot be read: {error}") from error

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
 from megatron_bagel.data.sources.dataset_config import load_groups
-from megatron_bagel.data.transforms import PIXEL_LIMIT
+from megatron_bagel.data.sources.row_rules import MAX_TEXT_BYTES, RowRules
+from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -43,6 +45,13 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     flag("check_images", choices=IMAGE_CHECKS, default="structure", help="keep out images that are cut off or whose checksums are wrong "
          "(structure, default), all that do not decode (decode, three times slower), or only what is no image (header)")  # fmt: skip
     flag("max_image_pixels", type=int, default=PIXEL_LIMIT, help=f"larger images are kept out as bombs (default {PIXEL_LIMIT})")
+    flag("exif", choices=EXIF_MODES, default=EXIF_MODES[0], help="turn (default): pictures are turned as their EXIF orientation says, as "
+         "viewers show them; ignore: as they are stored, which is the original's way. The index records it for training")  # fmt: skip
+    flag("max_text_bytes", type=int, default=MAX_TEXT_BYTES, help="a line of JSON, or the texts of a parquet row, with more bytes are "
+         f"kept out (default {MAX_TEXT_BYTES})")  # fmt: skip
+    flag("max_json_depth", type=int, default=MAX_JSON_DEPTH, help=f"JSON nested deeper is kept out (default {MAX_JSON_DEPTH})")
+    flag("allow_outside_root", action="store_true", help="read images and videos whose names leave the folder of the dataset's images: "
+         "names with .., absolute paths, URLs. Give it only for data that you trust")  # fmt: skip
     flag("num_jobs", type=int, default=1, help="jobs that build this index together, each its share of the shards (default 1)")
     flag("job_index", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
@@ -58,8 +67,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
 
     try:
         groups = load_groups(args.dataset_config_file, args.data_root)
-        checks = ImageChecks(args.check_images, args.max_image_pixels)
-        options = BuildOptions(args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index)
+        options = BuildOptions(
+            args.workers, args.rows_per_shard, ImageChecks(args.check_images, args.max_image_pixels, args.exif),
+            RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root), args.overwrite,
+            num_jobs=args.num_jobs, job_index=args.job_index,
+        )  # fmt: skip
         manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         report_error(prog, error)
@@ -72,6 +84,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
     print(manifest.summary())
     if any(dataset.skipped for dataset in manifest.datasets):
         print(f"every skipped row, with its reason: {args.output / SKIPPED}")
+    if manifest.exif != args.exif:
+        print(f"{args.output} was built by an earlier version, with --exif {manifest.exif}; --overwrite builds it with --exif {args.exif}")
     print(f"index at {args.output} ({time.monotonic() - start:.1f} s)")
     return 0
 

@@ -28,7 +28,7 @@ _INT32_LIST = pa.list_(pa.field("item", pa.int32(), nullable=False))
 PLANNING_SCHEMA = pa.schema([
     pa.field("text_tokens", _INT32_LIST, nullable=False),  # tokens of every text
     pa.field("structure", _INT32_LIST, nullable=False),  # see records.py
-    pa.field("width", _INT32_LIST, nullable=False),  # pixels of every image as stored
+    pa.field("width", _INT32_LIST, nullable=False),  # pixels of every image as decoded (Manifest.exif)
     pa.field("height", _INT32_LIST, nullable=False),
     pa.field("source_file", pa.int32(), nullable=False),  # position among the dataset's sources
     pa.field("source_row", pa.int64(), nullable=False),
@@ -81,7 +81,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``manifest.json``. ``build_key`` identifies the inputs: sources, tokenizer, settings."""
+    """The content of ``manifest.json``. ``build_key`` identifies the inputs: sources, tokenizer, settings.
+
+    ``exif`` says whether pictures are turned as their EXIF orientation says ("turn") or shown as they are stored ("ignore"). Indexes
+    of earlier versions do not record it and were made with "ignore".
+    """
 
     schema_version: int
     build_key: str
@@ -89,6 +93,7 @@ class Manifest:
     tokenizer_path: str
     vocabulary_size: int
     datasets: list[DatasetInfo]
+    exif: str = "ignore"
 
     def to_json(self) -> str:
         """Return the text of the file."""

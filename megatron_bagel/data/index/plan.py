@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.index.format import SCHEMA_VERSION
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
-from megatron_bagel.data.sources.rows import BadRow, SourceUnit, check_parquet, scan_jsonl
+from megatron_bagel.data.sources.records import BadRow
+from megatron_bagel.data.sources.row_rules import RowRules
+from megatron_bagel.data.sources.rows import SourceUnit, check_parquet, scan_jsonl
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import PIXEL_LIMIT
+from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 
 ROWS_PER_SHARD = 20_000
 IMAGE_CHECKS = ("structure", "decode", "header")
@@ -29,17 +32,21 @@ class ImageChecks:
     """How closely images are checked.
 
     ``depth`` is "structure" (complete, checksums right), "decode" (every pixel) or "header" (format and size only). An image of more
-    than ``max_pixels`` pixels counts as a decompression bomb.
+    than ``max_pixels`` pixels counts as a decompression bomb. ``exif`` "turn" turns pictures as their EXIF orientation says, "ignore"
+    leaves them as they are stored.
     """
 
     depth: str = "structure"
     max_pixels: int = PIXEL_LIMIT
+    exif: str = EXIF_MODES[0]
 
     def __post_init__(self) -> None:
         if self.depth not in IMAGE_CHECKS:
             raise ValueError(f"--check-images must be one of {', '.join(IMAGE_CHECKS)}, got {self.depth!r}")
         if self.max_pixels < 1:
             raise ValueError(f"--max-image-pixels must be 1 or more, got {self.max_pixels}")
+        if self.exif not in EXIF_MODES:
+            raise ValueError(f"--exif must be one of {', '.join(EXIF_MODES)}, got {self.exif!r}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class IndexPlan:
     tokenizer_path: str
     vocabulary_size: int
     datasets: list[DatasetPlan]
+    exif: str
 
     @property
     def shards(self) -> list[ShardPlan]:
@@ -95,22 +103,54 @@ class IndexPlan:
         return {**vars(self), "datasets": datasets}
 
 
-def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rows_per_shard: int, checks: ImageChecks) -> IndexPlan:
+@dataclass(frozen=True)
+class PlanRules:
+    """What decides a plan besides its sources. ``with_strays`` counts stray files as sources, as earlier versions did."""
+
+    rows_per_shard: int = ROWS_PER_SHARD
+    checks: ImageChecks = ImageChecks()
+    rows: RowRules = RowRules()
+    with_strays: bool = False
+
+
+def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> IndexPlan:
     """Plan the index of ``groups``. Raises ValueError if a source is missing or no file of a dataset is usable."""
-    datasets = [_plan_dataset(group, entry, rows_per_shard, checks) for group in groups for entry in group.datasets]
+    datasets = _plan_datasets(groups, rules)
+    build_key = _build_key(tokenizer, datasets, [dataclasses.asdict(dataset) for dataset in datasets])
+    return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, rules.checks.exif)
+
+
+def earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> str:
+    """Return the ``build_key`` that versions gave these sources before ``exif`` and the rules of rows were settings.
+
+    An index with this key stays valid: its bytes mean what they meant, since its manifest has the old value of ``exif``.
+    """
+    datasets = _plan_datasets(groups, dataclasses.replace(rules, with_strays=True))
+    contents = [dataclasses.asdict(dataset) for dataset in datasets]
+    for shard in (shard for content in contents for shard in content["shards"]):
+        del shard["checks"]["exif"]
+        for unit in shard["units"]:
+            del unit["rules"]
+    return _build_key(tokenizer, datasets, contents)
+
+
+def _plan_datasets(groups: Sequence[GroupConfig], rules: PlanRules) -> list[DatasetPlan]:
+    return [_plan_dataset(group, entry, rules) for group in groups for entry in group.datasets]
+
+
+def _build_key(tokenizer: Tokenizer, datasets: list[DatasetPlan], contents: list[dict[str, Any]]) -> str:
     stats = [(location, *size_and_time(location)) for dataset in datasets for location, _ in dataset.sources]
-    content = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(dataset) for dataset in datasets], stats]
-    build_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-    return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets)
+    content = [SCHEMA_VERSION, tokenizer.fingerprint, contents, stats]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
+def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rules: PlanRules) -> DatasetPlan:
     label = f"dataset {group.name}/{entry.name}"
     location = entry.location
     if group.name in (T2I, EDIT):
         if location.data_dir is None:
             raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
-        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label), rows_per_shard, checks)
+        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label, rules.with_strays), rules)
     if location.jsonl_path is None or (group.name == VLM and location.data_dir is None):
         raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
     if not is_file(location.jsonl_path):
@@ -118,14 +158,17 @@ def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, 
     if group.name == VLM and location.data_dir is not None and not is_folder(location.data_dir):
         raise ValueError(f"{label}: there is no image folder {location.data_dir} (data_dir)")
     jsonl, images = absolute(location.jsonl_path), "" if location.data_dir is None else absolute(location.data_dir)
-    units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rows_per_shard)
-    shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), checks) for i, unit in enumerate(units)]
+    try:
+        units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rules.rows_per_shard, rules.rows)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{label}: {error} (jsonl_path)") from error
+    shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), rules.checks) for i, unit in enumerate(units)]
     return DatasetPlan(group.name, entry.name, [(jsonl, sum(unit.rows for unit in units))], shards, [])
 
 
-def _parquet_files(folder: str, label: str) -> list[str]:
+def _parquet_files(folder: str, label: str, with_strays: bool) -> list[str]:
     try:
-        files = list_files(folder, ".parquet")
+        files = list_files(folder, ".parquet", with_strays)
     except ValueError as error:
         raise ValueError(f"{label}: {error} (data_dir)") from error
     if not files:
@@ -133,7 +176,7 @@ def _parquet_files(folder: str, label: str) -> list[str]:
     return files
 
 
-def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
+def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rules: PlanRules) -> DatasetPlan:
     """Plan a parquet dataset. Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
     bad_files = [(path, "the file is not listed in parquet_info") for path in _unlisted(files, entry)]
     unlisted = {path for path, _ in bad_files}
@@ -147,11 +190,11 @@ def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_sh
             except BadRow as error:
                 bad_files.append((path, str(error)))
         if rows:
-            if not runs or sum(unit.rows for unit in runs[-1]) >= rows_per_shard:
+            if not runs or sum(unit.rows for unit in runs[-1]) >= rules.rows_per_shard:
                 runs.append([])
-            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows))
+            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows, rules=rules.rows))
         sources.append((path, rows))
-    shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), checks) for i, run in enumerate(runs)]
+    shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), rules.checks) for i, run in enumerate(runs)]
     return DatasetPlan(group, entry.name, sources, shards, bad_files)
 
 
@@ -161,10 +204,12 @@ def _unlisted(files: list[str], entry: DatasetEntry) -> list[str]:
     if info is None:
         return []
     try:
-        reasons = json.loads(read_raw(info))
+        listed_files = parse_json(read_raw(info))
     except (OSError, ValueError) as error:
         raise ValueError(f"dataset {entry.name}: parquet_info_path {info} cannot be read as JSON ({error})") from error
-    known = {last_parts(key) for key in reasons}
+    if not isinstance(listed_files, dict | list) or not all(isinstance(key, str) for key in listed_files):
+        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} is no JSON object whose keys are files")
+    known = {last_parts(key) for key in listed_files}
     unlisted = [path for path in files if last_parts(path) not in known]
     if len(unlisted) == len(files):
         raise ValueError(

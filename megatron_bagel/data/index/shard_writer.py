@@ -25,10 +25,10 @@ from megatron_bagel.data.index.format import (
 )
 from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
-from megatron_bagel.data.sources.records import RawSample
-from megatron_bagel.data.sources.rows import BadRow, read_unit
+from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
+from megatron_bagel.data.sources.rows import read_unit
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import complete_size, decoded_size, open_image
+from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
 
 
 class _Columns:
@@ -52,8 +52,8 @@ def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
     """Return the (width, height) in pixels of an encoded image. Raises BadRow if ``checks`` find it corrupt or too large."""
     try:
         if checks.depth == "header":
-            return open_image(data, checks.max_pixels).size
-        return (decoded_size if checks.depth == "decode" else complete_size)(data, checks.max_pixels)
+            return header_size(data, checks.max_pixels, checks.exif)
+        return (decoded_size if checks.depth == "decode" else complete_size)(data, checks.max_pixels, checks.exif)
     except ValueError as error:
         raise BadRow(f"corrupt image: {error}") from error
 
@@ -88,17 +88,19 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                 try:
                     if isinstance(sample, BadRow):
                         raise sample
-                    sizes = [image_size(image, plan.checks) for image in sample.images]
+                    sizes, ids = _measure(sample, plan.checks, tokenizer)
                 except BadRow as error:
                     skipped[short_reason(str(error))] += 1
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
                     continue
+                except MemoryError as error:
+                    raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer --workers") from error
                 finally:
                     progress(1)
-                tokens = _add_sample(builder, sample, tokenizer)
-                columns.add(sample, tokens, sizes, unit.source, row)
+                _add_sample(builder, ids, sample.images)
+                columns.add(sample, [len(i) for i in ids], sizes, unit.source, row)
                 per_source[str(unit.source)] += 1
-                counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
+                counts.update(samples=1, texts=len(ids), images=len(sizes), tokens=sum(map(len, ids)))
     builder.finalize(f"{stem}.idx")
     columns.write(Path(f"{stem}.arrow"))
     files = {suffix: _checksum(Path(f"{stem}.{suffix}")) for suffix in SHARD_FILES}
@@ -107,12 +109,21 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     return info
 
 
-def _add_sample(builder: IndexedDatasetBuilder, sample: RawSample, tokenizer: Tokenizer) -> list[int]:
-    ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
-    parts = [i.tobytes() for i in ids] + sample.images
-    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(sample.images)
+def _measure(sample: RawSample, checks: ImageChecks, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
+    try:
+        sizes = [image_size(image, checks) for image in sample.images]
+        return sizes, [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders and tokenizers are plugins of other packages
+        raise bad_row(error) from error
+
+
+def _add_sample(builder: IndexedDatasetBuilder, ids: list[np.ndarray], images: list[bytes]) -> None:
+    parts = [i.tobytes() for i in ids] + images
+    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(images)
     builder.add_document(np.frombuffer(b"".join(parts), dtype=np.uint8), [len(part) for part in parts], modes)
-    return [len(i) for i in ids]
 
 
 def _checksum(path: Path) -> tuple[int, str]:
