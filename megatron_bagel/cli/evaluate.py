@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel import platform
+from megatron_bagel.common.json_text import json_lines
 from megatron_bagel.inference.batch.arguments import build_parser as generation_parser
 from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
 from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
@@ -70,8 +70,7 @@ def _with_options(prompt: Prompt, options: Namespace, size: tuple[int, int] | No
 
 def _answers(items: Sequence[BenchmarkItem], folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
     """Lines of results.jsonl by the name of their prompt."""
-    lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()
-    found = {record["id"]: record for record in map(json.loads, lines)}
+    found = {record["id"]: record for _, record in json_lines(folder / RESULTS)}
     names = {item.prompt.name for item in items}
     return {name: [found[name]] if samples == 1 else [found[f"{name}_{n}"] for n in range(samples)] for name in names}
 

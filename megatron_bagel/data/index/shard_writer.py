@@ -25,7 +25,8 @@ from megatron_bagel.data.index.format import (
 )
 from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
-from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
+from megatron_bagel.data.sources.dataset_config import TEXT, VLM
+from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.rows import read_unit
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
@@ -88,7 +89,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                 try:
                     if isinstance(sample, BadRow):
                         raise sample
-                    sizes, ids = _measure(sample, plan.checks, tokenizer)
+                    sizes, ids = _measure(sample, plan.group, plan.checks, tokenizer)
                 except BadRow as error:
                     skipped[short_reason(str(error))] += 1
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
@@ -109,15 +110,21 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     return info
 
 
-def _measure(sample: RawSample, checks: ImageChecks, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+def _measure(
+    sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer
+) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
     """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
     try:
         sizes = [image_size(image, checks) for image in sample.images]
-        return sizes, [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
+        ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
     except MemoryError:
         raise
     except Exception as error:  # decoders and tokenizers are plugins of other packages
         raise bad_row(error) from error
+    text_codes = [code for code in sample.structure if code != IMAGE_ITEM] if group in (VLM, TEXT) else []
+    if any(code == ANSWER_ITEM and not len(answer) for code, answer in zip(text_codes, ids, strict=False)):
+        raise BadRow("an answer without tokens, which would teach the model to stop at once")
+    return sizes, ids
 
 
 def _add_sample(builder: IndexedDatasetBuilder, ids: list[np.ndarray], images: list[bytes]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from megatron_bagel.common.json_text import read_text
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
 from megatron_bagel.data.sources.video import FrameSampler
 from megatron_bagel.data.transforms import TransformArgs
@@ -86,8 +87,8 @@ def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[G
     if not path.is_file():
         raise ValueError(f"there is no dataset config at {path} (--dataset_config_file)")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     return parse_groups(content, str(path), str(path.parent), None if data_root is None else str(data_root))
 

@@ -171,7 +171,10 @@ def _read_file(kind: str, name: str, unit: SourceUnit) -> bytes:
 
 
 def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
-    """Return texts and structure; the first ``<video>`` mark stands for ``frames`` images."""
+    """Return texts and structure; the first ``<video>`` mark stands for ``frames`` images.
+
+    As in the original, texts without tokens are left out. So are answers of white space only.
+    """
     if not isinstance(turns, list) or not turns:
         raise BadRow("conversations is missing or empty")
     texts: list[str] = []
@@ -183,13 +186,15 @@ def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
         if frames and role == "human" and VIDEO_MARK in value:
             value, frames = value.replace(VIDEO_MARK, IMAGE_MARK * frames, 1), 0
         if role == "gpt":
-            texts.append(value)
-            structure.append(ANSWER_ITEM)
+            if value.strip():  # an empty answer would teach the model to stop at once
+                texts.append(value)
+                structure.append(ANSWER_ITEM)
         elif role != "human":
             raise BadRow(f"a turn is from {role!r}; only human and gpt are known")
         elif IMAGE_MARK not in value:
-            texts.append(value)
-            structure.append(TEXT_ITEM)
+            if value:
+                texts.append(value)
+                structure.append(TEXT_ITEM)
         else:
             _add_pieces(value, texts, structure)
     if frames:
