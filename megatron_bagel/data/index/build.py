@@ -29,7 +29,7 @@ from megatron_bagel.data.index.plan import (
     IndexPlan,
     PlanRules,
     ShardPlan,
-    earlier_build_key,
+    earlier_build_keys,
     plan_index,
 )
 from megatron_bagel.data.index.publish import INDEX, PLAN, build_folder, finished_shard, locked, publish
@@ -90,7 +90,7 @@ def build_index(
         if output.exists() and not options.overwrite:
             manifest = read_manifest(output)
             is_same = manifest.build_key == plan.build_key
-            if not is_same and manifest.build_key != earlier_build_key(groups, tokenizer, options.plan_rules):
+            if not is_same and manifest.build_key not in earlier_build_keys(groups, tokenizer, options.plan_rules):
                 raise ValueError(f"{output} holds the index of other sources or another tokenizer; give --overwrite or another --output")
             shutil.rmtree(build, ignore_errors=True)  # the leftovers of a kill right after publishing
             return manifest

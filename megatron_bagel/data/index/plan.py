@@ -120,12 +120,17 @@ def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanR
     return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, rules.checks.exif)
 
 
-def earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> str:
-    """Return the ``build_key`` that versions gave these sources before ``exif`` and the rules of rows were settings.
+def earlier_build_keys(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> set[str]:
+    """Return the keys that earlier versions gave these sources, when ``exif`` and the rules of rows were no settings.
 
-    An index with this key stays valid: its bytes mean what they meant, since its manifest has the old value of ``exif``.
+    An index with such a key stays valid: its bytes mean what they meant, since its manifest has the old value of ``exif``. Stray files
+    counted as sources then, so there is a key with those of today and one without.
     """
-    datasets = _plan_datasets(groups, dataclasses.replace(rules, with_strays=True))
+    return {_earlier_build_key(groups, tokenizer, dataclasses.replace(rules, with_strays=strays)) for strays in (True, False)}
+
+
+def _earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> str:
+    datasets = _plan_datasets(groups, rules)
     contents = [dataclasses.asdict(dataset) for dataset in datasets]
     for shard in (shard for content in contents for shard in content["shards"]):
         del shard["checks"]["exif"]

@@ -89,7 +89,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                 try:
                     if isinstance(sample, BadRow):
                         raise sample
-                    sizes, ids = _measure(sample, plan.group, plan.checks, tokenizer)
+                    sizes, ids = measure(sample, plan.group, plan.checks, tokenizer)
                 except BadRow as error:
                     skipped[short_reason(str(error))] += 1
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
@@ -110,7 +110,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     return info
 
 
-def _measure(
+def measure(
     sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer
 ) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
     """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
