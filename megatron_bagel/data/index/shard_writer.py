@@ -110,9 +110,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     return info
 
 
-def measure(
-    sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer
-) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
     """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
     try:
         sizes = [image_size(image, checks) for image in sample.images]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.sources.files import is_below, join, read_raw
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample, bad_row
-from megatron_bagel.data.sources.row_rules import RowRules
+from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
 from megatron_bagel.data.sources.video import video_frames
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 _SHOWN_NAME = 200  # characters of a file name in a reason
 
 
-def parse_t2i(image: Any, captions: Any, rules: RowRules = RowRules()) -> RawSample:
+def parse_t2i(image: Any, captions: Any, rules: RowRules = DEFAULT_RULES) -> RawSample:
     """Parse a T2I row. ``captions`` is a JSON dict of alternatives; as in the original, an empty one means the caption " "."""
     data = _image_bytes(image, "image")
     if not isinstance(captions, str):
@@ -39,7 +39,7 @@ def parse_t2i(image: Any, captions: Any, rules: RowRules = RowRules()) -> RawSam
     return RawSample(texts or [" "], [], [data])
 
 
-def parse_edit(images: Any, instructions: Any, rules: RowRules = RowRules()) -> RawSample:
+def parse_edit(images: Any, instructions: Any, rules: RowRules = DEFAULT_RULES) -> RawSample:
     """Parse a chain of ``images``; ``instructions[i]`` are the alternative instructions for the step from i to i + 1.
 
     A flat list of instructions has one instruction for each step.

@@ -27,3 +27,6 @@ class RowRules:
         for name in ("max_text_bytes", "max_json_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+
+
+DEFAULT_RULES = RowRules()

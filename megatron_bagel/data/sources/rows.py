@@ -18,7 +18,7 @@ from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT
 from megatron_bagel.data.sources.files import open_raw
 from megatron_bagel.data.sources.parse import parse_edit, parse_line, parse_t2i, parse_text, parse_vlm
 from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
-from megatron_bagel.data.sources.row_rules import RowRules
+from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
 from megatron_bagel.data.sources.video import FrameSampler
 
 PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction_list")}
@@ -156,7 +156,7 @@ def _first_line(error: Exception) -> str:
 
 
 def scan_jsonl(
-    path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int, rules: RowRules = RowRules()
+    path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int, rules: RowRules = DEFAULT_RULES
 ) -> list[SourceUnit]:
     """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter) in one pass over its bytes.
 

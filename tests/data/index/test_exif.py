@@ -72,7 +72,9 @@ def test_pictures_without_orientation_do_not_change(goldens: Path, tmp_path: Pat
     turned, ignored = (build(goldens, tmp_path, exif, exif=exif).datasets["t2i_pretrain/t2i"] for exif in ("turn", "ignore"))
     for row in range(3):
         assert turned.picture(row, 0).tobytes() == ignored.picture(row, 0).tobytes()
-    data = {exif: {name: sums for name, sums in files_of(tmp_path / exif).items() if name != "manifest.json"} for exif in ("turn", "ignore")}
+    data = {
+        exif: {name: sums for name, sums in files_of(tmp_path / exif).items() if name != "manifest.json"} for exif in ("turn", "ignore")
+    }
     assert data["turn"] == data["ignore"]
 
 
@@ -103,9 +105,7 @@ def test_an_index_of_an_earlier_version_stays_as_it_was(goldens: Path, tmp_path:
     assert read_manifest(tmp_path / "index").exif == "turn"
 
 
-def test_the_key_of_earlier_versions_has_their_fields_only(
-    goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_of_earlier_versions_has_their_fields_only(goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the rules of rows nor the orientation is in it, and every field that was, is."""
     write_t2i(tmp_path / "t2i", [(phone(), RED)])
     write_lines(tmp_path / "text/plain.jsonl", [{"text": "one"}])
