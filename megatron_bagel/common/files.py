@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bagel.common.json_text import decode
+
 _CHUNK = 1 << 22
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -40,6 +42,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def is_stray(name: str) -> bool:
+    """Return whether a file name is one that other programs leave beside data: hidden files, checksums, markers, and backups.
+
+    Examples are ``.DS_Store``, ``._photo.parquet``, ``.part.parquet.crc``, ``_SUCCESS``, and ``data.json~``.
+    """
+    return name.startswith((".", "~")) or name.endswith(("~", ".crc")) or name == "_SUCCESS"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -79,22 +89,29 @@ def refuse_lfs_pointer(path: Path, what: str) -> None:
             raise ValueError(f"{what}: {path} is a Git LFS pointer, not the file: run git lfs pull in its repository")
 
 
-def read_text(path: Path, what: str) -> str:
-    """Return the text of a small UTF-8 file.
+def read_bytes(path: Path, what: str) -> bytes:
+    """Return the content of a small file.
 
     Args:
         path: The file.
         what: The flag or thing the file belongs to; error messages begin with it.
 
     Raises:
-        ValueError: The file is absent, cannot be read, is a Git LFS pointer, or is not UTF-8.
+        ValueError: The file is absent, cannot be read, or is a Git LFS pointer.
     """
     if not path.is_file():
         raise ValueError(f"{what}: there is no file {path}")
     try:
         refuse_lfs_pointer(path, what)
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{what}: {path} cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what}: {path} is not UTF-8 text ({error})") from error
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a small UTF-8 file. Raises ValueError as ``read_bytes`` does, and if the file is not UTF-8."""
+    content = read_bytes(path, what)
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise ValueError(f"{what}: {path}: {error}") from error

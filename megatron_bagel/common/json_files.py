@@ -1,4 +1,4 @@
-"""The only reader of JSON: files, lines of files and single texts. Every error names the file, and the line where there is one."""
+"""The only reader of JSON files and of files of JSON lines. Every error names the file, and the line where there is one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_bagel.common.files import read_text
+from megatron_bagel.common.files import read_bytes, read_text
+from megatron_bagel.common.json_text import HEAD_BYTES, parse_json, wrong_container
 
 T = TypeVar("T")
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    """Return the value of a JSON text.
-
-    Args:
-        text: The text.
-        where: The file, line or sender of the text; error messages begin with it.
-
-    Raises:
-        ValueError: The text is no JSON, or is nested too deeply to be read.
-    """
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError(f"{where} is not valid JSON for this program: it is nested too deeply") from error
 
 
 def as_stored(value: Any) -> Any:
@@ -88,9 +71,12 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (label, object) of every line of a file of JSON lines that is not blank. The label names file and line.
 
     Raises:
-        ValueError: The file cannot be read (as ``read_text`` says), or a line is no JSON object.
+        ValueError: The file cannot be read (as ``read_bytes`` says), is of another kind, or a line is no JSON object.
     """
-    for number, line in enumerate(read_text(path, what).splitlines(), start=1):
+    content = read_bytes(path, what)
+    if problem := wrong_container(content[:HEAD_BYTES]):
+        raise ValueError(f"{what}: {path} {problem}")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             label = f"{path}, line {number}"
             yield label, _object(parse_json(line, label), label)
@@ -101,8 +87,9 @@ def whole_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]
 
     The torn line is dropped. ``remedy`` ends the message of the ValueError for a broken line elsewhere.
     """
-    with path.open(encoding="utf-8") as file:
-        lines = file.readlines()
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     for number, line in enumerate(lines, start=1):
         label = f"{path}, line {number}"
         try:

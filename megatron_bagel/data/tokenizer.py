@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_bagel.common.files import refuse_lfs_pointer
 from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_text import check_encodable
 
 SPECIAL_TOKENS = {
     "bos": "<|im_start|>",
@@ -40,9 +41,17 @@ class Tokenizer(ABC):
     num_added: int
     path: Path
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``. No special tokens are added, but those spelled out in the text are recognised."""
+        """Return the ids of ``text``. No special tokens are added, but those spelled out in the text are recognised.
+
+        Raises ValueError for half a character (a lone surrogate), which tokenizers refuse with errors that do not name it.
+        """
+        check_encodable(text)
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of a text without lone surrogates."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,7 +102,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._tokenizer.convert_tokens_to_ids(token))
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -131,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, self._special[token])
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._special_pattern.split(text):
             if part in self._special:

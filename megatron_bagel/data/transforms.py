@@ -7,14 +7,28 @@ the roundings, are the original's (goldens hold 225 sizes and the pixels of RGB 
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 PIXEL_LIMIT = 200_000_000  # an image above this counts as a decompression bomb, unless a build sets another limit
+EXIF_MODES = ("turn", "ignore")  # pictures as their EXIF orientation says, or as they are stored
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where Pillow finds the orientation of a PNG
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is lower than the original's, so ``open_image`` checks instead
 
 
@@ -105,71 +119,132 @@ def open_image(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:  # its text contains a memory address, which would differ between builds
         raise ValueError("not a readable image (of no known format)") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # every format is a plugin, which may raise anything
+        raise ValueError(f"not a readable image ({_described(error)})") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {max_pixels}")
+    if min(image.size) < 1:
+        raise ValueError(f"the image has no pixels ({image.width} x {image.height})")
     return image
 
 
-def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> Image.Image:
+def decode_rgb(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT, exif: str = EXIF_MODES[0]) -> Image.Image:
     """Decode an image to RGB. Transparency (RGBA, LA, palette) becomes white, and 16-bit grey values become 8-bit ones.
+
+    ``exif`` "turn" turns the picture as its EXIF orientation says, as viewers do; "ignore" leaves it as it is stored. Of an animation
+    the first frame counts.
 
     Raises ValueError if the bytes cannot be decoded, for example because the file is truncated, or as ``open_image`` does.
     """
     image = open_image(data, max_pixels)
+    with _decoding():
+        picture = _as_rgb(image)
+        turn = _TURNS.get(_orientation(image)) if exif == "turn" else None
+        return picture if turn is None else picture.transpose(turn)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    transparency = image.info.get("transparency")
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return _from_wide_grey(image, transparency).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or transparency is not None:
+        tiles = getattr(image, "tile", None)  # of an image that comes from a file
+        if isinstance(transparency, tuple) and tiles and tiles[0][3] == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in transparency)  # Pillow makes only the pixels 8-bit
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.split()[3])
+        return white
+    return image.convert("RGB")
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn whatever a decoder raises into ValueError."""
     try:
-        if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGB", image.size, (255, 255, 255))
-            white.paste(image, mask=image.split()[3])
-            return white
-        if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-            return _from_wide_grey(image).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # every format is a plugin, which may raise anything
+        raise ValueError(f"the image cannot be decoded ({_described(error)})") from error
 
 
-def decoded_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
+def _described(error: Exception) -> str:
+    is_sentence = isinstance(error, OSError | SyntaxError | ValueError | EOFError | IndexError)
+    return str(error) if is_sentence else f"{type(error).__name__}: {error}"
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (as stored) to 8; 1 if there is none or its EXIF cannot be read.
+
+    Pillow turns TIFF itself, whoever decodes it, so TIFF has 1 here.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError, struct.error):
+        return 1  # damaged EXIF turns nothing, as in viewers
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _shown_size(image: Image.Image, data: bytes | memoryview, exif: str) -> tuple[int, int]:
+    """Return (width, height) of the decoded picture of an opened image."""
+    # Pillow decodes a PNG to look for EXIF behind its pixels, so it is asked only where there can be some.
+    has_exif = exif == "turn" and (image.format != "PNG" or any(mark in bytes(data) for mark in _PNG_EXIF_MARKS))
+    width, height = image.size
+    return (height, width) if has_exif and _orientation(image) >= 5 else (width, height)
+
+
+def header_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT, exif: str = EXIF_MODES[0]) -> tuple[int, int]:
+    """Return the (width, height) in pixels of the decoded picture from the header of its file. Raises ValueError as ``open_image`` does."""
+    return _shown_size(open_image(data, max_pixels), data, exif)
+
+
+def decoded_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT, exif: str = EXIF_MODES[0]) -> tuple[int, int]:
     """Return the (width, height) in pixels of an image after decoding all of its bytes. Raises ValueError as ``decode_rgb`` does.
 
     A JPEG is decoded to an eighth of its size, which reads all of its data but saves most of the arithmetic.
     """
     image = open_image(data, max_pixels)
     if image.format != "JPEG":
-        return decode_rgb(data, max_pixels).size
-    size = image.size
-    try:
+        return decode_rgb(data, max_pixels, exif).size
+    size = _shown_size(image, data, exif)
+    with _decoding():
         image.draft(None, (1, 1))
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
     return size
 
 
-def complete_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT) -> tuple[int, int]:
+def complete_size(data: bytes | memoryview, max_pixels: int = PIXEL_LIMIT, exif: str = EXIF_MODES[0]) -> tuple[int, int]:
     """Return the (width, height) in pixels of a complete image. Raises ValueError if it is truncated, or if a PNG has a wrong byte.
 
     A PNG's checksums are compared and a JPEG must end with its end mark, without decompression. Other formats use ``decoded_size``.
     """
     image = open_image(data, max_pixels)
     if image.format == "PNG":
-        try:
+        with _decoding():
             image.verify()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"the image cannot be decoded ({error})") from error
-        return image.size
+        return header_size(data, max_pixels, exif)  # a verified image cannot be used again
     if image.format == "JPEG" and bytes(data[-64:]).rstrip(b"\0").endswith(b"\xff\xd9"):
-        return image.size
-    return decoded_size(data, max_pixels)
+        return _shown_size(image, data, exif)
+    return decoded_size(data, max_pixels, exif)
 
 
-def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """Convert 16-bit values to 8-bit grey. Pillow (and the original) would clip them at 255, which makes nearly all white."""
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+def _from_wide_grey(image: Image.Image, transparency: int | None) -> Image.Image:
+    """Convert 16-bit values to 8-bit grey, and the value that counts as transparent to white.
+
+    Pillow (and the original) would clip values at 255, which makes nearly all white.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"pixels of mode {image.mode} have no known range; convert the image to 8 bits per channel")
-    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    values = np.asarray(image).astype(np.uint32)
+    grey = (values >> 8).astype(np.uint8)
+    if transparency is not None:
+        grey[values == transparency] = 255
+    return Image.fromarray(grey)
 
 
 def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
 from megatron_bagel.data.index.sequences import write_checksums
 from megatron_bagel.data.planner.sample_plan import transform_of
 from megatron_bagel.data.sources.dataset_config import GroupConfig
-from megatron_bagel.data.transforms import decode_rgb, image_tensor, output_size
+from megatron_bagel.data.transforms import image_tensor, output_size
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 
 _BATCH = 64  # images in memory at a time
@@ -204,7 +204,7 @@ def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
     record, transform = shard.reader.record(row), transform_of(shard.group, "vae")
     width, height = int(record.widths[image]), int(record.heights[image])
     try:
-        decoded = decode_rgb(shard.reader.image_bytes(row, image), width * height)
+        decoded = shard.reader.picture(row, image)
     except ValueError as error:
         raise ValueError(f"{_label(shard, row, image)} cannot be read: {error}") from error
     return image_tensor(decoded, transform, *output_size(transform, width, height))

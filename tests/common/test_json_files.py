@@ -20,8 +20,8 @@ DEEP = b"[" * 200_000
     [
         (POINTER, "is a Git LFS pointer, not the file: run git lfs pull"),
         (b'{"a": ', "is not valid"),
-        (DEEP, "nested too deeply"),
-        (b"\xff\xfe{}", "is not UTF-8"),
+        (DEEP, "nested"),
+        (b"\xff\xfe{}", ".*UTF-8"),
         (None, "there is no file"),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_path_without_tokenizer_is_refused(tmp_path: Path) -> None:
         ("tokenizer.json", lambda _: POINTER, "is a Git LFS pointer, not the file: run git lfs pull"),
         ("tokenizer.json", lambda data: data[:3000], "is not valid JSON"),
         ("tokenizer_config.json", lambda _: b'{"a": ', "is not valid JSON"),
-        ("tokenizer_config.json", lambda _: b"[" * 200_000, "is nested too deeply"),
+        ("tokenizer_config.json", lambda _: b"[" * 200_000, "nested deeper than"),
         ("tokenizer.json", lambda _: b"{}", "transformers cannot read"),
     ],
 )

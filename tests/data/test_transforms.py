@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 from safetensors.torch import load_file
 
 from megatron_bagel.data.transforms import (
@@ -21,6 +23,7 @@ from megatron_bagel.data.transforms import (
     complete_size,
     decode_rgb,
     decoded_size,
+    header_size,
     image_tensor,
     open_image,
     output_size,
@@ -138,3 +141,162 @@ def test_the_check_of_the_structure_finds_a_flipped_bit_in_a_png() -> None:
         data[place] ^= 8
         with pytest.raises(ValueError, match="image|above the limit"):
             complete_size(bytes(data))
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def two_colours(mode: str = "RGB", size: tuple[int, int] = (16, 8)) -> Image.Image:
+    """Orange at the left, blue at the right."""
+    image = Image.new("RGB", size, ORANGE)
+    image.paste(BLUE, (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def grey16(*values: int) -> Image.Image:
+    """Grey of 16 bits: a value for the left half and one for the right."""
+    return Image.fromarray(np.repeat(np.array(values, dtype=np.uint16), 8)[None].repeat(8, 0))
+
+
+def rgb16_png(transparent: tuple[int, int, int] | None = None) -> bytes:
+    """A PNG of 16 bits per channel, which Pillow reads and cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    left, right = ([value << 8 | 0x37 for value in colour] for colour in (ORANGE, BLUE))
+    row = b"\0" + struct.pack(">3H", *left) * 8 + struct.pack(">3H", *right) * 8
+    alpha = b"" if transparent is None else chunk(b"tRNS", struct.pack(">3H", *(value << 8 | 0x37 for value in transparent)))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 8, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + alpha + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+
+
+def half_clear(mode: str) -> Image.Image:
+    """Orange at the left, transparent at the right."""
+    image = two_colours("RGBA")
+    image.putalpha(Image.fromarray(np.repeat(np.array([255, 0], dtype=np.uint8), 8)[None].repeat(8, 0)))
+    return image.convert(mode)
+
+
+ORANGE, BLUE, WHITE, BLACK = (230, 120, 20), (0, 0, 200), (255, 255, 255), (0, 0, 0)
+GREY_ORANGE, GREY_BLUE = (141, 141, 141), (23, 23, 23)
+# docs/data.md, "Pictures": what is stored, and the colours of its left and right half (None: kept out).
+PICTURES: dict[str, tuple[Callable[[], bytes], tuple | None, tuple | None]] = {
+    "RGB": (lambda: saved(two_colours()), ORANGE, BLUE),
+    "JPEG": (lambda: saved(two_colours(), "JPEG", quality=95), ORANGE, BLUE),
+    "CMYK JPEG": (lambda: saved(two_colours("CMYK"), "JPEG", quality=95), ORANGE, BLUE),
+    "CMYK TIFF": (lambda: saved(two_colours("CMYK"), "TIFF"), ORANGE, BLUE),
+    "YCbCr TIFF": (lambda: saved(two_colours("YCbCr"), "TIFF"), ORANGE, BLUE),
+    "grey": (lambda: saved(two_colours("L")), GREY_ORANGE, GREY_BLUE),
+    "black and white": (lambda: saved(two_colours("L").point(lambda value: 255 * (value > 99)).convert("1")), WHITE, BLACK),
+    "palette": (lambda: saved(two_colours().quantize(4)), ORANGE, BLUE),
+    "GIF": (lambda: saved(two_colours(), "GIF"), ORANGE, BLUE),
+    "BMP": (lambda: saved(two_colours(), "BMP"), ORANGE, BLUE),
+    "RGBA": (lambda: saved(half_clear("RGBA")), ORANGE, WHITE),
+    "RGBA TIFF": (lambda: saved(half_clear("RGBA"), "TIFF"), ORANGE, WHITE),
+    "RGBA WebP": (lambda: saved(half_clear("RGBA"), "WEBP", lossless=True), ORANGE, WHITE),
+    "grey with alpha": (lambda: saved(half_clear("LA")), GREY_ORANGE, WHITE),
+    "palette with transparency": (lambda: saved(half_clear("RGBA").quantize(4)), ORANGE, WHITE),
+    "a transparent colour": (lambda: saved(two_colours(), transparency=BLUE), ORANGE, WHITE),
+    "a transparent grey": (lambda: saved(two_colours("L"), transparency=GREY_BLUE[0]), GREY_ORANGE, WHITE),
+    "16-bit grey PNG": (lambda: saved(grey16(120 << 8 | 99, 60 << 8)), (120,) * 3, (60,) * 3),
+    "16-bit grey TIFF": (lambda: saved(grey16(120 << 8, 60 << 8), "TIFF"), (120,) * 3, (60,) * 3),
+    "16-bit grey PGM": (lambda: saved(grey16(120 << 8, 60 << 8), "PPM"), (120,) * 3, (60,) * 3),
+    "16-bit grey, a value transparent": (lambda: saved(grey16(120 << 8, 60 << 8), transparency=60 << 8), (120,) * 3, WHITE),
+    "16-bit RGB": (rgb16_png, ORANGE, BLUE),
+    "16-bit RGB, a colour transparent": (lambda: rgb16_png(BLUE), ORANGE, WHITE),
+    "32-bit grey TIFF": (lambda: saved(two_colours("I"), "TIFF"), None, None),
+    "floating-point TIFF": (lambda: saved(two_colours("F"), "TIFF"), None, None),
+    "animated GIF": (lambda: saved(two_colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (16, 8))]), ORANGE, BLUE),
+    "pages of a TIFF": (lambda: saved(two_colours(), "TIFF", save_all=True, append_images=[Image.new("RGB", (16, 8))]), ORANGE, BLUE),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_becomes_what_the_table_says(name: str) -> None:
+    make, left, right = PICTURES[name]
+    if left is None or right is None:
+        with pytest.raises(ValueError, match="no known range"):
+            decode_rgb(make())
+        return
+    picture = decode_rgb(make())
+    assert picture.mode == "RGB" and picture.size == (16, 8) == complete_size(make()) == decoded_size(make()) == header_size(make())
+    for place, colour in (((2, 4), left), ((13, 4), right)):
+        assert np.abs(np.subtract(picture.getpixel(place), colour)).max() <= 4, (place, picture.getpixel(place))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_pillow_turns_them(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = two_colours(size=(16, 8))
+    stored.paste(BLACK, (0, 0, 8, 4))  # so that no two of the eight are equal
+    data = saved(stored, kind, exif=exif, quality=95)
+    as_stored = decode_rgb(data, exif="ignore")
+    assert as_stored.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes() and as_stored.size == (16, 8)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert decode_rgb(data).tobytes() == expected.tobytes() and decode_rgb(data).size == expected.size
+    for size in (complete_size, decoded_size, header_size):
+        assert size(data) == expected.size and size(data, exif="ignore") == (16, 8)
+
+
+def test_a_tiff_is_turned_by_pillow_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(two_colours(), "TIFF", exif=exif)
+    assert decode_rgb(data).size == decode_rgb(data, exif="ignore").size == header_size(data) == complete_size(data) == (8, 16)
+
+
+def test_exif_behind_the_pixels_of_a_png_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(two_colours(), exif=exif)
+    start = data.index(b"eXIf") - 4
+    length = struct.unpack(">I", data[start : start + 4])[0] + 12
+    chunk, end = data[start : start + length], data[-12:]
+    moved = data[:start] + data[start + length : -12] + chunk + end
+    assert decode_rgb(moved).size == header_size(moved) == complete_size(moved) == decoded_size(moved) == (8, 16)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0", b"Exif\0\0junk and more junk", b"Exif\0\0"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_turns_nothing(exif: bytes, kind: str) -> None:
+    data = saved(two_colours(), kind, exif=exif)
+    assert decode_rgb(data).tobytes() == decode_rgb(data, exif="ignore").tobytes()
+    assert complete_size(data) == header_size(data) == (16, 8)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist_turn_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode_rgb(saved(two_colours(), "JPEG", exif=exif)).size == (16, 8)
+
+
+@pytest.mark.parametrize("error", [KeyError("a tag"), struct.error("short"), ZeroDivisionError(), AttributeError("none"), RecursionError()])
+def test_whatever_a_plugin_raises_is_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format of which the plugin fails as no plugin of Pillow does today, once while opening and once while decoding."""
+    raising = {"open": True}
+
+    class Plugin(ImageFile.ImageFile):
+        format = "ROWS"
+
+        def _open(self) -> None:
+            if raising["open"]:
+                raise error
+            self._mode, self._size, self.tile = "RGB", (4, 4), []
+
+        def load(self) -> None:
+            raise error
+
+    monkeypatch.setitem(Image.OPEN, "ROWS", (Plugin, lambda prefix: prefix.startswith(b"ROWS")))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "ROWS"])
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_rgb(b"ROWS" * 9)
+    raising["open"] = False
+    with pytest.raises(ValueError, match=f"cannot be decoded .*{type(error).__name__}"):
+        decode_rgb(b"ROWS" * 9)

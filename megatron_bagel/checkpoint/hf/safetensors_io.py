@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.common.files import refuse_lfs_pointer
-from megatron_bagel.common.json_files import parse_json, read_json
+from megatron_bagel.common.json_files import read_json
+from megatron_bagel.common.json_text import parse_json
 
 _DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",

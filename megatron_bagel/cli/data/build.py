@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
 from megatron_bagel.data.sources.dataset_config import load_groups
-from megatron_bagel.data.transforms import PIXEL_LIMIT
+from megatron_bagel.data.sources.row_rules import MAX_TEXT_BYTES, RowRules
+from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -39,15 +41,17 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
                         help="Hugging Face folder or SentencePiece .model file; training must use the same one")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the index, which appears when it is complete")
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 builds in this one (default)")
-    flag(
-        "rows_per_shard",
-        type=int,
-        default=ROWS_PER_SHARD,
-        help=f"approximate number of samples per set of files (default {ROWS_PER_SHARD})",
-    )
+    flag("rows_per_shard", type=int, default=ROWS_PER_SHARD, help="approximate number of samples per set of files (default %(default)s)")
     flag("check_images", choices=IMAGE_CHECKS, default="structure", help="leave out truncated images and wrong checksums (structure, "
          "default), all that do not decode (decode, three times slower), or only files that are no images (header)")  # fmt: skip
     flag("max_image_pixels", type=int, default=PIXEL_LIMIT, help=f"leave out larger images as decompression bombs (default {PIXEL_LIMIT})")
+    flag("exif", choices=EXIF_MODES, default=EXIF_MODES[0], help="turn (default): turn pictures as their EXIF orientation says, as viewers "
+         "do; ignore: leave them as they are stored, as the original does. The index records it for training")  # fmt: skip
+    flag("max_text_bytes", type=int, default=MAX_TEXT_BYTES, help="leave out lines of JSON, and texts of parquet rows, with more bytes "
+         f"(default {MAX_TEXT_BYTES})")  # fmt: skip
+    flag("max_json_depth", type=int, default=MAX_JSON_DEPTH, help=f"leave out JSON that is nested deeper (default {MAX_JSON_DEPTH})")
+    flag("allow_outside_root", action="store_true", help="read images and videos whose names leave the folder of the dataset's images: "
+         "names with .., absolute paths, URLs. Give it only for data that you trust")  # fmt: skip
     flag("num_jobs", type=int, default=1, help="number of jobs that share the shards of this index (default 1)")
     flag("job_index", type=int, default=0, help="number of this job, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
@@ -63,8 +67,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
 
     try:
         groups = load_groups(args.dataset_config_file, args.data_root)
-        checks = ImageChecks(args.check_images, args.max_image_pixels)
-        options = BuildOptions(args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index)
+        options = BuildOptions(
+            args.workers, args.rows_per_shard, ImageChecks(args.check_images, args.max_image_pixels, args.exif),
+            RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root), args.overwrite,
+            num_jobs=args.num_jobs, job_index=args.job_index,
+        )  # fmt: skip
         manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         report_error(prog, error)
@@ -77,6 +84,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
     print(manifest.summary())
     if any(dataset.skipped for dataset in manifest.datasets):
         print(f"every skipped row, with its reason: {args.output / SKIPPED}")
+    if manifest.exif != args.exif:
+        print(f"{args.output} was built by an earlier version, with --exif {manifest.exif}; --overwrite builds it with --exif {args.exif}")
     print(f"index at {args.output} ({time.monotonic() - start:.1f} s)")
     return 0
 

@@ -28,7 +28,6 @@ from megatron_bagel.data.inspect.describe import describe_dataset, describe_pack
 from megatron_bagel.data.inspect.figures import as_png, overview_figure, pack_figure, sample_figure
 from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.tokenizer import load_tokenizer
-from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.layout.pack import build_pack
 
 Section = tuple[str, Callable[[], Figure]]  # text, and the function that draws the same thing
@@ -55,10 +54,9 @@ def write_images(reader: DatasetReader, index: int, folder: Path) -> list[Path]:
     """Decode the sample's images to ``folder``. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    record = reader.record(index)
-    for image, (width, height) in enumerate(zip(record.widths.tolist(), record.heights.tolist(), strict=True)):
+    for image in range(len(reader.record(index).widths)):
         paths.append(folder / f"{reader.name.replace('/', '_')}_{index}_{image}.png")
-        decode_rgb(reader.image_bytes(index, image), width * height).save(paths[-1])
+        reader.picture(index, image).save(paths[-1])
     return paths
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
-from megatron_bagel.common.json_files import parse_json
+from megatron_bagel.common.json_text import check_encodable, decode, head_of, parse_json, wrong_container
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
@@ -30,12 +30,18 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"--text: there is no file {path}")
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
+            if path.suffix == ".jsonl" and (problem := wrong_container(head_of(lines))):
+                raise ValueError(f"{path} {problem}")
             for number, line in enumerate(lines, start=1):
-                if path.suffix != ".jsonl":
-                    yield line
-                    continue
-                yield from strings(parse_json(line, f"{path}, line {number}"))
+                label = f"{path}, line {number}"
+                try:
+                    texts = strings(parse_json(line)) if path.suffix == ".jsonl" else [decode(line).replace("\r\n", "\n")]
+                    for text in texts:
+                        check_encodable(text)
+                        yield text
+                except ValueError as error:
+                    raise ValueError(f"{label}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tokenizer") -> int:

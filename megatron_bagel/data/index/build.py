@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,11 +23,20 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_bagel.data.index.format import MANIFEST, Manifest, read_manifest
-from megatron_bagel.data.index.plan import ROWS_PER_SHARD, ImageChecks, IndexPlan, ShardPlan, plan_index
+from megatron_bagel.data.index.plan import (
+    ROWS_PER_SHARD,
+    ImageChecks,
+    IndexPlan,
+    PlanRules,
+    ShardPlan,
+    earlier_build_keys,
+    plan_index,
+)
 from megatron_bagel.data.index.publish import INDEX, PLAN, build_folder, finished_shard, locked, publish
 from megatron_bagel.data.index.shard_writer import write_shard
 from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
+from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
@@ -44,6 +53,7 @@ class BuildOptions:
     workers: int = 0
     rows_per_shard: int = ROWS_PER_SHARD
     checks: ImageChecks = ImageChecks()
+    row_rules: RowRules = RowRules()
     overwrite: bool = False
     progress: bool = True
     num_jobs: int = 1
@@ -54,6 +64,11 @@ class BuildOptions:
             raise ValueError(f"--workers must be 0 or more and --rows-per-shard 1 or more, got {self.workers} and {self.rows_per_shard}")
         if not 0 <= self.job_index < self.num_jobs:
             raise ValueError(f"--job-index counts from 0 to --num-jobs - 1, got index {self.job_index} of {self.num_jobs} jobs")
+
+    @property
+    def plan_rules(self) -> PlanRules:
+        """Return the part of the options that decides the index."""
+        return PlanRules(self.rows_per_shard, self.checks, self.row_rules)
 
 
 def build_index(
@@ -73,11 +88,11 @@ def build_index(
         ValueError: If a source is missing, ``output`` holds something else (unless ``overwrite``), or a dataset has no usable row.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    plan = plan_index(groups, tokenizer, options.rows_per_shard, options.checks)
+    plan = plan_index(groups, tokenizer, options.plan_rules)
     build = build_folder(output, options.job_index, options.num_jobs)
     with locked(build):
         if output.exists() and not options.overwrite:
-            manifest = _check_existing(output, plan, remedy)
+            manifest = _check_existing(output, plan, earlier_build_keys(groups, tokenizer, options.plan_rules), remedy)
             shutil.rmtree(build, ignore_errors=True)  # the leftovers of a kill right after publishing
             return manifest
         _prepare(build, plan)
@@ -86,9 +101,9 @@ def build_index(
         return publish(build, plan.summary(), output) if options.num_jobs == 1 else None
 
 
-def _check_existing(output: Path, plan: IndexPlan, remedy: str) -> Manifest:
+def _check_existing(output: Path, plan: IndexPlan, earlier_keys: Collection[str], remedy: str) -> Manifest:
     manifest = read_manifest(output)
-    if not has_same_sources(manifest, plan):
+    if manifest.build_key not in earlier_keys and not has_same_sources(manifest, plan):
         raise ValueError(f"{output} holds the index of other sources or another tokenizer; {remedy}")
     return manifest
 

@@ -31,7 +31,7 @@ _INT32_LIST = pa.list_(pa.field("item", pa.int32(), nullable=False))
 PLANNING_SCHEMA = pa.schema([
     pa.field("text_tokens", _INT32_LIST, nullable=False),  # tokens of every text
     pa.field("structure", _INT32_LIST, nullable=False),  # see records.py
-    pa.field("width", _INT32_LIST, nullable=False),  # pixels of every image as stored
+    pa.field("width", _INT32_LIST, nullable=False),  # pixels of every image as decoded (Manifest.exif)
     pa.field("height", _INT32_LIST, nullable=False),
     pa.field("source_file", pa.int32(), nullable=False),  # position among the dataset's sources
     pa.field("source_row", pa.int64(), nullable=False),
@@ -99,6 +99,9 @@ class Manifest:
 
     ``build_key`` identifies the inputs: sources with their times, tokenizer, settings. ``inputs_key`` leaves times and contents out, which
     the sources themselves record; an index of an earlier version has none.
+
+    ``exif`` says whether pictures are turned as their EXIF orientation says ("turn") or shown as they are stored ("ignore"). Indexes
+    of earlier versions do not record it and were made with "ignore".
     """
 
     schema_version: int
@@ -108,6 +111,7 @@ class Manifest:
     vocabulary_size: int
     datasets: list[DatasetInfo]
     inputs_key: str | None = None
+    exif: str = "ignore"
 
     def to_json(self) -> str:
         """Return the text of the file."""

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import parse_json
+from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.index.format import SCHEMA_VERSION
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
-from megatron_bagel.data.sources.rows import BadRow, SourceUnit, check_parquet, scan_jsonl
+from megatron_bagel.data.sources.records import BadRow
+from megatron_bagel.data.sources.row_rules import RowRules
+from megatron_bagel.data.sources.rows import SourceUnit, check_parquet, scan_jsonl
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import PIXEL_LIMIT
+from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 
 ROWS_PER_SHARD = 20_000
 IMAGE_CHECKS = ("structure", "decode", "header")
@@ -30,17 +32,21 @@ class ImageChecks:
     """How closely images are checked.
 
     ``depth`` is "structure" (complete, checksums right), "decode" (every pixel) or "header" (format and size only). An image of more
-    than ``max_pixels`` pixels counts as a decompression bomb.
+    than ``max_pixels`` pixels counts as a decompression bomb. ``exif`` "turn" turns pictures as their EXIF orientation says, "ignore"
+    leaves them as they are stored.
     """
 
     depth: str = "structure"
     max_pixels: int = PIXEL_LIMIT
+    exif: str = EXIF_MODES[0]
 
     def __post_init__(self) -> None:
         if self.depth not in IMAGE_CHECKS:
             raise ValueError(f"--check-images must be one of {', '.join(IMAGE_CHECKS)}, got {self.depth!r}")
         if self.max_pixels < 1:
             raise ValueError(f"--max-image-pixels must be 1 or more, got {self.max_pixels}")
+        if self.exif not in EXIF_MODES:
+            raise ValueError(f"--exif must be one of {', '.join(EXIF_MODES)}, got {self.exif!r}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class IndexPlan:
     vocabulary_size: int
     datasets: list[DatasetPlan]
     inputs_key: str
+    exif: str
 
     @property
     def shards(self) -> list[ShardPlan]:
@@ -97,26 +104,64 @@ class IndexPlan:
         return {**vars(self), "datasets": datasets}
 
 
-def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rows_per_shard: int, checks: ImageChecks) -> IndexPlan:
+@dataclass(frozen=True)
+class PlanRules:
+    """What decides a plan besides its sources. ``with_strays`` counts stray files as sources, as earlier versions did."""
+
+    rows_per_shard: int = ROWS_PER_SHARD
+    checks: ImageChecks = ImageChecks()
+    rows: RowRules = RowRules()
+    with_strays: bool = False
+
+
+def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> IndexPlan:
     """Plan the index of ``groups``. Raises ValueError if a source is missing or no file of a dataset is usable."""
-    datasets = [_plan_dataset(group, entry, rows_per_shard, checks) for group in groups for entry in group.datasets]
+    datasets = _plan_datasets(groups, rules)
+    build_key, inputs_key = _keys(tokenizer, datasets, [dataclasses.asdict(dataset) for dataset in datasets])
+    return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, inputs_key, rules.checks.exif)
+
+
+def earlier_build_keys(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> set[str]:
+    """Return the keys that earlier versions gave these sources, when ``exif`` and the rules of rows were no settings.
+
+    An index with such a key stays valid: its bytes mean what they meant, since its manifest has the old value of ``exif``. Stray files
+    counted as sources then, so there is a key with those of today and one without.
+    """
+    return {_earlier_build_key(groups, tokenizer, dataclasses.replace(rules, with_strays=strays)) for strays in (True, False)}
+
+
+def _earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> str:
+    datasets = _plan_datasets(groups, rules)
+    contents = [dataclasses.asdict(dataset) for dataset in datasets]
+    for shard in (shard for content in contents for shard in content["shards"]):
+        del shard["checks"]["exif"]
+        for unit in shard["units"]:
+            del unit["rules"]
+    return _keys(tokenizer, datasets, contents)[0]
+
+
+def _plan_datasets(groups: Sequence[GroupConfig], rules: PlanRules) -> list[DatasetPlan]:
+    return [_plan_dataset(group, entry, rules) for group in groups for entry in group.datasets]
+
+
+def _keys(tokenizer: Tokenizer, datasets: list[DatasetPlan], contents: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the build key and the inputs key."""
     stats = [(location, *size_and_time(location)) for dataset in datasets for location, _ in dataset.sources]
-    inputs = [SCHEMA_VERSION, tokenizer.fingerprint, [dataclasses.asdict(dataset) for dataset in datasets]]
-    keys = _key([*inputs, stats]), _key(inputs)
-    return IndexPlan(keys[0], tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, keys[1])
+    inputs = [SCHEMA_VERSION, tokenizer.fingerprint, contents]
+    return _key([*inputs, stats]), _key(inputs)
 
 
 def _key(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
+def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rules: PlanRules) -> DatasetPlan:
     label = f"dataset {group.name}/{entry.name}"
     location = entry.location
     if group.name in (T2I, EDIT):
         if location.data_dir is None:
             raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
-        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label), rows_per_shard, checks)
+        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label, rules.with_strays), rules)
     if location.jsonl_path is None or (group.name == VLM and location.data_dir is None):
         raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
     if not is_file(location.jsonl_path):
@@ -124,14 +169,17 @@ def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rows_per_shard: int, 
     if group.name == VLM and location.data_dir is not None and not is_folder(location.data_dir):
         raise ValueError(f"{label}: there is no image folder {location.data_dir} (data_dir)")
     jsonl, images = absolute(location.jsonl_path), "" if location.data_dir is None else absolute(location.data_dir)
-    units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rows_per_shard)
-    shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), checks) for i, unit in enumerate(units)]
+    try:
+        units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rules.rows_per_shard, rules.rows)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{label}: {error} (jsonl_path)") from error
+    shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), rules.checks) for i, unit in enumerate(units)]
     return DatasetPlan(group.name, entry.name, [(jsonl, sum(unit.rows for unit in units))], shards, [])
 
 
-def _parquet_files(folder: str, label: str) -> list[str]:
+def _parquet_files(folder: str, label: str, with_strays: bool) -> list[str]:
     try:
-        files = list_files(folder, ".parquet")
+        files = list_files(folder, ".parquet", with_strays)
     except ValueError as error:
         raise ValueError(f"{label}: {error} (data_dir)") from error
     if not files:
@@ -139,7 +187,7 @@ def _parquet_files(folder: str, label: str) -> list[str]:
     return files
 
 
-def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_shard: int, checks: ImageChecks) -> DatasetPlan:
+def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rules: PlanRules) -> DatasetPlan:
     """Plan a parquet dataset. Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
     bad_files = [(path, "the file is not listed in parquet_info") for path in _unlisted(files, entry)]
     unlisted = {path for path, _ in bad_files}
@@ -153,11 +201,11 @@ def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rows_per_sh
             except BadRow as error:
                 bad_files.append((path, str(error)))
         if rows:
-            if not runs or sum(unit.rows for unit in runs[-1]) >= rows_per_shard:
+            if not runs or sum(unit.rows for unit in runs[-1]) >= rules.rows_per_shard:
                 runs.append([])
-            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows))
+            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows, rules=rules.rows))
         sources.append((path, rows))
-    shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), checks) for i, run in enumerate(runs)]
+    shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), rules.checks) for i, run in enumerate(runs)]
     return DatasetPlan(group, entry.name, sources, shards, bad_files)
 
 
@@ -167,12 +215,12 @@ def _unlisted(files: list[str], entry: DatasetEntry) -> list[str]:
     if info is None:
         return []
     try:
-        reasons = parse_json(read_raw(info), f"dataset {entry.name}: parquet_info_path {info}")
+        listed_files = parse_json(read_raw(info), f"dataset {entry.name}: parquet_info_path {info}")
     except OSError as error:
         raise ValueError(f"dataset {entry.name}: parquet_info_path {info} cannot be read ({error})") from error
-    if not isinstance(reasons, dict):
-        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} holds a {type(reasons).__name__}, expected an object by file")
-    known = {last_parts(key) for key in reasons}
+    if not isinstance(listed_files, dict | list) or not all(isinstance(key, str) for key in listed_files):
+        raise ValueError(f"dataset {entry.name}: parquet_info_path {info} is no JSON object whose keys are files")
+    known = {last_parts(key) for key in listed_files}
     unlisted = [path for path in files if last_parts(path) not in known]
     if len(unlisted) == len(files):
         raise ValueError(

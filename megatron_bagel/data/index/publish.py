@@ -85,7 +85,8 @@ def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
         _write_skipped(build, plan)
         _refuse_empty(datasets, build / INDEX / SKIPPED)
         settings = (plan["build_key"], plan["tokenizer_fingerprint"], plan["tokenizer_path"], plan["vocabulary_size"])
-        manifest = Manifest(SCHEMA_VERSION, *settings, datasets, plan.get("inputs_key"))
+        # Parts of earlier versions lack the last two.
+        manifest = Manifest(SCHEMA_VERSION, *settings, datasets, plan.get("inputs_key"), plan.get("exif", "ignore"))
         write_whole(build / INDEX / MANIFEST, manifest.to_json())
     manifest = read_manifest(build / INDEX)
     if output.exists():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL.Image import Image
 
 from megatron_bagel.common.files import crc32
 from megatron_bagel.data.index.arrow_files import read_planning_batch
@@ -25,6 +26,7 @@ from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.records import Record
 from megatron_bagel.data.tokenizer import Tokenizer
+from megatron_bagel.data.transforms import decode_rgb
 
 
 class Shard(PlanningColumns):
@@ -81,8 +83,8 @@ Rows = TrainValRows | np.ndarray  # row numbers, indexed by an array of position
 class DatasetReader:
     """One dataset of an index. Row i is a sample; its texts and images are numbered from 0."""
 
-    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int, check_all: bool = False) -> None:
-        self.info, self.vocabulary_size, self._check_all = info, vocabulary_size, check_all
+    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int, check_all: bool = False, exif: str = "ignore") -> None:
+        self.info, self.vocabulary_size, self._check_all, self.exif = info, vocabulary_size, check_all, exif
         self.group = info.group
         self.name = info.key
         self._folder = dataset_folder(folder, info.group, info.name)
@@ -122,6 +124,18 @@ class DatasetReader:
             raise IndexError(f"{self.name} row {index} has {images} images, no image {image}")
         with OPENING:
             return shard.sequences.read(self._first_sequence(shard, row) + texts + image).tobytes()
+
+    def picture(self, index: int, image: int) -> Image:
+        """Return one image of row ``index`` as RGB, of the size that planning uses.
+
+        Raises ValueError if it cannot be decoded or has another size.
+        """
+        record = self.record(index)
+        width, height = int(record.widths[image]), int(record.heights[image])
+        picture = decode_rgb(self.image_bytes(index, image), width * height, self.exif)
+        if picture.size != (width, height):
+            raise ValueError(f"the picture is {picture.width} x {picture.height}, the index says {width} x {height}; build it again")
+        return picture
 
     def image_number_in_shard(self, index: int, image: int) -> tuple[str, int]:
         """Return the name of the shard and the number among its images of one image of row ``index``."""
@@ -223,7 +237,8 @@ class IndexedSamples:
                 f"the index {folder} was built with the tokenizer {manifest.tokenizer_path}, which differs from {tokenizer.path}; "
                 "build the index again with this one, or train with that one"
             )
-        return cls(manifest, {info.key: DatasetReader(folder, info, manifest.vocabulary_size, check_all) for info in manifest.datasets})
+        readers = (DatasetReader(folder, info, manifest.vocabulary_size, check_all, manifest.exif) for info in manifest.datasets)
+        return cls(manifest, {reader.info.key: reader for reader in readers})
 
     def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:
         """Return the reader of one dataset of the config. Raises ValueError if the index lacks it."""

@@ -28,10 +28,11 @@ from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
 from megatron_bagel.data.index.sequences import write_checksums
 from megatron_bagel.data.index.source_contents import source_checksums
-from megatron_bagel.data.sources.records import RawSample
-from megatron_bagel.data.sources.rows import BadRow, read_unit
+from megatron_bagel.data.sources.dataset_config import TEXT, VLM
+from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow, RawSample, bad_row
+from megatron_bagel.data.sources.rows import read_unit
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import complete_size, decoded_size, open_image
+from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
 
 
 class _Columns:
@@ -55,8 +56,8 @@ def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:
     """Return the (width, height) in pixels of an encoded image. Raises BadRow if ``checks`` find it corrupt or too large."""
     try:
         if checks.depth == "header":
-            return open_image(data, checks.max_pixels).size
-        return (decoded_size if checks.depth == "decode" else complete_size)(data, checks.max_pixels)
+            return header_size(data, checks.max_pixels, checks.exif)
+        return (decoded_size if checks.depth == "decode" else complete_size)(data, checks.max_pixels, checks.exif)
     except ValueError as error:
         raise BadRow(f"corrupt image: {error}") from error
 
@@ -92,17 +93,19 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                 try:
                     if isinstance(sample, BadRow):
                         raise sample
-                    sizes = [image_size(image, plan.checks) for image in sample.images]
+                    sizes, ids = measure(sample, plan.group, plan.checks, tokenizer)
                 except BadRow as error:
                     skipped[short_reason(str(error))] += 1
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
                     continue
+                except MemoryError as error:
+                    raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer --workers") from error
                 finally:
                     progress(1)
-                tokens = _add_sample(builder, checksums, sample, tokenizer)
-                columns.add(sample, tokens, sizes, unit.source, row)
+                _add_sample(builder, checksums, ids, sample.images)
+                columns.add(sample, [len(i) for i in ids], sizes, unit.source, row)
                 per_source[str(unit.source)] += 1
-                counts.update(samples=1, texts=len(tokens), images=len(sizes), tokens=sum(tokens))
+                counts.update(samples=1, texts=len(ids), images=len(sizes), tokens=sum(map(len, ids)))
     builder.finalize(f"{stem}.idx")
     write_checksums(stem, checksums)
     columns.write(Path(f"{stem}.arrow"))
@@ -120,13 +123,26 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
     return info
 
 
-def _add_sample(builder: IndexedDatasetBuilder, checksums: list[int], sample: RawSample, tokenizer: Tokenizer) -> list[int]:
-    ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
-    parts = [i.tobytes() for i in ids] + sample.images
-    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(sample.images)
+def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
+    try:
+        sizes = [image_size(image, checks) for image in sample.images]
+        ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders and tokenizers are plugins of other packages
+        raise bad_row(error) from error
+    text_codes = [code for code in sample.structure if code != IMAGE_ITEM] if group in (VLM, TEXT) else []
+    if any(code == ANSWER_ITEM and not len(answer) for code, answer in zip(text_codes, ids, strict=False)):
+        raise BadRow("an answer without tokens, which would teach the model to stop at once")
+    return sizes, ids
+
+
+def _add_sample(builder: IndexedDatasetBuilder, checksums: list[int], ids: list[np.ndarray], images: list[bytes]) -> None:
+    parts = [i.tobytes() for i in ids] + images
+    modes = [TEXT_MODE] * len(ids) + [IMAGE_MODE] * len(images)
     builder.add_document(np.frombuffer(b"".join(parts), dtype=np.uint8), [len(part) for part in parts], modes)
     checksums += map(zlib.crc32, parts)
-    return [len(i) for i in ids]
 
 
 def _checksum(path: Path) -> tuple[int, str]:

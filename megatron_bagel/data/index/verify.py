@@ -41,13 +41,14 @@ def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard:
     sequence = 0
     for row in range(shard.samples):
         texts, images = len(data.text_tokens[row]), len(data.width[row])
-        for problem in _sample_problems(data, row, sequence, dataset.group, manifest.vocabulary_size, decode):
+        for problem in _sample_problems(data, row, sequence, dataset.group, manifest, decode):
             source = dataset.sources[int(data.source_file[row])].path
             yield f"{label} sample {row} ({source}, row {int(data.source_row[row])}): {problem}"
         sequence += texts + images
 
 
-def _sample_problems(data: Shard, row: int, sequence: int, group: str, vocabulary: int, decode: bool) -> Iterator[str]:
+def _sample_problems(data: Shard, row: int, sequence: int, group: str, manifest: Manifest, decode: bool) -> Iterator[str]:
+    vocabulary = manifest.vocabulary_size
     tokens, widths, heights = data.text_tokens[row], data.width[row], data.height[row]
     if problem := _structure_problem(group, data.structure[row], len(tokens), len(widths)):
         yield problem
@@ -63,7 +64,7 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, vocabular
             yield f"text {text} has token ids outside the vocabulary of {vocabulary}"
     for image, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)) if decode else ():
         try:
-            size = decode_rgb(data.sequences.read(sequence + len(tokens) + image).data, width * height).size
+            size = decode_rgb(data.sequences.read(sequence + len(tokens) + image).data, width * height, manifest.exif).size
         except ValueError as error:
             yield f"image {image}: {error}"
             continue

@@ -66,7 +66,7 @@ def describe_schema(manifest: Manifest) -> str:
     columns = ", ".join(f"{field.name} ({field.type})" for field in PLANNING_SCHEMA)
     return (
         f"schema {manifest.schema_version}, tokenizer {manifest.tokenizer_path} ({manifest.vocabulary_size} tokens, "
-        f"fingerprint {manifest.tokenizer_fingerprint[:12]})\ncolumns: {columns}"
+        f"fingerprint {manifest.tokenizer_fingerprint[:12]})\nEXIF orientation: {manifest.exif}\ncolumns: {columns}"
     )
 
 

@@ -15,7 +15,6 @@ from megatron_bagel.data.index.reader import DatasetReader
 from megatron_bagel.data.inspect.describe import COLUMNS, histograms
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.data.tokenizer import Tokenizer
-from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
 
@@ -53,8 +52,7 @@ def sample_figure(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> Fi
     for image, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         axes.axis("off")
         if image < len(record.widths):
-            pixels = int(record.widths[image]) * int(record.heights[image])
-            axes.imshow(np.asarray(decode_rgb(reader.image_bytes(index, image), pixels)))
+            axes.imshow(np.asarray(reader.picture(index, image)))
             axes.set_title(f"image {image}: {record.widths[image]} x {record.heights[image]}", fontsize=8)
     figure.supxlabel(words.replace("$", r"\$"), fontsize=8, ha="left", x=0.02)
     return figure

@@ -25,7 +25,7 @@ from megatron_bagel.data.planner.sample_plan import (
     transform_of,
 )
 from megatron_bagel.data.sources.dataset_config import GroupConfig
-from megatron_bagel.data.transforms import decode_rgb, image_tensor
+from megatron_bagel.data.transforms import image_tensor
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
 
@@ -153,11 +153,7 @@ class GroupSource:
         """Decode one picture of a row. The last one is cached, because ViT and autoencoder often take the same."""
         if self._last_picture.location == (reader.name, row, number):
             return self._last_picture.picture
-        record = reader.record(row)
-        width, height = int(record.widths[number]), int(record.heights[number])
-        decoded = decode_rgb(reader.image_bytes(row, number), width * height)
-        if decoded.size != (width, height):
-            raise ValueError(f"the picture is {decoded.width} x {decoded.height}, the index says {width} x {height}; build it again")
+        decoded = reader.picture(row, number)
         self._last_picture.location, self._last_picture.picture = (reader.name, row, number), decoded
         return decoded
 

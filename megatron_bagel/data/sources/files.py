@@ -13,10 +13,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
+
+from megatron_bagel.common.files import is_stray
 
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")  # the bucket follows the scheme and is part of pyarrow's path
 _ARROW_SCHEMES = (*_BUCKET_SCHEMES, "file", "hdfs", "viewfs")
@@ -36,6 +39,16 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}" if is_remote(root) else str(Path(root, name))
 
 
+def is_below(root: str, name: str) -> bool:
+    """Return whether ``name`` stays below ``root``: it may not climb out by ``..``, as an absolute path or as a URL of another place."""
+    location = join(root, name)
+    if not is_remote(location):
+        base = os.path.normpath(root)
+        return f"{os.path.normpath(location)}/".startswith(base if base.endswith("/") else f"{base}/")
+    base = f"{root.rstrip('/')}/"
+    return location.startswith(base) and ".." not in unquote(location[len(base) :]).split("/")
+
+
 def absolute(location: str) -> str:
     """Return the location in a form that does not depend on a process's working directory."""
     return location if is_remote(location) else str(Path(location).absolute())
@@ -46,15 +59,19 @@ def last_parts(location: str) -> tuple[str, ...]:
     return tuple(part for part in location.split("/") if part)[-2:]
 
 
-def list_files(folder: str, ending: str) -> list[str]:
-    """Return the files directly in ``folder`` whose names end in ``ending``, sorted. Raises ValueError if the folder does not exist."""
+def list_files(folder: str, ending: str, with_strays: bool = False) -> list[str]:
+    """Return the files directly in ``folder`` whose names end in ``ending``, sorted.
+
+    Stray files of other programs are left out unless ``with_strays``. Raises ValueError if the folder does not exist.
+    """
     if not is_remote(folder):
         if not Path(folder).is_dir():
             raise ValueError(f"there is no folder {folder}")
-        return sorted(str(path) for path in Path(folder).absolute().glob(f"*{ending}"))
+        return sorted(str(path) for path in Path(folder).absolute().glob(f"*{ending}") if with_strays or not is_stray(path.name))
     system, path = _file_system(folder)
     infos = _with_retries(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
-    names = sorted(info.base_name for info in infos if info.type == fs.FileType.File and info.base_name.endswith(ending))
+    names = [info.base_name for info in infos if info.type == fs.FileType.File and info.base_name.endswith(ending)]
+    names = sorted(name for name in names if with_strays or not is_stray(name))
     if not names and _info(folder).type != fs.FileType.Directory:
         raise ValueError(f"there is no folder {folder}")
     return [join(folder, name) for name in names]

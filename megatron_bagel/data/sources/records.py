@@ -20,6 +20,19 @@ IMAGE_ITEM, TEXT_ITEM, ANSWER_ITEM = 0, 1, 2  # an image, a text without loss, a
 PLAIN, ENDED, CONTINUED = 0, 1, 2  # forms of an instruction: "a", "a.", " a."
 
 
+class BadRow(ValueError):
+    """The reason why a row is not in the index."""
+
+
+def bad_row(error: Exception) -> BadRow:
+    """Return the reason that an exception gives for a row: its first line, and its type unless it is a ValueError with a sentence."""
+    if isinstance(error, BadRow):
+        return error
+    lines = str(error).splitlines()
+    text = lines[0][:200] if lines else ""
+    return BadRow(text if text and type(error) is ValueError else f"{type(error).__name__}: {text}".removesuffix(": "))
+
+
 @dataclass(frozen=True)
 class RawSample:
     """A valid row of a source file: its texts and structure as in the table above, and the encoded bytes of its images."""

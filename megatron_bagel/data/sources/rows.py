@@ -1,30 +1,29 @@
-"""Reads the source files of BAGEL's guide row by row: each row is a sample, or a reason why it is not one.
+"""Reads the source files of BAGEL's guide row by row: each row is a sample, or a reason why it is not one (parse.py has the rules).
 
-No reader raises for a bad row: the reason goes into the index's list of skipped rows. The rules are the original's, except where
-it crashes, trains on nothing, or silently drops rows.
+No reader raises for a bad row, whatever is in it: the reason goes into the index's list of skipped rows.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_bagel.common.json_text import check_encodable, head_of, wrong_container
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT
-from megatron_bagel.data.sources.files import join, open_raw, read_raw
-from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, RawSample
-from megatron_bagel.data.sources.video import FrameSampler, video_frames
+from megatron_bagel.data.sources.files import open_raw
+from megatron_bagel.data.sources.parse import parse_edit, parse_line, parse_t2i, parse_text, parse_vlm
+from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
+from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.video import FrameSampler
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction_list")}
-
-
-class BadRow(ValueError):
-    """The reason why a row is not in the index."""
+_PARQUET_BATCH = 16  # rows in memory at a time; rows of many megabytes are read with fewer
+_PIECE = 1 << 20  # bytes of a line in memory at a time while lines are counted
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class SourceUnit:
     """A run of rows of one source file: a full parquet file, or the bytes [start, stop) of a jsonl file.
 
     ``source`` numbers the file among those of its dataset, and ``first_row`` its first row. ``image_dir`` holds a jsonl file's images
-    and videos, and ``frames`` chooses the frames of a video.
+    and videos, ``frames`` chooses the frames of a video, and ``rules`` limit the rows.
     """
 
     group: str
@@ -44,21 +43,38 @@ class SourceUnit:
     stop: int = 0
     image_dir: str = ""
     frames: FrameSampler | None = None
+    rules: RowRules = RowRules()
 
 
 def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
-    """Yield the rows of ``unit`` in file order: (row number in the file, sample or reason). A truncated file ends with a reason."""
+    """Yield the rows of ``unit`` in file order: (row number in the file, sample or reason). A truncated file ends with a reason.
+
+    Raises ValueError naming file and row if a jsonl file cannot be read any more, or if memory runs out.
+    """
     if unit.group in PARQUET_COLUMNS:
         yield from _read_parquet(unit)
     else:
         yield from _read_jsonl(unit)
 
 
+def _sample(unit: SourceUnit, row: int, parse: Callable[[], RawSample]) -> RawSample | BadRow:
+    """Return the sample that ``parse`` makes of a row, or the reason why it makes none, whatever it raises."""
+    try:
+        sample = parse()
+        for text in sample.texts:
+            check_encodable(text)
+        return sample
+    except MemoryError as error:
+        raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer --workers") from error
+    except Exception as error:  # a decoder, or the client of a remote file system, may raise anything
+        return bad_row(error)
+
+
 def check_parquet(path: str, group: str) -> int:
     """Return the number of rows in a parquet file's footer. Raises BadRow if it is not parquet or lacks a required column."""
     try:
         file = pq.ParquetFile(open_raw(path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise BadRow(f"not a readable parquet file ({_first_line(error)})") from error
     with file:
         missing_columns = [name for name in PARQUET_COLUMNS[group] if name not in file.schema_arrow.names]
@@ -68,189 +84,95 @@ def check_parquet(path: str, group: str) -> int:
 
 
 def _read_parquet(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
-    parse = parse_t2i if unit.group == T2I else parse_edit
     row = unit.first_row
     try:
         with open_raw(unit.path) as raw, pq.ParquetFile(raw) as file:
-            for batch in file.iter_batches(batch_size=64, columns=list(PARQUET_COLUMNS[unit.group])):
-                for first_value, second_value in zip(batch.column(0), batch.column(1), strict=True):
-                    try:
-                        sample: RawSample | BadRow = parse(first_value.as_py(), second_value.as_py())
-                    except BadRow as error:
-                        sample = error
-                    yield row, sample
-                    row += 1
-    except (pa.ArrowInvalid, OSError) as error:
+            for first, second in _parquet_cells(file, PARQUET_COLUMNS[unit.group]):
+                yield row, _sample(unit, row, partial(_parse_cells, first, second, unit))
+                row += 1
+    except (pa.ArrowException, OSError) as error:
         yield row, BadRow(f"the file cannot be read from here on ({_first_line(error)})")
 
 
+def _parquet_cells(file: pq.ParquetFile, columns: tuple[str, str]) -> Iterator[tuple[pa.Scalar, pa.Scalar]]:
+    """Yield the cells of two columns row by row, in smaller batches after Arrow could not hold the values of one (2 GiB)."""
+    batch_rows, num_yielded = _PARQUET_BATCH, 0
+    while True:
+        start = 0
+        try:
+            for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
+                first, second = (batch.column(name) for name in columns)
+                for index in range(max(0, num_yielded - start), len(batch)):
+                    num_yielded += 1
+                    yield first[index], second[index]
+                start += len(batch)
+            return
+        except (pa.ArrowNotImplementedError, pa.ArrowCapacityError):
+            if batch_rows == 1:
+                raise
+            batch_rows //= 4
+
+
 def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
-    with open_raw(unit.path) as file:
-        file.seek(unit.start)
-        row = unit.first_row
-        while file.tell() < unit.stop:
-            line = file.readline()
-            if line.strip():
-                try:
-                    content = _json_object(line)
-                    sample: RawSample | BadRow = parse_text(content) if unit.group == TEXT else parse_vlm(content, unit, row)
-                except BadRow as error:
-                    sample = error
-                yield row, sample
-            row += 1
-
-
-def parse_t2i(image: Any, captions: Any) -> RawSample:
-    """Parse a T2I row. ``captions`` is a JSON dict of alternatives; as in the original, an empty one means the caption " "."""
-    if not isinstance(image, bytes):
-        raise BadRow(f"column image holds {type(image).__name__}, not bytes")
-    if not isinstance(captions, str):
-        raise BadRow(f"column captions holds {type(captions).__name__}, not a JSON string")
+    row, limit = unit.first_row, unit.rules.max_text_bytes
     try:
-        alternatives = json.loads(captions)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"captions is not JSON ({error})") from error
-    if not isinstance(alternatives, dict) or not all(isinstance(text, str) for text in alternatives.values()):
-        raise BadRow("captions is not a JSON dict of strings")
-    texts = [text for text in alternatives.values() if text.strip()]
-    if alternatives and not texts:
-        raise BadRow("empty caption")
-    return RawSample(texts or [" "], [], [image])
-
-
-def parse_edit(images: Any, instructions: Any) -> RawSample:
-    """Parse a chain of ``images``; ``instructions[i]`` are the alternative instructions for the step from i to i + 1."""
-    if not isinstance(images, list) or not all(isinstance(image, bytes) for image in images):
-        raise BadRow("column image_list is not a list of bytes")
-    if not isinstance(instructions, list) or not all(isinstance(step, list) for step in instructions):
-        raise BadRow("column instruction_list is not a list of lists of strings")
-    if len(images) < 2:
-        raise BadRow(f"an edit needs 2 images or more, the row has {len(images)}")
-    if len(instructions) < len(images) - 1:
-        raise BadRow(f"{len(images)} images need {len(images) - 1} instructions, the row has {len(instructions)}")
-    texts: list[str] = []
-    structure: list[int] = []
-    for step in instructions[: len(images) - 1]:
-        usable = [text for text in step if isinstance(text, str) and text.strip()]
-        if not usable:
-            raise BadRow(f"empty instruction for step {len(structure)}")
-        structure.append(len(usable))
-        for text in usable:
-            texts.extend([text] if len(images) == 2 else [text, f"{text}.", f" {text}."])
-    return RawSample(texts, structure, images)
-
-
-def parse_vlm(content: dict[str, Any], unit: SourceUnit, row: int) -> RawSample:
-    """Parse a conversation: human turns are cut at their ``<image>`` marks, answers have a loss, files are read from ``image_dir``.
-
-    The frames of a video replace its ``<video>`` mark as images.
-    """
-    is_video = "video" in content
-    names = [] if is_video else _image_names(content.get("image") or [])
-    frames = _frames_of(content["video"], unit, row) if is_video else []
-    texts, structure = _conversation(content.get("conversations"), len(frames))
-    marks, images = structure.count(IMAGE_ITEM), len(frames) if is_video else len(names)
-    if marks > images:
-        raise BadRow(f"{marks} {IMAGE_MARK} marks but {images} images")
-    if ANSWER_ITEM not in structure:
-        raise BadRow("no answer, so nothing to learn from")
-    return RawSample(texts, structure, frames or [_read_file("image", join(unit.image_dir, name)) for name in names[:marks]])
-
-
-def _image_names(names: Any) -> list[str]:
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadRow("image is neither a file name nor a list of file names")
-    return names
-
-
-def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
-    if unit.frames is None:
-        raise BadRow("the line holds a video, and the group has no frame_sampler_args in the dataset config")
-    if not isinstance(name, str):
-        raise BadRow("video is not a file name")
-    try:
-        return video_frames(_read_file("video", join(unit.image_dir, name)), unit.frames, unit.source, row)
-    except BadRow:
-        raise
-    except ValueError as error:
-        raise BadRow(f"video {name}: {error}") from error
-
-
-def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
-    """Return texts and structure; the first ``<video>`` mark stands for ``frames`` images."""
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("conversations is missing or empty")
-    texts: list[str] = []
-    structure: list[int] = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadRow("a turn of conversations has no text in 'value'")
-        value, role = turn["value"], turn.get("from")
-        if frames and role == "human" and VIDEO_MARK in value:
-            value, frames = value.replace(VIDEO_MARK, IMAGE_MARK * frames, 1), 0
-        if role == "gpt":
-            texts.append(value)
-            structure.append(ANSWER_ITEM)
-        elif role != "human":
-            raise BadRow(f"a turn is from {role!r}; only human and gpt are known")
-        elif IMAGE_MARK not in value:
-            texts.append(value)
-            structure.append(TEXT_ITEM)
-        else:
-            for number, piece in enumerate(value.split(IMAGE_MARK)):
-                if number:
-                    structure.append(IMAGE_ITEM)
-                if piece.strip():
-                    texts.append(piece.strip())
-                    structure.append(TEXT_ITEM)
-    if frames:
-        raise BadRow(f"no {VIDEO_MARK} mark for the video")
-    return texts, structure
-
-
-def parse_text(content: dict[str, Any]) -> RawSample:
-    """Parse a plain text, every token of which is learned."""
-    text = content.get("text")
-    if not isinstance(text, str):
-        raise BadRow("no string under 'text'")
-    if not text.strip():
-        raise BadRow("empty text")
-    return RawSample([text], [ANSWER_ITEM], [])
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadRow(f"not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise BadRow(f"a JSON object was expected, found {type(content).__name__}")
-    return content
-
-
-def _read_file(kind: str, location: str) -> bytes:
-    try:
-        return read_raw(location)
+        with open_raw(unit.path) as file:
+            file.seek(unit.start)
+            while file.tell() < unit.stop:
+                line = file.readline(limit + 1)
+                if not line:
+                    raise ValueError(f"{unit.path}, row {row}: the file has become shorter; run the build again")
+                if len(line) > limit and not line.endswith(b"\n"):
+                    size = len(line) + _skip_rest(file)
+                    yield row, BadRow(f"the line has {size} bytes, above the limit of {limit} (--max_text_bytes)")
+                elif line.strip():
+                    yield row, _sample(unit, row, partial(_parse_line, line, unit, row))
+                row += 1
     except OSError as error:
-        raise BadRow(f"{kind} {location} cannot be read ({error.strerror or _first_line(error)})") from error
+        raise ValueError(f"{unit.path}, row {row}: the file cannot be read any more ({_first_line(error)}); run the build again") from error
+
+
+def _skip_rest(file: BinaryIO) -> int:
+    """Read to the end of the line in pieces and return the number of bytes."""
+    size = 0
+    while piece := file.readline(_PIECE):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
+
+
+def _parse_cells(first: pa.Scalar, second: pa.Scalar, unit: SourceUnit) -> RawSample:
+    return (parse_t2i if unit.group == T2I else parse_edit)(first.as_py(), second.as_py(), unit.rules)
+
+
+def _parse_line(line: bytes, unit: SourceUnit, row: int) -> RawSample:
+    content = parse_line(line, unit.rules)
+    return parse_text(content) if unit.group == TEXT else parse_vlm(content, unit, row)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def scan_jsonl(path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int) -> list[SourceUnit]:
-    """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter) in one pass over its bytes."""
+def scan_jsonl(
+    path: str, group: str, image_dir: str, frames: FrameSampler | None, rows_per_unit: int, rules: RowRules = DEFAULT_RULES
+) -> list[SourceUnit]:
+    """Cut a jsonl file into units of ``rows_per_unit`` lines (the last may be shorter) in one pass over its bytes.
+
+    Raises ValueError if the file is no jsonl file but, for example, compressed or one JSON list.
+    """
     units: list[SourceUnit] = []
     start = position = first_row = row = 0
 
     def add_unit() -> None:
-        units.append(SourceUnit(group, path, 0, first_row, row - first_row, start, position, image_dir, frames))
+        units.append(SourceUnit(group, path, 0, first_row, row - first_row, start, position, image_dir, frames, rules))
 
     with open_raw(path) as file:
-        for line in file:
-            position += len(line)
+        if problem := wrong_container(head_of(file)):
+            raise ValueError(f"{path} {problem}")
+        for length in _line_lengths(file):
+            position += length
             row += 1
             if row - first_row == rows_per_unit:
                 add_unit()
@@ -258,3 +180,15 @@ def scan_jsonl(path: str, group: str, image_dir: str, frames: FrameSampler | Non
     if row > first_row:
         add_unit()
     return units
+
+
+def _line_lengths(file: BinaryIO) -> Iterator[int]:
+    """Yield the bytes of each line, its end included, without holding a long line in memory."""
+    length = 0
+    while piece := file.readline(_PIECE):
+        length += len(piece)
+        if piece.endswith(b"\n"):
+            yield length
+            length = 0
+    if length:
+        yield length

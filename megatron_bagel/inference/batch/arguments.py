@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bagel.data.transforms import EXIF_MODES
+
 _DESCRIPTION = "Pictures from prompts, edited pictures, and answers about pictures, from a trained model."
 _EPILOG = """examples:
   a picture        --model DIR --prompt "a red circle" --image-size 64x64 --out pictures
@@ -75,6 +77,10 @@ def _add_prompts(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0, help="same seed, same answers, whatever the batch (default: %(default)s)")
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers per prompt, seeds counting up (default: 1)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts worked on at once (default: %(default)s)")
+    group.add_argument(
+        "--exif", choices=EXIF_MODES, default=EXIF_MODES[0],
+        help="turn input images as their EXIF orientation says, as viewers show them; ignore: the original's way (default: %(default)s)",
+    )  # fmt: skip
     sides = {"type": int, "nargs": 2, "metavar": ("MAX", "MIN")}
     group.add_argument("--vae-transform", **sides, help="longest and shortest side of input images for the autoencoder (default: 1024 512)")
     group.add_argument("--vit-transform", **sides, help="the same for the vision tower (default: 980 224)")

@@ -17,15 +17,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from megatron_bagel.common.files import is_stray, read_text
 from megatron_bagel.common.json_files import json_lines, read_json_value
+from megatron_bagel.common.json_text import split_lines
 from megatron_bagel.data.transforms import decode_rgb
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt
 
@@ -66,10 +69,15 @@ def read_benchmark(name: str, questions: Path, work: Path) -> list[BenchmarkItem
     return items
 
 
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files of a benchmark in the order of their names, without the stray files of other programs."""
+    return sorted(path for path in paths if not is_stray(path.name))
+
+
 def _value(row: Mapping[str, Any], label: str, *names: str) -> Any:
-    """Return the value of the first of ``names`` that the row has."""
+    """Return the value of the first of ``names`` that the row has; null counts as absent."""
     for name in names:
-        if name in row:
+        if row.get(name) is not None:
             return row[name]
     raise ValueError(f"{label}: there is no {' or '.join(names)}; the row has {', '.join(row)}")
 
@@ -98,13 +106,15 @@ def _write_geneval(items: list[BenchmarkItem], answers: Answers, generated_folde
 
 # ------------------------------------------------------------------ WISE
 def _read_wise(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = _files(path.glob("*.json")) if path.is_dir() else [path]
     for file in files:
         rows = read_json_value(file, "wise")
         if not isinstance(rows, list):
             raise ValueError(f"{file}: expected a list of prompts, found {type(rows).__name__}")
         for number, row in enumerate(rows, start=1):
             label = f"{file}, entry {number}"
+            if not isinstance(row, dict):
+                raise ValueError(f"{label}: expected an object, got {type(row).__name__}")
             yield BenchmarkItem(_prompt(label, str(_value(row, label, "prompt_id")), "t2i", _value(row, label, "Prompt")), row)
 
 
@@ -118,8 +128,11 @@ def _write_wise(items: list[BenchmarkItem], answers: Answers, generated_folder: 
 def _read_gedit(path: Path, work: Path) -> Iterator[BenchmarkItem]:
     work.mkdir(parents=True, exist_ok=True)
     columns = ("key", "instruction", "instruction_language", "task_type", "input_image")
-    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
-        table = pq.ParquetFile(file)
+    for file in _files(path.rglob("*.parquet")) if path.is_dir() else [path]:
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is not a readable parquet file ({error})") from error
         missing_columns = [name for name in columns if name not in table.schema_arrow.names]
         if missing_columns:
             raise ValueError(f"{file}: there is no column {', '.join(missing_columns)}; it has {', '.join(table.schema_arrow.names)}")
@@ -173,8 +186,8 @@ def _write_mmvet(items: list[BenchmarkItem], answers: Answers, generated_folder:
 def _read_mme(path: Path, work: Path) -> Iterator[BenchmarkItem]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; mme needs one with a <task>.txt for each task, and the images below it")
-    for file in sorted(path.glob("*.txt")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for file in _files(path.glob("*.txt")):
+        for number, line in enumerate(split_lines(read_text(file, "mme")), start=1):
             fields, label = line.split("\t"), f"{file}, line {number}"
             if len(fields) != 3:
                 raise ValueError(f"{label}: expected image, question and truth separated by tabs, got {len(fields)} fields")

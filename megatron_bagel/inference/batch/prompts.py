@@ -11,9 +11,12 @@ from typing import Any
 from PIL import Image
 
 from megatron_bagel.common.json_files import json_lines
-from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.common.json_text import check_encodable
+from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
 from megatron_bagel.inference.batch.requests import Request
 
+MAX_PROMPT_CHARACTERS = 1 << 20  # a tokenizer takes seconds and hundreds of megabytes for as many
+_SHOWN_NAME = 200  # characters of a file name in a message
 TASKS = ("t2i", "edit", "understand", "interleave")
 _KEYS = ("id", "task", "prompt", "image", "terms", "output", "think", "size", "seed", "system_prompt")
 
@@ -31,27 +34,34 @@ class Prompt:
     size: tuple[int, int] | None = None
     seed: int | None = None
 
-    def request(self) -> Request:
+    def request(self, exif: str = EXIF_MODES[0]) -> Request:
         """Return the request with its images read as RGB. Raises ValueError naming a file that is no readable image."""
-        terms = tuple(read_image(value) if kind == "image" else value for kind, value in self.terms)
+        terms = tuple(read_image(value, exif) if kind == "image" else value for kind, value in self.terms)
         return Request(terms, self.output, self.think, self.system_prompt, self.size)
 
     def check_files(self) -> None:
         """Check that all images exist, before a model is loaded for them. Raises ValueError naming an absent one."""
         for kind, value in self.terms:
-            if kind == "image" and not Path(value).is_file():
-                raise ValueError(f"{self.name}: image {value} does not exist")
+            if kind == "image" and not _is_file(value):
+                raise ValueError(f"{self.name}: image {value[:_SHOWN_NAME]!r} does not exist")
 
     def record(self) -> dict[str, Any]:
         """Return the part of the prompt that the results file repeats."""
         return {"id": self.name, "task": self.task, "terms": [{kind: value} for kind, value in self.terms]}
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, with white for transparency."""
+def _is_file(path: str) -> bool:
     try:
-        return decode_rgb(Path(path).read_bytes())
-    except ValueError as error:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, with a NUL, or with half a character
+        return False
+
+
+def read_image(path: str | Path, exif: str = EXIF_MODES[0]) -> Image.Image:
+    """Read an image file as RGB, with white for transparency and turned as ``exif`` says (``decode_rgb``)."""
+    try:
+        return decode_rgb(Path(path).read_bytes(), exif=exif)
+    except (ValueError, OSError) as error:
         raise ValueError(f"image {path}: {error}") from error
 
 
@@ -68,6 +78,8 @@ def make_prompt(
 
     Raises ValueError with a message that begins with ``name``.
     """
+    for text in (*texts, *(value for _, value in terms), *images, name):
+        check_prompt_text(text, name)
     if task not in TASKS:
         raise ValueError(f"{name}: task '{task}' is unknown; choose one of {', '.join(TASKS)}")
     if task == "interleave":
@@ -87,6 +99,18 @@ def make_prompt(
         raise ValueError(f"{name}: task edit needs an image to change")
     ordered_terms = [("image", str(image)) for image in images] + [("text", text) for text in texts]
     return Prompt(name, task, tuple(ordered_terms), task_output, **options)
+
+
+def check_prompt_text(text: Any, label: str) -> None:
+    """Raise ValueError, naming ``label``, if a value of a prompt is no text, is longer than any prompt, or holds half a character."""
+    if not isinstance(text, str):
+        raise ValueError(f"{label}: expected a text, got {type(text).__name__}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{label}: a text has {len(text)} characters, above the limit of {MAX_PROMPT_CHARACTERS}")
+    try:
+        check_encodable(text)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
 
 
 def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> list[Prompt]:
@@ -117,8 +141,14 @@ def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str
     unknown = sorted(set(row) - set(_KEYS))
     if unknown:
         raise ValueError(f"{label}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+    row = {key: value for key, value in row.items() if value is not None}  # a key whose value is null is absent
     images = row.get("image", [])
     images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{label}: image is neither a path nor a list of paths")
+    if not isinstance(row.get("terms", []), list):
+        raise ValueError(f"{label}: terms is not a list of texts and images")
+    _check_options(row, label)
     options = {key: row.get(key, defaults.get(key)) for key in ("think", "size", "seed", "system_prompt")}
     if options["size"] is not None:
         options["size"] = _size(options["size"], label)
@@ -134,6 +164,15 @@ def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str
         raise ValueError(f"{label}: {error}") from error
 
 
+def _check_options(row: Mapping[str, Any], label: str) -> None:
+    if "seed" in row and (not isinstance(row["seed"], int) or isinstance(row["seed"], bool)):
+        raise ValueError(f"{label}: seed is {row['seed']!r}, expected a whole number")
+    if "think" in row and not isinstance(row["think"], bool):
+        raise ValueError(f"{label}: think is {row['think']!r}, expected true or false")
+    if "system_prompt" in row:
+        check_prompt_text(row["system_prompt"], label)
+
+
 def _size(size: Any, label: str) -> tuple[int, int]:
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size)):
         raise ValueError(f"{label}: size is {size!r}, expected [height, width] in pixels")
@@ -144,4 +183,5 @@ def _term(term: Any, label: str, folder: Path) -> tuple[str, str]:
     if not (isinstance(term, dict) and len(term) == 1 and set(term) <= {"text", "image"}):
         raise ValueError(f'{label}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
     ((kind, value),) = term.items()
-    return kind, str(folder / value) if kind == "image" else str(value)
+    check_prompt_text(value, label)
+    return kind, str(folder / value) if kind == "image" else value

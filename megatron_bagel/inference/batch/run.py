@@ -65,7 +65,7 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
             start_time, round_jobs = time.monotonic(), open_jobs[start : start + round_size]
             local_jobs = round_jobs[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
             noise = [KeyedNoise(job.seed, job.prompt.name) for job in local_jobs]
-            answers = replicas.collected(answer(engine, [job.prompt.request() for job in local_jobs], noise, text, image))
+            answers = replicas.collected(answer(engine, [job.prompt.request(args.exif) for job in local_jobs], noise, text, image))
             if writer is not None:
                 seconds = (time.monotonic() - start_time) / len(round_jobs)
                 _write(writer, round_jobs, answers, seconds, (len(answered_names) + start, len(jobs)))

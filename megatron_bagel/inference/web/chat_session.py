@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
 from megatron_bagel.inference.batch.arguments import parse_size
+from megatron_bagel.inference.batch.prompts import check_prompt_text
 from megatron_bagel.inference.batch.requests import Observers, Request, answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.image import ImageSampling
@@ -50,11 +52,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class ChatSession:
-    """A model with its defaults for writing and drawing. It makes one reply after another until it is closed."""
+    """A model with its defaults for writing and drawing. It makes one reply after another until it is closed.
+
+    ``exif`` says whether uploaded pictures are turned as their EXIF orientation says (``decode_rgb``).
+    """
 
     engine: Engine
     text: TextSampling
     image: ImageSampling
+    exif: str = EXIF_MODES[0]
     _reply_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -72,6 +78,9 @@ class ChatSession:
         """
         if len(terms) > MAX_TERMS:
             raise ValueError(f"this conversation has {len(terms)} texts and images, but the page reads at most {MAX_TERMS}; start again")
+        for term in terms:
+            if isinstance(term, str):
+                check_prompt_text(term, "this message")
         size = parse_size(settings.size) if settings.size else None
         request = Request(tuple(terms), settings.output, settings.think, size=size)
         if request.output == "image":
@@ -108,12 +117,17 @@ class ChatSession:
         return replace(self.image, num_timesteps=steps + 1, guidance=guidance)
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, exif: str = EXIF_MODES[0]) -> Image.Image:
     """Read an uploaded image as RGB. Raises ValueError if it cannot be read or is too large."""
-    return decode_rgb(Path(path).read_bytes(), MAX_PIXELS)
+    try:
+        return decode_rgb(Path(path).read_bytes(), MAX_PIXELS, exif)
+    except OSError as error:
+        raise ValueError(f"the image cannot be read ({error.strerror or error})") from error
 
 
 def _number(name: str, value: float | None) -> float:
     if value is None:
         raise ValueError(f"{name} is empty; give a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; give a number")
     return value

@@ -72,7 +72,7 @@ def _turn(
     asked_messages = (*talk_before.messages, _user(message_value))
     yield gr.skip(), talk_before, list(asked_messages)
     try:
-        new_terms = (*map(read_image, message_value["files"]), *filter(None, [message_value["text"]]))
+        new_terms = (*(read_image(path, session.exif) for path in message_value["files"]), *filter(None, [message_value["text"]]))
         if not new_terms:
             raise ValueError("there is nothing to read; write something or add an image")
         reply = yield from _reply_in_thread(session, (*talk_before.terms, *new_terms), Settings(*field_values))

@@ -22,7 +22,7 @@ def serve(args: Namespace) -> None:
     sampling = sampling_of(args)
     with _listening(args.host, args.port) as listener, tempfile.TemporaryDirectory(prefix="megatron_bagel_page_") as folder:
         make_server = _need_gradio(folder)
-        server = make_server(ChatSession(open_engine(args), *sampling), args.host, folder)
+        server = make_server(ChatSession(open_engine(args), *sampling, args.exif), args.host, folder)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"the page is at http://{host}:{listener.getsockname()[1]}/ until Ctrl-C", flush=True)
         # kill stops the server like Ctrl-C, so that the folder is removed.

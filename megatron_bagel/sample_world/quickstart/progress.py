@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-import yaml
 from tqdm import tqdm
+
+from megatron_bagel.common.json_text import parse_json
+from megatron_bagel.common.yaml_files import read_yaml
 
 #: Seconds between two states of the bar where the output is a file.
 _FILE_INTERVAL = 30.0
@@ -51,7 +52,7 @@ class TrainingBar:
         config = self._results / "config.yaml"
         if not config.is_file() or not (self._results / "metrics.jsonl").is_file():
             return None
-        sections = yaml.safe_load(config.read_text(encoding="utf-8")).values()
+        sections = read_yaml(config, "quickstart").values()
         return int(next(section["total_steps"] for section in sections if isinstance(section, dict) and "total_steps" in section))
 
     def _new_records(self) -> list[dict[str, Any]]:
@@ -63,4 +64,4 @@ class TrainingBar:
             content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        return [parse_json(line, str(metrics)) for line in complete.splitlines()]

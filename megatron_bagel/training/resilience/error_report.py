@@ -20,7 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_bagel.common.json_files import parse_json
+from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience import hang_watchdog

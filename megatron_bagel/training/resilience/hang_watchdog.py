@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bagel.common.json_files import parse_json
+from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.parallel.rank_coordinates import rank_list
 
 #: Name of the watchdogs' store, and the key that exists in it once one of them has reported.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -22,8 +23,10 @@ from megatron_bagel.data.planner.group_source import open_sources
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import PlanSettings
 from megatron_bagel.data.sources.dataset_config import GroupConfig
+from megatron_bagel.data.sources.row_rules import RowRules
+from megatron_bagel.data.sources.rows import read_unit, scan_jsonl
 from megatron_bagel.data.transforms import decode_rgb
-from tests.data.index_files import groups_of, noise_png, png, talk, write_lines, write_t2i
+from tests.data.index_files import SIZES, groups_of, noise_png, png, talk, write_lines, write_t2i
 from tests.strategies import SPEC
 
 RED = '{"a": "red"}'
@@ -192,3 +195,68 @@ def test_impossible_flags_are_named(flag: list[str], goldens: Path, tmp_path: Pa
     assert command.main([*arguments, "--output", str(tmp_path / "index"), *flag]) == 2
     told = capsys.readouterr().err
     assert ("--num-jobs" if flag[0] == "--num-jobs" else flag[0]) in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["gzip", "list", "indented", "utf-16"])
+def test_another_container_is_told_once(kind: str, goldens: Path, tmp_path: Path) -> None:
+    rows = [talk("hello")] * 30
+    (tmp_path / "vlm/images").mkdir(parents=True)
+    data = {
+        "gzip": gzip.compress("\n".join(map(json.dumps, rows)).encode()),
+        "list": json.dumps(rows).encode(),
+        "indented": json.dumps(rows, indent=2).encode(),
+        "utf-16": "\n".join(map(json.dumps, rows)).encode("utf-16"),
+    }
+    (tmp_path / "vlm/chat.jsonl").write_bytes(data[kind])
+    with pytest.raises(
+        ValueError, match=r"dataset vlm_sft/chat: .*chat.jsonl is .*one JSON object per line is expected; convert|decompress"
+    ):
+        build(groups_of(tmp_path, "vlm_sft"), goldens, tmp_path / "index")
+    assert not list(tmp_path.glob("index*"))
+
+
+def test_stray_files_are_no_sources(goldens: Path, tmp_path: Path) -> None:
+    write_t2i(tmp_path / "t2i", [(png(0), RED)], "0000.parquet")
+    for name in (".DS_Store", "._0000.parquet", ".0000.parquet.crc", "_SUCCESS", "0000.parquet~", "~$0000.parquet"):
+        (tmp_path / "t2i" / name).write_bytes(b"\0\x05\x16\x07")
+    index = build(groups_of(tmp_path, "t2i_pretrain"), goldens, tmp_path / "index")
+    assert [Path(source.path).name for source in index.manifest.datasets[0].sources] == ["0000.parquet"] and not skipped(tmp_path / "index")
+
+
+def test_lines_of_any_length_cost_themselves_only(goldens: Path, tmp_path: Path) -> None:
+    """Long lines at the start, in the middle, and at the end without a line's end; the limit itself is allowed."""
+    good = json.dumps({"text": "x" * 89})
+    assert len(good) == 101
+    long = json.dumps({"text": "x" * 3_000_000})
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/plain.jsonl").write_text("\n".join([long, good, good + " ", long, good, long]))
+    rules = RowRules(max_text_bytes=101)
+    build_index(
+        groups_of(tmp_path, "text"), goldens / "hf", tmp_path / "index", BuildOptions(rows_per_shard=2, row_rules=rules, progress=False)
+    )
+    told = {row: reason for _, row, reason in skipped(tmp_path / "index")}
+    assert sorted(told) == [0, 2, 3, 5] and all("above the limit of 101 (--max_text_bytes)" in reason for reason in told.values())
+    reader = IndexedSamples.open(tmp_path / "index").datasets["text/plain"]
+    assert [reader.source(row)[1] for row in range(len(reader))] == [1, 4]
+
+
+def test_a_file_that_shrinks_while_it_is_read_ends_the_build(tmp_path: Path) -> None:
+    write_lines(tmp_path / "plain.jsonl", [{"text": f"number {number}"} for number in range(4)])
+    (unit,) = scan_jsonl(str(tmp_path / "plain.jsonl"), "text", "", None, 100)
+    write_lines(tmp_path / "plain.jsonl", [{"text": "number 0"}])
+    with pytest.raises(ValueError, match="plain.jsonl, row 1: the file has become shorter"):
+        list(read_unit(unit))
+
+
+def test_flags_of_rows_reach_the_rows(goldens: Path, tmp_path: Path) -> None:
+    (tmp_path / "vlm/images").mkdir(parents=True)
+    (tmp_path / "vlm/a.png").write_bytes(png(0))
+    write_lines(tmp_path / "vlm/chat.jsonl", [talk("<image>", image="../a.png"), talk("hello", id=[[[[1]]]])])
+    (tmp_path / "data.yaml").write_text(json.dumps({"vlm_sft": {"dataset_names": ["chat"], "weight": 1, "image_transform_args": SIZES}}))
+    arguments = ["--dataset_config_file", str(tmp_path / "data.yaml"), "--data_root", str(tmp_path), "--tokenizer", str(goldens / "hf")]
+    assert command.main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    ((_, row, reason),) = skipped(tmp_path / "one")
+    assert row == 0 and "--allow_outside_root" in reason
+    assert command.main([*arguments, "--output", str(tmp_path / "two"), "--allow-outside-root", "--max-json-depth", "3"]) == 0
+    ((_, row, reason),) = skipped(tmp_path / "two")
+    assert row == 1 and "deeper than 3" in reason

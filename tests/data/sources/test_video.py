@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.sources import rows
+from megatron_bagel.data.sources import parse
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM
 from megatron_bagel.data.sources.video import FrameSampler, video_frames
 from tests.data.index_files import groups_of, reasons, talk, write_lines
@@ -87,7 +87,7 @@ def test_frames_stand_at_the_mark(goldens: Path, tmp_path: Path, monkeypatch: py
         return pictures
 
     conversations(tmp_path)
-    monkeypatch.setattr(rows, "video_frames", three_frames)
+    monkeypatch.setattr(parse, "video_frames", three_frames)
     build_index(groups_of(tmp_path, "vlm_sft", frame_sampler_args={"max_num_frames": 9}), goldens / "hf", tmp_path / "index", QUIET)
     reader = IndexedSamples.open(tmp_path / "index").datasets["vlm_sft/chat"]
     assert reader.record(0).structure.tolist() == [TEXT_ITEM, IMAGE_ITEM, IMAGE_ITEM, IMAGE_ITEM, TEXT_ITEM, ANSWER_ITEM]

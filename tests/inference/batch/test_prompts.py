@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_bagel.inference.batch.prompts import make_prompt, read_image, read_prompts
+from megatron_bagel.inference.batch.prompts import MAX_PROMPT_CHARACTERS, make_prompt, read_image, read_prompts
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -35,7 +35,7 @@ def test_lines_override_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 1 is not valid JSON"),
+        ("{", "is not valid JSON"),
         ([1], "expected an object"),
         ({"prompt": "a", "imge": "x"}, "unknown key imge"),
         ({"prompt": "a", "task": "draw"}, "task 'draw' is unknown"),
@@ -70,5 +70,67 @@ def test_images_are_read_as_rgb_and_bad_ones_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png"):
         read_image(tmp_path / "bad.png")
-    with pytest.raises(ValueError, match="00000: image .*gone.png does not exist"):
+    with pytest.raises(ValueError, match="00000: image .*gone.png' does not exist"):
         make_prompt("00000", "edit", ["x"], [str(tmp_path / "gone.png")]).check_files()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"prompt": "a red circle \ud83d"}, "lone surrogate U\\+D83D"),
+        ({"prompt": "x" * (MAX_PROMPT_CHARACTERS + 1)}, "above the limit of"),
+        ({"prompt": 7}, "expected a text, got int"),
+        ({"prompt": "a", "id": "half \ud83d"}, "lone surrogate"),
+        ({"prompt": "a", "system_prompt": "half \ud83d"}, "lone surrogate"),
+        ({"prompt": "a", "task": "edit", "image": [7]}, "neither a path nor a list"),
+        ({"prompt": "a", "task": "edit", "image": {"path": "x.png"}}, "neither a path nor a list"),
+        ({"prompt": "a", "seed": "seven"}, "expected a whole number"),
+        ({"prompt": "a", "think": "yes"}, "expected true or false"),
+        ({"task": "interleave", "terms": {"text": "a"}}, "terms is not a list"),
+        ({"task": "interleave", "terms": [{"text": None}]}, "expected a text"),
+        ("[" * 5000, "nested deeper than 100 levels"),
+        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", "a number that cannot be read"),
+        (b'{"prompt": "\xe9"}', "not UTF-8"),
+    ],
+)
+def test_lines_that_no_reader_should_die_of_are_named(tmp_path: Path, line: object, said: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(
+        b'{"prompt": "fine"}\n' + (line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode())
+    )
+    with pytest.raises(ValueError, match=f"p.jsonl, line 2.*{said}"):
+        read_prompts(path, "t2i", {})
+
+
+def test_null_keys_are_absent_and_lines_end_where_json_says(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    nulls = dict.fromkeys(("image", "task", "id", "think", "size", "seed", "system_prompt", "terms", "output"))
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "a\u2028b", **nulls}, ensure_ascii=False).encode() + b"\r\n")
+    (prompt,) = read_prompts(path, "t2i", {"think": True})
+    assert prompt.terms == (("text", "a\u2028b"),) and prompt.think is True and (prompt.name, prompt.task) == ("00000", "t2i")
+
+
+def test_another_container_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps([{"prompt": "a"}] * 3, indent=1))
+    with pytest.raises(ValueError, match="p.jsonl is one JSON list: one JSON object per line is expected"):
+        read_prompts(tmp_path / "p.jsonl", "t2i", {})
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "b" * 5000, "c\ud83d.png", "gone.png"])
+def test_image_names_that_no_file_has_are_named(name: str, tmp_path: Path) -> None:
+    if "\ud83d" in name:
+        with pytest.raises(ValueError, match="lone surrogate"):
+            make_prompt("00000", "edit", ["x"], [name])
+        return
+    with pytest.raises(ValueError, match=r"00000: image .* does not exist") as caught:
+        make_prompt("00000", "edit", ["x"], [str(tmp_path / name)]).check_files()
+    assert len(str(caught.value)) < 400
+
+
+def test_images_are_turned_unless_the_option_says_no(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "phone.jpg", exif=exif)
+    prompt = make_prompt("00000", "edit", ["x"], [str(tmp_path / "phone.jpg")])
+    assert [prompt.request(exif).terms[0].size for exif in ("turn", "ignore")] == [(4, 8), (8, 4)]
+    assert read_image(tmp_path / "phone.jpg").size == (4, 8)
