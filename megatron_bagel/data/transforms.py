@@ -150,7 +150,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return _from_wide_grey(image, transparency).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or transparency is not None:
-        tiles = getattr(image, "tile", None)  # of an image that comes from a file
+        tiles = getattr(image, "tile", None)
         if isinstance(transparency, tuple) and tiles and tiles[0][3] == "RGB;16B":
             image.info["transparency"] = tuple(value >> 8 for value in transparency)  # Pillow makes only the pixels 8-bit
         image = image.convert("RGBA")

@@ -19,7 +19,8 @@ from megatron_bagel.data.sources.dataset_config import EDIT, T2I, VLM, DatasetEn
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
 from megatron_bagel.data.sources.records import BadRow
 from megatron_bagel.data.sources.row_rules import RowRules
-from megatron_bagel.data.sources.rows import SourceUnit, check_parquet, scan_jsonl
+from megatron_bagel.data.sources.rows import check_parquet, scan_jsonl
+from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 

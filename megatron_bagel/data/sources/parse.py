@@ -6,16 +6,14 @@ counts as absent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.sources.files import is_below, join, read_raw
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.sources.video import video_frames
-
-if TYPE_CHECKING:
-    from megatron_bagel.data.sources.rows import SourceUnit
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 _SHOWN_NAME = 200  # characters of a file name in a reason

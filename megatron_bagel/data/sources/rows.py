@@ -6,7 +6,6 @@ No reader raises for a bad row, whatever is in it: the reason goes into the inde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
@@ -19,31 +18,12 @@ from megatron_bagel.data.sources.files import open_raw
 from megatron_bagel.data.sources.parse import parse_edit, parse_line, parse_t2i, parse_text, parse_vlm
 from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.sources.video import FrameSampler
 
 PARQUET_COLUMNS = {T2I: ("image", "captions"), EDIT: ("image_list", "instruction_list")}
 _PARQUET_BATCH = 16  # rows in memory at a time; rows of many megabytes are read with fewer
 _PIECE = 1 << 20  # bytes of a line in memory at a time while lines are counted
-
-
-@dataclass(frozen=True)
-class SourceUnit:
-    """A run of rows of one source file: a full parquet file, or the bytes [start, stop) of a jsonl file.
-
-    ``source`` numbers the file among those of its dataset, and ``first_row`` its first row. ``image_dir`` holds a jsonl file's images
-    and videos, ``frames`` chooses the frames of a video, and ``rules`` limit the rows.
-    """
-
-    group: str
-    path: str
-    source: int
-    first_row: int
-    rows: int
-    start: int = 0
-    stop: int = 0
-    image_dir: str = ""
-    frames: FrameSampler | None = None
-    rules: RowRules = RowRules()
 
 
 def read_unit(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:

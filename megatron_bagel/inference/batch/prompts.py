@@ -43,7 +43,7 @@ class Prompt:
         """Check that all images exist, before a model is loaded for them. Raises ValueError naming an absent one."""
         for kind, value in self.terms:
             if kind == "image" and not _is_file(value):
-                raise ValueError(f"{self.name}: image {value[:_SHOWN_NAME]!r} does not exist")
+                raise ValueError(f"{self.name}: image {value[:_SHOWN_NAME]} does not exist")
 
     def record(self) -> dict[str, Any]:
         """Return the part of the prompt that the results file repeats."""

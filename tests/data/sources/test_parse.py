@@ -13,7 +13,7 @@ import pytest
 from megatron_bagel.data.sources.parse import parse_edit, parse_line, parse_t2i, parse_vlm
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow
 from megatron_bagel.data.sources.row_rules import RowRules
-from megatron_bagel.data.sources.rows import SourceUnit
+from megatron_bagel.data.sources.unit import SourceUnit
 from tests.data.index_files import png, talk
 
 RED = '{"a": "red"}'

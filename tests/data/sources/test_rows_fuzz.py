@@ -18,7 +18,8 @@ from megatron_bagel.data.index.plan import ImageChecks
 from megatron_bagel.data.index.shard_writer import measure
 from megatron_bagel.data.sources.records import BadRow, RawSample
 from megatron_bagel.data.sources.row_rules import RowRules
-from megatron_bagel.data.sources.rows import SourceUnit, read_unit, scan_jsonl
+from megatron_bagel.data.sources.rows import read_unit, scan_jsonl
+from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.index_files import png, talk
 
