@@ -195,7 +195,11 @@ def architecture(config: Config) -> BagelArch:
     Given flags win over a folder's config.json; flags that were not given follow it. Raises ValueError naming flag and file.
     """
     model, training = config.model, config.training
-    llm: dict[str, Any] = {"layer_module": model.layer_module, "qk_norm": model.llm_qk_norm, "tie_word_embeddings": model.tie_word_embeddings}
+    llm: dict[str, Any] = {
+        "layer_module": model.layer_module,
+        "qk_norm": model.llm_qk_norm,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
     if training.finetune_from_hf:
         flag_of = {"qk_norm": "llm_qk_norm"}
