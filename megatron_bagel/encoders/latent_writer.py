@@ -172,7 +172,7 @@ class _Writer:
             self._stored_bytes += len(posterior)
         for name in self._order:
             self._builder.add_document(self._posteriors[name], [len(self._posteriors[name])])
-            self.checksums.append(zlib.crc32(self._posteriors[name].numpy()))
+            self.checksums.append(zlib.crc32(self._posteriors[name].numpy().data))
             self._posteriors.move_to_end(name)
         num_written = len(self._order)
         self._order.clear()
