@@ -203,7 +203,7 @@ def load_tokenizer(path: str | Path, add_special: bool = True) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path, add_special)
     if not path.is_dir():
-        raise ValueError(f"there is no tokenizer at {path}: give a Hugging Face folder or a SentencePiece .model file (--tokenizer_path)")
+        raise ValueError(f"there is no tokenizer at {path}: give a Hugging Face folder or a SentencePiece .model file")
     has_config = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
     if not has_config and (path / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model", add_special)

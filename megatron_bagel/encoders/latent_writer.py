@@ -121,7 +121,7 @@ def _prepare(output: Path, key: dict[str, Any], autoencoder: AutoEncoder) -> Non
     if path.name in names:
         difference = key_difference(read_json(path, "--output"), key)
         if difference:
-            raise ValueError(f"{output} holds latents of {difference}; give --overwrite, remove it, or give another --output")
+            raise ValueError(f"{output} holds latents of {difference}; give --overwrite, or remove it or give another --output")
     if names and path.name not in names:
         raise ValueError(f"{output} is not a latent cache; give another --output")
     write_whole(path, json.dumps(key))

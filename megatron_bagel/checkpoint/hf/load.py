@@ -159,8 +159,8 @@ def check_against(
     if refused:
         raise ValueError(
             f"{source.path} lacks {len(refused)} tensors this model needs: {shorten(refused)}. Check layer_module, llm_qk_norm, "
-            "tie_word_embeddings and the config files beside the weights; to train those from their initial values on purpose, pass "
-            "--allow_missing PATTERN"
+            "tie_word_embeddings and the config files beside the weights. A training run, or an import, may start those from their initial "
+            "values on purpose: --allow_missing PATTERN"
         )
     for entry in weight_map.entries.values():
         present = [name for name in entry.hf if name in source]
@@ -192,9 +192,9 @@ def _check_shapes(source: TensorSource, entry: Entry) -> None:
         if entry.vocabulary:
             hint = "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"
         elif "position_embedding" in name:
-            hint = "check image_size and patch_size in vit_config.json, and --vit_max_num_patch_per_side"
+            hint = "check image_size and patch_size in vit_config.json, and vit_max_num_patch_per_side"
         elif name.startswith(("vae2llm", "llm2vae")):
-            hint = "check --latent_patch_size and the autoencoder's z_channels"
+            hint = "check latent_patch_size and the autoencoder's z_channels"
         raise ValueError(f"{source.path}: tensor {name} has shape {shape}, this model needs {expected}; {hint}")
 
 

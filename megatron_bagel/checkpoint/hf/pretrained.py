@@ -76,7 +76,7 @@ def folder_weights(folder: str | Path, flag: str, check_weights: WeightCheck = "
             return SafetensorsReader(folder / name, check_weights)
     raise ValueError(
         f"{flag}: {folder} holds neither model.safetensors nor model.safetensors.index.json (pickled .bin weights are not read). "
-        "To start from seeded random weights on purpose, pass --init_random True"
+        "A training run may start from seeded random weights on purpose: --init_random True"
     )
 
 

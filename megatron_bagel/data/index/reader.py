@@ -44,7 +44,7 @@ class Shard(PlanningColumns):
         columns = Path(f"{stem}.arrow")
         if info.arrow_crc32 is not None and crc32(columns) != info.arrow_crc32:
             raise ValueError(f"{columns} does not have the checksum of the manifest; copy or build the index again")
-        batch = read_planning_batch(columns)
+        batch = read_planning_batch(columns, is_verified=info.arrow_crc32 is not None)
         super().__init__(*(_ragged(batch.column(name)) for name in ("text_tokens", "structure", "width", "height")))
         self.source_file = batch.column("source_file").to_numpy()
         self.source_row = batch.column("source_row").to_numpy()
