@@ -70,7 +70,7 @@ def test_images_are_read_as_rgb_and_bad_ones_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png"):
         read_image(tmp_path / "bad.png")
-    with pytest.raises(ValueError, match="00000: image .*gone.png' does not exist"):
+    with pytest.raises(ValueError, match="00000: image .*gone.png does not exist"):
         make_prompt("00000", "edit", ["x"], [str(tmp_path / "gone.png")]).check_files()
 
 
