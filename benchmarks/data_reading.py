@@ -24,7 +24,9 @@ from benchmarks.plain_reader import PlainPack, PlainReader
 from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.loader import PackLoader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.group_source import open_sources
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import PlanSettings

@@ -24,7 +24,7 @@ from megatron_bagel.checkpoint.hf.load import entries_of, load_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.transformer_config import transformer_config
-from megatron_bagel.data.loading.loader import LoadedPack
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.planner.planner import PackPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.data.loading.loader import LoadedPack
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior

@@ -14,7 +14,7 @@ import torch
 
 from megatron_bagel.config.architecture import BagelArch, ViTArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
-from megatron_bagel.data.loading.loader import LoadedPack
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings

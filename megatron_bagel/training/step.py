@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
 from megatron_bagel.costs.flops import StepWork
-from megatron_bagel.data.loading.loader import LoadedPack, StepBatch
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.loader import StepBatch
 from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.layout.cp_partition import context_orders, padded_length
 from megatron_bagel.model.attention.context_parallel import CPContext

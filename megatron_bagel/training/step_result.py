@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_bagel.costs.flops import StepWork
-from megatron_bagel.data.loading.loader import LoadedPack
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.training.losses import LossTotals, StepLosses
 from megatron_bagel.training.optim.optimizer import StepOutcome
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_bagel.data.loading.loader import PackReader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from tests.data.loading.test_encoder_assignment import plans

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
-from megatron_bagel.data.loading.loader import PackReader, StepPlan
+from megatron_bagel.data.loading.pack_reader import PackReader, StepPlan
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder

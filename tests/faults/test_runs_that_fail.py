@@ -193,7 +193,7 @@ def test_a_clock_that_is_wrong_changes_nothing(world: Path, tmp_path: Path, stra
 
 
 def _slow_loader(rank: int) -> None:
-    from megatron_bagel.data.loading.loader import PackReader
+    from megatron_bagel.data.loading.pack_reader import PackReader
 
     original = PackReader.__getitem__
 

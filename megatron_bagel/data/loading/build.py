@@ -17,7 +17,8 @@ from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.index.train_val_split import Part, TrainValSplit
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
-from megatron_bagel.data.loading.loader import PackLoader, PackReader
+from megatron_bagel.data.loading.loader import PackLoader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.loading.settings import DataSettings
 from megatron_bagel.data.planner.cost_model import CostModel
 from megatron_bagel.data.planner.group_source import GroupSource, PlanSettings, open_sources

@@ -20,7 +20,7 @@ from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.build import layout_spec, stored_posterior, training_sources
 from megatron_bagel.data.loading.held_out import held_out_samples
-from megatron_bagel.data.loading.loader import PackReader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.loading.settings import DataSettings
 from megatron_bagel.data.planner.group_source import GroupSource
 from megatron_bagel.data.tokenizer import Tokenizer

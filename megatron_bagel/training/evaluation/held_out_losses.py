@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bagel.data.loading.held_out import HeldOutPack, held_out_packs, share_of
-from megatron_bagel.data.loading.loader import PackReader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.group_source import GroupSource
 from megatron_bagel.model.batch import MicroBatch
 from megatron_bagel.training.evaluation.forward import evaluating, forward_only, microbatch_multiple

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bagel.data.loading.loader import LoadedPack, PackReader
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, sample_tokens

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from megatron_bagel.data.index.sequences import open_indexed
-from megatron_bagel.data.loading import loader
+from megatron_bagel.data.loading import pack_reader
 from megatron_bagel.data.loading.decode_threads import DecodeThreads
-from megatron_bagel.data.loading.loader import PackLoader, PackReader
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.loader import PackLoader
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.group_source import open_sources
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import PlanSettings
@@ -53,14 +55,14 @@ def test_a_negative_number_is_refused() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_threads_change_no_pixel(goldens: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every picture of several packs, with one shard open at a time, so that threads take the files from one another."""
-    monkeypatch.setattr(loader, "_MIN_THREADED_PIXELS", 0)
+    monkeypatch.setattr(pack_reader, "_MIN_THREADED_PIXELS", 0)
     index = build_golden_index(goldens, tmp_path / "index")
     words = load_tokenizer(goldens / "hf")
     spec = LayoutSpec(words.bos, words.eos, words.start_of_image, words.end_of_image, vit_max_side=16, max_latent_size=16)
     groups = open_sources(golden_groups(goldens), index, PlanSettings(seed=3, layout=spec))
     config = PlannerConfig(400, 300, 200, 20, seed=3, global_batch_size=2)
 
-    def packs(threads: int) -> list[loader.LoadedPack]:
+    def packs(threads: int) -> list[LoadedPack]:
         reading = PackLoader(Planner(groups, config), PackReader(groups, spec, seed=5, decode_threads=threads), num_workers=workers)
         loaded = [pack for _ in range(6) for pack in next(reading).packs]
         reading.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare, PlannedImage, assign_images, planned_images
-from megatron_bagel.data.loading.loader import PackReader, StepPlan
+from megatron_bagel.data.loading.pack_reader import PackReader, StepPlan
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import build_pack, sample_tokens

@@ -10,8 +10,10 @@ import torch
 
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.keyed_random import keyed_generator, keyed_integers
-from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise, raw_timesteps
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.cost_model import CostModel, Measures
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.layout.items import Item, Sample

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.loading.loader import LoadedPack, PackLoader, PackReader, StepBatch
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.loader import PackLoader, StepBatch
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.group_source import GroupSource, PlanSettings, open_sources
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import ConditionDropout
