@@ -14,6 +14,7 @@ from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.state import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
+from megatron_bagel.checkpoint.dist.stored_run import foreign, trained_steps
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
@@ -52,6 +53,8 @@ class StartSettings:
         from_ema: whether these are the averaged ones.
         verify: whether checksums are compared before a checkpoint is loaded.
         initial: the weights of a run that continues nothing.
+        overwrite: whether an earlier run in the folders is moved aside.
+        run_id: the run, where it is known; checkpoints that name another one are not continued.
     """
 
     checkpoint_dir: Path
@@ -61,6 +64,8 @@ class StartSettings:
     from_ema: bool
     verify: bool
     initial: InitialSettings
+    overwrite: bool = False
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
     damaged: it must not begin anew unnoticed.
     """
     if settings.auto_resume:
-        newest = latest_checkpoint(settings.checkpoint_dir, excluded=damaged)
+        others = foreign(trained_steps(settings.checkpoint_dir), settings.run_id)
+        newest = latest_checkpoint(settings.checkpoint_dir, excluded=[*damaged, *others])
         if newest is not None:
             return WeightSource(checkpoint=newest)
         gone = {*damaged, *unusable_only(settings.checkpoint_dir)}

@@ -5,7 +5,9 @@ It imports what it describes, Megatron-Core included, so the platform must be in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_bagel import platform
 from megatron_bagel.assembly.modules import BuildSettings
@@ -56,7 +58,7 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
     arch = grown_vocabulary(described, len(tokenizer))
     validate_architecture(config, arch)
     return ResolvedRun(
-        record=config.to_dict(),
+        record=record_of(config),
         arch=arch,
         tokenizer=tokenizer,
         megatron=config.megatron,
@@ -84,6 +86,13 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
     )
 
 
+def record_of(config: Config) -> dict[str, Any]:
+    """The configuration as a run keeps it: without ``--overwrite_run``, which is meant for one start and not for those from its record."""
+    once = "overwrite_run"
+    training = replace(config.training, **{once: False})
+    return replace(config, training=training, given=config.given - {once}).to_dict()
+
+
 def start_settings(config: Config) -> StartSettings:
     """Where the run starts."""
     model, training = config.model, config.training
@@ -96,6 +105,7 @@ def start_settings(config: Config) -> StartSettings:
         from_ema=training.finetune_from_ema,
         verify=training.verify_checkpoint,
         initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe),
+        overwrite=training.overwrite_run,
     )
 
 

@@ -132,6 +132,9 @@ class TrainingArguments:
     use_wandb: bool | None = flag(None, "Log to W&B. Default: True when any other wandb flag is given.")
     global_seed: int = original_flag(4396, "Seed of initial weights, noise, timesteps and condition dropout.", aliases=("seed",))
     auto_resume: bool = original_flag(False, "Continue from the newest complete checkpoint in checkpoint_dir, if there is one.")
+    overwrite_run: bool = flag(
+        False, "Move the files of an earlier run in results_dir and checkpoint_dir aside, and start a new run there."
+    )
     resume_from: str | None = original_flag(
         None, "Checkpoint or BAGEL folder to start from when auto_resume finds none.",
         compatibility=as_is("a path that does not exist is refused; the original silently trains from scratch"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_bagel.checkpoint.dist.state import Trained
+from megatron_bagel.checkpoint.dist.stored_run import RUN_ID
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.training.evaluation.evaluator import Evaluation
@@ -38,7 +39,7 @@ class LoopSettings:
 
 @dataclass
 class Run:
-    """Everything a run consists of on this rank. ``record`` is its configuration as checkpoints keep it."""
+    """Everything a run consists of on this rank. ``record`` is its configuration as checkpoints keep it, ``run_id`` its identity."""
 
     loop: LoopSettings
     record: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Run:
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
     local: LocalCheckpoints | None = None
+    run_id: str = ""
     #: Steps done when the newest checkpoint was made, or when this process took the run over.
     saved_steps: int = field(init=False)
 
@@ -153,4 +155,5 @@ def run_state(run: Run) -> dict[str, Any]:
         "skipped_samples": counters.skipped,
         "bad_steps": run.survival.bad_steps.state_dict(),
         "config": run.record,
+        **({RUN_ID: run.run_id} if run.run_id else {}),
     }

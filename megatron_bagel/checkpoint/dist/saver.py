@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.parallel.rank_zero import on_first_rank
+from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
 from megatron_bagel.platform import megatron_compat
 
@@ -45,13 +46,16 @@ class SaveSettings:
 class Saver:
     """Writes the checkpoints of one run into ``directory``. All methods except ``clean`` are collective.
 
-    Rank 0 calls ``published`` with every finished folder, and ``protected`` for the folders that must not be removed.
+    Rank 0 calls ``published`` with every finished folder, ``protected`` for the folders that must not be removed, and ``check_folder``
+    before every save: it raises ValueError where the run has lost its folder. ``run_id`` is the identity of the run, if it has one.
     """
 
     directory: Path
     settings: SaveSettings = field(default_factory=SaveSettings)
     published: Callable[[Path], None] = lambda folder: None
     protected: Callable[[], list[Path]] = list
+    run_id: str = ""
+    check_folder: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._queue = AsyncCallsQueue()
@@ -73,9 +77,7 @@ class Saver:
         text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
         self._start_time = time.perf_counter()
-        temporary_folder = on_first_rank(
-            lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}"
-        )
+        temporary_folder = on_first_rank(lambda: self._begin(step), f"cannot write a checkpoint into {self.directory}")
         with self._readable_errors():
             request = self._request(temporary_folder, text, trained)
             if self.settings.background:
@@ -93,7 +95,12 @@ class Saver:
 
     def clean(self) -> None:
         """Remove the checkpoints that need not stay. One rank calls it after every save; it is not collective."""
-        step_folders.retain(self.directory, self.settings.keep_last, self.settings.keep_every, self.protected())
+        keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
+        step_folders.retain(self.directory, keep_last, keep_every, self.protected(), lambda folder: belongs_to(folder, self.run_id))
+
+    def _begin(self, step: int) -> Path:
+        self.check_folder()
+        return step_folders.begin(self.directory, step, self.run_id)
 
     def _finalize(self, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():

@@ -141,6 +141,7 @@ class RunLog:
         tensorboard: bool = True,
         wandb: WandbSettings | None = None,
         prometheus: str | None = None,
+        run_id: str = "",
     ) -> None:
         self.results_dir = Path(results_dir)
         self._active = rank == 0
@@ -149,9 +150,9 @@ class RunLog:
             return
         self.results_dir.mkdir(parents=True, exist_ok=True)
         self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
-        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
+        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step, run_id)
         # An evaluation is logged after its step: one of step n belongs to the first n steps.
-        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1)
+        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1, run_id)
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.results_dir, next_step))
         if wandb is not None:

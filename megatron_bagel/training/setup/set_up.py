@@ -34,8 +34,8 @@ from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
 from megatron_bagel.training.setup.hooks import build_hooks
-from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
+from megatron_bagel.training.setup.run_folders import RunFolders, taken_folders
 from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import Trainable
 from megatron_bagel.training.step_result import Counters
@@ -44,9 +44,13 @@ from megatron_bagel.training.step_result import Counters
 def execute(resolved: ResolvedRun) -> None:
     """A whole run in an initialised process group. Raises ValueError for settings, data or weights that cannot work."""
     check_same_everywhere(resolved.record)
-    with surviving(resolved.resilience) as survival, package_log(resolved.results_dir, dist.get_rank()):
+    with (
+        taken_folders(resolved.start, resolved.results_dir) as folders,
+        surviving(resolved.resilience) as survival,
+        package_log(resolved.results_dir, dist.get_rank()),
+    ):
         initialize_parallel(resolved)
-        run = set_up(resolved, survival)
+        run = set_up(resolved, survival, folders)
         try:
             train(run)
         finally:
@@ -70,11 +74,15 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(resolved.seed)
 
 
-def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
-    """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
+def set_up(resolved: ResolvedRun, survival: Survival | None = None, folders: RunFolders | None = None) -> Run:
+    """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from.
+
+    ``folders`` are those that the run has taken. Without them it has no identity and is not protected from another run.
+    """
     arch, sizes, tokenizer, rank = resolved.arch, resolved.sizes, resolved.tokenizer, dist.get_rank()
     survival = survival or Survival.of(resolved.resilience)
-    resolved = replace(resolved, start=resume_after_restart(resolved.start, resolved.results_dir))
+    folders = folders or RunFolders(resolved.start)
+    resolved = replace(resolved, start=folders.start)
     source = starting_point(resolved.start)
     _ensure_index(resolved)
     replica, share = encoding_share(resolved)
@@ -86,9 +94,10 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
     counters = _restore(continued.state, continued.steps, trainable, loader, survival) if continued.state is not None else Counters()
     observing = resolved.observing
     log = RunLog(
-        resolved.results_dir, rank, counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
+        resolved.results_dir, rank, counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file,
+        run_id=folders.run_id,
     )  # fmt: skip
-    timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving)
+    timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving, folders.run_id, folders.check)
     run = Run(
         loop=resolved.loop,
         record=resolved.record,
@@ -106,9 +115,12 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
         hooks=build_hooks(resolved, survival, saving),
         counters=counters,
         local=local,
+        run_id=folders.run_id,
     )
     if resolved.evaluation is not None:
         run.evaluation = Evaluation(resolved.evaluation, resolved.data, arch, tokenizer, sizes.num_microbatches)
+    for note in folders.notes:
+        log.info(note)
     _announce(resolved, run, continued.told)
     return run
 
