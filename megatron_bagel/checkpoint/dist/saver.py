@@ -8,8 +8,10 @@ ended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +33,8 @@ from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, p
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
+#: Bytes. A disk with less is as good as full: a part of a save's files may have been written and removed again.
+_LITTLE_SPACE = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,27 @@ class Saver:
             failures = getattr(error, "failures", None) or {}
             reasons = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in failures.values()]
             newest_folder = step_folders.latest_checkpoint(self.directory)
-            # torch does not always report the system's reason: a full disk may appear only as "unexpected pos".
+            what = f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}"
             free_bytes = shutil.disk_usage(self.directory).free
-            raise ValueError(
-                f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}; "
-                f"the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again: the run "
-                f"continues from {newest_folder or 'its beginning'}"
-            ) from error
+            if is_space_short(free_bytes, newest_folder, self.directory, error):
+                what += f"; the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again"
+            else:
+                what += "); find out what changed the folder, or choose another --checkpoint_dir, and start again"
+            raise ValueError(f"{what}: the run continues from {newest_folder or 'its beginning'}") from error
+
+
+def is_space_short(free_bytes: int, newest_folder: Path | None, directory: Path, error: BaseException) -> bool:
+    """Return whether a save may have failed because the disk, or the user's share of it, is full.
+
+    torch does not always report the system's reason: a full disk may appear only as "unexpected pos". The room that a save needs is
+    judged by the newest checkpoint, and by what the failed one has written.
+    """
+    reasons = [str(error), *map(str, (getattr(error, "failures", None) or {}).values())]
+    if any(phrase in reason for reason in reasons for phrase in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
+        return True
+    unfinished = [folder for folder in directory.glob(f"{step_folders.SAVING}*") if folder.is_dir()]
+    sizes = [sum(path.stat().st_size for path in folder.glob("*")) for folder in [*unfinished, *([newest_folder] if newest_folder else [])]]
+    return free_bytes < max([_LITTLE_SPACE, *sizes])
 
 
 def save_checkpoint(directory: str | Path, step: int, trained: Trained, run_state: Mapping[str, Any]) -> Path:
