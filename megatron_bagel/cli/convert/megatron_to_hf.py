@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.checkpoint.hf.folder import HFFolder
         from megatron_bagel.model.positions import sincos_2d
 
+        check_writable(args.output, "--output")
         folder = command.step_folder(args.checkpoint)
         used = companions_of(read_state(folder)["run"].get("config", {}))
         companions = Companions(args.tokenizer or used.tokenizer, args.autoencoder or used.autoencoder)

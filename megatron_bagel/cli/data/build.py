@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
     from megatron_bagel.data.index.build import BuildOptions, build_index
 
     try:
+        check_writable(args.output.parent, "--output: the folder")
         groups = load_groups(args.dataset_config_file, args.data_root)
         checks = ImageChecks(args.check_images, args.max_image_pixels)
         options = BuildOptions(args.workers, args.rows_per_shard, checks, args.overwrite, num_jobs=args.num_jobs, job_index=args.job_index)

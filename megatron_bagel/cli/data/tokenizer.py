@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tok
     parser.add_argument("--vocab-size", type=int, default=8192, help="tokens at most, special tokens included (default 8192)")
     args = parser.parse_args(argv)
     try:
+        check_writable(args.out, "OUT")
         size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)
     except ValueError as error:
         parser.error(str(error))

@@ -203,6 +203,15 @@ class RunLog:
         """Draw ``loss.png`` (if any step was logged) and close every file. Also safe after an error of the loop."""
         if not self._active:
             return
+        try:
+            self._close_outputs(plot)
+        except OSError as error:  # a disk that is full, or gone: an error of the loop must not be hidden by this one
+            self._logger.warning("the outputs of the run could not be completed: %s", error)
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+
+    def _close_outputs(self, plot: bool) -> None:
         self._metrics.close()
         self._validation.close()
         history = read_history(self._metrics.path)
@@ -210,9 +219,25 @@ class RunLog:
             plot_losses(history, self.results_dir / "loss.png")
         for sink in self._sinks:
             sink.close()
-        for handler in self._handlers:
-            self._logger.removeHandler(handler)
-            handler.close()
+
+
+class LogFile(logging.FileHandler):
+    """``log.txt``. A line that cannot be written is reported once, in one line; Python's own handler prints a traceback for each."""
+
+    _reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report the first failure on stderr."""
+        if not self._reported:
+            self._reported = True
+            print(f"megatron_bagel: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file, also where what it still holds cannot be written."""
+        try:
+            super().close()
+        except OSError:
+            self.handleError(logging.makeLogRecord({}))
 
 
 @contextmanager
@@ -239,7 +264,7 @@ def _console_and_file(path: Path, name: str = "megatron_bagel.run") -> tuple[log
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), LogFile(path, encoding="utf-8")]
     for handler in handlers:
         handler.setFormatter(_LINE)
         logger.addHandler(handler)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bagel.assembly.starting_weights import StartSettings
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.training.resilience.run_lock import RunLock
 from megatron_bagel.training.setup.claim import Claim, RefusedFolders, claim_folders
@@ -47,6 +48,7 @@ def taken_folders(start: StartSettings, results_dir: Path) -> Iterator[RunFolder
     """
     locks = RunLocks(start.checkpoint_dir, results_dir)
     try:
+        on_first_rank(locks.check_writable, CANNOT_START)
         on_first_rank(locks.acquire, CANNOT_START)
         start = resume_after_restart(start, results_dir)
         claim = on_first_rank(lambda: _claim(start, results_dir), CANNOT_START)
@@ -62,6 +64,11 @@ class RunLocks:
     def __init__(self, checkpoint_dir: Path, results_dir: Path) -> None:
         self._folders = {checkpoint_dir.resolve(): "--checkpoint_dir", results_dir.resolve(): "--results_dir"}
         self._locks: list[RunLock] = []
+
+    def check_writable(self) -> None:
+        """Raise ValueError if files cannot be written into one of the folders."""
+        for folder, flag in self._folders.items():
+            check_writable(folder, flag)
 
     def acquire(self) -> None:
         """Take both. Raises ValueError if another process holds one of them."""
