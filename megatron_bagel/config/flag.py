@@ -11,6 +11,11 @@ from megatron_bagel.config.original_flags import AS_IS, Compatibility
 
 #: Where a flag comes from: the original BAGEL, Megatron-Core, or this project.
 Origin = Literal["original", "megatron", "ours"]
+#: What becomes of a setting that differs from the checkpoint's when a run resumes: the run is refused, or the log says so, or nothing.
+OnResume = Literal["must match", "said", "free"]
+MUST_MATCH: OnResume = "must match"
+SAID: OnResume = "said"
+FREE: OnResume = "free"
 _KEY = "flag"
 
 
@@ -58,6 +63,7 @@ class Flag:
         choices: Words that it takes, for types that cannot say so themselves (a ``Literal`` does).
         aliases: Other names of the same setting. Giving two names with different values is an error.
         compatibility: What becomes of a flag of the original here.
+        on_resume: What becomes of a value that differs from the checkpoint's when a run resumes.
     """
 
     help: str
@@ -66,6 +72,7 @@ class Flag:
     choices: tuple[str, ...]
     aliases: tuple[str, ...]
     compatibility: Compatibility
+    on_resume: OnResume
 
     @classmethod
     def of(cls, setting: Field[Any]) -> Flag:
@@ -77,6 +84,7 @@ def flag(
     default: Any,
     help: str,
     *,
+    on_resume: OnResume,
     origin: Origin = "ours",
     minimum: float | None = None,
     maximum: float | None = None,
@@ -88,16 +96,19 @@ def flag(
 ) -> Any:
     """Make a dataclass field that is a command-line flag, a YAML key and a row of docs/flags.md. See ``Flag`` and ``Range``.
 
-    A list default is copied for every instance.
+    A list default is copied for every instance. ``on_resume`` has no
+    default: whoever adds a flag decides.
     """
     allowed = Range(minimum, maximum, above, below)
-    metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility)}
+    metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility, on_resume)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 original_flag = functools.partial(flag, origin="original")
+#: A flag of a command that is no setting of a run.
+command_flag = functools.partial(flag, on_resume=FREE)
 megatron_flag = functools.partial(flag, origin="megatron")
 
 

@@ -19,6 +19,7 @@ from megatron_bagel.training.observability.loss_table import LossTable
 from megatron_bagel.training.observability.step_log import StepLog
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import synced_parameters
+from megatron_bagel.training.resilience.resume_fingerprint import FINGERPRINT
 from megatron_bagel.training.resilience.run_monitors import Survival
 from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.saving import Saving
@@ -39,7 +40,8 @@ class LoopSettings:
 
 @dataclass
 class Run:
-    """Everything a run consists of on this rank. ``record`` is its configuration as checkpoints keep it, ``run_id`` its identity."""
+    """Everything a run consists of on this rank. ``record`` is its configuration as checkpoints keep it, ``run_id`` its identity,
+    ``fingerprint`` what a resume compares."""
 
     loop: LoopSettings
     record: Mapping[str, Any]
@@ -59,6 +61,7 @@ class Run:
     evaluation: Evaluation | None = None
     local: LocalCheckpoints | None = None
     run_id: str = ""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     #: Steps done when the newest checkpoint was made, or when this process took the run over.
     saved_steps: int = field(init=False)
 
@@ -155,5 +158,6 @@ def run_state(run: Run) -> dict[str, Any]:
         "skipped_samples": counters.skipped,
         "bad_steps": run.survival.bad_steps.state_dict(),
         "config": run.record,
+        FINGERPRINT: run.fingerprint,
         **({RUN_ID: run.run_id} if run.run_id else {}),
     }

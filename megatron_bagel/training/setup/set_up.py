@@ -16,6 +16,7 @@ from megatron_bagel.config.record import write_record
 from megatron_bagel.costs.flops import peak_tflops
 from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
+from megatron_bagel.data.loading.fingerprint import data_fingerprint
 from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
@@ -28,11 +29,13 @@ from megatron_bagel.training.observability.step_log import StepLog
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import trainable_parameters
 from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
+from megatron_bagel.training.resilience.resume_fingerprint import run_fingerprint
 from megatron_bagel.training.resilience.run_monitors import Survival, surviving
 from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
+from megatron_bagel.training.setup.check_resume import check_resume
 from megatron_bagel.training.setup.hooks import build_hooks
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
 from megatron_bagel.training.setup.run_folders import RunFolders, taken_folders
@@ -88,6 +91,9 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None, folders: Run
     replica, share = encoding_share(resolved)
     place = parallel_state.get_data_parallel_rank()
     loader = open_loader(resolved.data, arch, tokenizer, sizes.batch_sizes, place, sizes.data_parallel_size, share)
+    fingerprint = run_fingerprint(resolved.record, sizes, tokenizer.fingerprint, data_fingerprint(loader.reader.sources))
+    if source.checkpoint is not None:
+        check_resume(source.checkpoint, fingerprint, [group.name for group in loader.reader.sources if not group.keep_position])
     trainable, trained = build_trainable(resolved, source, replica, share)
     local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)
     continued = continue_from(resolved.start, source, trained, local)
@@ -116,6 +122,7 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None, folders: Run
         counters=counters,
         local=local,
         run_id=folders.run_id,
+        fingerprint=fingerprint,
     )
     if resolved.evaluation is not None:
         run.evaluation = Evaluation(resolved.evaluation, resolved.data, arch, tokenizer, sizes.num_microbatches)
@@ -174,5 +181,7 @@ def _announce(resolved: ResolvedRun, run: Run, start: str) -> None:
         f"{total / 1e6:.2f} M parameters on this rank, {trained / 1e6:.2f} M of them train; {sizes.data_parallel_size} replicas x "
         f"{sizes.num_microbatches} packs of {resolved.step.seq_length} tokens per step; attention {sizes.attention_backend}"
     )
+    if run.counters.steps >= run.loop.total_steps:
+        run.log.info(f"nothing to train: {run.counters.steps} steps are done and --total_steps is {run.loop.total_steps}; raise it")
     for note in sizes.notes:
         run.log.info(note)
