@@ -88,9 +88,8 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
 
 def record_of(config: Config) -> dict[str, Any]:
     """The configuration as a run keeps it: without ``--overwrite_run``, which is meant for one start and not for those from its record."""
-    once = "overwrite_run"
-    training = replace(config.training, **{once: False})
-    return replace(config, training=training, given=config.given - {once}).to_dict()
+    training = replace(config.training, overwrite_run=False)
+    return replace(config, training=training, given=config.given - {"overwrite_run"}).to_dict()
 
 
 def start_settings(config: Config) -> StartSettings:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from megatron_bagel.data.index.format import DatasetInfo, Manifest
+from megatron_bagel.data.loading.loader import ReadableSource
 from megatron_bagel.data.planner.group_source import GroupSource
 from megatron_bagel.data.sources.dataset_config import DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, last_parts
@@ -18,10 +19,12 @@ from megatron_bagel.data.sources.files import absolute, last_parts
 _DESCRIBED_APART = ("name", "datasets", "resume_data_status")
 
 
-def data_fingerprint(sources: Sequence[GroupSource]) -> dict[str, Any]:
-    """Return, for every group, its datasets as [name, rows, digest] in their order, and its settings; JSON values only."""
+def data_fingerprint(sources: Sequence[ReadableSource]) -> dict[str, Any]:
+    """Return, for every group of an index, its datasets as [name, rows, digest] in their order, and its settings; JSON values only."""
     groups = {}
     for source in sources:
+        if not isinstance(source, GroupSource):
+            continue
         rows = source.datasets()
         datasets = [[reader.name, len(rows[reader.name]), dataset_digest(reader.info)] for reader in source.readers()]
         settings = {name: value for name, value in dataclasses.asdict(source.group).items() if name not in _DESCRIBED_APART}
