@@ -23,7 +23,11 @@ from tools.compare_values import Rule, Tally, leaves
 
 #: Fields of metrics that are measured, not computed: two runs of one commit differ in them.
 TIMINGS = ("step_time_s", "tokens_per_s", "tflops", "mfu", "work_tflops", "work_mfu", "peak_mem_bytes")
+#: The field that names the run, which two runs of one commit do not share.
+RUN = "run"
 TIMING_PREFIXES = ("time/", "time_min/", "memory/", "seconds_")
+#: What a checkpoint says of the run that wrote it: its flags, what identifies its data, and its identity.
+ABOUT_THE_RUN = ("config", "fingerprint", "run_id")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -44,7 +48,7 @@ def compare_part(name: str, left: Path, right: Path, rule: Rule) -> Tally:
 
 def is_timing(field: str) -> bool:
     """Return whether a field of metrics is left out of a comparison."""
-    return field in TIMINGS or field.startswith(TIMING_PREFIXES)
+    return field == RUN or field in TIMINGS or field.startswith(TIMING_PREFIXES)
 
 
 def compare_metrics(left: Path, right: Path, tally: Tally, rule: Rule) -> None:
@@ -91,7 +95,7 @@ def compare_checkpoints(left: Path, right: Path, tally: Tally, rule: Rule) -> No
 def state_of(checkpoint: CheckpointWeights) -> dict[str, Any]:
     """Return what a run continues with besides tensors: planner, schedule, counters, settings of the optimizer."""
     state = {name: value for name, value in checkpoint.state.items() if name not in ("versions", "world_size")}
-    state["run"] = {name: value for name, value in state["run"].items() if name != "config"}
+    state["run"] = {name: value for name, value in state["run"].items() if name not in ABOUT_THE_RUN}
     state["common"] = read_common(checkpoint.folder)
     return {path: value.tolist() if isinstance(value, Tensor) else value for path, value in leaves(state)}
 

@@ -14,6 +14,7 @@ from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.load import load_weights_only
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint, unusable_only
+from megatron_bagel.checkpoint.dist.stored_run import foreign, trained_steps
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
@@ -55,6 +56,8 @@ class StartSettings:
         from_ema: Whether these are the averaged weights.
         verify: Whether checksums are compared before a checkpoint is loaded.
         initial: The weights of a run that starts from scratch.
+        overwrite: Whether an earlier run in the folders is moved aside.
+        run_id: The identity of the run, if it is known. Checkpoints that name another run are not continued.
     """
 
     checkpoint_dir: Path
@@ -64,6 +67,8 @@ class StartSettings:
     from_ema: bool
     verify: bool
     initial: InitialSettings
+    overwrite: bool = False
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
             must not start from scratch unnoticed.
     """
     if settings.auto_resume:
-        newest = latest_checkpoint(settings.checkpoint_dir, excluded=damaged)
+        others = foreign(trained_steps(settings.checkpoint_dir), settings.run_id)
+        newest = latest_checkpoint(settings.checkpoint_dir, excluded=[*damaged, *others])
         if newest is not None:
             return WeightSource(checkpoint=newest)
         unusable = {*damaged, *unusable_only(settings.checkpoint_dir)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_bagel import platform
 from megatron_bagel.assembly.modules import BuildSettings
@@ -56,7 +57,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool)
     training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
     tokenizer, grown_arch = tokenizer_and_model(config, arch)
     run = ResolvedRun(
-        record=config.to_dict(),
+        record=record_of(config),
         arch=grown_arch,
         tokenizer=tokenizer,
         megatron=config.megatron,
@@ -106,6 +107,12 @@ def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:
     )
 
 
+def record_of(config: Config) -> dict[str, Any]:
+    """The configuration as a run keeps it: without ``--overwrite_run``, which is meant for one start and not for those from its record."""
+    training = replace(config.training, overwrite_run=False)
+    return replace(config, training=training, given=config.given - {"overwrite_run"}).to_dict()
+
+
 def start_settings(config: Config) -> StartSettings:
     """Return the settings of the run's starting point."""
     model, training = config.model, config.training
@@ -118,6 +125,7 @@ def start_settings(config: Config) -> StartSettings:
         from_ema=training.finetune_from_ema,
         verify=training.verify_checkpoint,
         initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
+        overwrite=training.overwrite_run,
     )
 
 

@@ -11,6 +11,11 @@ from megatron_bagel.config.original_flags import AS_IS, Compatibility
 
 #: Where a flag comes from: the original BAGEL, Megatron-Core, or this project.
 Origin = Literal["original", "megatron", "new"]
+#: What becomes of a setting that differs from the checkpoint's when a run resumes: the run is refused, or the log says so, or nothing.
+OnResume = Literal["must match", "said", "free"]
+MUST_MATCH: OnResume = "must match"
+SAID: OnResume = "said"
+FREE: OnResume = "free"
 _KEY = "flag"
 
 
@@ -58,6 +63,7 @@ class Flag:
         choices: Words that the flag takes, for types that do not list them. A ``Literal`` lists its own.
         aliases: Other names of the same setting. Giving two names with different values is an error.
         compatibility: What a flag of the original means here.
+        on_resume: What a resume does if the value differs from the checkpoint's.
     """
 
     help: str
@@ -66,6 +72,7 @@ class Flag:
     choices: tuple[str, ...]
     aliases: tuple[str, ...]
     compatibility: Compatibility
+    on_resume: OnResume
 
     @classmethod
     def of(cls, setting: Field[Any]) -> Flag:
@@ -77,6 +84,7 @@ def flag(
     default: Any,
     help: str,
     *,
+    on_resume: OnResume,
     origin: Origin = "new",
     minimum: float | None = None,
     maximum: float | None = None,
@@ -88,16 +96,18 @@ def flag(
 ) -> Any:
     """Make a dataclass field that is a command-line flag, a YAML key and a row of docs/flags.md. See ``Flag`` and ``Range``.
 
-    Every instance gets its own copy of a default that is a list.
+    Every instance gets its own copy of a default that is a list. ``on_resume`` has no default, so that whoever adds a flag decides.
     """
     allowed = Range(minimum, maximum, above, below)
-    metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility)}
+    metadata = {_KEY: Flag(help, origin, allowed, tuple(choices), tuple(aliases), compatibility, on_resume)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 original_flag = functools.partial(flag, origin="original")
+#: A flag of a command that is no setting of a run.
+command_flag = functools.partial(flag, on_resume=FREE)
 megatron_flag = functools.partial(flag, origin="megatron")
 
 

@@ -36,6 +36,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--keep_every {training.keep_every} needs --keep_last: without it no checkpoint is removed")
     if training.eval_every and not data.split:
         raise ValueError(f'--eval_every {training.eval_every} needs rows that are not trained on: give --split, such as "99,1"')
+    if training.overwrite_run and training.auto_resume:
+        raise ValueError("--overwrite_run moves an earlier run aside and --auto_resume True continues it; give one of them")
     if training.resume_model_only and training.resume_from is None:
         raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
     if training.finetune_from_ema and not training.resume_model_only:

@@ -5,84 +5,110 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_bagel.config.flag import flag, megatron_flag
+from megatron_bagel.config.flag import FREE, MUST_MATCH, SAID, flag, megatron_flag
 
 
 @dataclass
 class MegatronArguments:
     """Flags of parallel sizes, precision, memory and attention. A microbatch is one pack."""
 
-    tensor_model_parallel_size: int = megatron_flag(1, "Ranks that split every weight matrix.", minimum=1)
-    pipeline_model_parallel_size: int = megatron_flag(1, "Pipeline stages.", minimum=1)
+    tensor_model_parallel_size: int = megatron_flag(1, "Ranks that split every weight matrix.", minimum=1, on_resume=FREE)
+    pipeline_model_parallel_size: int = megatron_flag(1, "Pipeline stages.", minimum=1, on_resume=FREE)
     virtual_pipeline_model_parallel_size: int | None = megatron_flag(
-        None, "Chunks of layers per pipeline stage. More chunks give a smaller bubble and more traffic.", minimum=1
+        None, "Chunks of layers per pipeline stage. More chunks give a smaller bubble and more traffic.", minimum=1, on_resume=FREE
     )
     num_layers_per_virtual_pipeline_stage: int | None = megatron_flag(
-        None, "Layers per chunk. An alternative to virtual_pipeline_model_parallel_size.", minimum=1
+        None, "Layers per chunk. An alternative to virtual_pipeline_model_parallel_size.", minimum=1, on_resume=FREE
     )
     num_layers_in_first_pipeline_stage: int | None = megatron_flag(
-        None, "Layers of the first stage, which also embeds. Default: as many as the other stages.", minimum=1
+        None, "Layers of the first stage, which also embeds. Default: as many as the other stages.", minimum=1, on_resume=FREE
     )
     num_layers_in_last_pipeline_stage: int | None = megatron_flag(
-        None, "Layers of the last stage, which also has the heads. Default: as many as the other stages.", minimum=1
+        None, "Layers of the last stage, which also has the heads. Default: as many as the other stages.", minimum=1, on_resume=FREE
     )
-    context_parallel_size: int = megatron_flag(1, "Ranks that share the tokens of a pack.", minimum=1)
-    cp_comm_type: Literal["all_gather", "a2a"] = megatron_flag("all_gather", "How context-parallel ranks exchange keys and values.")
+    context_parallel_size: int = megatron_flag(1, "Ranks that share the tokens of a pack.", minimum=1, on_resume=FREE)
+    cp_comm_type: Literal["all_gather", "a2a"] = megatron_flag(
+        "all_gather", "How context-parallel ranks exchange keys and values.", on_resume=FREE
+    )
     encoder_placement: Literal["all_ranks", "first_stage"] = flag(
         "all_ranks",
         "Which ranks encode images. all_ranks shares them among all ranks of a replica. first_stage keeps ViT and VAE on the first "
         "(and last) stage, where each rank encodes all images of its replica.",
+        on_resume=FREE,
     )
     sequence_parallel: bool = megatron_flag(
-        False, "Split norms and residuals over tensor-parallel ranks too. This saves activation memory."
+        False, "Split norms and residuals over tensor-parallel ranks too. This saves activation memory.", on_resume=FREE
     )
-    use_distributed_optimizer: bool = megatron_flag(True, "Split optimizer state and fp32 weights over data-parallel ranks.")
+    use_distributed_optimizer: bool = megatron_flag(
+        True, "Split optimizer state and fp32 weights over data-parallel ranks.", on_resume=MUST_MATCH
+    )
     num_distributed_optimizer_instances: int | None = megatron_flag(
-        None, "Groups of data-parallel ranks. Each group holds one sharded copy of the optimizer state. Default: num_replicate.", minimum=1
+        None,
+        "Groups of data-parallel ranks. Each group holds one sharded copy of the optimizer state. Default: num_replicate.",
+        minimum=1,
+        on_resume=FREE,
     )
-    overlap_grad_reduce: bool = megatron_flag(False, "Reduce gradients while the backward pass runs.")
-    overlap_param_gather: bool = megatron_flag(False, "Gather updated weights while the next forward pass runs. Needs overlap_grad_reduce.")
+    overlap_grad_reduce: bool = megatron_flag(False, "Reduce gradients while the backward pass runs.", on_resume=FREE)
+    overlap_param_gather: bool = megatron_flag(
+        False, "Gather updated weights while the next forward pass runs. Needs overlap_grad_reduce.", on_resume=FREE
+    )
     make_vocab_size_divisible_by: int = megatron_flag(
         1,
         "Pad the vocabulary to a multiple of this number times the tensor-parallel size. Padding is never predicted or exported.",
         minimum=1,
+        on_resume=FREE,
     )
-    micro_batch_size: int = megatron_flag(1, "Packs per microbatch. Only 1 is supported: raise max_num_tokens for longer packs.")
+    micro_batch_size: int = megatron_flag(
+        1, "Packs per microbatch. Only 1 is supported: raise max_num_tokens for longer packs.", on_resume=FREE
+    )
     global_batch_size: int | None = megatron_flag(
-        None, "Packs per step. Default: data-parallel replicas times gradient_accumulation_steps.", minimum=1
+        None, "Packs per step. Default: data-parallel replicas times gradient_accumulation_steps.", minimum=1, on_resume=SAID
     )
     rampup_batch_size: list[int] = megatron_flag(
-        [], "START INCREMENT PACKS: grow the global batch from START to global_batch_size over the first PACKS packs. Default: no ramp."
+        [],
+        "START INCREMENT PACKS: grow the global batch from START to global_batch_size over the first PACKS packs. Default: no ramp.",
+        on_resume=SAID,
     )
-    bf16: bool | None = megatron_flag(None, "Train in bfloat16 with fp32 main weights. Default: True on a GPU, False on CPU.")
+    bf16: bool | None = megatron_flag(
+        None, "Train in bfloat16 with fp32 main weights. Default: True on a GPU, False on CPU.", on_resume=SAID
+    )
     recompute_granularity: Literal["full", "selective"] | None = megatron_flag(
-        None, "What the backward pass recomputes. full keeps only layer inputs; selective recomputes recompute_modules."
+        None, "What the backward pass recomputes. full keeps only layer inputs; selective recomputes recompute_modules.", on_resume=FREE
     )
     recompute_method: Literal["uniform", "block"] = megatron_flag(
-        "uniform", "Layers that full recomputation covers. uniform takes all layers, in units; block takes only the first ones."
+        "uniform",
+        "Layers that full recomputation covers. uniform takes all layers, in units; block takes only the first ones.",
+        on_resume=FREE,
     )
-    recompute_num_layers: int = megatron_flag(1, "Layers per recomputed unit (uniform), or recomputed layers per stage (block).", minimum=1)
+    recompute_num_layers: int = megatron_flag(
+        1, "Layers per recomputed unit (uniform), or recomputed layers per stage (block).", minimum=1, on_resume=FREE
+    )
     recompute_modules: list[str] = megatron_flag(
-        [], "Modules that selective recomputation covers. Default: core_attn.", choices=("core_attn", "mlp")
+        [], "Modules that selective recomputation covers. Default: core_attn.", choices=("core_attn", "mlp"), on_resume=FREE
     )
-    recompute_vit: bool = flag(False, "Recompute the vision tower's layers in the backward pass.")
+    recompute_vit: bool = flag(False, "Recompute the vision tower's layers in the backward pass.", on_resume=FREE)
     attention_backend: Literal["auto", "sdpa", "flex", "dense"] = megatron_flag(
-        "auto", "auto uses flex on CUDA (unless use_flex is False) and sdpa on CPU. dense is a slow reference for tests."
+        "auto", "auto uses flex on CUDA (unless use_flex is False) and sdpa on CPU. dense is a slow reference for tests.", on_resume=SAID
     )
     transformer_impl: Literal["local", "transformer_engine"] = megatron_flag(
-        "local", "Implementation of the decoder's modules: plain PyTorch or Transformer Engine."
+        "local", "Implementation of the decoder's modules: plain PyTorch or Transformer Engine.", on_resume=SAID
     )
     dry_run: bool = flag(
-        False, "Build one rank's share of a run without memory or other ranks. Report its memory, packs and collectives, then exit."
+        False,
+        "Build one rank's share of a run without memory or other ranks. Report its memory, packs and collectives, then exit.",
+        on_resume=FREE,
     )
-    fake_world_size: int | None = flag(None, "Number of ranks in a dry run. Default: the launcher's number.", minimum=1)
-    fake_rank: int = flag(0, "Rank that a dry run builds.", minimum=0)
-    distributed_timeout_minutes: float = megatron_flag(10.0, "End the run when a collective takes longer than this.", above=0)
+    fake_world_size: int | None = flag(None, "Number of ranks in a dry run. Default: the launcher's number.", minimum=1, on_resume=FREE)
+    fake_rank: int = flag(0, "Rank that a dry run builds.", minimum=0, on_resume=FREE)
+    distributed_timeout_minutes: float = megatron_flag(
+        10.0, "End the run when a collective takes longer than this.", above=0, on_resume=FREE
+    )
     manual_gc: bool = megatron_flag(
         False,
         "Collect Python's garbage in chosen steps, the same on all ranks: at the start, every manual_gc_interval steps and around "
         "evaluations. Without it each rank collects whenever it has made enough objects, while the others wait.",
+        on_resume=FREE,
     )
     manual_gc_interval: int = megatron_flag(
-        0, "Steps between collections with manual_gc. 0 collects only at the start and around evaluations.", minimum=0
+        0, "Steps between collections with manual_gc. 0 collects only at the start and around evaluations.", minimum=0, on_resume=FREE
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bagel.config.flag import flag, megatron_flag
+from megatron_bagel.config.flag import FREE, flag, megatron_flag
 
 
 @dataclass
@@ -14,16 +14,20 @@ class ObservingArguments:
     profile: bool = megatron_flag(
         False,
         "Profile some steps with torch.profiler. Each rank writes a Perfetto trace to results_dir/traces. Profiled steps are slower.",
+        on_resume=FREE,
     )
-    profile_step_start: int = megatron_flag(10, "First profiled step. Skip the first few, which compile and allocate.")
-    profile_step_end: int = megatron_flag(12, "Step before which profiling ends.")
-    profile_ranks: list[int] = megatron_flag([0], "Ranks to profile. With pipeline stages, choose one rank of each stage.")
-    profile_shapes: bool = flag(False, "Record tensor shapes in the trace. This makes it larger.")
+    profile_step_start: int = megatron_flag(10, "First profiled step. Skip the first few, which compile and allocate.", on_resume=FREE)
+    profile_step_end: int = megatron_flag(12, "Step before which profiling ends.", on_resume=FREE)
+    profile_ranks: list[int] = megatron_flag([0], "Ranks to profile. With pipeline stages, choose one rank of each stage.", on_resume=FREE)
+    profile_shapes: bool = flag(False, "Record tensor shapes in the trace. This makes it larger.", on_resume=FREE)
     barrier_timers: bool = flag(
         False,
         "Put a barrier around every timed phase, so that time/... shows a rank's own work without waiting for others. Use it to find a "
         "slow rank; it slows training.",
+        on_resume=FREE,
     )
     prometheus_file: str | None = flag(
-        None, "Write the newest metrics to this .prom file. The textfile collector of node_exporter reads it on the node of rank 0."
+        None,
+        "Write the newest metrics to this .prom file. The textfile collector of node_exporter reads it on the node of rank 0.",
+        on_resume=FREE,
     )

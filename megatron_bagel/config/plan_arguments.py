@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bagel.config.flag import flag
+from megatron_bagel.config.flag import command_flag as flag
 
 
 @dataclass

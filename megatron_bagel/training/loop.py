@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_bagel.checkpoint.dist.state import Trained
+from megatron_bagel.checkpoint.dist.stored_run import RUN_ID
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.training.evaluation.evaluator import Evaluation
@@ -18,6 +19,7 @@ from megatron_bagel.training.observability.loss_table import LossTable
 from megatron_bagel.training.observability.step_log import StepLog
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import synced_parameters
+from megatron_bagel.training.resilience.resume_fingerprint import FINGERPRINT
 from megatron_bagel.training.resilience.run_monitors import Survival
 from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.saving import Saving
@@ -38,7 +40,10 @@ class LoopSettings:
 
 @dataclass
 class Run:
-    """Holds the parts of a run on this rank. ``record`` is its configuration as checkpoints keep it."""
+    """Holds the parts of a run on this rank.
+
+    ``record`` is its configuration as checkpoints keep it, ``run_id`` its identity, and ``fingerprint`` what a resume compares.
+    """
 
     loop: LoopSettings
     record: Mapping[str, Any]
@@ -57,6 +62,8 @@ class Run:
     counters: Counters = field(default_factory=Counters)
     evaluation: Evaluation | None = None
     local: LocalCheckpoints | None = None
+    run_id: str = ""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     #: Steps done when the newest checkpoint was saved, or when this process started or resumed the run.
     saved_steps: int = field(init=False)
 
@@ -153,4 +160,6 @@ def run_state(run: Run) -> dict[str, Any]:
         "skipped_samples": counters.skipped,
         "bad_steps": run.survival.bad_steps.state_dict(),
         "config": run.record,
+        FINGERPRINT: run.fingerprint,
+        **({RUN_ID: run.run_id} if run.run_id else {}),
     }

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +107,8 @@ class SavingSettings:
 class Saving:
     """Saves the checkpoints of a run and exports some of them."""
 
-    def __init__(self, settings: SavingSettings) -> None:
+    def __init__(self, settings: SavingSettings, run_id: str = "", check_folder: Callable[[], None] = lambda: None) -> None:
+        """Prepare the saves of the run ``run_id``; ``check_folder`` raises ValueError where the run has lost its folder."""
         self._every = settings.every, settings.export_every
         self._exporter = HFExporter(settings.results_dir, settings.export_every)
         self.saver = Saver(
@@ -114,6 +116,8 @@ class Saving:
             settings.checkpoints,
             published=self._exporter.add,
             protected=self._exporter.in_use,
+            run_id=run_id,
+            check_folder=check_folder,
         )
 
     def due(self, steps: int) -> bool:

@@ -16,10 +16,10 @@ from megatron_bagel.config.sections import SECTIONS
 class Example:
     """A flag of each kind of range."""
 
-    steps: int = flag(1, "Steps.", minimum=1)
-    weight: float | None = flag(None, "Weight.", above=0)
-    decay: float = flag(0.5, "Decay.", minimum=0, below=1)
-    modules: list[str] = flag([], "Modules.", choices=("attention", "mlp"))
+    steps: int = flag(1, "Steps.", minimum=1, on_resume="free")
+    weight: float | None = flag(None, "Weight.", above=0, on_resume="free")
+    decay: float = flag(0.5, "Decay.", minimum=0, below=1, on_resume="free")
+    modules: list[str] = flag([], "Modules.", choices=("attention", "mlp"), on_resume="free")
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_defaults_are_allowed_and_help_is_a_sentence(arguments):
 
 
 def test_origins():
-    origins = [make(0, "Help.").metadata["flag"].origin for make in (flag, megatron_flag, original_flag)]
+    origins = [make(0, "Help.", on_resume="free").metadata["flag"].origin for make in (flag, megatron_flag, original_flag)]
     assert origins == ["new", "megatron", "original"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import megatron_bagel
 
-LINE = '    novel_setting: int = flag(3, "What this novel setting does.", minimum=2, aliases=("novelty",))\n'
+LINE = '    novel_setting: int = flag(3, "What this novel setting does.", minimum=2, aliases=("novelty",), on_resume=FREE)\n'
 #: Runs with the edited copy of the package.
 PROGRAM = r"""
 import contextlib, io, sys

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bagel.training.observability.logging_sinks import LogFile
 from megatron_bagel.training.resilience import error_report
 from megatron_bagel.training.resilience.error_report import ErrorReport, RankError, describe
 from tests.distributed import run_ranks
@@ -48,6 +52,31 @@ def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.Captu
     wrong = {rank: (False, "ValueError", "--lr is wrong") for rank in range(3)}
     assert run_ranks(_fail, 3, tmp_path, wrong, error_report.MAX_WAIT_S) == [2, 2, 2]
     assert "megatron_bagel.train: error: --lr is wrong\n" in capfd.readouterr().err
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("kind", "status"), [("ValueError", 2), ("RuntimeError", 1)])
+def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, status: int) -> None:
+    (tmp_path / "file").touch()
+    wrong = {rank: (False, kind, "--lr is wrong") for rank in range(2)}
+    assert run_ranks(_fail, 2, tmp_path / "file", wrong, error_report.MOST) == [status, status]
+    printed = capfd.readouterr().err
+    assert printed.count("--lr is wrong\n  The tracebacks could not be written into") == 1
+    assert ("Traceback (" in printed) is (kind == "RuntimeError"), "a user's error needs no traceback, another one has no other place"
+
+
+@pytest.mark.parametrize(("number", "user"), [(errno.ENOSPC, True), (errno.EACCES, True), (errno.ENOENT, False)])
+def test_a_full_disk_is_for_the_user_to_change(number: int, user: bool) -> None:
+    error = RankError.of(0, OSError(number, os.strerror(number), "results/metrics.jsonl"))
+    assert error.user is user and "results/metrics.jsonl" in error.text and os.strerror(number) in error.text
+
+
+def test_a_log_that_cannot_be_written_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    log = LogFile("/dev/full", encoding="utf-8")
+    for line in ("one", "two"):
+        log.handle(logging.makeLogRecord({"msg": line}))
+    log.close()
+    assert capsys.readouterr().err == f"megatron_bagel: /dev/full cannot be written: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n"
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["a", "b", "c"])), min_size=1, max_size=7, unique_by=lambda pair: pair[0]))

@@ -20,7 +20,8 @@ from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import read_manifest
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.loading.loader import LoadedPack, PackReader
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.assign import PackPlan
 from megatron_bagel.data.planner.group_source import GroupSource, open_sources
 from megatron_bagel.data.planner.sample_plan import PlanSettings

@@ -8,8 +8,10 @@ ended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +28,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.parallel.rank_zero import on_first_rank
+from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
+#: Bytes. A disk with less is as good as full: a part of a save's files may have been written and removed again.
+_LITTLE_SPACE = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ class SaveSettings:
 class Saver:
     """Writes the checkpoints of one run into ``directory``. All methods except ``clean`` are collective.
 
-    Rank 0 calls ``published`` with every finished folder, and ``protected`` for the folders that must not be removed.
+    Rank 0 calls ``published`` with every finished folder, ``protected`` for the folders that must not be removed, and ``check_folder``
+    before every save: it raises ValueError where the run has lost its folder. ``run_id`` is the identity of the run, if it has one.
     """
 
     directory: Path
     settings: SaveSettings = field(default_factory=SaveSettings)
     published: Callable[[Path], None] = lambda folder: None
     protected: Callable[[], list[Path]] = list
+    run_id: str = ""
+    check_folder: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._queue = AsyncCallsQueue()
@@ -73,9 +81,7 @@ class Saver:
         text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
         self.finish()
         self._start_time = time.perf_counter()
-        temporary_folder = on_first_rank(
-            lambda: step_folders.begin(self.directory, step), f"cannot write a checkpoint into {self.directory}"
-        )
+        temporary_folder = on_first_rank(lambda: self._begin(step), f"cannot write a checkpoint into {self.directory}")
         with self._readable_errors():
             request = self._request(temporary_folder, text, trained)
             if self.settings.background:
@@ -93,7 +99,12 @@ class Saver:
 
     def clean(self) -> None:
         """Remove the checkpoints that need not stay. One rank calls it after every save; it is not collective."""
-        step_folders.retain(self.directory, self.settings.keep_last, self.settings.keep_every, self.protected())
+        keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
+        step_folders.retain(self.directory, keep_last, keep_every, self.protected(), lambda folder: belongs_to(folder, self.run_id))
+
+    def _begin(self, step: int) -> Path:
+        self.check_folder()
+        return step_folders.begin(self.directory, step, self.run_id)
 
     def _finalize(self, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
@@ -139,13 +150,27 @@ class Saver:
             failures = getattr(error, "failures", None) or {}
             reasons = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in failures.values()]
             newest_folder = step_folders.latest_checkpoint(self.directory)
-            # torch does not always report the system's reason: a full disk may appear only as "unexpected pos".
+            what = f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}"
             free_bytes = shutil.disk_usage(self.directory).free
-            raise ValueError(
-                f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}; "
-                f"the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again: the run "
-                f"continues from {newest_folder or 'its beginning'}"
-            ) from error
+            if is_space_short(free_bytes, newest_folder, self.directory, error):
+                what += f"; the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again"
+            else:
+                what += "); find out what changed the folder, or choose another --checkpoint_dir, and start again"
+            raise ValueError(f"{what}: the run continues from {newest_folder or 'its beginning'}") from error
+
+
+def is_space_short(free_bytes: int, newest_folder: Path | None, directory: Path, error: BaseException) -> bool:
+    """Return whether a save may have failed because the disk, or the user's share of it, is full.
+
+    torch does not always report the system's reason: a full disk may appear only as "unexpected pos". The room that a save needs is
+    judged by the newest checkpoint, and by what the failed one has written.
+    """
+    reasons = [str(error), *map(str, (getattr(error, "failures", None) or {}).values())]
+    if any(phrase in reason for reason in reasons for phrase in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
+        return True
+    unfinished = [folder for folder in directory.glob(f"{step_folders.SAVING}*") if folder.is_dir()]
+    sizes = [sum(path.stat().st_size for path in folder.glob("*")) for folder in [*unfinished, *([newest_folder] if newest_folder else [])]]
+    return free_bytes < max([_LITTLE_SPACE, *sizes])
 
 
 def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:

@@ -1,7 +1,7 @@
 """Checkpoint folders that are either complete or absent: written under another name, synced to disk, renamed, then pointed to.
 
 <directory>/0000200/                            a complete checkpoint after 200 optimizer steps
-<directory>/.saving-0000400-5f0c2a91/           unfinished: never loaded, and removed by a later save if its run was killed
+<directory>/.saving-0000400-9b1e44d07c52-5f0c2a91/   unfinished save of a run: never loaded; a later save of that run removes it
 <directory>/latest_checkpointed_iteration.txt   "200", for people and tools; loading looks at the folders themselves
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "bagel_state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 FORMAT_VERSION = 1
-_SAVING = ".saving-"
-_REPLACED = ".replaced-"
+#: Beginnings of the names of an unfinished save, and of the earlier save of a step until a new one has its name.
+SAVING = ".saving-"
+REPLACED = ".replaced-"
 # Megatron-Core writes the last two: what the shards are, and the file and offset of each tensor.
 _REQUIRED = (STATE_FILE, "metadata.json", ".metadata")
 
@@ -38,35 +39,46 @@ def step_folder(directory: str | Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """Return the number of optimizer steps from the name of a checkpoint's folder."""
     # A kill between the two renames of ``publish`` leaves the earlier save of a step under its other name.
-    return int(folder.name.removeprefix(_REPLACED))
+    return int(folder.name.removeprefix(REPLACED))
 
 
 def newest_step(directory: Path) -> int:
     """Return the highest step with a folder in ``directory``, complete or not; 0 without any."""
-    names = [path.name.removeprefix(_REPLACED) for path in directory.iterdir()] if directory.is_dir() else []
+    names = [path.name.removeprefix(REPLACED) for path in directory.iterdir()] if directory.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def begin(directory: str | Path, step: int) -> Path:
+def begin(directory: str | Path, step: int, run_id: str = "") -> Path:
     """Create an empty folder to write into. One rank calls this while no other save runs; leftovers of killed saves are removed.
 
-    The folder's name is used once: writers of a killed run may outlive it and must never write into a later save.
+    Only leftovers of the run ``run_id``, and of writers that name no run, are removed: another run may still write its own. The
+    folder's name is used once: writers of a killed run may outlive it and must never write into a later save.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for unfinished_folder in directory.glob(f"{_SAVING}*"):
+    for unfinished_folder in directory.glob(f"{SAVING}*"):
+        if _writer_of(unfinished_folder) not in ("", run_id):
+            logger.info("leaving %s, an unfinished save of another run", unfinished_folder)
+            continue
         logger.info("removing %s, left by a save that did not finish", unfinished_folder)
         # Such a writer may still add files; the next save removes what stays.
         shutil.rmtree(unfinished_folder, ignore_errors=True)
-    for replaced_folder in directory.glob(f"{_REPLACED}*"):
-        original_folder = directory / replaced_folder.name.removeprefix(_REPLACED)
+    for replaced_folder in directory.glob(f"{REPLACED}*"):
+        original_folder = directory / replaced_folder.name.removeprefix(REPLACED)
         if original_folder.exists():
             shutil.rmtree(replaced_folder)
         else:
             replaced_folder.rename(original_folder)
-    temporary_folder = directory / f"{_SAVING}{step:07d}-{uuid4().hex[:8]}"
+    writer = f"{run_id}-" if run_id else ""
+    temporary_folder = directory / f"{SAVING}{step:07d}-{writer}{uuid4().hex[:8]}"
     temporary_folder.mkdir()
     return temporary_folder
+
+
+def _writer_of(unfinished_folder: Path) -> str:
+    """Return the run that the name of an unfinished save contains; empty for none."""
+    parts = unfinished_folder.name.removeprefix(SAVING).split("-")
+    return parts[1] if len(parts) == 3 else ""
 
 
 def state_text(state: Mapping[str, Any]) -> str:
@@ -83,8 +95,8 @@ def publish(temporary_folder: Path) -> Path:
     for path in temporary_folder.rglob("*"):
         _sync(path)
     _sync(temporary_folder)
-    directory, final_folder = temporary_folder.parent, temporary_folder.parent / temporary_folder.name.removeprefix(_SAVING).split("-")[0]
-    replaced_folder = directory / f"{_REPLACED}{final_folder.name}"
+    directory, final_folder = temporary_folder.parent, temporary_folder.parent / temporary_folder.name.removeprefix(SAVING).split("-")[0]
+    replaced_folder = directory / f"{REPLACED}{final_folder.name}"
     if final_folder.exists():
         final_folder.rename(replaced_folder)
     temporary_folder.rename(final_folder)
@@ -132,10 +144,10 @@ def look_through(directory: str | Path) -> tuple[list[Path], dict[Path, list[str
     complete: dict[int, Path] = {}
     unusable: dict[Path, list[str]] = {}
     for folder in sorted(directory.iterdir()):
-        if folder.name.startswith(_SAVING):
+        if folder.name.startswith(SAVING):
             unusable[folder] = ["a save that did not finish"]
             continue
-        if not (folder.is_dir() and folder.name.removeprefix(_REPLACED).isdigit()):
+        if not (folder.is_dir() and folder.name.removeprefix(REPLACED).isdigit()):
             continue
         problems = [f"{name} is missing" for name in _absent_files(folder)] or file_problems(folder)
         if problems:
@@ -148,18 +160,25 @@ def look_through(directory: str | Path) -> tuple[list[Path], dict[Path, list[str
 def unusable_only(directory: str | Path) -> dict[Path, list[str]]:
     """Return published checkpoints with damaged files if the directory has no complete checkpoint, else nothing."""
     complete, unusable = look_through(directory)
-    return {} if complete else {folder: problems for folder, problems in unusable.items() if not folder.name.startswith(_SAVING)}
+    return {} if complete else {folder: problems for folder, problems in unusable.items() if not folder.name.startswith(SAVING)}
 
 
-def retain(directory: str | Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> list[Path]:
+def retain(
+    directory: str | Path,
+    keep_last: int,
+    keep_every: int,
+    protected: Collection[Path] = (),
+    is_own: Callable[[Path], bool] = lambda folder: True,
+) -> list[Path]:
     """Delete all checkpoints except the newest ``keep_last``, those of steps divisible by ``keep_every``, and ``protected``.
 
-    ``keep_last`` 0 keeps all; ``keep_every`` 0 means no such steps. One rank calls this after a save.
+    ``keep_last`` 0 keeps all; ``keep_every`` 0 means no such steps. Checkpoints that are not ``is_own`` are neither counted nor deleted.
+    One rank calls this after a save.
 
     Returns:
         The deleted folders.
     """
-    candidates = checkpoints(directory)[:-keep_last] if keep_last else []
+    candidates = [folder for folder in checkpoints(directory) if is_own(folder)][:-keep_last] if keep_last else []
     removed = [folder for folder in candidates if folder not in protected and not (keep_every and step_of(folder) % keep_every == 0)]
     for folder in removed:
         logger.info("removing %s: keep_last is %d", folder, keep_last)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import import_folder
 
+        check_writable(args.output, "--output")
         settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
         print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], args.allow_missing, **settings))
 

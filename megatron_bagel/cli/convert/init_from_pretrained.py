@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
         from megatron_bagel.data.tokenizer import load_tokenizer
 
+        check_writable(args.output, "--output")
         if args.vae is not None and not args.vae.is_file():
             raise ValueError(f"--vae: there is no file {args.vae}")
         vit = read_json_as(ViTArch.from_hf, args.vit / "config.json", "--vit") if args.vit is not None else None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.checkpoint.hf.folder import HFFolder
         from megatron_bagel.model.positions import sincos_2d
 
+        check_writable(args.output, "--output")
         folder = command.step_folder(args.checkpoint)
         run_companions = companions_of(read_state(folder)["run"].get("config", {}))
         companions = Companions(args.tokenizer or run_companions.tokenizer, args.autoencoder or run_companions.autoencoder)

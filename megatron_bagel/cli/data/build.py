@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
     from megatron_bagel.data.index.build import BuildOptions, build_index
 
     try:
+        check_writable(args.output.parent, "--output: the folder")
         groups = load_groups(args.dataset_config_file, args.data_root)
         options = BuildOptions(
             args.workers, args.rows_per_shard, ImageChecks(args.check_images, args.max_image_pixels, args.exif),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_bagel import platform
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.data.index.latent_cache import DTYPES
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.sources.dataset_config import load_groups
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data lat
     platform.install()  # on a CPU this keeps the memory of the encoder's temporaries: returning it took as long as encoding
     try:
         options = CacheOptions(args.dtype, platform.device(), args.num_jobs, args.job_index)
+        check_writable(args.output, "--output")
         groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]
         index = IndexedSamples.open(args.index)
         if not groups:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.data.index.publish import merge_jobs
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data mer
     args = parse_arguments(argv, prog)
     parts = args.parts or sorted(path for path in args.output.parent.glob(f"{args.output.name}.job-*-of-*") if path.is_dir())
     try:
+        check_writable(args.output.parent, "--output: the folder")
         manifest = merge_jobs(args.output, parts, args.overwrite)
     except (ValueError, OSError) as error:
         report_error(prog, error)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec
 from megatron_bagel.sample_world.text import EDITS, draw_edit
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sam
     llm, vit = LLMSize(args.hidden_size, args.layers), ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)
     try:
         spec = spec_of(args)
+        check_writable(args.out, "OUT")
         tokens = make_training_set(args.out, spec, args.vocab_size, llm, vit)
     except ValueError as error:
         parser.error(str(error))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.json_text import check_encodable, decode, head_of, parse_json, wrong_container
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tok
     parser.add_argument("--vocab-size", type=int, default=8192, help="largest number of tokens, including special tokens (default 8192)")
     args = parser.parse_args(argv)
     try:
+        check_writable(args.out, "OUT")
         size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)
     except ValueError as error:
         parser.error(str(error))

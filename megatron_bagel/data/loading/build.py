@@ -12,11 +12,12 @@ from pathlib import Path
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.index.build import BuildOptions, build_index
-from megatron_bagel.data.index.format import MANIFEST
+from megatron_bagel.data.index.format import MANIFEST, read_manifest
 from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.index.train_val_split import Part, TrainValSplit
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
+from megatron_bagel.data.loading.fingerprint import other_sources
 from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.loading.settings import DataSettings
@@ -78,6 +79,9 @@ def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
             f"--index_dir {folder} holds no index; build one with data_tools/build_index.py, "
             f"or leave the flag out to have {settings.own_index} made at the start"
         )
+    else:
+        for sentence in other_sources(read_manifest(folder), load_groups(settings.dataset_config_file, settings.data_root)):
+            log.warning("%s", sentence)
     return folder
 
 

@@ -95,6 +95,10 @@ class GroupSource:
             ranges.setdefault(dataset_pass.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
         return ranges
 
+    def readers(self) -> list[DatasetReader]:
+        """Return the datasets with rows, in the order of the group."""
+        return list(dict.fromkeys(dataset_pass.reader for dataset_pass in self._passes))
+
     def siblings(self, index: int) -> range:
         """Return the group's indexes of the pass over a dataset that contains ``index``."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

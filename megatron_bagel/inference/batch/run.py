@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.writable import check_writable
 from megatron_bagel.inference.batch.prompts import Prompt
 from megatron_bagel.inference.batch.requests import Answer, answer
 from megatron_bagel.inference.batch.results import AnswerWriter
@@ -47,6 +48,7 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
         prompt.check_files()
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
+    check_writable(args.out, "--out")
     engine = open_engine(args)
     check_prompts(engine, prompts)
     jobs = [_Job.of(prompt, sample, args) for prompt in prompts for sample in range(args.num_samples)]

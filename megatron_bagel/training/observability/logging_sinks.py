@@ -140,6 +140,7 @@ class RunLog:
         tensorboard: bool = True,
         wandb: WandbSettings | None = None,
         prometheus: str | None = None,
+        run_id: str = "",
     ) -> None:
         self.results_dir = Path(results_dir)
         self._active = rank == 0
@@ -148,9 +149,9 @@ class RunLog:
             return
         self.results_dir.mkdir(parents=True, exist_ok=True)
         self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
-        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step)
+        self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step, run_id)
         # An evaluation is logged after its step, so its number n means that n steps were done.
-        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1)
+        self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1, run_id)
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.results_dir, next_step))
         if wandb is not None:
@@ -201,6 +202,15 @@ class RunLog:
         """Draw ``loss.png`` if any step was logged, and close every file. It may be called after an error of the loop."""
         if not self._active:
             return
+        try:
+            self._close_outputs(plot)
+        except OSError as error:  # a disk that is full, or gone: an error of the loop must not be hidden by this one
+            self._logger.warning("the outputs of the run could not be completed: %s", error)
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+
+    def _close_outputs(self, plot: bool) -> None:
         self._metrics.close()
         self._validation.close()
         history = read_history(self._metrics.path)
@@ -208,9 +218,25 @@ class RunLog:
             plot_losses(history, self.results_dir / "loss.png")
         for sink in self._sinks:
             sink.close()
-        for handler in self._handlers:
-            self._logger.removeHandler(handler)
-            handler.close()
+
+
+class LogFile(logging.FileHandler):
+    """``log.txt``. A line that cannot be written is reported once, in one line; Python's own handler prints a traceback for each."""
+
+    _reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report the first failure on stderr."""
+        if not self._reported:
+            self._reported = True
+            print(f"megatron_bagel: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file, also where what it still holds cannot be written."""
+        try:
+            super().close()
+        except OSError:
+            self.handleError(logging.makeLogRecord({}))
 
 
 @contextmanager
@@ -237,7 +263,7 @@ def _console_and_file(path: Path, name: str = "megatron_bagel.run") -> tuple[log
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), LogFile(path, encoding="utf-8")]
     for handler in handlers:
         handler.setFormatter(_LINE)
         logger.addHandler(handler)

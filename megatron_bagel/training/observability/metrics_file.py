@@ -34,11 +34,12 @@ class MetricsFile:
     """Appends records and flushes each one, so that a killed run keeps all its records.
 
     ``next_step`` is the first step that this run will log. Records of this and later steps, from a run that continued past the
-    checkpoint now resumed from, are removed first.
+    checkpoint now resumed from, are removed first. Every record names the run if ``run_id`` does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], next_step: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], next_step: int, run_id: str = "") -> None:
         self.path = Path(path)
+        self._run = {"run": run_id} if run_id else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._truncate(next_step)
@@ -50,7 +51,7 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record of plain JSON values. Floats keep all their digits."""
-        self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps({**record, **self._run}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -7,6 +7,8 @@ The order of errors is the order of their arrival in the store; clocks are not c
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import socket
@@ -27,6 +29,8 @@ from megatron_bagel.training.resilience import hang_watchdog
 
 #: Seconds without a new error after which the report is made, and the longest wait for errors.
 QUIET_S, MAX_WAIT_S = 2.0, 20.0
+#: Errors of the system that the user can resolve: a disk is full, or a file or folder is not accessible.
+_ABOUT_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,11 @@ class RankError:
     @classmethod
     def of(cls, rank: int, error: BaseException) -> RankError:
         """Describe the exception ``error`` of ``rank``, which runs on this host."""
-        user = isinstance(error, ValueError)
-        text = str(error) if user or isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"
+        user = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _ABOUT_DISKS)
+        text = str(error) if isinstance(error, (ValueError, FloatingPointError)) else f"{type(error).__name__}: {error}"
+        if user and isinstance(error, OSError):
+            location = f"{error.filename}: " if error.filename else ""
+            text = f"{location}{error.strerror}; make room, or make it accessible, and start again: the newest checkpoint is complete"
         return cls(rank, socket.gethostname(), text, "".join(traceback.format_exception(error)), user)
 
 
@@ -71,7 +78,10 @@ class ErrorReport:
             self._gather(rank_error)
         except RuntimeError:  # torch's DistError: the host of the store is gone
             origin = f"on rank {rank_error.rank} ({rank_error.host}), and the store of the rendezvous does not answer"
-            print(f"megatron_bagel.train: error {origin}: {rank_error.trace}", file=sys.stderr, flush=True)
+            _say(f"megatron_bagel.train: error {origin}: {rank_error.trace}")
+        except Exception as failure:  # whatever it is, the error of the run must be seen, and not this one
+            origin = f"on rank {rank_error.rank} ({rank_error.host})"
+            _say(f"megatron_bagel.train: error {origin}: {rank_error.text}\n  The report of it failed: {failure!r}")
         raise SystemExit(2 if rank_error.user else 1) from None
 
     def _gather(self, rank_error: RankError) -> None:
@@ -84,8 +94,7 @@ class ErrorReport:
         errors = self._collect()
         silent = sorted(set(range(self._world_size)) - {error.rank for error in errors})
         report = describe(errors, silent)
-        path = self._write(report, errors)
-        print(f"megatron_bagel.train: error: {report}\n  Tracebacks: {path}", file=sys.stderr, flush=True)
+        _say(f"megatron_bagel.train: error: {report}\n  {self._tracebacks(report, errors)}")
         self._store.set("reported", "1")
 
     def _wait_for_report(self) -> None:
@@ -106,6 +115,14 @@ class ErrorReport:
         # A rank that died after it raised the count and before it stored its error has no text.
         return [RankError(**parse_json(self._store.get(key), key)) for key in keys if self._store.check([key])]
 
+    def _tracebacks(self, report: str, errors: Sequence[RankError]) -> str:
+        """Write the tracebacks and return where they are, or else those of errors that no setting or file causes."""
+        try:
+            return f"Tracebacks: {self._write(report, errors)}"
+        except OSError as failure:
+            traces = [error.trace for error in errors if not error.user]
+            return "\n".join([f"The tracebacks could not be written into {self._folder} ({failure.strerror or failure}).", *traces])
+
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
         """Write the report and all tracebacks to a new file, and return its path."""
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -115,6 +132,12 @@ class ErrorReport:
         traces = [f"--- rank {error.rank} on {error.host} ---\n{error.trace}" for error in errors]
         path.write_text("\n".join([report, "", *traces]), encoding="utf-8")
         return path
+
+
+def _say(text: str) -> None:
+    """Print on stderr, which may be closed or on a full disk: then there is no place left to say anything."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:

@@ -189,8 +189,11 @@ class Watchdog:
 
     def _write(self, text: str) -> None:
         folder = self._results_dir / "errors"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"hang-step-{self._step:07d}.txt").write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"hang-step-{self._step:07d}.txt").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:  # the report was printed, and the run must end
+            self._print(f"the report could not be written into {folder}: {error}")
 
 
 def stack_position(thread: int) -> tuple[str, str]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_bagel.assembly.starting_weights import WeightSource
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.config.record import write_record
 from megatron_bagel.costs.flops import peak_tflops
 from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
+from megatron_bagel.data.loading.fingerprint import data_fingerprint
 from megatron_bagel.data.loading.loader import PackLoader
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
@@ -29,14 +31,16 @@ from megatron_bagel.training.observability.step_log import StepLog
 from megatron_bagel.training.observability.timers import Timers
 from megatron_bagel.training.optim.optimizer import trainable_parameters
 from megatron_bagel.training.resilience.config_fingerprint import check_same_everywhere
+from megatron_bagel.training.resilience.resume_fingerprint import run_fingerprint
 from megatron_bagel.training.resilience.run_monitors import Survival, surviving
 from megatron_bagel.training.resilience.unreadable_samples import Replacements
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 from megatron_bagel.training.setup.build import build_trainable
+from megatron_bagel.training.setup.check_resume import check_resume
 from megatron_bagel.training.setup.hooks import build_hooks
-from megatron_bagel.training.setup.launcher_restarts import resume_after_restart
 from megatron_bagel.training.setup.resume import continue_from, local_checkpoints
+from megatron_bagel.training.setup.run_folders import RunFolders, taken_folders
 from megatron_bagel.training.setup.starting_point import starting_point
 from megatron_bagel.training.step import Trainable
 from megatron_bagel.training.step_result import Counters
@@ -48,9 +52,13 @@ if TYPE_CHECKING:
 def execute(resolved: ResolvedRun) -> None:
     """Set up a run in an initialised process group and train. Raises ValueError for settings, data or weights that cannot work."""
     check_same_everywhere(resolved.record)
-    with surviving(resolved.resilience) as survival, package_log(resolved.results_dir, dist.get_rank()):
+    with (
+        taken_folders(resolved.start, resolved.results_dir) as folders,
+        surviving(resolved.resilience) as survival,
+        package_log(resolved.results_dir, dist.get_rank()),
+    ):
         initialize_parallel(resolved)
-        run = set_up(resolved, survival)
+        run = set_up(resolved, survival, folders)
         try:
             train(run)
         finally:
@@ -74,19 +82,26 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(resolved.seed)
 
 
-def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
-    """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from."""
+def set_up(resolved: ResolvedRun, survival: Survival | None = None, folders: RunFolders | None = None) -> Run:
+    """Build a run from its settings: model, data, optimizer, and the weights or the checkpoint it starts from.
+
+    ``folders`` are those that the run has taken. Without them it has no identity and is not protected from another run.
+    """
     survival = survival or Survival.of(resolved.resilience)
-    resolved = replace(resolved, start=resume_after_restart(resolved.start, resolved.results_dir))
+    folders = folders or RunFolders(resolved.start)
+    resolved = replace(resolved, start=folders.start)
     source = starting_point(resolved.start)
     _ensure_index(resolved)
     replica, share = encoding_share(resolved)
     loader = _loader(resolved, share)
+    fingerprint = _checked_fingerprint(resolved, source, loader)
     trainable, trained = build_trainable(resolved, source, replica, share)
     local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)
     continued = continue_from(resolved.start, source, trained, local)
     counters = _restore(continued.state, continued.steps, trainable, loader, survival) if continued.state is not None else Counters()
-    run = _assemble(resolved, survival, counters, loader, trainable, trained, local)
+    run = _assemble(resolved, survival, counters, loader, trainable, trained, local, folders, fingerprint)
+    for note in folders.notes:
+        run.log.info(note)
     _announce(resolved, run, continued.message)
     return run
 
@@ -99,13 +114,16 @@ def _assemble(
     trainable: Trainable,
     trained: Trained,
     local: LocalCheckpoints | None,
+    folders: RunFolders,
+    fingerprint: Mapping[str, Any],
 ) -> Run:
     """Connect the data, the model and its state with what logs, saves, watches and evaluates them."""
     observing = resolved.observing
     log = RunLog(
-        resolved.results_dir, dist.get_rank(), counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file
+        resolved.results_dir, dist.get_rank(), counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file,
+        run_id=folders.run_id,
     )  # fmt: skip
-    timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving)
+    timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving, folders.run_id, folders.check)
     return Run(
         loop=resolved.loop,
         record=resolved.record,
@@ -124,6 +142,8 @@ def _assemble(
         counters=counters,
         local=local,
         evaluation=_evaluation(resolved),
+        run_id=folders.run_id,
+        fingerprint=fingerprint,
     )
 
 
@@ -158,6 +178,15 @@ def _loader(resolved: ResolvedRun, share: EncodingShare | None) -> PackLoader:
     return open_loader(resolved.data, resolved.arch, resolved.tokenizer, sizes.batch_sizes, replica, sizes.data_parallel_size, share)
 
 
+def _checked_fingerprint(resolved: ResolvedRun, source: WeightSource, loader: PackLoader) -> Mapping[str, Any]:
+    """Return what identifies the run. Raises ValueError if a part that must match differs from the checkpoint that it continues."""
+    sources = loader.reader.sources
+    fingerprint = run_fingerprint(resolved.record, resolved.sizes, resolved.tokenizer.fingerprint, data_fingerprint(sources))
+    if source.checkpoint is not None:
+        check_resume(source.checkpoint, fingerprint, [group.name for group in sources if not group.keep_position])
+    return fingerprint
+
+
 def _evaluation(resolved: ResolvedRun) -> Evaluation | None:
     """Return what evaluates the run, or None in a run without evaluations."""
     if resolved.evaluation is None:
@@ -190,5 +219,7 @@ def _announce(resolved: ResolvedRun, run: Run, start_message: str) -> None:
         f"{num_total / 1e6:.2f} M parameters on this rank, {num_trained / 1e6:.2f} M of them trained; {sizes.data_parallel_size} replicas "
         f"x {sizes.num_microbatches} packs of {resolved.step.seq_length} tokens per step; attention {sizes.attention_backend}"
     )
+    if run.counters.steps >= run.loop.total_steps:
+        run.log.info(f"nothing to train: {run.counters.steps} steps are done and --total_steps is {run.loop.total_steps}; raise it")
     for note in sizes.notes:
         run.log.info(note)

@@ -208,7 +208,7 @@ def test_a_read_only_target_is_named(small_disk: Path, saved: Path, goldens: Pat
         lambda out: hf_to_megatron.main(["--model", str(goldens / "hf"), "--output", out]),
     ):
         assert command(str(small_disk / "converted")) == 1
-        assert f"{small_disk / 'converted'}: [Errno 30] Read-only file system" in capsys.readouterr().err
+        assert f"--output {small_disk / 'converted'} cannot be written (Read-only file system, found in {small_disk})" in capsys.readouterr().err
 
 
 class _Attack:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 from pathlib import Path
+
+import pytest
 
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
-from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
+from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings, is_space_short
 from tests.checkpoint.tiny_run import tiny_run, train_step
 from tests.distributed import run_ranks
 
@@ -37,3 +41,22 @@ def test_one_save_is_under_way_at_most(tmp_path: Path) -> None:
     assert [CheckpointWeights(folder).state["run"] for folder in step_folders.checkpoints(tmp_path)] == [
         {"seen": step} for step in range(1, SAVES + 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "short"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 10**12, True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 10**12, True),
+        (RuntimeError("unexpected pos 64 vs 0"), 10**6, True),
+        (RuntimeError("unexpected pos 64 vs 0"), 99 * 2**20, True),
+        (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), 10**12, False),
+        (RuntimeError("unexpected pos 64 vs 0"), 101 * 2**20, False),
+    ],
+)
+def test_space_is_short_only_where_it_can_be_the_reason(tmp_path: Path, error: Exception, free: int, short: bool) -> None:
+    newest = tmp_path / "0000002"
+    newest.mkdir()
+    with (newest / "__0_0.distcp").open("wb") as file:
+        file.truncate(100 * 2**20)
+    assert is_space_short(free, newest, tmp_path, error) is short

@@ -88,3 +88,16 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
     (folder / step_folders.STATE_FILE).write_text(content)
     with pytest.raises(ValueError, match=rf"{step_folders.STATE_FILE} is damaged"):
         step_folders.read_state(folder)
+def test_retention_counts_and_removes_only_the_own_checkpoints(tmp_path: Path) -> None:
+    own, other = [_fake(tmp_path, step) for step in (2, 4, 6)], _fake(tmp_path, 3)
+    assert step_folders.retain(tmp_path, keep_last=2, keep_every=0, is_own=lambda folder: folder != other) == own[:1]
+    assert step_folders.checkpoints(tmp_path) == [other, *own[1:]]
+
+
+def test_another_runs_unfinished_save_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign = step_folders.begin(tmp_path, 2, "aaaaaaaaaaaa")
+    earlier_version = step_folders.begin(tmp_path, 2)
+    with caplog.at_level(logging.INFO):
+        own = step_folders.begin(tmp_path, 4, "bbbbbbbbbbbb")
+    assert foreign.is_dir() and not earlier_version.exists() and f"leaving {foreign}, an unfinished save of another run" in caplog.text
+    assert step_folders.begin(tmp_path, 4, "bbbbbbbbbbbb") != own and not own.exists()

@@ -1,0 +1,58 @@
+"""A folder that cannot be written is found out before any work, and every command names its flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, megatron_to_hf
+from megatron_bagel.cli.data import build, latents, merge, sample, tokenizer
+from megatron_bagel.common.writable import check_writable
+
+#: A file system that takes no new file from anybody, the superuser included.
+CLOSED = Path("/sys")
+OUT = str(CLOSED / "megatron_bagel/out")
+
+
+def test_a_writable_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path, "--output")
+    check_writable(tmp_path / "not/made/yet", "--output")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_folder_and_a_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"--results_dir {OUT} cannot be written \(.+, found in {CLOSED}\); choose another folder"):
+        check_writable(OUT, "--results_dir")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output .*file/out cannot be written: .*file is not a folder"):
+        check_writable(tmp_path / "file/out", "--output")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (build.main, ["--dataset_config_file", "none.yaml", "--tokenizer", "none", "--output", OUT]),
+        (merge.main, ["--output", OUT, "part"]),
+        (latents.main, ["none", "--dataset_config_file", "none.yaml", "--vae", "none", "--output", OUT]),
+        (sample.main, [OUT]),
+        (tokenizer.main, [OUT, "--text", "none.txt"]),
+        (hf_to_megatron.main, ["--model", "none", "--output", OUT]),
+        (init_from_pretrained.main, ["--llm", "none", "--output", OUT]),
+        (megatron_to_hf.main, ["--checkpoint", "none", "--output", OUT]),
+    ],
+)
+def test_every_command_refuses_before_it_reads(
+    command: Callable[[Sequence[str]], int], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("none.yaml").write_text("t2i_pretrain: {dataset_names: [a], weight: 1, image_transform_args: {image_stride: 16}}")
+    try:
+        status: object = command(words)
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status in (1, 2)
+    error = capsys.readouterr().err
+    assert "cannot be written (" in error and "megatron_bagel" in error and "Traceback" not in error
