@@ -80,6 +80,8 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None) -> Run:
     replica, share = encoding_share(resolved)
     place = parallel_state.get_data_parallel_rank()
     loader = open_loader(resolved.data, arch, tokenizer, sizes.batch_sizes, place, sizes.data_parallel_size, share)
+    grace = resolved.resilience.grace_seconds
+    loader.give_up_after(survival.agreement.request, None if grace is None else grace / 2)
     trainable, trained = build_trainable(resolved, source, replica, share)
     local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)
     continued = continue_from(resolved.start, source, trained, local)
