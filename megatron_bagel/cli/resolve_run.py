@@ -56,7 +56,7 @@ def resolve_run(config: Config, described: BagelArch, world_size: int, has_gpu: 
     arch = grown_vocabulary(described, len(tokenizer))
     validate_architecture(config, arch)
     return ResolvedRun(
-        record=config.to_dict(),
+        record=config.to_record(),
         arch=arch,
         tokenizer=tokenizer,
         megatron=config.megatron,

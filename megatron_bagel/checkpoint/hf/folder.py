@@ -203,6 +203,8 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
     if source.is_file():
         _copy(source, out / "tokenizer.model")
         return
+    if not source.is_dir():
+        raise ValueError(f"there is no tokenizer at {source}; say where it is with --tokenizer")
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not names:
         raise ValueError(f"{source} holds no tokenizer files (looked for {', '.join(TOKENIZER_FILES)})")

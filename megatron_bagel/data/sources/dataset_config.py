@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
 from megatron_bagel.data.sources.video import FrameSampler
 from megatron_bagel.data.transforms import TransformArgs
@@ -150,7 +151,9 @@ def _dataset_locations(
         if wrong_keys := [key for key, value in settings.items() if not isinstance(value, str)]:
             raise ValueError(f"{label}: {wrong_keys[0]} of {name} must be a path or URL, got {settings[wrong_keys[0]]!r}")
         if settings:
-            location = DatasetLocation(**{key: join(root, value) for key, value in settings.items()})
+            location = DatasetLocation(
+                **{key: join(root, expanded_path(value, f"{label}: {key} of {name}")) for key, value in settings.items()}
+            )
         elif data_root is not None:
             location = guide_location(group, name, data_root)
         else:
