@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pyt
     printed = capfd.readouterr().err
     assert printed.count("megatron_bagel.train: error") == 1 and "Traceback (" not in printed
     assert "error: rank 1 (" in printed and "RuntimeError: out of memory" in printed
-    assert "then ranks 0, 2: RuntimeError: peer closed" in printed and "nothing from rank 3: killed" in printed
+    assert "then ranks 0, 2: RuntimeError: peer closed" in printed and "rank 3 still runs and waits for the others" in printed
     (report,) = (tmp_path / "errors").iterdir()
     assert report.read_text().count("Traceback (") == 3
 
@@ -48,6 +50,27 @@ def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.Captu
     wrong = {rank: (False, "ValueError", "--lr is wrong") for rank in range(3)}
     assert run_ranks(_fail, 3, tmp_path, wrong, error_report.MOST) == [2, 2, 2]
     assert "megatron_bagel.train: error: --lr is wrong\n" in capfd.readouterr().err
+
+
+@pytest.mark.distributed
+def test_the_report_names_the_command_as_it_was_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with ErrorReport(tmp_path, "megatron-bagel train"):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(AssertionError):
+        run_ranks(fail, 1)
+    assert "megatron-bagel train: error: RuntimeError: out of memory\n" in capfd.readouterr().err
+
+
+def test_a_process_that_was_killed_does_not_run() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    assert error_report.process_runs(process.pid)
+    process.kill()
+    while error_report.process_runs(process.pid):  # a zombie until it is waited for
+        time.sleep(0.01)
+    process.wait()
+    assert not error_report.process_runs(process.pid)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["a", "b", "c"])), min_size=1, max_size=7, unique_by=lambda pair: pair[0]))

@@ -79,13 +79,20 @@ class HFFolder:
         """Return which of "ema" and "model" the folder holds."""
         return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
 
+    def default_weights(self) -> tuple[str]:
+        """Return the kind to take where none is asked for: "ema", as in a released folder, or "model" if that is all there is."""
+        return ("model",) if self.available_weights() == ["model"] else ("ema",)
+
     def weights(self, kind: str = "ema") -> SafetensorsReader:
         """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
         if kind not in self.available_weights():
             kinds = ", ".join(self.available_weights()) or "none"
-            raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}")
+            raise ValueError(
+                f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}. A converter takes "
+                "others with --weights, and training takes ema weights only with --finetune_from_ema True"
+            )
         return SafetensorsReader(self._weight_file(kind))
 
     def stored_latent_size(self, kind: str) -> int | None:

@@ -17,7 +17,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
     p.add_argument(
-        "--weights", choices=command.WEIGHTS, default="ema", help="ema: average serves as model and EMA; model: no EMA; both: each as it is"
+        "--weights",
+        choices=command.WEIGHTS,
+        help="ema: average serves as model and EMA; model: no EMA; both: each as it is; default: ema, or model where there is no ema",
     )
     p.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
     p.add_argument(
@@ -34,8 +36,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import import_folder
+        from megatron_bagel.checkpoint.hf.folder import HFFolder
 
+        weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model).default_weights()
         settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
-        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], args.allow_missing, **settings))
+        print(import_folder(args.model, args.output, weights, args.allow_missing, **settings))
 
     return command.run(prog, work)

@@ -11,12 +11,13 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bagel.platform.launch.process_group import free_port
+from megatron_bagel.platform.launch.process_group import reserved_port
 from megatron_bagel.platform.launch.rendezvous import agree_on_generation
 
 #: Exit code of errors that another attempt may not meet (``training/resilience/error_report.py``).
@@ -44,8 +45,6 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
     timeout, minute = timedelta(minutes=timeout_minutes), timedelta(minutes=1)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(agree_on_generation(store, rank, world_size, timeout), store)
-    if rank == 0:
-        store.set("port", str(free_port()))
 
     def run_attempt(call: Any = None) -> None:
         if not _succeeded(lambda: attempt(dist.PrefixStore(f"attempt-{call.iteration}", store)), call.iteration < restarts):
@@ -57,17 +56,20 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
 
     # The wrapper finds the parameter to fill by this annotation, which must be an object instead of a string.
     run_attempt.__annotations__["call"] = inprocess.CallWrapper
-    inprocess.Wrapper(
-        store_kwargs={"port": int(store.get("port")), "timeout": timeout},
-        initialize=inprocess.initialize.RetryController(max_iterations=restarts + 1, min_world_size=world_size),
-        abort=inprocess.abort.AbortTorchDistributed(),
-        # The watchdog handles hangs, because it names the rank.
-        soft_timeout=timeout,
-        hard_timeout=timeout + minute,
-        barrier_timeout=timeout + 2 * minute,
-        completion_timeout=timeout + 2 * minute,
-        last_call_wait=timedelta(seconds=_ABORT_DELAY),
-    )(run_attempt)()
+    with reserved_port() if rank == 0 else nullcontext(0) as port:
+        if rank == 0:
+            store.set("port", str(port))
+        inprocess.Wrapper(
+            store_kwargs={"port": int(store.get("port")), "timeout": timeout},
+            initialize=inprocess.initialize.RetryController(max_iterations=restarts + 1, min_world_size=world_size),
+            abort=inprocess.abort.AbortTorchDistributed(),
+            # The watchdog handles hangs, because it names the rank.
+            soft_timeout=timeout,
+            hard_timeout=timeout + minute,
+            barrier_timeout=timeout + 2 * minute,
+            completion_timeout=timeout + 2 * minute,
+            last_call_wait=timedelta(seconds=_ABORT_DELAY),
+        )(run_attempt)()
 
 
 def _succeeded(attempt: Callable[[], None], can_restart: bool) -> bool:

@@ -53,9 +53,11 @@ class ErrorReport:
     reported already: ranks that end break the connections of others.
     """
 
-    def __init__(self, results_dir: str | Path) -> None:
+    def __init__(self, results_dir: str | Path, command: str = "megatron_bagel.train") -> None:
+        self._command = command
         self._store, self._hang, self._folder = side_store("errors"), side_store(hang_watchdog.STORE), Path(results_dir) / "errors"
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._store.set(f"process/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     def __enter__(self) -> ErrorReport:
         return self
@@ -70,7 +72,7 @@ class ErrorReport:
             self._gather(own)
         except RuntimeError:  # torch's DistError: the host of the store is gone
             where = f"on rank {own.rank} ({own.host}), and the store of the rendezvous does not answer"
-            print(f"megatron_bagel.train: error {where}: {own.trace}", file=sys.stderr, flush=True)
+            print(f"{self._command}: error {where}: {own.trace}", file=sys.stderr, flush=True)
         raise SystemExit(2 if own.user else 1) from None
 
     def _gather(self, own: RankError) -> None:
@@ -81,9 +83,9 @@ class ErrorReport:
             return
         errors = self._collect()
         silent = sorted(set(range(self._world_size)) - {error.rank for error in errors})
-        report = describe(errors, silent)
+        report = describe(errors, silent, [rank for rank in silent if self._is_running(rank)])
         path = self._write(report, errors)
-        print(f"megatron_bagel.train: error: {report}\n  Tracebacks: {path}", file=sys.stderr, flush=True)
+        print(f"{self._command}: error: {report}\n  Tracebacks: {path}", file=sys.stderr, flush=True)
         self._store.set("reported", "1")
 
     def _wait_for_report(self) -> None:
@@ -104,6 +106,13 @@ class ErrorReport:
         # A rank that died between counting itself and saying why has no text.
         return [RankError(**json.loads(self._store.get(key))) for key in keys if self._store.check([key])]
 
+    def _is_running(self, rank: int) -> bool:
+        """Return whether a rank is known to run; nothing is known of ranks on other hosts."""
+        if not self._store.check([f"process/{rank}"]):
+            return False
+        host, pid = json.loads(self._store.get(f"process/{rank}"))
+        return host == socket.gethostname() and process_runs(pid)
+
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         number = len(list(self._folder.glob("*.txt"))) if self._folder.is_dir() else 0
@@ -114,8 +123,17 @@ class ErrorReport:
         return path
 
 
-def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
-    """The first error, who had the same, what others said, and who said nothing."""
+def process_runs(pid: int) -> bool:
+    """Return whether a process of this host runs. One that has ended and was not waited for does not."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:  # no such process, or not Linux
+        return False
+
+
+def describe(errors: Sequence[RankError], silent: Sequence[int], waiting: Sequence[int] = ()) -> str:
+    """The first error, who had the same, what others said, and who said nothing; ``waiting`` ranks of these are known to run."""
     groups: dict[str, list[int]] = {}
     for error in errors:
         groups.setdefault(error.text, []).append(error.rank)
@@ -125,8 +143,10 @@ def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
     where = "" if everywhere else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
     lines = [f"{where}{first}"]
     lines += [f"then {rank_list(others)}: {text.splitlines()[0][:300] if text else text}" for text, others in later]
-    if silent:
-        lines.append(
-            f"nothing from {rank_list(list(silent))}: killed (out of memory? the launcher knows its exit code), cut off, or still waiting"
-        )
+    if waiting:
+        verb = "runs and waits" if len(waiting) == 1 else "run and wait"
+        lines.append(f"{rank_list(list(waiting))} still {verb} for the others")
+    lost = [rank for rank in silent if rank not in waiting]
+    if lost:
+        lines.append(f"nothing from {rank_list(lost)}: killed (out of memory? the launcher knows its exit code), cut off, or still waiting")
     return "\n  ".join(lines)
