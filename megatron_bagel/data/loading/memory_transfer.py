@@ -108,7 +108,7 @@ def _open_memory_file() -> int:
 
 def _write(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
     """Write the bytes of a tensor. Unlike a store into mapped memory, a write without room raises an error instead of a signal."""
-    content = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
     while content:
         written = os.pwrite(descriptor, content, offset)  # at most 2 GiB at once
         content, offset = content[written:], offset + written
