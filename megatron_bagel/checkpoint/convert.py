@@ -22,6 +22,7 @@ from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.paths import TYPED
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def companions_of(config: Mapping[str, Any]) -> Companions:
     """Return where a run took tokenizer and autoencoder from, by its saved config (sections of flags, or flags directly)."""
     flags: dict[str, Any] = {}
     for key, value in config.items():
+        if key == TYPED:
+            continue
         flags |= value if isinstance(value, Mapping) else {key: value}
     folder = flags.get("model_path") if flags.get("finetune_from_hf") else None
     tokenizer = flags.get("tokenizer_path") or folder or flags.get("llm_path")

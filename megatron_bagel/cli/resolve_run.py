@@ -110,7 +110,7 @@ def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:
 def record_of(config: Config) -> dict[str, Any]:
     """The configuration as a run keeps it: without ``--overwrite_run``, which is meant for one start and not for those from its record."""
     training = replace(config.training, overwrite_run=False)
-    return replace(config, training=training, given=config.given - {"overwrite_run"}).to_dict()
+    return replace(config, training=training, given=config.given - {"overwrite_run"}).to_record()
 
 
 def start_settings(config: Config) -> StartSettings:

@@ -6,7 +6,10 @@ PyTorch is imported after the command line has been read, and Megatron-Core afte
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
     from megatron_bagel.config.architecture import BagelArch
 
 
+#: Seconds that rank 0 has for its error before other ranks print theirs.
+HEAD_START = 5.0
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron_bagel.train") -> int:
     """Parse the command line, check everything that needs no other rank, then train. Returns the exit status."""
     try:
@@ -35,20 +42,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
         return refuse(error, prog)
     restarts = config.resilience.inprocess_restarts
     if not restarts:
-        attempt(config, arch)
+        attempt(config, arch, prog)
         return 0
     from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
 
     try:
-        restart_in_process(lambda store: attempt(config, arch, store), restarts, longest_wait(config))
+        restart_in_process(lambda store: attempt(config, arch, prog, store), restarts, longest_wait(config))
     except ValueError as error:
         return refuse(error, prog)
     return 0
 
 
 def refuse(error: ValueError, prog: str) -> int:
-    """Print why the run cannot start. Returns the exit status."""
-    print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
+    """Print why the run cannot start: at once on rank 0, on others only if nothing ended them before. Returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # Most often all ranks meet the same error. Rank 0 prints it and exits, and the launcher ends the others before they print.
+        is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(HEAD_START if is_first_of_host else 2 * HEAD_START)
+    where = f"on rank {rank} ({socket.gethostname()}): " if rank else ""
+    print(f"{short_name(prog)}: error: {where}{error}", file=sys.stderr)
     return 2
 
 
@@ -68,12 +81,13 @@ def prepare(config: Config) -> BagelArch:
     return arch
 
 
-def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) -> None:
+def attempt(config: Config, arch: BagelArch, prog: str, store: dist.Store | None = None) -> None:
     """Run training from its starting point to its end. The process group is made here and destroyed here.
 
     Args:
         config: Settings of the run, which have passed ``validate``.
         arch: The model that ``validate`` read.
+        prog: The command as it was started.
         store: Store in which the ranks meet. None uses the launcher's rendezvous.
 
     Raises:
@@ -94,7 +108,7 @@ def attempt(config: Config, arch: BagelArch, store: dist.Store | None = None) ->
 
     init_distributed(longest_wait(config), store=store)
     try:
-        with ErrorReport(config.training.results_dir):
+        with ErrorReport(config.training.results_dir, short_name(prog)):
             setup.execute(resolve_run(config, arch, dist.get_world_size(), platform.has_gpu()))
     finally:
         shutdown_distributed()

@@ -19,6 +19,22 @@ from transformers.hf_argparser import string_to_bool
 from megatron_bagel.config.flag import Flag, default_of
 from megatron_bagel.config.sections import ALIASES, SECTIONS
 
+#: Names that other trainers give to settings, in spellings that do not resemble this one's.
+OTHER_NAMES = {
+    "learning_rate": "lr", "peak_lr": "lr", "max_lr": "lr", "lr_scheduler_type": "lr_scheduler", "min_learning_rate": "min_lr",
+    "max_steps": "total_steps", "num_steps": "total_steps", "num_train_steps": "total_steps", "max_iters": "total_steps",
+    "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "num_warmup_steps": "warmup_steps", "lr_warmup_steps": "warmup_steps",
+    "batch_size": "global_batch_size", "train_batch_size": "global_batch_size", "output_dir": "results_dir", "log_dir": "results_dir",
+    "save": "checkpoint_dir", "ckpt_dir": "checkpoint_dir", "load": "resume_from", "resume_from_checkpoint": "resume_from",
+    "logging_steps": "log_every", "save_steps": "save_every", "eval_steps": "eval_every", "eval_interval": "eval_every",
+    "gradient_clipping": "max_grad_norm", "grad_clip": "max_grad_norm", "adam_epsilon": "eps", "ema_decay": "ema",
+    "dataloader_num_workers": "num_workers", "max_seq_length": "max_num_tokens", "max_length": "max_num_tokens",
+    "tensor_parallel_size": "tensor_model_parallel_size", "tp": "tensor_model_parallel_size", "tp_size": "tensor_model_parallel_size",
+    "pipeline_parallel_size": "pipeline_model_parallel_size", "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size", "cp_size": "context_parallel_size", "wandb_run_name": "wandb_name",
+    "data_config": "dataset_config_file", "tokenizer": "tokenizer_path", "tokenizer_name_or_path": "tokenizer_path",
+}  # fmt: skip
+
 
 class FlagParser(HfArgumentParser):
     """A parser that raises ValueError where argparse prints its usage and exits. Its results hold only what was given."""
@@ -107,7 +123,8 @@ def unknown_flag(text: str, options: Iterable[str]) -> str:
     if not text.startswith("--"):
         return f"{text!r} belongs to no flag"
     name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
-    matches = difflib.get_close_matches(name, {option.lstrip("-").replace("-", "_") for option in options}, n=3, cutoff=0.6)
+    names = {option.lstrip("-").replace("-", "_") for option in options}
+    matches = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in matches)}?" if matches else "; see --help")
 
 

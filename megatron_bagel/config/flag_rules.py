@@ -22,6 +22,11 @@ def check_consistency(config: Config) -> None:
         )
     if training.lr_scheduler == "cosine" and training.min_lr > training.lr:
         raise ValueError(f"--min_lr {training.min_lr} is above --lr {training.lr}")
+    if training.lr_scheduler == "cosine" and training.warmup_steps >= training.total_steps:
+        raise ValueError(
+            f"--warmup_steps {training.warmup_steps} leaves no step of --total_steps {training.total_steps} for --lr_scheduler cosine to "
+            "decay over; lower --warmup_steps, or raise --total_steps"
+        )
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:

@@ -16,6 +16,7 @@ from megatron_bagel.config.flag import default_of
 from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unknown_flag
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
+from megatron_bagel.config.paths import TYPED, expand_paths, with_absolute_paths
 from megatron_bagel.config.record import write_record
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
@@ -51,6 +52,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return sections of plain values, and the names that were given. ``from_dict`` and ``--config`` read them back."""
         return {**{section: asdict(getattr(self, section)) for section in SECTIONS}, "given": sorted(self.given)}
+
+    def to_record(self) -> dict[str, Any]:
+        """The same for a run to keep: paths are absolute, so that they mean the same from any folder."""
+        return with_absolute_paths(self.to_dict())
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Config:
@@ -89,7 +94,7 @@ def parse_with(
 def _with_file(values: dict[str, Any]) -> Config:
     path = values.pop("config", None)
     file_values = _file_values(Path(path)) if path is not None else {}
-    return Config.from_values({**file_values, **values})
+    return Config.from_values(expand_paths({**file_values, **values}))
 
 
 def _file_values(path: Path) -> dict[str, Any]:
@@ -104,6 +109,7 @@ def _file_values(path: Path) -> dict[str, Any]:
 
 def _config_of(content: dict[str, Any], source: str) -> Config:
     content = dict(content)
+    content.pop(TYPED, None)  # the paths themselves are in their sections
     # Programs write both keys: settings with their defaults, and values derived from others, were not given.
     given, derived = content.pop("given", None), content.pop("derived", None) or {}
     if not isinstance(derived, dict):

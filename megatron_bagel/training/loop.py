@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.dist.stored_run import RUN_ID
+from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.training.evaluation.evaluator import Evaluation
@@ -138,8 +139,8 @@ def finish(run: Run) -> None:
         save(run)
     with run.hooks.pause(Pause.LAST_SAVE):
         run.saving.finish(exports=not run.survival.agreement.stop)
-    for skipped in run.loader.planner.skipped():
-        run.log.info(f"left out of training: {skipped}")
+    if skipped := [f"{sample['where']} ({sample['reason']})" for sample in run.loader.planner.skipped()]:
+        run.log.info(f"{len(skipped)} samples were left out of training: {shorten(skipped, 20, '; ')}")
 
 
 @contextmanager

@@ -26,16 +26,23 @@ GUIDE_PRE_TRAINING = """
 """
 
 
-def test_the_guides_fine_tuning_command():
+@pytest.fixture
+def guide_variables(monkeypatch):
+    """The variables of the guide's commands, which a shell would have replaced."""
+    for name in ("model_path", "llm_path", "vae_path", "vit_path", "resume_from", "output_path", "ckpt_path"):
+        monkeypatch.setenv(name, f"/hub/{name}")
+
+
+def test_the_guides_fine_tuning_command(guide_variables):
     config = parse_config(GUIDE_FINE_TUNING.split())
-    assert config.data.num_workers == 1 and config.training.lr == 2e-5 and config.training.resume_from == "$model_path"
+    assert config.data.num_workers == 1 and config.training.lr == 2e-5 and config.training.resume_from == "/hub/model_path"
     assert config.training.finetune_from_ema and config.training.resume_model_only and config.data.max_num_tokens == 11520
     assert "num_workers" in config.given and "num_shard" not in config.given
 
 
-def test_the_guides_pre_training_command():
+def test_the_guides_pre_training_command(guide_variables):
     config = parse_config(GUIDE_PRE_TRAINING.split())
-    assert config.training.use_flex and config.training.checkpoint_dir == "$ckpt_path" and config.model.max_latent_size == 64
+    assert config.training.use_flex and config.training.checkpoint_dir == "/hub/ckpt_path" and config.model.max_latent_size == 64
 
 
 HINTS = {name: hint for arguments in SECTIONS.values() for name, hint in get_type_hints(arguments).items()}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from megatron_bagel import platform, train
 from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
 from megatron_bagel.config.parser import Config
-from megatron_bagel.platform.launch.process_group import free_port
+from megatron_bagel.platform.launch.process_group import reserved_port
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.conftest import ROOT
 from tests.distributed import fork
@@ -34,10 +35,11 @@ def no_fault(rank: int) -> None:
 
 @dataclass
 class Ranks:
-    """The processes of one run. ``out`` holds what each printed, in ``rank-N.txt``."""
+    """The processes of one run. ``out`` holds what each printed, in ``rank-N.txt``; ``reservation`` keeps their port."""
 
     processes: list[Any]
     out: Path
+    reservation: ExitStack
 
     def wait(self, seconds: float = 240) -> list[int | None]:
         """Exit codes in rank order; a process that does not end in time is killed and counts as None."""
@@ -53,6 +55,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self.reservation.close()
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """A signal to one rank, or to all."""
@@ -74,13 +77,15 @@ def start_ranks(
     """Start ``python -m megatron_bagel.train`` on ``size`` forked ranks. ``others`` are configurations of single ranks."""
     out = Path(config.training.results_dir) / "printed"
     out.mkdir(parents=True, exist_ok=True)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), **(environment or {})}
+    reservation = ExitStack()
+    port = reservation.enter_context(reserved_port())
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), **(environment or {})}
     processes = []
     for rank in range(size):
         path = out / f"config-{rank}.yaml"
         (others or {}).get(rank, config).save(path)
         processes.append(fork(_rank_main, rank, path, out / f"rank-{rank}.txt", meeting, fault))
-    return Ranks(processes, out)
+    return Ranks(processes, out, reservation)
 
 
 def _rank_main(rank: int, config: Path, printed: Path, meeting: Mapping[str, str], fault: Fault) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def test_the_first_error_leads_and_the_rest_is_folded(tmp_path: Path, capfd: pyt
     printed = capfd.readouterr().err
     assert printed.count("megatron_bagel.train: error") == 1 and "Traceback (" not in printed
     assert "error: rank 1 (" in printed and "RuntimeError: out of memory" in printed
-    assert "then ranks 0, 2: RuntimeError: peer closed" in printed and "nothing from rank 3: killed" in printed
+    assert "then ranks 0, 2: RuntimeError: peer closed" in printed and "rank 3 still runs and waits for the others" in printed
     (report,) = (tmp_path / "errors").iterdir()
     assert report.read_text().count("Traceback (") == 3
 
@@ -59,7 +61,7 @@ def test_an_error_that_all_have_is_said_once(tmp_path: Path, capfd: pytest.Captu
 def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, status: int) -> None:
     (tmp_path / "file").touch()
     wrong = {rank: (False, kind, "--lr is wrong") for rank in range(2)}
-    assert run_ranks(_fail, 2, tmp_path / "file", wrong, error_report.MOST) == [status, status]
+    assert run_ranks(_fail, 2, tmp_path / "file", wrong, error_report.MAX_WAIT_S) == [status, status]
     printed = capfd.readouterr().err
     assert printed.count("--lr is wrong\n  The tracebacks could not be written into") == 1
     assert ("Traceback (" in printed) is (kind == "RuntimeError"), "a user's error needs no traceback, another one has no other place"
@@ -77,6 +79,26 @@ def test_a_log_that_cannot_be_written_is_reported_once(capsys: pytest.CaptureFix
         log.handle(logging.makeLogRecord({"msg": line}))
     log.close()
     assert capsys.readouterr().err == f"megatron_bagel: /dev/full cannot be written: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_the_report_names_the_command_as_it_was_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with ErrorReport(tmp_path, "megatron-bagel train"):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(AssertionError):
+        run_ranks(fail, 1)
+    assert "megatron-bagel train: error: RuntimeError: out of memory\n" in capfd.readouterr().err
+
+
+def test_a_process_that_was_killed_does_not_run() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    assert error_report.process_runs(process.pid)
+    process.kill()
+    while error_report.process_runs(process.pid):  # a zombie until it is waited for
+        time.sleep(0.01)
+    process.wait()
+    assert not error_report.process_runs(process.pid)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["a", "b", "c"])), min_size=1, max_size=7, unique_by=lambda pair: pair[0]))

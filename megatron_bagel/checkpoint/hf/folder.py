@@ -81,13 +81,20 @@ class HFFolder:
         """Return which of "ema" and "model" the folder holds."""
         return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
 
+    def default_weights(self) -> tuple[str]:
+        """Return the kind to take if none is asked for: "ema", as in a released folder, or "model" if that is all there is."""
+        return ("model",) if self.available_weights() == ["model"] else ("ema",)
+
     def weights(self, kind: str = "ema", check_weights: WeightCheck = "sampled") -> SafetensorsReader:
         """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index; ``check_weights`` is for reading tensors."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
         if kind not in self.available_weights():
             kinds = ", ".join(self.available_weights()) or "none"
-            raise ValueError(f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}")
+            raise ValueError(
+                f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}. A converter takes "
+                "others with --weights, and training takes ema weights only with --finetune_from_ema True"
+            )
         return SafetensorsReader(self._weight_file(kind), check_weights)
 
     def stored_latent_size(self, kind: str) -> int | None:
@@ -212,6 +219,8 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
     if source.is_file():
         _copy(source, out / "tokenizer.model")
         return
+    if not source.is_dir():
+        raise ValueError(f"there is no tokenizer at {source}; say where it is with --tokenizer")
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not names:
         raise ValueError(f"{source} holds no tokenizer files (looked for {', '.join(TOKENIZER_FILES)})")

@@ -20,8 +20,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--weights",
         choices=command.WEIGHTS,
-        default="ema",
-        help="ema: the average serves as model and EMA; model: no EMA; both: model and EMA as they are",
+        help="ema: the average serves as model and EMA; model: no EMA; both: model and EMA as they are; default: ema, or model if there is "
+        "no ema",
     )
     arguments.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
     arguments.add_argument(
@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import import_folder
+        from megatron_bagel.checkpoint.hf.folder import HFFolder
 
         check_writable(args.output, "--output")
+        weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model).default_weights()
         settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
-        print(import_folder(args.model, args.output, command.WEIGHTS[args.weights], args.allow_missing, **settings))
+        print(import_folder(args.model, args.output, weights, args.allow_missing, **settings))
 
     return command.run(prog, work)

@@ -15,10 +15,18 @@ from torch.utils.data import DataLoader
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.pack_reader import PackReader, StepPlan
+from megatron_bagel.data.loading.reading_process import (
+    POLL_SECONDS,
+    STOP_PATIENCE,
+    SendingReader,
+    next_record,
+    start_reading_process,
+)
 from megatron_bagel.data.loading.replacement import replaced_plan
 from megatron_bagel.data.planner.assign import PackPlan, assign_packs
 from megatron_bagel.data.planner.planner import Planner
-from megatron_bagel.platform.launch.signals import leave_signals_to_the_ranks
+from megatron_bagel.platform.launch.child_processes import reading_context
+from megatron_bagel.platform.launch.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -51,20 +59,24 @@ class PackLoader:
         for size in self.sizes.steps:
             assign_packs([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuses uneven sizes early
         self._batches: list[list[PackPlan]] = []  # planned but not yet handed out
-        self._loaded: Iterator[LoadedPack] | None = None
+        self._loaded: Iterator[Any] | None = None  # packs, or what reading processes send in their place
+        self._stop_request: StopRequest | None = None
+        self._patience = STOP_PATIENCE
+
+    def give_up_after(self, stop_request: StopRequest, patience: float | None = None) -> None:
+        """Wait for reading processes at most ``patience`` seconds once ``stop_request`` has a signal."""
+        self._stop_request, self._patience = stop_request, STOP_PATIENCE if patience is None else patience
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
-        if self._loaded is None:
-            settings: dict[str, Any] = {}
-            if self.num_workers:
-                settings = {"prefetch_factor": self.prefetch_factor, "worker_init_fn": leave_signals_to_the_ranks}
-            sampler = _Plans(self)
-            self._loaded = iter(DataLoader(self.reader, batch_size=None, sampler=sampler, num_workers=self.num_workers, **settings))
         packs_per_replica = self.sizes.at(self.consumed_packs) // self.replicas
-        packs = [next(self._loaded) for _ in range(packs_per_replica)]
+        try:
+            packs = [self._next_pack() for _ in range(packs_per_replica)]
+        except Exception:
+            self.close()  # the error keeps this object alive, and with it the processes
+            raise
         plans = self._batches.pop(0)
         self.consumed_packs += len(plans)
         return StepBatch(packs, plans)
@@ -97,9 +109,40 @@ class PackLoader:
         self.planner.load_state_dict(state)
         self.consumed_packs = self.planner.packs_made
 
+    def _next_pack(self) -> LoadedPack:
+        if self._loaded is None:
+            self._loaded = self._start()
+        return next_record(self._loaded, self._stop_request, self._patience) if self.num_workers else next(self._loaded)
+
+    def _start(self) -> Iterator[Any]:
+        sampler = _Plans(self)
+        if not self.num_workers:
+            return iter(DataLoader(self.reader, batch_size=None, sampler=sampler))
+        reader: SendingReader[StepPlan, LoadedPack] = SendingReader(self.reader.__getitem__)
+        try:
+            return iter(
+                DataLoader(
+                    reader,
+                    batch_size=None,
+                    sampler=sampler,
+                    num_workers=self.num_workers,
+                    prefetch_factor=self.prefetch_factor,
+                    worker_init_fn=start_reading_process,
+                    multiprocessing_context=reading_context(),
+                    timeout=POLL_SECONDS,
+                )
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{self.num_workers} processes that read data cannot be started: {error}. If /dev/shm is full or missing, make room there "
+                "(docker run --ipc host, or --shm-size); --num_workers 0 reads in the training process"
+            ) from error
+
     def close(self) -> None:
         """Stop the workers. Iterating again continues after the packs handed out."""
-        self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and self.num_workers:
+            loaded._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public name for it
         self._batches.clear()
 
     def plan_next(self) -> list[PackPlan]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
 from megatron_bagel.data.sources.video import FrameSampler
@@ -146,7 +147,9 @@ def _dataset_locations(
         if wrong_keys := [key for key, value in settings.items() if not isinstance(value, str)]:
             raise ValueError(f"{label}: {wrong_keys[0]} of {name} must be a path or URL, got {settings[wrong_keys[0]]!r}")
         if settings:
-            location = DatasetLocation(**{key: join(root, value) for key, value in settings.items()})
+            location = DatasetLocation(
+                **{key: join(root, expanded_path(value, f"{label}: {key} of {name}")) for key, value in settings.items()}
+            )
         elif data_root is not None:
             location = guide_location(group, name, data_root)
         else:

@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing import context, get_start_method, popen_fork
+from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
 _installed = False
@@ -34,3 +36,27 @@ def end_forks_with_this_process() -> None:
             os._exit(1)
 
     os.register_at_fork(before=remember_parent, after_in_child=end_with_parent)
+
+
+def reading_context() -> context.BaseContext | None:
+    """Return the context of processes that read data, or None for the default one where processes are not forked.
+
+    Python and torch end such processes with SIGTERM and then wait for them. Reading processes ignore SIGTERM
+    (``signals.leave_signals_to_the_ranks``), so this context ends them with SIGKILL.
+    """
+    return _ReadingContext() if get_start_method() == "fork" else None
+
+
+class _ReadingPopen(popen_fork.Popen):
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _ReadingProcess(context.ForkProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> popen_fork.Popen:
+        return _ReadingPopen(process_obj)
+
+
+class _ReadingContext(context.ForkContext):
+    Process = _ReadingProcess

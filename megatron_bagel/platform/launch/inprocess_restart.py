@@ -11,12 +11,13 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bagel.platform.launch.process_group import free_port
+from megatron_bagel.platform.launch.process_group import reserved_port
 from megatron_bagel.platform.launch.rendezvous import generation_store
 
 #: Exit code of errors that another attempt may not meet (``training/resilience/error_report.py``).
@@ -43,8 +44,6 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
         raise ValueError("--inprocess_restarts needs ranks that a launcher started; use torchrun, or drop the flag")
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = generation_store(timeout)
-    if rank == 0:
-        store.set("port", str(free_port()))
 
     def run_attempt(call: Any = None) -> None:
         if not _succeeded(lambda: attempt(dist.PrefixStore(f"attempt-{call.iteration}", store)), call.iteration < restarts):
@@ -56,7 +55,10 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
 
     # The wrapper finds the parameter to fill by this annotation, which must be an object instead of a string.
     run_attempt.__annotations__["call"] = inprocess.CallWrapper
-    _wrapper(int(store.get("port")), restarts, world_size, timeout)(run_attempt)()
+    with reserved_port() if rank == 0 else nullcontext(0) as port:
+        if rank == 0:
+            store.set("port", str(port))
+        _wrapper(int(store.get("port")), restarts, world_size, timeout)(run_attempt)()
 
 
 def _wrapper(port: int, restarts: int, world_size: int, timeout: timedelta) -> Callable[[Callable[..., None]], Callable[[], None]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,7 +50,8 @@ def init_distributed(
     if store is not None:
         rank, world_size = launched_rank(), launched_world_size()
     elif init_method is None and not _has_launcher():
-        init_method, rank, world_size = f"tcp://127.0.0.1:{free_port()}", 0, 1
+        # Port 0: the store itself takes a free port and keeps it.
+        store, rank, world_size = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout), 0, 1
     elif init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, rank, world_size = generation_store(timeout)
     dist.init_process_group(backend(), init_method=init_method, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -109,8 +112,13 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
-def free_port() -> int:
-    """Return a TCP port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Give a TCP port of this host that nobody else is given while the block runs.
+
+    The port is bound, and nothing listens on it. A server that sets SO_REUSEADDR, as torch's store does, may listen on it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]

@@ -61,9 +61,11 @@ class ErrorReport:
     because ranks that end break the connections of others.
     """
 
-    def __init__(self, results_dir: str | Path) -> None:
+    def __init__(self, results_dir: str | Path, command: str = "megatron_bagel.train") -> None:
+        self._command = command
         self._store, self._hang, self._folder = side_store("errors"), side_store(hang_watchdog.STORE), Path(results_dir) / "errors"
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._store.set(f"process/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     def __enter__(self) -> ErrorReport:
         return self
@@ -78,10 +80,10 @@ class ErrorReport:
             self._gather(rank_error)
         except RuntimeError:  # torch's DistError: the host of the store is gone
             origin = f"on rank {rank_error.rank} ({rank_error.host}), and the store of the rendezvous does not answer"
-            _say(f"megatron_bagel.train: error {origin}: {rank_error.trace}")
+            _say(f"{self._command}: error {origin}: {rank_error.trace}")
         except Exception as failure:  # whatever it is, the error of the run must be seen, and not this one
             origin = f"on rank {rank_error.rank} ({rank_error.host})"
-            _say(f"megatron_bagel.train: error {origin}: {rank_error.text}\n  The report of it failed: {failure!r}")
+            _say(f"{self._command}: error {origin}: {rank_error.text}\n  The report of it failed: {failure!r}")
         raise SystemExit(2 if rank_error.user else 1) from None
 
     def _gather(self, rank_error: RankError) -> None:
@@ -93,8 +95,8 @@ class ErrorReport:
             return
         errors = self._collect()
         silent = sorted(set(range(self._world_size)) - {error.rank for error in errors})
-        report = describe(errors, silent)
-        _say(f"megatron_bagel.train: error: {report}\n  {self._tracebacks(report, errors)}")
+        report = describe(errors, silent, [rank for rank in silent if self._is_running(rank)])
+        _say(f"{self._command}: error: {report}\n  {self._tracebacks(report, errors)}")
         self._store.set("reported", "1")
 
     def _wait_for_report(self) -> None:
@@ -123,6 +125,13 @@ class ErrorReport:
             traces = [error.trace for error in errors if not error.user]
             return "\n".join([f"The tracebacks could not be written into {self._folder} ({failure.strerror or failure}).", *traces])
 
+    def _is_running(self, rank: int) -> bool:
+        """Return whether a rank is known to run; nothing is known of ranks on other hosts."""
+        if not self._store.check([f"process/{rank}"]):
+            return False
+        host, pid = json.loads(self._store.get(f"process/{rank}"))
+        return host == socket.gethostname() and process_runs(pid)
+
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:
         """Write the report and all tracebacks to a new file, and return its path."""
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -135,13 +144,25 @@ class ErrorReport:
 
 
 def _say(text: str) -> None:
-    """Print on stderr, which may be closed or on a full disk: then there is no place left to say anything."""
+    """Print on stderr. If that is closed or on a full disk, nothing can be said."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
-def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
-    """Describe the first error and the ranks that have it, the errors of other ranks, and the ``silent`` ranks without one."""
+def process_runs(pid: int) -> bool:
+    """Return whether a process of this host runs. One that has ended and was not waited for does not."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:  # no such process, or not Linux
+        return False
+
+
+def describe(errors: Sequence[RankError], silent: Sequence[int], waiting: Sequence[int] = ()) -> str:
+    """Describe the first error and the ranks that have it, the errors of other ranks, and the ``silent`` ranks without one.
+
+    The ``waiting`` ranks are silent ones that are known to run.
+    """
     groups: dict[str, list[int]] = {}
     for error in errors:
         groups.setdefault(error.text, []).append(error.rank)
@@ -151,8 +172,10 @@ def describe(errors: Sequence[RankError], silent: Sequence[int]) -> str:
     origin = "" if is_on_all_ranks else f"{rank_list(ranks)} ({', '.join(hosts[:4])}): "
     lines = [f"{origin}{first}"]
     lines += [f"then {rank_list(later_ranks)}: {text.splitlines()[0][:300] if text else text}" for text, later_ranks in later]
-    if silent:
-        lines.append(
-            f"nothing from {rank_list(list(silent))}: killed (out of memory? the launcher knows its exit code), cut off, or still waiting"
-        )
+    if waiting:
+        verb = "runs and waits" if len(waiting) == 1 else "run and wait"
+        lines.append(f"{rank_list(list(waiting))} still {verb} for the others")
+    lost = [rank for rank in silent if rank not in waiting]
+    if lost:
+        lines.append(f"nothing from {rank_list(lost)}: killed (out of memory? the launcher knows its exit code), cut off, or still waiting")
     return "\n  ".join(lines)

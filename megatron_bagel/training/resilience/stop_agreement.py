@@ -16,16 +16,16 @@ class StepAgreement:
     """Exchanges stop requests at the beginning of a step. ``stop`` becomes true on all ranks in the same step if any has a signal."""
 
     def __init__(self, request: StopRequest | None = None) -> None:
-        self._request = request or StopRequest()
+        self.request = request or StopRequest()
         self.stop = False
         self.reason = ""
 
     def exchange(self, failures: int) -> int:
         """Return the sum of ``failures`` over all ranks, and note a stop request of any rank. Collective over the world."""
-        counts = torch.tensor([failures, self._request.number > 0], device=platform.device())
+        counts = torch.tensor([failures, self.request.number > 0], device=platform.device())
         dist.all_reduce(counts)
         total, stopping = counts.tolist()
         if stopping:
             self.stop = True
-            self.reason = f"{self._request.name or 'a signal'} ({stopping} of {dist.get_world_size()} ranks got one)"
+            self.reason = f"{self.request.name or 'a signal'} ({stopping} of {dist.get_world_size()} ranks got one)"
         return int(total)

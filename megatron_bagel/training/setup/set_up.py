@@ -94,6 +94,8 @@ def set_up(resolved: ResolvedRun, survival: Survival | None = None, folders: Run
     _ensure_index(resolved)
     replica, share = encoding_share(resolved)
     loader = _loader(resolved, share)
+    grace = resolved.resilience.grace_seconds
+    loader.give_up_after(survival.agreement.request, None if grace is None else grace / 2)
     fingerprint = _checked_fingerprint(resolved, source, loader)
     trainable, trained = build_trainable(resolved, source, replica, share)
     local = local_checkpoints(resolved.local_checkpoints, resolved.start.checkpoint_dir)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_bagel.checkpoint.dist.load import load_checkpoint, load_weights_only
-from megatron_bagel.checkpoint.dist.saver import save_checkpoint
+from megatron_bagel.checkpoint.dist.saver import Saver
 from megatron_bagel.checkpoint.dist.state import Trained
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.load import named_weights
@@ -120,7 +120,7 @@ def _saved_with_nan(folder: Path, name: str, how: str) -> str:
     """Save a run whose weight ``name`` is NaN, and return the message with which it is refused."""
     trained = tiny_run()
     named_weights(trained.modules.values())[name].data.fill_(float("nan"))
-    save_checkpoint(folder, 1, Trained(trained.modules, trained.arch), {})
+    Saver(folder).save(1, Trained(trained.modules, trained.arch), {})
     fresh = tiny_run(seed=99)
     with pytest.raises(ValueError) as caught:
         if how == "resume":

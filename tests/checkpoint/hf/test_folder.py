@@ -152,6 +152,8 @@ def test_paths_that_do_not_exist_are_named(folder: Path, tmp_path: Path) -> None
         HFFolder(folder).weights("model")
     with pytest.raises(ValueError, match="no tokenizer files"):
         copy_tokenizer(tmp_path, tmp_path / "x")
+    with pytest.raises(ValueError, match="there is no tokenizer at .*absent; say where it is with --tokenizer"):
+        copy_tokenizer(tmp_path / "absent", tmp_path / "x")
 
 
 def test_existing_output_is_not_overwritten(folder: Path, tmp_path: Path) -> None:

@@ -55,6 +55,18 @@ def test_there_and_back(goldens: Path, tmp_path: Path, weights: str, capsys: pyt
     assert (out / "vocab.json").is_file() and (out / "vit_config.json").is_file()
 
 
+def test_a_folder_with_model_weights_alone_is_taken(goldens: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    source.mkdir()
+    for file in (goldens / "hf").iterdir():
+        (source / file.name.replace("ema.safetensors", "model.safetensors")).symlink_to(file)
+    assert hf_to_megatron.main(["--model", str(source), "--output", str(tmp_path / "ckpt")]) == 0
+    out = tmp_path / "out"
+    assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--weights", "model"]) == 0
+    recorded, written = load_file(goldens / "hf" / "ema.safetensors"), load_file(out / "model.safetensors")
+    assert written.keys() == recorded.keys() and all(torch.equal(written[name], tensor) for name, tensor in recorded.items())
+
+
 def test_a_trained_checkpoint_gives_weights_and_averages(tmp_path: Path) -> None:
     [trained] = run_ranks(train_and_save, 1, tmp_path, {}, 2, 0, parallel={})
     command = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--weights", "both", "--dtype", "fp32"]

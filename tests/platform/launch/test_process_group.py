@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_bagel import platform
 from megatron_bagel.platform.device import check_processes
-from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size
+from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size, reserved_port
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -123,3 +124,18 @@ def test_attention_on_a_gpu_needs_no_plan_for_each_shape(monkeypatch):
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     platform.install()
     assert allowed == [False]
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_its_store_can_listen() -> None:
+    with reserved_port() as port:
+        others = [socket.socket() for _ in range(200)]
+        try:
+            for other in others:
+                other.bind(("", 0))
+            assert port not in {other.getsockname()[1] for other in others}
+        finally:
+            for other in others:
+                other.close()
+        store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+        store.set("key", "value")
+        assert dist.TCPStore("127.0.0.1", port, is_master=False).get("key") == b"value"
