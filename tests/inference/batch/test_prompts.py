@@ -35,7 +35,7 @@ def test_lines_override_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 1 is not valid JSON"),
+        ("{", "is not valid JSON"),
         ([1], "expected an object"),
         ({"prompt": "a", "imge": "x"}, "unknown key imge"),
         ({"prompt": "a", "task": "draw"}, "task 'draw' is unknown"),
