@@ -117,8 +117,8 @@ def test_part_of_a_fused_parameter_is_never_guessed(folder: Path) -> None:
     ("name", "hint"),
     [
         ("language_model.lm_head.weight", "vocab_size"),
-        ("vae2llm.weight", "--latent_patch_size"),
-        ("vit_model.vision_model.embeddings.position_embedding.weight", "--vit_max_num_patch_per_side"),
+        ("vae2llm.weight", "check latent_patch_size"),
+        ("vit_model.vision_model.embeddings.position_embedding.weight", "and vit_max_num_patch_per_side"),
     ],
 )
 def test_wrong_shape_names_tensor_and_setting(folder: Path, name: str, hint: str) -> None:
