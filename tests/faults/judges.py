@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_bagel.checkpoint.dist.step_folders import is_complete
-from megatron_bagel.platform.launch.process_group import free_port
+from megatron_bagel.platform.launch.process_group import reserved_port
 from tests.faults.commands import Ended, start
 from tests.faults.draws import FILES, Fault
 from tests.faults.phases import LIMIT, STEPS, World
@@ -151,7 +151,11 @@ def stopped(fault: Fault, world: World, scratch: Path) -> list[str]:
 
 def two_ranks(world: World, output: Path, scratch: Path, fault: Fault | None) -> list[Ended]:
     """A run of two ranks; with a fault, rank 1 is stopped after the first step, at its moment of the second."""
-    port = str(free_port())
+    with reserved_port() as port:
+        return _two_ranks(world, output, scratch, fault, str(port))
+
+
+def _two_ranks(world: World, output: Path, scratch: Path, fault: Fault | None, port: str) -> list[Ended]:
     # Only the run that will hang has little patience: on a busy machine a step may take seconds.
     patience = [] if fault is None else ["--hang_timeout_minutes", "0.15", "--first_step_timeout_minutes", "1"]
     words = [*world.words("train", output), *patience]
