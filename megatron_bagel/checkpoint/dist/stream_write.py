@@ -6,6 +6,7 @@ The files equal those of a torch_dist save of one rank. torch's writer makes the
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
 
 from megatron_bagel.checkpoint.dist import checksums, step_folders
+from megatron_bagel.checkpoint.dist.state import provenance
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
-from megatron_bagel.checkpoint.dist.state import provenance
 from megatron_bagel.config.architecture import BagelArch
 
 _MIN_THREADED_BYTES = 1 << 18  # bytes
@@ -130,7 +131,10 @@ def write_checkpoint(
         _write_tensors(temporary_folder, specs, get)
         # Megatron-Core's additions: the name of its format, and the part that is not sharded (empty here).
         save_config(CheckpointingConfig("torch_dist", 1), str(temporary_folder))
-        torch.save({}, temporary_folder / "common.pt")
+        # Not straight into the file: on a full disk torch would end with an internal error instead of an OSError.
+        common = io.BytesIO()
+        torch.save({}, common)
+        (temporary_folder / "common.pt").write_bytes(common.getvalue())
         (temporary_folder / step_folders.STATE_FILE).write_text(text, encoding="utf-8")
         return step_folders.publish(temporary_folder)
     except (OSError, torch_checkpoint.CheckpointException) as error:
