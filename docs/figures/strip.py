@@ -1,6 +1,6 @@
 """Draws the picture strip of the README from the small world's pictures and marks: pictures from words, edits, and how marks rise.
 
-    python docs/figures/strip.py
+python docs/figures/strip.py
 """
 
 from __future__ import annotations

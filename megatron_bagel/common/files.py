@@ -85,8 +85,12 @@ def crc32(path: Path) -> int:
 def refuse_lfs_pointer(path: Path, what: str) -> None:
     """Raise ValueError if ``path`` is the pointer that Git LFS leaves in place of a large file. ``what`` begins the message."""
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{what}: {path} is a Git LFS pointer, not the file: run git lfs pull in its repository")
+        _refuse_pointer(file.read(len(_LFS_POINTER)), path, what)
+
+
+def _refuse_pointer(content: bytes, path: Path, what: str) -> None:
+    if content.startswith(_LFS_POINTER):
+        raise ValueError(f"{what}: {path} is a Git LFS pointer, not the file: run git lfs pull in its repository")
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -102,10 +106,11 @@ def read_bytes(path: Path, what: str) -> bytes:
     if not path.is_file():
         raise ValueError(f"{what}: there is no file {path}")
     try:
-        refuse_lfs_pointer(path, what)
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{what}: {path} cannot be read ({error.strerror or error})") from error
+    _refuse_pointer(content, path, what)
+    return content
 
 
 def read_text(path: Path, what: str) -> str:

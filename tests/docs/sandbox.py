@@ -67,7 +67,6 @@ FITTINGS: dict[str, Fitting] = {
 #: Commands that no test starts as they are written: part of the command -> what tests them.
 ELSEWHERE = {
     "tests/run.sh": "it is what runs the tests",
-    "-m venv": "makes the environment in which the tests run",
     "-m pip install": "makes the environment in which the tests run",
     "setup_env.sh": "makes the environment in which the tests run",
     "build_index.sbatch": "tests/examples/test_build_index_sbatch.py, with a stand-in for Slurm",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.checkpoint.dist.step_folders import LATEST_FILE, REPLACED, SAVING, STATE_FILE
 
 #: Key of the run's identity in the state that a run continues with.
@@ -40,7 +41,7 @@ def stored_run(folder: Path) -> StoredRun:
 def _read(path: Path, changed: int) -> StoredRun:
     """Read once what retention asks for after every save. ``changed`` tells a checkpoint from an earlier one at its path."""
     try:
-        run_state = json.loads(path.read_text(encoding="utf-8"))["run"]
+        run_state = parse_json(path.read_bytes(), str(path))["run"]
         return StoredRun(str(run_state.get(RUN_ID, "")), imported=bool(run_state) and not run_state.keys() - {"config"})
     except (ValueError, KeyError, AttributeError):
         return StoredRun("", imported=False)

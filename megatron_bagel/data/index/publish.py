@@ -89,6 +89,8 @@ def publish(build: Path, plan: dict[str, Any], output: Path) -> Manifest:
         manifest = Manifest(SCHEMA_VERSION, *settings, datasets, plan.get("inputs_key"), plan.get("exif", "ignore"))
         write_whole(build / INDEX / MANIFEST, manifest.to_json())
     manifest = read_manifest(build / INDEX)
+    for leftover in (build / INDEX).rglob(".*"):  # files that a killed process was writing
+        leftover.unlink()
     if output.exists():
         shutil.rmtree(build / "old", ignore_errors=True)
         output.rename(build / "old")

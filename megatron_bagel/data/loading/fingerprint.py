@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from megatron_bagel.common.json_files import as_stored
 from megatron_bagel.data.index.format import DatasetInfo, Manifest
 from megatron_bagel.data.loading.pack_reader import ReadableSource
 from megatron_bagel.data.planner.group_source import GroupSource
@@ -29,7 +30,7 @@ def data_fingerprint(sources: Sequence[ReadableSource]) -> dict[str, Any]:
         datasets = [[reader.name, len(rows[reader.name]), dataset_digest(reader.info)] for reader in source.readers()]
         settings = {name: value for name, value in dataclasses.asdict(source.group).items() if name not in _DESCRIBED_APART}
         groups[source.name] = {"datasets": datasets, "settings": settings}
-    return json.loads(json.dumps(groups))
+    return as_stored(groups)
 
 
 def dataset_digest(info: DatasetInfo) -> str:

@@ -129,7 +129,7 @@ class ErrorReport:
         """Return whether a rank is known to run; nothing is known of ranks on other hosts."""
         if not self._store.check([f"process/{rank}"]):
             return False
-        host, pid = json.loads(self._store.get(f"process/{rank}"))
+        host, pid = parse_json(self._store.get(f"process/{rank}"), f"process/{rank}")
         return host == socket.gethostname() and process_runs(pid)
 
     def _write(self, report: str, errors: Sequence[RankError]) -> Path:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megatron_bagel.common.json_text import parse_json
+
 
 @dataclass(frozen=True)
 class LockHolder:
@@ -41,7 +43,7 @@ class LockHolder:
     def parse(cls, text: str) -> LockHolder | None:
         """Return the holder that a lock file describes; None for a file that was not written completely."""
         try:
-            return cls(**json.loads(text))
+            return cls(**parse_json(text))
         except (ValueError, TypeError):
             return None
 

@@ -6,11 +6,11 @@ Checkpoints of earlier versions have only the flags, which are compared as far a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_bagel.common.json_files import as_stored
 from megatron_bagel.config.flag import FREE, MUST_MATCH, Flag
 from megatron_bagel.config.resolve import ResolvedSizes
 from megatron_bagel.config.sections import SETTINGS
@@ -43,7 +43,7 @@ def run_fingerprint(record: Mapping[str, Any], sizes: ResolvedSizes, tokenizer: 
         "attention_backend": sizes.attention_backend,
     }
     settings = {name: value for name, value in _flat(record).items() if Flag.of(SETTINGS[name]).on_resume != FREE}
-    return json.loads(json.dumps({"settings": {**settings, **in_effect}, "tokenizer": tokenizer, "data": data}))
+    return as_stored({"settings": {**settings, **in_effect}, "tokenizer": tokenizer, "data": data})
 
 
 def saved_fingerprint(run_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_bagel.assembly.starting_weights import StartSettings
 from megatron_bagel.parallel.rank_zero import on_first_rank
@@ -15,7 +12,11 @@ from megatron_bagel.platform.launch.process_group import launched_restarts
 
 #: File in results_dir that a first start leaves if its folders were refused. A restart must not take them for its own.
 MARKER = "refused_start.txt"
-logger = logging.getLogger(__name__)
+
+
+def restart_note() -> str:
+    """Return the sentence for the log of a run that the launcher started again."""
+    return f"started again by the launcher (restart {launched_restarts()}): continuing from the newest checkpoint"
 
 
 def resume_after_restart(settings: StartSettings, results_dir: Path) -> StartSettings:
@@ -30,8 +31,6 @@ def resume_after_restart(settings: StartSettings, results_dir: Path) -> StartSet
     refusal = on_first_rank(lambda: marker.read_text(encoding="utf-8") if marker.is_file() else "", f"cannot read {marker}")
     if refusal:
         raise ValueError(f"the launcher started this run again, but its first start was refused: {refusal}")
-    if dist.get_rank() == 0:
-        logger.info("started again by the launcher (restart %d): continuing from the newest checkpoint", launched_restarts())
     # What the first start has moved aside or written is not to be moved by its restarts.
     return replace(settings, auto_resume=True, overwrite=False)
 

@@ -13,7 +13,7 @@ from megatron_bagel.common.writable import check_writable
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.training.resilience.run_lock import RunLock
 from megatron_bagel.training.setup.claim import Claim, RefusedFolders, claim_folders
-from megatron_bagel.training.setup.launcher_restarts import forget_refusal, note_refusal, resume_after_restart
+from megatron_bagel.training.setup.launcher_restarts import forget_refusal, note_refusal, restart_note, resume_after_restart
 
 CANNOT_START = "the run cannot start"
 logger = logging.getLogger(__name__)
@@ -50,10 +50,12 @@ def taken_folders(start: StartSettings, results_dir: Path) -> Iterator[RunFolder
     try:
         on_first_rank(locks.check_writable, CANNOT_START)
         on_first_rank(locks.acquire, CANNOT_START)
-        start = resume_after_restart(start, results_dir)
+        restarted = resume_after_restart(start, results_dir)
+        notes = (restart_note(),) if restarted is not start else ()
+        start = restarted
         claim = on_first_rank(lambda: _claim(start, results_dir), CANNOT_START)
         start = replace(start, run_id=claim.identity.run_id)
-        yield RunFolders(start, claim.identity.run_id, claim.notes, locks.check)
+        yield RunFolders(start, claim.identity.run_id, (*notes, *claim.notes), locks.check)
     finally:
         locks.release()
 
