@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bagel.training.setup.launcher_restarts import restart_note
 from megatron_bagel.training.setup.run_folders import taken_folders
 from tests.training.setup.test_claim import earlier_run, logged, start
 
@@ -21,7 +22,7 @@ def test_a_restart_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.Mon
     logged(tmp_path / "results", 0, 1)
     restart(monkeypatch, 1)
     with taken_folders(start(tmp_path), tmp_path / "results") as again:
-        assert (again.start.auto_resume, again.run_id, again.notes) == (True, first.run_id, ())
+        assert (again.start.auto_resume, again.run_id, again.notes) == (True, first.run_id, (restart_note(),))
 
 
 def test_a_restart_does_not_move_its_own_files_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_rank: None) -> None:
@@ -32,7 +33,7 @@ def test_a_restart_does_not_move_its_own_files_aside(tmp_path: Path, monkeypatch
     logged(tmp_path / "results", 0, 1)
     restart(monkeypatch, 1)
     with taken_folders(start(tmp_path, overwrite=True), tmp_path / "results") as again:
-        assert (again.start.overwrite, again.run_id, again.notes) == (False, first.run_id, ())
+        assert (again.start.overwrite, again.run_id, again.notes) == (False, first.run_id, (restart_note(),))
     assert (tmp_path / "results/metrics.jsonl").is_file()
 
 
