@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Package metadata and dependencies; pyproject.toml only names the build system and configures the checking tools."""
 
 import re
@@ -50,6 +51,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "pytest-xdist>=3.6",
         "pytest-cov>=7",
         "hypothesis>=6.90",
         "diffusers>=0.30",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in numbers, as JSON: memory and speed of converting, times of saving, loading and resharding, stall of a background save.
 
     python -m benchmarks.checkpoint convert --gigabytes 8 --folder DISK     synthetic released folder -> checkpoint -> folder

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data path, as JSON, beside a plain reader that follows the original's algorithm (`plain_reader.py`, `data_mixes.py`).
 
 python -m benchmarks.data --mix lognormal          # fill and balance of packs of 36864 tokens, 64 replicas; also --mix images

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic sample lengths, and the original's greedy packing of them: what the planner is held against.
 
 The greedy packing is that of the original's data loader (behaviour known from its runs): every rank for itself, samples in stream

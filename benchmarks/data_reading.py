@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading sample data: how full packs are, how fast one worker hands them out, how long the first one takes; beside the plain reader.
 
 `benchmarks/data.py` prints these numbers (``--part sample``, ``--part loader``, ``--part start``).

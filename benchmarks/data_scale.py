@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening and planning a very large index, on a synthetic sidecar: the planning columns of T2I samples, without any text or image.
 
 `benchmarks/data.py` prints these numbers (``--part open`` and ``--part plan``). Each is taken in a fresh process bound to one core.

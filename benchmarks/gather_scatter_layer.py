@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layer the expert-sorted one is measured against: tokens stay in sequence order, every part gathers and scatters its rows.
 
 Same mathematics and the same weights as the model's MoT layer, in the plain way: separate q, k, v, gate and up projections, and

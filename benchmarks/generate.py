@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed of generation as JSON: tokens per second and seconds per picture, with the cache and reading everything anew each time.
 
     python -m benchmarks.generate                                         # a named model with random weights

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building an index beside the least work that could be done: copying the same bytes file by file, and tokenising the same texts.
 
     python -m benchmarks.index_build --rows 2000 --side 512

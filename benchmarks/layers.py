@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The expert-sorted layer against the plain gather/scatter layer, same weights, same tokens, forward and backward."""
 
 from __future__ import annotations

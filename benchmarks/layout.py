@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the layout of packs costs and how evenly it deals, as JSON: context-parallel shares and FlexAttention's block masks.
 
     python -m benchmarks.layout                              # synthetic packs of 32k tokens

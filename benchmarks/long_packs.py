@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packs of 32k tokens of the kinds that make attention uneven, and how long something takes on one core."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clocks and counters: median times, operator calls, and what the machine's own matrix products reach."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named models and packs, so that a number in a report can be measured again by its name."""
 
 from __future__ import annotations

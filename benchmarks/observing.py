@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What watching a run costs: processor time of the timers of a step and of everything that a logged step computes and writes.
 
     python -m benchmarks.observing --config bench-53m

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What metrics, the watchdog and the checks of each step cost, as a share of a training step, as JSON.
 
     python -m benchmarks.overhead --config bench-53m

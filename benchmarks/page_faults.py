@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the memory settings of CPU runs save: page faults and time of large temporaries, as JSON.
 
     python -m benchmarks.page_faults

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time per step of whole training runs on several layouts, as JSON: what a second process of a CPU is worth.
 
     python -m benchmarks.parallel_step                        # one process, DP2, PP2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plain reader that follows the original's algorithm: parquet row groups and jsonl lines, one worker, greedy packing with overflow.
 
 It hands out what the original's loader does with its default flags: a tensor per field and a dense mask per sample. What differs from the

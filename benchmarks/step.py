@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training step of a named config, timed part by part: encode, forward, backward, update, EMA. fp32 on a CPU, bf16 on a GPU."""
 
 from __future__ import annotations

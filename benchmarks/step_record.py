@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A record such as a training step leaves, for benchmarks of what is done with it."""
 
 from __future__ import annotations

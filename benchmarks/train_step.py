@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed and memory of a training step, as JSON: a named config on its named pack, part by part, beside the machine's own rate.
 
     python -m benchmarks.train_step step --config bench-53m            # forward, backward, update; add --recompute-layers -1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/build_index.py --dataset_config_file YAML --data-root DIR --tokenizer PATH --output DIR``.
 
 The command itself is ``megatron_bagel/cli/data/build.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/cache_latents.py INDEX --dataset_config_file YAML --vae FILE --output DIR``.
 
 The command itself is ``megatron_bagel/cli/data/latents.py``.

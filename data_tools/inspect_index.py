@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/inspect_index.py INDEX``.
 
 The command itself is ``megatron_bagel/cli/data/inspect.py``.

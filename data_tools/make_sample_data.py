@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/make_sample_data.py OUT``.
 
 The command itself is ``megatron_bagel/cli/data/sample.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/merge_index.py --output DIR``.
 
 The command itself is ``megatron_bagel/cli/data/merge.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python data_tools/train_tokenizer.py OUT --text FILE ...``.
 
 The command itself is ``megatron_bagel/cli/data/tokenizer.py``.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Fine-tunes the released BAGEL-7B-MoT: the guide's second command, spread so that it fits 8 GPUs of 80 GB.
 #
 #   model_path=hf/BAGEL-7B-MoT dataset_config_file=data.yaml bash examples/finetune_bagel_7b.sh [flags of megatron_bagel.train]

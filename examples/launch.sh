@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
 # Sourced by the recipes (pretrain_*.sh, finetune_*.sh): starts training on one node or on several. Not a program of its own.
 #

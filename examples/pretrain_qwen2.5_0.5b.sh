@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Pre-trains a BAGEL of 1.4 billion parameters from Qwen2.5-0.5B, SigLIP and FLUX's autoencoder: the guide's first command.
 #
 #   dataset_config_file=data.yaml output_path=results/0.5b bash examples/pretrain_qwen2.5_0.5b.sh [flags of megatron_bagel.train]

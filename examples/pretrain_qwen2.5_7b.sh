@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Pre-trains a BAGEL of 14.6 billion parameters (7 billion active) from Qwen2.5-7B, SigLIP and FLUX's autoencoder.
 #
 #   num_nodes=8 master_addr=node0 dataset_config_file=data.yaml index_dir=index bash examples/pretrain_qwen2.5_7b.sh [flags]

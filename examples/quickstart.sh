@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # From nothing to pictures on a laptop: installs into .venv, makes a small world of data, trains a small BAGEL on it, asks it, and shows all
 # of it on one page.
 #

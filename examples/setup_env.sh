@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Makes the virtual environment that the tests and the quickstart use, once; does nothing when it is up to date.
 #
 #   bash examples/setup_env.sh

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python -m megatron_bagel COMMAND``; the commands are listed in ``cli/main.py``."""
 
 import sys

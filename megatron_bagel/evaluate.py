@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python -m megatron_bagel.evaluate``; the command itself is ``cli/evaluate.py``."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python -m megatron_bagel.generate``; the command itself is ``cli/generate.py``."""
 
 import sys

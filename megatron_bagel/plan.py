@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python -m megatron_bagel.plan``; the command itself is ``cli/plan.py``."""
 
 import sys

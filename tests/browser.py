@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A headless Chromium driven over WebDriver's HTTP, with the standard library alone: Debian's chromium and chromium-driver."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings every test shares: the CPU platform in place before Megatron-Core is used, one thread, where the goldens lie."""
 
 from __future__ import annotations

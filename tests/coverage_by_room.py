@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints how much of each room of the package the last ``bash tests/run.sh --cov`` ran. A figure to look at, not a bound."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a test function on several real ranks, forked after Megatron-Core is imported, so that a 2-8 rank case costs seconds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The original's arithmetic, written down as it computes it: torch float32 tensors where it has tensors, Python numbers elsewhere.
 
 `test_original_arithmetic.py` compares this with the package over sweeps of settings. Nothing here may import the package.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Tests the page of `python -m megatron_bagel.generate --serve` with gradio, which is not in the tests' environment: installs it in a folder of
 # its own for the time of the tests, with the environment's versions of everything but Pillow. Arguments go to pytest.
 set -euo pipefail

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Runs the tests, setting up the environment first if needed. Arguments go to pytest:
 #   bash tests/run.sh                            everything but the slow tests
 #   bash tests/run.sh tests/layout -k mask       a part of it
@@ -10,7 +11,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash examples/setup_env.sh
 python=${MEGATRON_BAGEL_VENV:-$root/.venv}/bin/python
-if [ "${1:-}" != --cov ]; then exec "$python" -m pytest -q -m "not slow" "$@"; fi
+# The whole suite runs in two processes; a file stays in one of them, because its tests share fixtures.
+if [ $# -eq 0 ]; then set -- -n 2 --dist loadfile; fi
+if [ "$1" != --cov ]; then exec "$python" -m pytest -q -m "not slow" "$@"; fi
 
 shift
 status=0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small real runs for tests: a sample world on disk with its index and an autoencoder, and the loop on forked ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random packs for property tests: samples of every shape the layout allows, small enough for dense oracles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of coverage sums files over the package's folders."""
 
 from __future__ import annotations

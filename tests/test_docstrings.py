@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public names say what they are: every public function, class and method has a docstring that begins with a sentence.
 
 A method that overrides a documented one of the package inherits its docstring.

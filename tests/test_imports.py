@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports point down the floors of the house, in the whole package and inside its large rooms.
 
 Every module is parsed, so an import inside a function counts too and a circle cannot hide behind import order.

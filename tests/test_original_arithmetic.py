@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every formula whose rounding decides something equals the original's over sweeps of settings, bit for bit unless a test says otherwise.
 
 docs/differences.md lists where rounding differs on purpose: learning rate, moving average, clipping, sums of losses.

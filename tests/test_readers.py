@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON, YAML, safetensors and Arrow files are opened by one module each, which names the file in every error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A flag is read once: the configuration ends at the commands. Below them, components take settings of their own.
 
 Every module is parsed, so a name that is only imported for its type counts too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every shell script of the repository: bash reads it, and shellcheck (of the extra ``test``) has nothing to say about it."""
 
 from __future__ import annotations

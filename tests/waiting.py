@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waiting for what another process does, with patience for a busy machine."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds sdist and wheel, installs the wheel into a fresh environment, and uses it from an empty folder: every command answers, and the path
 # from sample data to a picture works without the repository.
 #

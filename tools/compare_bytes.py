@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares files that hold no tensors: by their bytes, or, where they hold paths, by all other values in them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares one part with its counterpart: metrics by step and field, checkpoints and model folders by tensor, other folders by file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the parts of a run or a recording that can be compared: metrics, checkpoints, model folders, weight files, index folders."""
 
 from __future__ import annotations

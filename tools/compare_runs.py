@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says where two runs first differ, and by how much: metrics, weights, checkpoints, exported model folders, or whole recordings.
 
     python tools/compare_runs.py before after --bitwise            recordings of record_runs.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares tensors of two checkpoints or weight files, one pair in memory at a time, element by element."""
 
 from __future__ import annotations

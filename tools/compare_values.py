@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides when two values count as equal, and tallies a comparison: how many differ, where first, and by how much at most."""
 
 from __future__ import annotations

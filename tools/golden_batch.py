@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One recorded batch alone: losses, encoders' outputs, gradients under their released names, and the hidden states of every layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the training cases of ``golden_train.py`` and ``golden_optimizer.py`` share: a model, recorded batches, a way to run them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How recorded numbers are compared: every element within an absolute plus a relative bound, and the worst one is what is reported."""
 
 from __future__ import annotations

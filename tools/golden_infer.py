@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation against the recorded cases of the original: every logit, latent, cache entry and pixel, with its own noise."""
 
 from __future__ import annotations

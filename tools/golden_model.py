@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorded model and batches as the product's own objects: the folder read by its loader, batches as loaded packs.
 
 Nothing is computed here that training would compute: a batch's pixels, patches and integers go in, and what the original drew

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Single modules against ``modules.safetensors``: autoencoder, vision tower by layer, timestep embedding, tables, rotary positions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer steps against the recorded ones: the product's own training step on recorded batches, rates, norms, weights, averages.
 
 Where a gradient element is below 1e-6 its rounding decides the update (eps is 1e-15, so AdamW takes almost the sign), in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step of training on recorded batches, and how its losses and gradients are compared with the recorded ones."""
 
 from __future__ import annotations

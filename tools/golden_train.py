@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training against the recorded numbers of the original: which case a recorded key is, and the cases that change a setting.
 
 Every top-level key of ``train/expected.json`` is the name of a recorded batch or has a rule in ``RULES``; any other key fails.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the runs that record_runs.py records: flags, ranks and stops. They are small enough for two cores."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uses a checkout of this project through its documented commands, in processes of their own. Nothing of it is imported here."""
 
 from __future__ import annotations

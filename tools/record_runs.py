@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records what a checkout computes: 20 steps of eight small runs on the CPU, with their metrics, checkpoints and exported model folders.
 
     python tools/record_runs.py before --repo OLD_CHECKOUT

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holds this code against numbers recorded from the original: every training case, generation case and module, one line each.
 
     python tools/verify_golden.py                                 tests/goldens, or --goldens DIR

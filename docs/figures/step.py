@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws one training step over time: ``python docs/figures/step.py`` writes ``docs/images/step.svg``.
 
 The layout is two pipeline stages by two replicas, with four microbatches per replica. Block widths are illustrative, except that a backward

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the picture strip of the README from the small world's pictures and marks: pictures from words, edits, and how marks rise.
 
 python docs/figures/strip.py

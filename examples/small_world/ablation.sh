@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # What each part is worth: generation and understanding trained together and alone, and two experts against shared ones, on the same data
 # for the same number of steps. Prints one table of the last checkpoints' marks.
 #

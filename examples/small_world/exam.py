@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the exam of the small world, marks the answers of every checkpoint, and draws the marks over the steps.
 
 python examples/small_world/exam.py ask WORLD_JSON OUT          writes OUT/prompts.jsonl, OUT/truth.jsonl and the pictures shown

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Trains the small world on one process, with tensor parallelism over two and with pipeline parallelism over two, and compares the losses;
 # then exports the first run as a Hugging Face folder and fine-tunes from it: held-out losses must go on where they were.
 #

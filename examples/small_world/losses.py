@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares runs that layouts.sh made: the same losses on every layout, and a fine-tuning run that goes on where another one ended.
 
     python examples/small_world/losses.py RUN OTHER ... [--continued TUNED]

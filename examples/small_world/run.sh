@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Trains a small BAGEL on the sample world on 2 processes, questions first and then everything, examines every checkpoint, and prints a
 # table: pictures from words, questions, edits, on (colour, shape) pairs that training showed and on pairs that it never did.
 #

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the autoencoder in megatron_bagel/sample_world/assets/vae: FLUX's architecture at a width of 64, trained on the sample world alone.
 
     OMP_NUM_THREADS=2 python examples/small_world/train_autoencoder.py OUT

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds modules without memory for weights that will be loaded, so no rank holds more than its share and one tensor.
 
 Random weights would cost memory and billions of random numbers, only to be overwritten.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the modules that a rank trains: its part of the model, on its device, with what is frozen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens a model folder in the released format or a training checkpoint: its shape, tokenizer, autoencoder and weights."""
 
 from __future__ import annotations

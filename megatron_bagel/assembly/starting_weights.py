@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses and loads a run's first weights: from the checkpoint it continues, another checkpoint, a model folder, or pretrained parts.
 
 Weights are random only with ``--init_random``. Every source must have all weights of the model.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the modules of a model for inference: every rank has all layers, sharded by tensor parallelism only, and nothing trains."""
 
 from __future__ import annotations

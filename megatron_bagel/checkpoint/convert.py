@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts between training checkpoints and Hugging Face folders, tensor by tensor: the work behind the converters and exports.
 
 It needs neither process group nor model, and peak memory is a few tensors for a model of any size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quiet console: filters for known warnings of other packages on which a user cannot act, each by its message.
 
 This module is imported before torch and Megatron-Core, whose imports print the first of them. Any other warning is shown.

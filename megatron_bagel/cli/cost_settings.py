@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The costs of a step from flags, for a run and for a plan."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a run's data from flags. This module imports nothing of the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers to a benchmark's questions in its scorer's format: ``python -m megatron_bagel.evaluate geneval FILE --model DIR``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures from prompts, edited pictures, and answers about pictures: ``python -m megatron_bagel.generate --help``."""
 
 from __future__ import annotations

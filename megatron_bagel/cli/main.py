@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bagel COMMAND [flags]``: finds a command by its words, and imports only that one."""
 
 from __future__ import annotations

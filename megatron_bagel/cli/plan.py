@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan of a run that has no machine yet: ``python -m megatron_bagel.plan --model bagel-7b-mot --gpus 64 [flags of training]``."""
 
 from __future__ import annotations

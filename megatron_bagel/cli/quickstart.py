@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From nothing to a small trained BAGEL on this machine: sample data, two lessons, pictures, answers, marks, and one page that shows them.
 
     %(prog)s [OUT] [flags of megatron-bagel train, such as --total_steps 5000]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planned run from flags, with the given parallel sizes or with others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The resolved run from a configuration: the one place where flags become settings of components.
 
 This module imports every component, and Megatron-Core with them. So the platform must be installed first.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training: ``torchrun --nproc_per_node N -m megatron_bagel.train --config FILE [flags]``, or without torchrun on one process.
 
 PyTorch is imported after the command line has been read, and Megatron-Core after the settings have been checked. So ``--help``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The name of a command in its help and its errors: the words that started it.
 
 ``prog`` is what a user types: ``megatron-bagel data build``, ``python -m megatron_bagel data build``, or ``build_index.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Longest-first assignment: the balance rule that averages, image encoding and packs share."""
 
 from __future__ import annotations

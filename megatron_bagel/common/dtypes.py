@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of floating-point types, as flags and files spell them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that exist whole or not at all, digests of files, and text read with an error that names its file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether numbers are finite, at the price of one sum."""
 
 from __future__ import annotations

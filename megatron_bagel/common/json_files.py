@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only reader of JSON files and of files of JSON lines. Every error names the file, and the line where there is one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one rule for text and JSON from outside: encodings, byte-order marks, line ends, and how deep JSON may be nested.
 
 Text is UTF-8, and a byte-order mark is not part of it. A line ends with LF or CR LF. Other characters that Unicode counts as line

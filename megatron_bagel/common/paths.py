@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths as people write them: ``~`` and ``$VAR`` mean what they mean in a shell, also where no shell has replaced them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists as parts of a sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a folder can be written, found out before any work is done for it."""
 
 from __future__ import annotations

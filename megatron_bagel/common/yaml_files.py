@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only reader of YAML files. Every error names the file."""
 
 from __future__ import annotations

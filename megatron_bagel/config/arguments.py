@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The original's flags, with its names and defaults: what the model is, what it is trained on, how it is trained.
 
 Each field is a command-line flag (in both spellings) and a YAML key. ``original_flag`` marks those that the original BAGEL has.

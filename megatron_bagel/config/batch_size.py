@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number of packs in a global batch: constant, or growing over the first packs of a run (``--rampup_batch_size``).
 
 The size is a function of the packs trained on so far. A run that resumes, with any parallel sizes, continues with the right one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of a flag: one dataclass field holds its default, help, origin, range and other names."""
 
 from __future__ import annotations

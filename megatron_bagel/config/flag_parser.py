@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line's parser, made from the dataclasses of flags.
 
 transformers' HfArgumentParser makes the flags, as in the original: ``--x_y`` and ``--x-y``, unambiguous beginnings, and booleans as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules between flags that hold for any model. The range of a single flag stands in its field."""
 
 from __future__ import annotations

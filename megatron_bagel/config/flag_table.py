@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page docs/flags.md, written from the dataclasses of flags by ``python -m megatron_bagel.config.flag_table``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's settings under Megatron's names: parallel sizes, precision and memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of what shows a run besides its log lines: timers, a profiler's trace, a file for Prometheus."""
 
 from __future__ import annotations

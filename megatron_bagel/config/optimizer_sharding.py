@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sharding of optimizer state, from FSDP's and Megatron's flags for the same choice."""
 
 from __future__ import annotations

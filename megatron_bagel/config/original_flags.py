@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The meaning of the original BAGEL's flags here: the same, another setting, or a refusal with its reason.
 
 Each flag's field holds the note (see flag.py), and docs/flags.md shows it. validate.py refuses values; resolve.py translates them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parallel sizes that fit a model: one check per axis, each naming the flag, the reason and the sizes that work."""
 
 from __future__ import annotations

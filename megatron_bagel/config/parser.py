@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way from command line and YAML file to one ``Config``. Flags override the file; unknown names are refused with near matches.
 
 YAML values go through the same conversions as words of the command line.

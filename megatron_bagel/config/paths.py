@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings that are paths: how they are read, and how a run records them."""
 
 from __future__ import annotations

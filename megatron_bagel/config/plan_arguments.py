@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of commands, besides those of training that describe the run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a run's configuration, as ``Config.to_dict`` returns it, written for people and for ``--config``."""
 
 from __future__ import annotations

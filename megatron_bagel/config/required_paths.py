@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check that every file and folder exists which a run reads at start-up."""
 
 from __future__ import annotations

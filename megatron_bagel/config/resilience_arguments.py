@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of what a run does when something goes wrong, NVIDIA's resiliency package included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sizes and the model that follow from a configuration: batch geometry, attention backend, precision, optimizer, architecture.
 
 The functions are pure, so every rank and every planning tool gets the same answer.

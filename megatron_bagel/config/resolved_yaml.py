@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The resolved run as YAML that ``--config`` takes: given values, defaults, and the values that the run derives from both."""
 
 from __future__ import annotations

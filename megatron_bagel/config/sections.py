@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sections of training's flags, and the other names of flags, derived from the dataclasses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's TransformerConfig for a decoder: the one place that translates settings of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks before ranks exchange anything. They need no data, and each error names the flag, the reason and what to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of a model must be whole numbers of at least 1, before anything divides by them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two counts of floating-point operations under separate names: the original's MFU formula, and the work that a step really does.
 
 ``mfu_flops`` repeats the original's formula so that its published percentages can be compared. It counts one expert, the

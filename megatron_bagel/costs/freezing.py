@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which parameters the freeze flags take out of training: they get no gradient buffer, no optimizer state and no average.
 
 ``freeze_und`` detaches activations inside the model (``build_decoder(freeze_und=True)``). This module freezes the parameters that no

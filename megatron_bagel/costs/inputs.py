@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cost of a step depends on, in one object for every formula here and in planning/."""
 
 from __future__ import annotations

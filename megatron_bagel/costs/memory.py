@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many bytes one rank holds between steps, from sizes alone: weights, gradients, optimizer state, average, autoencoder.
 
 docs/parallelism.md gives the formula, and tests compare it with the buffers of real runs. It does not include activations. The

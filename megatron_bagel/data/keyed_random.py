@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every random choice of a run is a pure function of its key: no generator advances or must be saved.
 
 A choice is keyed by (seed, name...), for example ``(seed, "t2i/shapes", 17, 0, "caption")``: dataset, sample index, epoch, purpose.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps text to ids and back with the four special tokens of every sample, from a Hugging Face folder or a SentencePiece ``.model`` file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sizes without pixels: an image's transformed size is a pure function of its stored size, so planning never decodes.
 
 Planning a pack uses ``output_size``, and loading it uses ``image_tensor``; both apply the same ``TransformArgs``. The rules, including

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The FLUX autoencoder between pixels and latents. It is frozen in training, so here it has to be exact and cheap.
 
 Posterior noise always comes from the caller (keyed by sample). Images are encoded at their own size, because padding them to a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the FLUX autoencoder: residual and attention blocks, encoder and decoder, with the released parameter names."""
 
 from __future__ import annotations

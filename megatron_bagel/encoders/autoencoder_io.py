@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads and writes ``ae.safetensors`` and refuses wrong files: no tensor may be missing, unexpected or of another shape.
 
 A file may store bf16 or fp16 to be small; the module is always fp32.

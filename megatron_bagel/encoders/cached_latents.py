@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaces the autoencoder in training when its posteriors come from a latent cache (``data/index/latent_cache.py``)."""
 
 from __future__ import annotations

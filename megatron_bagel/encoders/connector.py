@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two-layer MLP that maps ViT features to the decoder's width."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image encoder: pixels become features before the pipeline schedule starts, and ViT gradients return after it.
 
 All images of a rank's microbatches are encoded together, each at its own size. The schedule sees ViT features as leaves. When all

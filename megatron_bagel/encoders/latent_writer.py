@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills a latent cache: encodes every image of the generation groups, transformed as in training, with the autoencoder.
 
 Shards of the index are written one by one. Each is complete or absent, so jobs can share the work and continue after a kill.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image encoder on all ranks of a replica: each rank encodes its share of the images and sends features to their readers.
 
 ViT features go to the ranks of the first pipeline stage, latents to those of the first and the last. The gradient of a ViT feature

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SigLIP for packed images of any size: one matrix product per weight for all images, attention only inside each image.
 
 Parameter names are those of the released files (``vision_model....``). The patch embedding is a Linear over a patch flattened as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which images of a packed ViT input have equal length, so that attention runs once per length instead of once per image."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trained half of the image encoder: pixels of packed images in, tokens for the decoder out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which 128 x 128 blocks of the attention matrix are occupied, computed from the segments without any [s, s] array.
 
 The rank's slots are cut into pieces. A piece lies inside one block and one split and runs through consecutive positions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which context-parallel rank holds which tokens of a pack: equal counts, equal attention work, and full blocks where possible.
 
 All ranks of a pack exchange keys, so any rank may hold any token; only the work per rank matters. Blocks are sliced from the pack's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sample consists of before any tensor exists: an ordered list of items, each a text or an image.
 
 An item carries only integers (token ids, pixel sizes, draws), so that every rank can hold the plan of every sample.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who attends to whom, stored as segments from which the dense reference and every backend derive their masks.
 
 Rule (the original's): token q sees k iff both belong to the same sample, and (k is not after q, or both are in the same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert-sorted order: the slot of each token of a pack on a rank, decided once so that every layer only slices.
 
 A rank holds its tokens as [text | ViT | VAE | padding]: the understanding expert's tokens first, then the generation

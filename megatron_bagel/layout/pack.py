@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From samples to one pack: every integer that a step needs, in sequence order, without reading a pixel.
 
 The fields have the order and values of the original's packed batch, so they can be compared one by one. The padding

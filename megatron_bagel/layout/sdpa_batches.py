@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents of similar length in one batch, so that one SDPA call serves many of them.
 
 Only tokens of one sample see each other, so a dense [s, s] mask would be mostly empty. Padding a few documents to a common

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pipeline stage of BAGEL's decoder: embeddings, Megatron-Core's ``TransformerBlock`` over MoT layers, two heads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One microbatch in the decoder's form: a rank's tokens in expert-sorted order, with features instead of pixels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one function that builds a pipeline stage of the decoder from an architecture and a Megatron ``TransformerConfig``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small replicated modules that embed latents for the decoder."""
 
 from __future__ import annotations

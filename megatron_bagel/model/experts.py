@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weights that exist once per expert, and the tensor-parallel exchange around them.
 
 ``und`` serves text and ViT tokens, ``gen`` serves VAE tokens. Where a layer kind shares a part, only ``und`` exists and

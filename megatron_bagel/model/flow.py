@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rectified flow as pure functions: from clean latents and noise to the decoder's input and its target. Nothing is drawn here."""
 
 from __future__ import annotations

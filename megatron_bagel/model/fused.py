@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The elementwise parts of a layer as single autograd nodes: fewer launches, fewer passes over memory, less kept for backward.
 
 Each function keeps its input and recomputes the cheap intermediate results. It uses plain torch operations, so it runs on any device.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One decoder layer of a Mixture-of-Transformers: two slices of tokens, two sets of weights, one attention.
 
 All three layer kinds are this class; the kind decides which parts exist twice. No layer gathers or scatters tokens, because a

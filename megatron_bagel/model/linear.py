@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor-parallel linears that do not communicate, because the layer gathers and reduces once for both experts together.
 
 Megatron-Core's ``ColumnParallelLinear`` and ``RowParallelLinear`` would communicate once per expert. These classes keep their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attributes on weights by which Megatron-Core knows how to treat them."""
 
 from __future__ import annotations

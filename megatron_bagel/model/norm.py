@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An RMSNorm that supports sequence parallelism, which Megatron-Core's wrapper of torch's norm refuses."""
 
 from __future__ import annotations

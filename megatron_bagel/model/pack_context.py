@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a decoder layer needs to know about the pack; Megatron's ``TransformerBlock`` carries it as ``packed_seq_params``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fixed 2-D sin-cos table that tells the decoder where in its image a ViT or latent token lies."""
 
 from __future__ import annotations

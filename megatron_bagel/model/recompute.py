@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selective recompute: some parts of a layer drop their results after the forward pass and compute them again in the backward pass."""
 
 from __future__ import annotations

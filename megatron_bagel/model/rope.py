@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary positions for packed tokens in any order: angles are looked up once per step, not once per layer."""
 
 from __future__ import annotations

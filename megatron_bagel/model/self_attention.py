@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The projections around attention, one set per expert. Tokens of different experts meet only inside the shared core attention."""
 
 from __future__ import annotations

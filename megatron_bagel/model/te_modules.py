@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer Engine's linears and norm in the shape our specs expect. They need a GPU, so only ``--transformer-impl`` imports them.
 
 The linears run with ``parallel_mode=None``: like the local ones they leave communication to the layer, which gathers and reduces

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exchanges of rows between ranks that gradients flow through, independent of any model.
 
 Every rank of a group must call them in the same order, even a rank with nothing to send. The backward pass communicates as well.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Process groups of tensor-parallel ranks that share one key/value head, needed if there are more ranks than such heads.
 
 The fused QKV weight is sharded evenly over all ranks. No rank holds a copy of a weight, and a checkpoint looks the same for any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a rank is on every parallel axis, by Megatron's numbering: any rank can compute it for all ranks without communication."""
 
 from __future__ import annotations

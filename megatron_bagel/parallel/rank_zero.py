@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run an action on one rank and share its result: a failure becomes an error on every rank, and no rank waits for a lost one."""
 
 from __future__ import annotations

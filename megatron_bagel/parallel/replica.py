@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranks of one model replica, and the rows they exchange: from the ranks that computed them to those that read them, and back.
 
 The replica's tensor-, context- and pipeline-parallel ranks share one set of packs, so work outside the decoder can be divided

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation memory by formula: the tensors that autograd saves on a rank for one microbatch between its two passes.
 
 The terms follow the ``local`` modules (``model/layer.py``, ``model/fused.py``, ``model/attention/sdpa.py``) line by line. A test counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Computes the answer of ``python -m megatron_bagel.plan``."""
 
 from __future__ import annotations

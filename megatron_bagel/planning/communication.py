@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the collectives that a rank issues in one training step, with their sizes, from the parallel sizes and the packs alone.
 
 The list follows the code that issues them: ``model/experts.py`` (tensor and sequence parallel), ``model/attention/context_parallel.py``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds one rank of a run of any size without memory or other ranks: its modules, buffers, optimizer, packs and checkpoint.
 
 The functions of a real run build everything (``training/setup/set_up.py``, ``training/setup/build.py``, ``data/loading/loader.py``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicts step time and MFU from work and traffic, on stated assumptions. It ranks plans better than it predicts times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assumptions about GPUs and links: figures from data sheets, and the share of them that training reaches. Each has a flag."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Computes the peak memory of a rank: what it has between steps, activations by recomputation mode, buffers, encoders."""
 
 from __future__ import annotations

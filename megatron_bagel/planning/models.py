@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named model sizes, so that a plan needs no folder: the shapes of the public checkpoints that BAGEL is built from."""
 
 from __future__ import annotations

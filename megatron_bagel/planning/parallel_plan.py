@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans one model on some GPUs with one choice of parallel sizes: memory, work, traffic and time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the sizes of one pack on one rank, which memory and traffic depend on, from the layout that training would make."""
 
 from __future__ import annotations

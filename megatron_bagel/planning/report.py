@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presents a plan: tables on the terminal, and a picture of the memory of each stage."""
 
 from __future__ import annotations

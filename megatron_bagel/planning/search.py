@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches the parallel sizes that suit the model and fit the machine, and ranks them by predicted step time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lays out a typical pack for a plan with the code of training: text-to-image samples and questions about pictures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place that knows CUDA from CPU, and one Megatron-Core release from another.
 
 Entry points call ``install()`` before they import anything of Megatron-Core.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of torch and the C library that make memory cheaper on a CPU: huge pages, and freed memory that the process keeps."""
 
 from __future__ import annotations

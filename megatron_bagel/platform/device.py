@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which device this process computes on, which backend its collectives use, and how much memory it has used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of a torch optimizer that does not depend on its formula: the closure, and the way through the parameter groups."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences between Megatron-Core 0.16.1 and 0.19, each handled in one function here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long work takes on this process's device, measured without waiting for the device while it works.
 
 A GPU runs behind the program that feeds it, so the program's clock would time the feeding. These stopwatches put marks (CUDA events)

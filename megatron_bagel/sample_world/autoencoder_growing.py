@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grows a FLUX-shaped autoencoder level by level, so that minutes on a laptop suffice instead of hours.
 
 A new autoencoder of full depth must learn colours, positions and edges at once, and pays for the finest level in every step. Here the

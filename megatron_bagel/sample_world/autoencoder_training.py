@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small trainer for FLUX-shaped autoencoders: it gives a toy world its latents in minutes, without an adversary.
 
 Loss = mean|x - y| + edge_weight * mean|grad x - grad y| + kl_weight * KL(posterior || N(0, 1)) per latent element. The edge

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exam on the sample world: prompts whose truth is known, as files for generation, and marks for the answers.
 
 Scenes come from another random stream than the training rows, so every picture is new to the model. With held-out pairs, half of the

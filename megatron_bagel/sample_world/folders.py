@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the sample world in exactly the folders and file schemas of BAGEL's data guide, so that one folder feeds both programs.
 
 t2i/NNNN.parquet                      image (PNG bytes), captions (JSON dict as a string)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a picture of the sample world from its pixels, so that generated pictures are scored without any network.
 
 Backgrounds are grey and shapes are chromatic. Saturation therefore finds the shape, its hue gives the colour, its centre the position,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """True statements about a scene of the sample world: captions, questions with answers, and edits with their result.
 
 Sentences are short and questions plain on purpose. A question that names the shape ("what color is the circle?") would let a model

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a byte-level BPE tokenizer in the form of Qwen2's (same text splitting, same special tokens), of any vocabulary size.
 
 Small worlds need small vocabularies: Qwen2.5's 151,665 tokens would make the embedding most of a laptop-sized model.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A complete small training set: the folders of the world, a tokenizer of its texts, model configs, an autoencoder, ``dataset.yaml``."""
 
 from __future__ import annotations

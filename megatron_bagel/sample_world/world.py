@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A world of coloured shapes that a laptop can master, drawn here so that every picture's truth is known.
 
 A scene is a background and some shapes, each with a colour, a size and one of nine positions. Scenes come from a keyed generator, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports one checkpoint of a running job: ``python -m megatron_bagel.training.export_job CHECKPOINT FOLDER``, started by ``saving.py``.
 
 To export a checkpoint by hand, with a choice of weights and types, use ``tools/checkpoint_convert/megatron_to_hf.py``.

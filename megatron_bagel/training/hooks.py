@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks of the training loop. The loop calls them before and after each step and does not know what they do.
 
 All ranks have the same hooks in the same order, so a hook may communicate with other ranks. An error in a hook ends the run.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop: data, step, log, evaluate, save. Everything else that watches a run is a hook (``hooks.py``)."""
 
 from __future__ import annotations

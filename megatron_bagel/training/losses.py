@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two losses, each divided by its own token count over the global batch, so gradients do not depend on how samples are packed.
 
 The counts come from the layout (integers), so they are known before the step starts. A microbatch without text or without

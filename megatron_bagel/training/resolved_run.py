@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as the flags resolve it. The entry point makes it once (``cli/resolve_run.py``); everything below takes it, or a part of it.
 
 No part is the configuration. Each component has settings of its own, defined beside it, so it can be built and tested without flags.

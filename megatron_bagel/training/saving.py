@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a run saves, which checkpoints it keeps, and the model folders that are exported from them while training continues.
 
 An export reads a published checkpoint in a process of its own, tensor by tensor. The ranks wait only for the save itself.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One optimizer step, in this order: count, encode, pipeline, encode backward, judge, update.
 
 All counts that a step needs from other ranks travel in one small vector, which is summed before the schedule starts.

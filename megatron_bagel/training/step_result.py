@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers of one optimizer step and the run's progress after it. Each is computed once and travels unchanged to the log."""
 
 from __future__ import annotations

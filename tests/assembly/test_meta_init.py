@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules built without memory are the modules, and starting a run holds a rank's share and little more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a run starts, decided from its settings and from what is on disk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoint benchmark converts what it made without loss, and reports each number that it promises."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks of the data path run, and show the planner's advantages where they do not hang on the machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both ways of generating give the same, which is what makes their times comparable."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of building prints what its page says, on a few small images."""
 
 from __future__ import annotations

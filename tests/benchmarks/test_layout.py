@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout benchmark reports what the dealing did, and block masks that hold the whole mask."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of what watching a run costs reports every part."""
 
 from __future__ import annotations

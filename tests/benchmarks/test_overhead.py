@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark counts every part of what watches a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark measures this process and fresh ones, every size of temporary."""
 
 from __future__ import annotations

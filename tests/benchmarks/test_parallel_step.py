@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of layouts runs what it names: the same training, on other processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark measures what it says: equal results of both layer kinds, a pack of the promised size, complete JSON."""
 
 from __future__ import annotations

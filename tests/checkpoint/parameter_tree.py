@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules with given parameter names and shapes, standing in for the decoder where only names matter."""
 
 from __future__ import annotations

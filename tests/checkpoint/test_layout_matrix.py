@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face -> any layout -> any other layout -> Hugging Face is the identity, bit for bit, for every kind of layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table fits the real modules: folder -> Megatron decoder and vision tower -> folder is bit for bit, for every layer kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny BAGEL decoder and vision tower under DDP with optimizer and EMA; gradients are made up, keyed by step and name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run prints its own lines and nothing of other packages. One line names absent speed-ups, and unlisted warnings are shown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scripts and modules that the documentation names hold nothing: they hand over to a command, under the name they are called by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks: files made here in each published format are read, answered, and written where the scorer looks."""
 
 from __future__ import annotations

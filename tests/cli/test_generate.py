@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: pictures and answers on disk from a model folder, and one clear sentence for every mistake."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bagel`` finds every command by its words, names itself as it was called, and imports nothing that it does not need."""
 
 from __future__ import annotations

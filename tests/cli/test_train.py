@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guide's two commands, with tiny folders in place of the real ones: pre-training from a Qwen2 and a SigLIP folder, and
 fine-tuning of the model that came out of it."""
 

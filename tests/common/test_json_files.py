@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error of a JSON or YAML file names the file and says what is wrong with it."""
 
 from __future__ import annotations

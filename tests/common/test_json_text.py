@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rule for text and JSON: encodings, marks, line ends, depth, digits, and files that are something else."""
 
 from __future__ import annotations

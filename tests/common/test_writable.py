@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder that cannot be written is found out before any work, and every command names its flag."""
 
 from __future__ import annotations

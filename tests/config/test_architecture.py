@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shapes of a model: read from and written to the released folder's JSON, and refused where they contradict each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ramp of the batch size: monotonous, ends where it should, and is a function of the packs alone."""
 
 from __future__ import annotations

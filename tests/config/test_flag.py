@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranges and choices stand in a flag's field, and one function checks them."""
 
 from __future__ import annotations

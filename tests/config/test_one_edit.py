@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A flag is added by one edit: a line in one dataclass reaches the parser, its aliases, help, docs, range check and YAML."""
 
 from __future__ import annotations

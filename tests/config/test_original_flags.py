@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flags of the original are complete, docs/flags.md says what is true of the code, and every earlier flag still exists."""
 
 from __future__ import annotations

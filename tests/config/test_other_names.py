@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unknown flags: the names of other trainers lead to the right flag."""
 
 from __future__ import annotations

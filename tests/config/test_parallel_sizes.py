@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Impossible parallel sizes are refused with the sizes that work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags and YAML: the guide's commands, both spellings, prefixes, aliases, precedence, and what is refused."""
 
 from __future__ import annotations

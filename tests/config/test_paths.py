@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths of settings: ``~`` and ``$VAR`` in a file, and records that mean the same from any folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What flags come to on a number of ranks, and which combinations are refused with the sizes that work."""
 
 from __future__ import annotations

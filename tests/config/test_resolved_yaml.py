@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--print_config`` prints YAML that ``--config`` takes, and that says the same when it is printed again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's configuration of a decoder: sizes, precision, recompute, and sums instead of averages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each refusal at start-up names the flag, and a correct command passes all of them."""
 
 from __future__ import annotations

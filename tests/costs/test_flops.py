@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The MFU formula equals the original's; the work-based count equals what torch's own counter sees."""
 
 from __future__ import annotations

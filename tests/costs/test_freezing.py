@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen is exactly what gets no gradient: the flags are held against what a backward pass reaches."""
 
 from __future__ import annotations

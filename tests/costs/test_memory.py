@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formula of the memory model is what ranks of real runs hold, to 1 %."""
 
 from __future__ import annotations

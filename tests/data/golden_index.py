@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The goldens' raw data as an index, with the transforms they were recorded with."""
 
 from __future__ import annotations

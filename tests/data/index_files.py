@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small source files of every group, and what an index made of them holds: shared by the tests of the index."""
 
 from __future__ import annotations

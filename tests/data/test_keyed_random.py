@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keyed randomness: the answer depends on the name only, scalar and array forms agree, and the numbers look random."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids equal the goldens; SentencePiece models get the special tokens on top; the fingerprint tells tokenizers apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes and pixels after the image transform equal the goldens; sizes keep their bounds for any input."""
 
 from __future__ import annotations

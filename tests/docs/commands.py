@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands in the documentation, parsed by the programs themselves: each starts, reads its words with its own parser, and is stopped.
 
 Nothing of a command runs beyond its parser, so commands that need a GPU or somebody's data are held to the same rule.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder in which the documentation's commands can run as a reader would run them: the repository's programs, and small things under the
 names that the pages use, so that a command is run as it is written."""
 

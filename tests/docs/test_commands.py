@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation is true as far as a machine can tell: commands parse, links lead somewhere, flags exist, pages are listed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of the documentation run as they are written, in the order of their page, on a small model on CPU; the rest is marked as
 needing a GPU, abridged, or tested elsewhere."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The drawn step is what its script writes, and its pipeline follows the formula of docs/parallelism.md."""
 
 from __future__ import annotations

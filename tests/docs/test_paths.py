@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that the pages name exist, and the page on architecture lists the floors that the import test holds."""
 
 from __future__ import annotations

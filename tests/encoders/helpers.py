@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models shared by the encoder tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The autoencoder against recorded tensors and diffusers' AutoencoderKL; images of any size side by side; wrong files refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image encoder on one process: what its settings change."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that share the encoding get the features of one that does it all, and their towers' gradients sum up to its gradients."""
 
 from __future__ import annotations

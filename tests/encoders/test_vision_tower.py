@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vision tower against recorded features, transformers' SigLIP, and itself: packing, order, recompute, no image at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that look like the real models to everything that runs before weights are read: their true sizes, and nothing else."""
 
 from __future__ import annotations

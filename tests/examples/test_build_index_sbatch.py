@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Slurm example submits an array and a merge; its tasks make the index. A stand-in for sbatch runs what it is given at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launch recipes: their commands are accepted for the true sizes of the models, they are the guide's where they say so, and signals
 of a scheduler reach the ranks. Stand-ins take the place of torchrun's ranks, srun and scontrol."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small world's exam script: the world that was trained on is read back, and every step's marks reach the table and the curves."""
 
 import importlib.util

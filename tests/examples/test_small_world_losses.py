@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of runs reads what training writes, finds the greatest difference, and says where it is."""
 
 import importlib.util

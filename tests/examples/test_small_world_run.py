@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small world's one command, from nothing to the table, with hardly any data and two steps; a second run reuses every stage."""
 
 import os

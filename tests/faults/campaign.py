@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A campaign of faults: draws faults by a seed, does each to a tiny world, and says which were answered wrongly.
 
     python tests/faults/campaign.py --faults 200 --seed 1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of the product in forked processes: what a shell would see of them, without the seconds of their imports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small world for all faults, and what a run of two ranks on it gives when nothing goes wrong."""
 
 from __future__ import annotations

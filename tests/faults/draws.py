@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws faults: the same seed and number give the same fault, whatever else is drawn."""
 
 from __future__ import annotations

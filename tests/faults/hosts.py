@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosts of a cluster as network namespaces on one machine: an address each, and a cable that can be pulled."""
 
 from __future__ import annotations

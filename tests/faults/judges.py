@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges faults: each function does one kind to a world and returns what was wrong with the answer, an empty list if nothing."""
 
 from __future__ import annotations

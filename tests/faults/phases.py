@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The phases of the product's work on a tiny world, each a command with an output folder, and what each gives undisturbed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks as processes of their own that meet over a port, as a launcher would start them, forked so that a run costs seconds."""
 
 from __future__ import annotations

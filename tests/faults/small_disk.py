@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file system of its own of a few bytes, where mounting is permitted; else a limit on the size of each file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that do not run the same thing find out at once, and ranks agree on when to stop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which steps are bad, what the flag makes of them, and that a resumed run judges as the uninterrupted one."""
 
 from __future__ import annotations

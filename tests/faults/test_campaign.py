@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few faults of a campaign in every test run, more with ``-m slow``; `campaign.py` draws as many as are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """However many ranks fail, one report is printed, and it begins with what came first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVIDIA's ft_launcher itself: a rank is stopped, its monitor ends it for want of heartbeats, and the run starts again and continues."""
 
 from __future__ import annotations

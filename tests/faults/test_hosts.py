@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rehearsal of several hosts: one is cut off in the middle of a step, the others say so, and the run continues bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Restarts in the same processes, by the real nvidia-resiliency-ext over gloo: an error of all ranks, and the run goes on bit for bit.
 
 One of a single rank needs groups that can be aborted, which NCCL's can and gloo's cannot.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs with local checkpoints: killed after one that is newer than the last checkpoint, they continue from it bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is wrong with the command line is printed once, however many ranks meet it, and by the rank that meets it alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fault matrix on whole runs: what each fault does to a run of two ranks, and that the same command continues it bit for bit.
 
 docs/operations.md lists the rows. Saves that fail and checkpoints that are damaged are in tests/checkpoint/dist/test_faults.py and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchrun itself: a rank is killed once, torchrun starts all again, and the run continues from its checkpoint without being told to."""
 
 from __future__ import annotations

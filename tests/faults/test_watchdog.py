@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank that hangs is named by the others, with what they wait in; nothing but a hang ends a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real commands in processes of their own, on the GPU or with it hidden."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What needs a CUDA GPU: left out where there is none. `python -m pytest tests/gpu` runs it, all on one GPU."""
 
 from __future__ import annotations

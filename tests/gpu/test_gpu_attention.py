@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention backends on the GPU equal the dense oracle, forward and backward, and one compiled kernel serves packs of every length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generation command on a GPU: in fp32 the pictures and texts of a CPU, and in bf16, its default there, pictures at all."""
 
 from __future__ import annotations

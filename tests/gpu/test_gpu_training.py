@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training command on a GPU over NCCL: the numbers of a CPU in fp32, near them in bf16, the same again after a restart."""
 
 from __future__ import annotations

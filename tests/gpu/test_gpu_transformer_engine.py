@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer Engine itself: a layer of its parts gives what the local one gives, and a run trains with it."""
 
 from __future__ import annotations

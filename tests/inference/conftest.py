@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One tiny model folder for all generation tests, and an engine of it in this process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A complete model folder in the released layout, small and random, so that generation is tested without any download."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pack against a packed batch of the original: the same integers under their names."""
 
 from __future__ import annotations

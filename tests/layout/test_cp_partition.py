@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dealing gives every context-parallel rank as many tokens and as much attention work as the others."""
 
 from __future__ import annotations

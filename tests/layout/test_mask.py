@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mask follows the original's rule, and its closed forms agree with the dense oracle."""
 
 from __future__ import annotations

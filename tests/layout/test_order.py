@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert-sorted order is a permutation of a pack's tokens, understanding first; groups and blocks cover the mask exactly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pack's fields equal the original's packed batch for the row made by hand (rows of files: tests/data/planner/test_golden_rows.py)."""
 
 from __future__ import annotations

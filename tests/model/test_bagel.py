@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decoder: backends agree, padding and order change nothing, frozen parts stay, text alone equals transformers' Qwen2 and Qwen3."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused parts equal their plain formulas, forward and backward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The position table equals the recorded one and keeps its two axes apart."""
 
 from __future__ import annotations

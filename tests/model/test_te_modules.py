@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Transformer Engine spec, built against stand-ins of its four classes: sizes, marks and the whole layer's arithmetic.
 
 Not run on a GPU here; what is checked is that the layer asks Transformer Engine for the right things and needs nothing else.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequence parallelism costs one gather and one reduce-scatter per half layer, forward and backward, for both experts together."""
 
 from __future__ import annotations

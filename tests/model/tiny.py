@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decoder small enough for any test, in every layer kind."""
 
 from __future__ import annotations

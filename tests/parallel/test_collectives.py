@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exchanged rows arrive where they should, and gradients return to the rank that sent the rows, summed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A replica's ranks know their places; rows reach exactly their readers, and come back summed."""
 
 from __future__ import annotations

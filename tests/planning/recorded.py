@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The collectives that this process issues, as torch's dispatcher sees them."""
 
 from __future__ import annotations

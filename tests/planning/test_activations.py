@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation bytes by formula are what real passes on CPU keep for their backward pass."""
 
 from __future__ import annotations

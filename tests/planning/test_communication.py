@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The collectives of a step by formula are those that a real step issues: kinds, group sizes, bytes and counts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dry run's packs, layout, buffers and checkpoint share are those of a real run's ranks, and its size does not depend on the world's."""
 
 from __future__ import annotations

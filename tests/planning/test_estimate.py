@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans agree with training's accounting, get better where they should, and picture what they say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory settings of CPU runs: what is asked of torch and of glibc, and that both do it. ``benchmarks.page_faults`` measures the gain."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step goes through the parameter groups in order, without recording gradients, and returns what its closure returned."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A grown autoencoder begins where the smaller one stopped, and the optimizer's update is what its name says."""
 
 import pytest

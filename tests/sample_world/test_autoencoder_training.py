@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small trainer learns, leaves a frozen model behind, and its latents get the size the flow expects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exam's truth is the truth: who answers with it gets full marks, who changes anything else loses the mark for keeping."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sample world draws what it says, says what it draws, and the scorer reads it back."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation cases in the goldens' format, of another model size, recorded from this code: the checker reads sizes from files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small set in the goldens' format, of another model size, recorded from this code: to show that the checker reads sizes from files.
 
 Recorded by other means than the checker uses: the dense attention oracle, gradients of plain mean losses.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compare_runs sees every kind of difference, says where it is, and calls equal only what is equal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation equals the recorded cases of the original, and the checker notices when it does not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes back from a checkpoint passes the checker like the recorded folder it was made from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """record_runs refuses what it cannot record, its cases are runs that training accepts, and a recording can be repeated and continued."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checker passes on this code, covers everything recorded, and fails when a number, a weight or a case is off."""
 
 from __future__ import annotations

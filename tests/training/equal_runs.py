@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every test of layouts shares: a run here and a run of one process there, compared number by number and weight by weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs whose packs are shared by several ranks give the numbers and the weights of one process.
 
 One representative of each way runs by default; the whole list is ``pytest -m slow tests/training/test_context_parallel_runs.py``.

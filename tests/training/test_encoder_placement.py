@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who encodes an image changes no number: shared by all ranks of a replica or done by its first stage, as one process does it.
 
 Every other test of layouts shares the encoding; here are the other placement, and runs that go from one to the other. The whole

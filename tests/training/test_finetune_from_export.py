@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that starts from another one's export stands where that one stopped: same held-out losses before anything is learned."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks of the loop: called in one order around every step, paused around evaluations and saves, closed whatever happens."""
 
 from __future__ import annotations

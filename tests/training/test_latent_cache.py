@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training from stored posteriors gives the losses of encoding, needs no autoencoder, and refuses a cache of something else."""
 
 from __future__ import annotations

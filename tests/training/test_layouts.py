@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every layout gives the result of one process: losses and gradient norms of each step, then weights, averages and moments.
 
 One representative of each axis runs by default; the whole list is ``pytest -m slow tests/training/test_layouts.py``.

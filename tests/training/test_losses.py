@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each loss is divided by its global token count: the same gradients however the tokens fall on microbatches and ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts nobody thought of: whatever the checks let through gives the numbers and the weights of one process.
 
 A longer, named run: ``pytest -m slow tests/training/test_random_layouts.py``. ``MEGATRON_BAGEL_EXAMPLES`` says how many layouts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs on real data: the same numbers after any kill, on any number of ranks and workers, and for every kind of data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves of whole runs: in the background as well as waited for, thinned out, exported while training goes on, and damage found."""
 
 from __future__ import annotations

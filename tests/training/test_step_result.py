@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers of a step: counts by task that add up over ranks, and counters that move by one step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs with condition dropout write the same ``metrics.jsonl`` on any layout; in bf16 they stay near each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two small modules, a schedule of random gradients, and plain torch that does the same: what optimizer and EMA tests share."""
 
 from __future__ import annotations

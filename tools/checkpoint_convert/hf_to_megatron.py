@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python tools/checkpoint_convert/hf_to_megatron.py --model DIR --output DIR``.
 
 The command itself is ``megatron_bagel/cli/convert/hf_to_megatron.py``.

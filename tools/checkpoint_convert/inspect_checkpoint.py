@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run ``python tools/checkpoint_convert/inspect_checkpoint.py show CHECKPOINT``.
 
 The command itself is ``megatron_bagel/cli/convert/inspect_checkpoint.py``.

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training checkpoints on disk: state, step folders, checksums, local copies."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checksums of a checkpoint's files, written with them and checked before loading, so that damage is found instead of trained on.
 
 ``checksums.json`` in a checkpoint's folder maps a file name to {"bytes": size, "sha256": hex}. Every rank computes the sums of its files

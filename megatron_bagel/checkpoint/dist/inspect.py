@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describes a training checkpoint for people: a page, a comparison tensor by tensor, a check of its files."""
 
 from __future__ import annotations

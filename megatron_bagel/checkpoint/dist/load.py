@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a checkpoint is loaded, bit for bit or only its weights. state.py says what it holds.
 
 All functions here are collective: every rank calls them.

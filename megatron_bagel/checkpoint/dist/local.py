@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Local checkpoints between global ones: each rank's share on a disk of its node, for a restart with the same parallel sizes.
 
 nvidia-resiliency-ext's LocalCheckpointManager writes Megatron-Core's MCoreTensorAwareStateDict, which stores what data-parallel ranks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's files of local checkpoints, each with a note: its contents and its checksum. No function here waits for another rank.
 
 <folder>/iter_0000005_0_local.pt          rank 0's share of step 5, which nvidia-resiliency-ext writes under another name and renames

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer state in a checkpoint, which is the same on disk whether one optimizer holds all parameters or two share them.
 
 The vision tower has a separate optimizer if it is data-parallel over the world. In both cases tensors are stored under their parameters'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves the state of a run, synchronously or in the background. At most one save is in progress, and it is published complete or never.
 
 In the background every rank copies what it must (GPU tensors to the host, gathered slices), forks, and trains on. The forked process sees

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds: Megatron-Core dist_checkpointing (torch_dist) for tensors, one JSON file for the rest. load.py loads it.
 
 Tensors are in model space under the weight map's names: ``<name>`` is the weight, ``ema.<name>`` its average, and

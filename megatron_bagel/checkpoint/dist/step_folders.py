@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders that are either complete or absent: written under another name, synced to disk, renamed, then pointed to.
 
 <directory>/0000200/                            a complete checkpoint after 200 optimizer steps

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which run a checkpoint belongs to, read from its JSON state alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a training checkpoint tensor by tensor in one process, without process group or model, as importing weights needs it.
 
 The files equal those of a torch_dist save of one rank. torch's writer makes them, but receives each tensor only when it writes it.

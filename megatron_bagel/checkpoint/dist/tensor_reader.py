@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Single tensors of a training checkpoint, without process group, model or Megatron, for exporting and inspecting.
 
 For any parallel sizes, a checkpoint's tensors are in model space under the weight map's names (state.py), so a full tensor is assembled

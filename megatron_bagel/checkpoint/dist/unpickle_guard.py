@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads foreign checkpoints as data, so that nothing in them can run. torch_dist stores its table of contents as a pickle, which could.
 
 A pickle names the classes and functions that it calls. A table of contents needs few and known ones; any other name is refused before

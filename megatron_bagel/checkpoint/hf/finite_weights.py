@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refuses weights that are NaN or infinite when they are loaded; they would draw black pictures, or end a run that blames its rate."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BAGEL's released folder format, read and written: config files, weights, autoencoder, tokenizer.
 
 Reading is strict (load.py). Writing gives exactly the released names, shapes and dtypes, one tensor at a time, into a temporary folder

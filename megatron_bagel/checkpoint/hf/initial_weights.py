@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's initial weights: those of pretrained folders, and seeded values by parameter name for the others.
 
 Initial values are keyed by (seed, parameter name), not by the order of construction. Any parallel sizes start from the same numbers, and

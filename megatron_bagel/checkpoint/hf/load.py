@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills Megatron modules from named tensors, fail closed: every parameter needs a value and every tensor a parameter, or nothing starts.
 
 A *source* is anything with ``keys``, ``in``, ``spec`` and ``get`` under the released names: a safetensors file, or a view of a Qwen2.5

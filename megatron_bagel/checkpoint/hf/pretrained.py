@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained Qwen2.5, Qwen3 and SigLIP folders seen in BAGEL's released format, so that one strict loader serves every start.
 
 Each folder becomes a *source* (load.py) under the released names; initial_weights.py combines them with seeded values.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the next tensor while the last one is written: converting keeps the disk busy both ways, with one more tensor in memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Safetensors files read and written one tensor at a time, so that converting a model never needs the model in memory.
 
 The library's ``save_file`` needs every tensor at once, and its reader maps the file, so that what was read stays resident. The format is

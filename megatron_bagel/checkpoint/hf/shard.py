@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slices a full tensor for one tensor-parallel rank, without any process group.
 
 Megatron stores a fused ``[gate; up]`` projection as ``[gate_r; up_r]`` on rank r, so each of its ``blocks`` is sliced separately.

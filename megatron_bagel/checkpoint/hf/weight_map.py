@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One table maps our parameters to the tensors of the released BAGEL format; both directions and every layer kind read it.
 
 Terms: a *row* is a pattern over layers ``{i}`` and experts (``{e}`` = und|gen in our names, ``{x}`` = ""|"_moe_gen" in the Hugging Face

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shared parts of the conversion commands: choices of weights, sizes, readable errors and the exit status."""
 
 from __future__ import annotations

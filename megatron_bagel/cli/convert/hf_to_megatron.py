@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convert a model folder in BAGEL's released format to a training checkpoint of step 0, for --resume_model_only True."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make a training checkpoint of step 0 from a Qwen folder, a SigLIP folder and ae.safetensors: a new BAGEL before its first step.
 
 A run with these flags starts from the same weights. QK-norm starts at 1 if the LLM has none (Qwen2.5) and is copied if it has (Qwen3).

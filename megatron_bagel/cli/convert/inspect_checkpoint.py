@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Show step, model, parallel sizes, config, data position and tensors of a training checkpoint; compare two; verify checksums.
 
     %(prog)s show CHECKPOINT            one page about it; --tensors lists every tensor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convert a training checkpoint, saved with any parallel sizes, to a model folder in BAGEL's released format. No GPU is needed."""
 
 from __future__ import annotations

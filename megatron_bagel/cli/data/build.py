@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turn BAGEL's data folders into the memory-mapped index that training reads.
 
     %(prog)s --dataset_config_file data.yaml --data-root bagel_example --tokenizer hf/BAGEL-7B-MoT --output index

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Show an index: schema, counts and histograms, one sample with texts and pictures, or one pack of a run with its mask.
 
     %(prog)s INDEX

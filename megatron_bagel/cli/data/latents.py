@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Store the autoencoder's posterior of every image of the generation groups, so that training with --latent_cache needs no VAE.
 
     %(prog)s INDEX --dataset_config_file data.yaml --vae hf/BAGEL-7B-MoT/ae.safetensors --output latents

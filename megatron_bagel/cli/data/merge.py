@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merge the parts of an index that several jobs built (--num-jobs N). One job would build the same index, byte for byte.
 
 %(prog)s --output index

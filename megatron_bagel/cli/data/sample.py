@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make a complete small training set from nothing: pictures of coloured shapes in BAGEL's data formats, a tokenizer and model configs.
 
     %(prog)s OUT --t2i 2000 --edit 2000 --vlm 2000

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a Qwen2-style BPE tokenizer on text files: plain text, or any string found in JSON lines.
 
 %(prog)s OUT --vocab-size 8192 --text captions.txt conversations.jsonl

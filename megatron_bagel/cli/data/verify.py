@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check every byte of an index: checksums, columns, token ids, and that each image decodes to its planned size.
 
     %(prog)s INDEX --workers 8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of a model, apart from how it is trained: read from the JSON files of a Hugging Face folder, and written back to them.
 
 Everything that builds modules, maps weights or counts FLOPs reads these classes, never the raw JSON. Other packages import them from here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of the image autoencoder, read from and written to ``ae_config.json``."""
 
 from __future__ import annotations

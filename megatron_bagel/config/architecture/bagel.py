@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of a whole model: decoder, vision tower, autoencoder, and what connects them."""
 
 from __future__ import annotations

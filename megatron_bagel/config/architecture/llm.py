@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of the decoder: Qwen2, Qwen3, and BAGEL's layers with two experts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of a JSON file: those that a dataclass knows, those that it only carries along, and those that it needs."""
 
 from __future__ import annotations

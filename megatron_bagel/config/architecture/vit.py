@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of the vision tower: a SigLIP vision transformer."""
 
 from __future__ import annotations

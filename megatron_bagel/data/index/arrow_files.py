@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only reader of Arrow files: the planning columns of a shard, memory-mapped. Every error names the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the index of a dataset config, alone or as one of several jobs: plan, write shards with any number of processes, publish.
 
 Everything is written into a build folder that is renamed at the end, so an index is complete or absent. An interrupted build

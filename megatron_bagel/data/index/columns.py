@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The columns that planning reads, of one shard or of rows from many shards.
 
 Random order touches every shard of a large index, and calling numpy for each of them repeatedly would take longer than all the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The format of the index on disk, described once for its writer and its reader.
 
     INDEX/manifest.json                      datasets, sources and tokenizer; written last

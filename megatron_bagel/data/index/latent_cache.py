@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The autoencoder's posterior of every training image, stored once beside the index, so that a run encodes no images.
 
     LATENTS/latents.json                        what it belongs to: index, transforms, autoencoder, files; written last

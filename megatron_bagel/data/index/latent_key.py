@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a latent cache belongs to: the bytes of an index, the image transforms, the autoencoder, and the type of its numbers."""
 
 from __future__ import annotations

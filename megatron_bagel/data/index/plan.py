@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans what an index will hold before a byte of it is written: source files in order, cut into shards by their rows alone.
 
 Every job of a build makes the same plan, and therefore the same shards, before it writes its part of them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns finished shards into an index: the manifest is written last, and one rename then makes the folder visible.
 
 A build folder holds the growing index and, separately, what only building needs:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens an index of any size in milliseconds: it reads the manifest and memory-maps everything else on first access.
 
 A reader can be pickled and forked freely; every process maps the files separately.

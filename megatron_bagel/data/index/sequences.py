@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of a shard, read by offset: checked when the shard is first opened, and sequence by sequence as they are read.
 
     <stem>.bin .idx    Megatron-Core's IndexedDataset of uint8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes one shard of the index in a worker process: reads its source rows, checks images, tokenises texts."""
 
 from __future__ import annotations

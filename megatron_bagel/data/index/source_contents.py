@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the sources of an index still have the bytes it was built from, although their times differ.
 
 A copy or ``touch`` changes the time of a file and nothing else. The index therefore records size and CRC-32 of every local source.

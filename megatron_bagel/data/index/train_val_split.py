@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of a dataset are for training and which are held out for validation: a keyed choice without a list of rows.
 
 One row of every block is held out, at a keyed offset. Arithmetic and one draw then give the k-th row of either part, in a dataset of

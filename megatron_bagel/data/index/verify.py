@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads every byte of an index and reports problems by shard, source file and row, after a copy or if a disk is in doubt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads every byte of a latent cache and reports problems by file and image."""
 
 from __future__ import annotations

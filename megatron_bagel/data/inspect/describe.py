@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describes an index, a sample or a pack in words: the texts of the inspector (figures.py draws the pictures)."""
 
 from __future__ import annotations

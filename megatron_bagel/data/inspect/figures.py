@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws an index, a sample or a pack without a display: the pictures of the inspector."""
 
 from __future__ import annotations

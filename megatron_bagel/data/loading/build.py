@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds a run's loader from its settings: which groups take part, which index holds them, how samples become packs.
 
 It knows ranks only as two numbers, this replica's place and how many there are.

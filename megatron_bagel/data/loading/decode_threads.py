@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decodes pictures in parallel inside one process: decoders and resizing release Python's lock while they work."""
 
 from __future__ import annotations

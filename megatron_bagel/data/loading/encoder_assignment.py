@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank of a model replica reads, decodes and encodes which image of a step: integers, the same on every rank.
 
 A picture that a sample shows more than once (to the ViT and to the autoencoder, or noised and clean) stays on one rank, so that each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What identifies the data of a run: the datasets of every group in their order, the content of their index, and the group's settings."""
 
 from __future__ import annotations

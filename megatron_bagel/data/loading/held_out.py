@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fixed packs of validation: the same held-out samples with the same noise every time and for any parallel sizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pack with its pixels, as the loader hands it out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns plans into packs with pixels: worker processes read, decode and transform ahead of the training loop.
 
 A worker receives a finished plan and draws only by key, so the number of workers changes only the speed. The plans come from a planner

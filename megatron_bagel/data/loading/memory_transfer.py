@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hands tensors from a reading process to the training process in anonymous memory files, which need no room in /dev/shm.
 
 torch would send them through files in /dev/shm. A container has 64 MB there by default, and when these are full, torch loses the pack in a

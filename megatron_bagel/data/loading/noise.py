@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All noise of a training step, keyed by its image: the same image gets the same noise on any rank and in any pack.
 
 Nothing here draws from a generator that advances. A kill, a resume, other parallel sizes or other packing therefore change no number.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads planned packs: texts, pictures and transforms, in a worker process or in the training process.
 
 A pack is a function of its plan and of keyed draws, so it does not matter which process reads it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two ends of a reading process: what it sends in place of a pack, and how the training process waits for it.
 
 Whatever goes wrong in a reading process ends the run within seconds with one sentence: an error travels as a value, a process that

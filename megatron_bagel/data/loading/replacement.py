@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaces a sample whose picture cannot be read at run time by the next sample of its dataset that fits into the pack.
 
 The plan and the index alone decide which sample that is, so every rank that learns of the failure makes the same new plan. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run's data are: which files, which part of them, how samples become packs, and how many processes read them."""
 
 from __future__ import annotations

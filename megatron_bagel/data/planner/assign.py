@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assigns the packs of a global batch to data-parallel replicas so that no replica waits long for another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans the next run of packs together: how many, from which candidates, in which order.
 
 A block is as long as the data allow: up to 1024 packs, but short enough that no dataset group goes through much of an epoch in it,

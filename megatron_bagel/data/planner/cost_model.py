@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the planner knows of a sample: three numbers per candidate, so that millions of them are planned as arrays.
 
 A sample's final length is known before it is read, because condition dropout is a keyed draw.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dataset group of the config over the index: the planner measures it, and the loader reads it."""
 
 from __future__ import annotations

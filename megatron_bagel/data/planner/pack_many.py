@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packs many samples into packs at once, all full and of equal cost, so that the replicas of a step start and end together.
 
 Samples that cost more than their number of tokens (long documents, large images) are assigned first, so that every pack gets its share.

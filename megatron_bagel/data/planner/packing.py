@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills one pack: samples in stream order as long as they fit, then the pair of waiting samples that fills the gap best.
 
 Stream order keeps packs an unbiased mix; only the last few samples of a pack are chosen by length. A window of w waiting samples offers

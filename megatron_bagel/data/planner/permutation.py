@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shuffled order of a dataset with random access: position -> row. One pass visits every row once, and nothing is stored.
 
 For up to 2^16 rows the order is the argsort of one random word per row. Above, a Feistel network over the next power of two is

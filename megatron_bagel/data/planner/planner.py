@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which samples make which pack: a pure function of (configuration, data, number of earlier packs).
 
 Packs form one endless global sequence that is independent of ranks and workers; a global batch is a slice of it. Every rank runs the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lengths and costs of many samples at once, as arrays: ten million samples cannot afford an object for each.
 
 The functions repeat ``sample_plan`` choice by choice with the same keyed draws, and a test holds both equal. A batch of samples is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sample shows in an epoch: which caption, which edit steps, which conditions are dropped; integers only.
 
 The rules are the original's, but each draw is a pure function of (seed, dataset, row, epoch, its name). A sample's length is therefore

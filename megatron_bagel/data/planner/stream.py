@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The endless stream of candidates: groups drawn by weight, and each group's samples in a new order every epoch, once per epoch.
 
 Everything is addressed by counters (draw number, position in a group's order). The stream's entire state is therefore one integer per

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dataset YAML of BAGEL's guide as typed objects; an unknown key is an error that names the nearest known one.
 
 The original looks up a dataset's location in a Python file. Here the YAML contains it, in a section ``dataset_info`` of the same

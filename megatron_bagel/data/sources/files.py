@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens source files from local paths, and from URLs that pyarrow (s3, gs, hdfs) or fsspec (any other scheme) supports.
 
 Locations are plain strings, because a ``Path`` would merge the two slashes of a URL. Only sources can be remote; an index is

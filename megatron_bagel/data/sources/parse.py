@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parses one source row of BAGEL's guide: the rules that make a row a sample, or the reason why it is not one.
 
 The rules are the original's, except where it crashes, trains on nothing, or silently drops rows. A key whose value is null or empty

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample in the index: texts, images and a few structure integers whose meaning depends on the group.
 
 | group | texts | structure |

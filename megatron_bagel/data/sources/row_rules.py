@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a source row may be: the limits and permissions that a build gives by flag and that decide which rows are kept out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the source files of BAGEL's guide row by row: each row is a sample, or a reason why it is not one (parse.py has the rules).
 
 No reader raises for a bad row, whatever is in it: the reason goes into the index's list of skipped rows.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The unit of reading: a run of rows of one source file, with everything that decides what the rows become."""
 
 from __future__ import annotations

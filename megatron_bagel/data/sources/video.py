@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which frames of a video a conversation shows, and the frames themselves: the index build turns a video into images.
 
 It needs PyAV (the extra ``video``). The original draws other frames in every epoch. Here each row is drawn once, so that an index

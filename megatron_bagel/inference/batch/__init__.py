@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts from files, and their results on disk."""

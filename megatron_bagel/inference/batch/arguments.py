@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line of generation: every option of the original's inferencer in one ``--help``."""
 
 from __future__ import annotations

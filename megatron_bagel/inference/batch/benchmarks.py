@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the prompt files of public benchmarks and writes the file formats of their scorers; generation in between is the usual one.
 
 | name | reads | writes, below the output folder |

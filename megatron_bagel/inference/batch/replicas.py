@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of the model that answer prompts in parallel, if more processes were launched than share one decoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one prompt asks for, and how a batch of prompts becomes contexts and answers: the rules of the conversation.
 
 The rules are the original's. Every text is read under all views except the one without the last text. Every image is read only under

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers as lines of ``results.jsonl`` with pictures beside it, and a run over many prompts that can be interrupted.
 
 A picture is on disk before its line, and lines are written in the order of the prompts. Existing lines are therefore finished, and a

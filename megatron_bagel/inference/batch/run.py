@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs prompts to answers on disk: load, answer batch by batch, write, and continue an interrupted run."""
 
 from __future__ import annotations

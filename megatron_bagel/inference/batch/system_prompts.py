@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The system prompts of think mode, in this project's words; any other text can replace them.
 
 The released weights were tuned with other wordings of the same request. Pass that wording to get their exact behaviour.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of new tokens over what their context has cached: in generation it replaces a pack's mask.
 
 One pass may serve many contexts at once (a batch of prompts, the three views of guidance). Linear layers see all new tokens together,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation so far: cached keys and values, their number, and the RoPE position of the next item."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model can do with a context: read text, read an image, predict a token, predict a velocity.
 
 Every method takes lists with one entry per context, and makes one pass of the decoder for all of them. Contexts are values:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classifier-free guidance with two conditions that are dropped in turn (text, images), and its renormalisation.
 
 Everything here is arithmetic on velocities; the caller decides which context each velocity comes from.

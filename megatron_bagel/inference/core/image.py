@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a picture from a context: Euler steps of the flow from noise (t = 1) to data (t = 0) under guidance, then decoding."""
 
 from __future__ import annotations

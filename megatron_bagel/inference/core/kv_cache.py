@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The keys and values that a context has computed: append-only, and shared between snapshots without copying.
 
 Guidance needs three views of one conversation (complete, without its last text, without its images) that share long prefixes. A

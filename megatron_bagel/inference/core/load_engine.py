@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds an ``Engine`` from a folder on disk: a Hugging Face folder in the released format, or a training checkpoint."""
 
 from __future__ import annotations

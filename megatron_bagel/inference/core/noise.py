@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Gaussian noise of a generation, keyed by (seed, prompt, purpose), so that a batch equals its prompts one by one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the next token from logits. The caller passes the random generator, so a prompt's text does not depend on its batch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generates text from many contexts at once, token by token; each stops at its end."""
 
 from __future__ import annotations

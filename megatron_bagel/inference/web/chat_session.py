@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One turn at the page of ``--serve``: which requests are allowed, and the model's reply. It knows nothing of the display."""
 
 from __future__ import annotations

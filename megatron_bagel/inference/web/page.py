@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of ``--serve`` in gradio's parts: a conversation, a box to write and to add images, and the settings of a turn.
 
 The server keeps the conversation in the browser tab's session, apart from the display. The page cannot change it, and the model reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adds the checks that gradio lacks: it refuses requests of other sites' pages and oversized requests, and loads nothing from outside.
 
 gradio hides its answers from scripts of other origins (CORS), but still executes their requests. A browser names the origin of every

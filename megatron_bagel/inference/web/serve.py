@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs ``--serve``: the page of one model, until interrupted. Only this file imports gradio, and late: an extra that takes seconds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Serves the page over HTTP: gradio inside a server that restricts who may send requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of a pack whose tokens lie on several ranks: two ways to exchange them around the plain backends.
 
 ``all_gather`` brings the keys and values of all ranks to every rank, which then answers its own queries. It works for any mask, any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference backend of the tests: one dense mask over all tokens, quadratic in the length of the pack."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention with torch's FlexAttention: on GPUs one compiled kernel skips every empty block of the pack's mask.
 
 The block mask comes from the segments (``layout/blocks.py``); one mask serves all heads. FlexAttention has no backward pass on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention with torch's ``scaled_dot_product_attention``, several documents per call: the backend of CPUs, and the fallback."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replacements that let Megatron-Core run on machines without a GPU."""

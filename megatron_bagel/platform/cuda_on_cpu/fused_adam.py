@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW with the interface of apex's and Transformer Engine's FusedAdam, which keeps the step count in the parameter group.
 
 Without either package Megatron-Core falls back to torch's AdamW, which keeps ``step`` per tensor. Its DistributedOptimizer saves

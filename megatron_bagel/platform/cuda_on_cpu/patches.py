@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CPU replacements for the CUDA calls that Megatron-Core makes unguarded in about thirty lines, none of which are edited.
 
 There are three kinds: functions of ``torch.cuda`` (streams, events, random state), the literal ``device="cuda"``, and the names of

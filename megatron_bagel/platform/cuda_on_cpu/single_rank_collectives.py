@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's DDP without copies in process groups of one rank, where gloo copies the full gradient buffer and NCCL does nothing.
 
 With one rank the shard that a reduce-scatter writes and an all-gather reads is the buffer itself, so both are the identity.

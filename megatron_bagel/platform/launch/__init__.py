@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes and process groups: how ranks start, find each other and end."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ends the processes that a rank forks (readers of data, writers of checkpoints) when the rank ends, for any reason.
 
 Forks share the rank's connections. If a fork outlived a killed rank, the other ranks would see an open connection and wait in their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process group of any size in one process: collectives return at once and move nothing. It serves dry runs of a rank's set-up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Restarts inside the processes of a run, by nvidia-resiliency-ext: after an error that left all ranks alive no process starts again.
 
 The wrapper needs every rank to leave its current wait, and aborts NCCL's process groups for that. Gloo's abort does nothing

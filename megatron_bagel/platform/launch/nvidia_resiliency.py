@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Access to NVIDIA's nvidia-resiliency-ext if it is installed: only this file and inprocess_restart.py import it.
 
 Its ft_launcher replaces torchrun and starts a monitor process per rank, which ends a rank that sends no heartbeat. The monitor has a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts and ends the process group: from the launcher's environment, from a file for tests, or as a world of one rank."""
 
 from __future__ import annotations

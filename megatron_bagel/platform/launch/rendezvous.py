@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How restarted ranks find each other in a store that still holds what earlier ranks left.
 
 torchrun's agent may keep one store over all restarts. Ranks would then read addresses of dead ranks and reports of an earlier failure.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGTERM and SIGUSR1 ask a run to save and stop. The handler only records the signal; all ranks agree together when to stop.
 
 ``training/resilience/stop_agreement.py`` makes that agreement.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that the sample world needs and no program makes quickly: a small autoencoder, and the settings of its trainings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs this package's commands in processes of their own, their output in a log that an error shows the end of."""
 
 from __future__ import annotations

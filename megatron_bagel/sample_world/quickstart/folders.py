@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the quickstart leaves what it makes."""
 
 from __future__ import annotations

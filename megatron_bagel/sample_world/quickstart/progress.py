@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bar for a training that runs in another process: it reads the run's metrics and sees new sheets of pictures."""
 
 from __future__ import annotations

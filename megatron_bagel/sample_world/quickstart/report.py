@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``report.html``: everything a quickstart made, on one page without any other file."""
 
 from __future__ import annotations

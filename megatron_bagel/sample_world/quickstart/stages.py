@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages from nothing to an examined model, each done once: data, index, latents, two lessons, export, exam, report."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Held-out losses and sample pictures during training."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluates a run (``--eval_every``): held-out losses of the weights and of their average, then pictures and answers to fixed prompts.
 
 Numbers go to ``validation.jsonl`` and the loggers, together with the time that the evaluation took. Pictures go to ``samples/`` in

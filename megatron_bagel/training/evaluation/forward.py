@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward passes without gradients for validation and sample pictures, on the training path and with any parallel sizes.
 
 An evaluation must run what is trained: the same microbatches, schedule and attention. So no weights are gathered, and a model that

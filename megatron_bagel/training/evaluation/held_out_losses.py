@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses on held-out rows, by dataset and timestep, for the weights and for their average, with the parallel sizes of the run.
 
 The rows, their order and all noise are fixed, so the losses of two steps, or of two runs with one seed, can be compared.

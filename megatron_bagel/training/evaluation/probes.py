@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixed prompts that show the progress of a run: held-out samples, divided into conditions and a target.
 
 A probe is a sample of the run's own data, so it has the sizes, the wording and the order of items that the model is trained on. Its

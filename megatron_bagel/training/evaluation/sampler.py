@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples pictures and texts from a model in training. Each sampling step is one pass of the training path, with any parallel sizes.
 
 There are no caches. The model reads a picture's conditions again in every step, and a text again for every token. In exchange,

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log lines, metrics, timers, traces and pictures of a run."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws pictures of a run side by side, to compare steps at a glance: the conditions, the sampled picture, and the data's picture."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a run's numbers and pictures on rank 0: console and ``log.txt``, ``metrics.jsonl``, TensorBoard and, on request, W&B, Prometheus.
 
 Other ranks have a ``RunLog`` too and call the same methods, which do nothing there, so the loop need not test the rank.

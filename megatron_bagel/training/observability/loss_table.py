@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums losses by dataset, with any parallel sizes, at the cost of one small sum over ranks.
 
 A loss token belongs to a sample, and a sample to a dataset ("group/name"). So every rank sums its own tokens, and the ranks exchange a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of a logged step, which every logger writes under the same names, and the rates in it.
 
 Losses are averages over the step's global batch. Rates are over the wall clock since the last logged step. The learning rate is

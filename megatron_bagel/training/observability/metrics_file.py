@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``metrics.jsonl``: one JSON object per logged step, in complete lines, without a repeated step after a resume."""
 
 from __future__ import annotations

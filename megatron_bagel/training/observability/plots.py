@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws ``loss.png``, the curves of a run, from ``metrics.jsonl`` alone, so that it can be drawn at any time and after a crash."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles a window of steps with torch's profiler on chosen ranks. Each writes one trace for Perfetto or chrome://tracing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the newest numbers of a run to a text file in Prometheus' format, for the textfile collector of node_exporter.
 
 A file needs no port and cannot slow training down. It is replaced as a whole, so a scrape never reads half of it. The part of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the steps that are logged and makes their records: losses by dataset, rates since the last record, times and memory."""
 
 from __future__ import annotations

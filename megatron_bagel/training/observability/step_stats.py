@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of a logged step: times by phase, tokens by task and expert, fill of packs, imbalance, memory.
 
 Counts of the global batch come from the vector that every step exchanges (``step.py``). What only a rank knows (its times, its memory,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures the time of each phase of a step, with one stopwatch per phase that is read when a step is logged.
 
 Phases on the device are timed by events in its queue, the others by the host's clock, so timing never waits. With ``barrier``

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exponential moving average of the fp32 main weights. Each rank keeps the slices it updates, so no rank holds all of it.
 
 The slices are those of the distributed optimizer (or even slices of each parameter without it), so the update is local.

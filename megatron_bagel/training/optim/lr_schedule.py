@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning rate of each step, by Megatron's scheduler, but with a first step that already learns.
 
 Megatron (and the original) start warm-up at step 0 with a rate of exactly 0, so the first batch has no effect. Here step i

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's DDP and optimizer over the decoder chunks and the vision tower, set up so that gradients are plain sums.
 
 The optimizer is AdamW with one group and without weight decay, as in the original. The losses are already divided by their

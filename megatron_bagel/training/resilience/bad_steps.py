@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects steps that must not reach the weights: numbers that are not finite, and loss spikes. It judges a step before the update.
 
 The verdict follows from sums over the world (``step.py``), so it is the same on every rank. With ``rerun`` Megatron-Core's

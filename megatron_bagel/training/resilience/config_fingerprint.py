@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that all ranks run the same settings, versions and code, by a digest that they compare before any other communication."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints one readable report when ranks fail, instead of interleaved tracebacks.
 
 A failing rank puts its error into the store of the rendezvous. The first such rank waits a moment for the others and prints a report: the

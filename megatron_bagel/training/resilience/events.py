@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``events.jsonl``: the events of a run besides its steps, one JSON object each. No event is ever removed, not even on resume."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs Python's garbage collection at chosen steps, the same on all ranks (Megatron's ``--manual_gc``).
 
 Otherwise each rank's collector runs whenever that rank has made enough objects, and all ranks wait for one after the other.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects a run that hangs, reports which ranks do not answer and where the others wait, and ends the run.
 
 A thread on every rank puts a small beat into the store of the rendezvous every few seconds: a count, the rank's step, and the position of

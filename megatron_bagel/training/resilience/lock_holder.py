@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process that holds the lock of a folder, as its lock file describes it."""
 
 from __future__ import annotations

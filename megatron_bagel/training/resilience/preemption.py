@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the time that a run needs after a signal with the time that the scheduler gives, before the signal and when it arrives."""
 
 from __future__ import annotations

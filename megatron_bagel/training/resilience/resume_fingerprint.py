@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a run goes on as the run that its checkpoint was saved by: settings, data and tokenizer, compared at every resume.
 
 What must match refuses the start. What may change is said in the log. The class of a setting stands in its flag (``config/flag.py``).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The identity of a run: a number drawn at its first start, which its folders, its checkpoints and its metrics carry.
 
 <results_dir>/run.json and <checkpoint_dir>/run.json      {"run_id": "9b1e44d07c52", "begun": "2026-01-31T12:00:00+00:00", "follows": ""}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lock on a folder: one process writes into it at a time, on any file system, with no lock of the system.
 
 The lock is a file that its holder creates exclusively and touches every few seconds. A holder on this machine is looked up among the

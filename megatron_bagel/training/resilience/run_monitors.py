@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects what monitors a run in one object for the loop: watchdog, bad steps, stop requests, stragglers, launcher heartbeats."""
 
 from __future__ import annotations

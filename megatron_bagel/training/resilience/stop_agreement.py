@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets all ranks leave the loop after the same step when one of them has a signal.
 
 The request travels with the sum over the world that begins each step (``unreadable_samples.py``), so it needs no communication of its own.

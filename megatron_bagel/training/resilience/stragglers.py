@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds ranks that are slower than the others. Each rank measures its time without waits for other ranks; it is gathered rarely."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaces samples that cannot be read during training, on all ranks alike, and lists them. Too many of them end the run.
 
 Only the rank that encodes a picture reads it, so only that rank notices a failure; all ranks of a replica read its texts. The number of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds what a run trains: modules in Megatron's DDP, their optimizer, average and schedule, and the image encoder."""
 
 from __future__ import annotations

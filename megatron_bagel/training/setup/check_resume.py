@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares a run with the checkpoint that it continues, before its weights are loaded."""
 
 from __future__ import annotations

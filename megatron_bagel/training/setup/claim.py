@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which run a start belongs to, by what its folders hold. One rank decides, before anything is written into them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the hooks of a run, in the order in which the loop calls them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets a run that its launcher restarts after a failure continue from its own newest checkpoint, also without ``--auto_resume``."""
 
 from __future__ import annotations

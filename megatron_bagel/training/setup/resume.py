@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continues a run from its newest state, which is in checkpoint_dir or in local checkpoints on the disks of its nodes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes the folders of a run before anything is built: they belong to one run, and one process writes into them at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moves the files of an earlier run aside, into a numbered folder beside them, so that another run can use its folders."""
 
 from __future__ import annotations

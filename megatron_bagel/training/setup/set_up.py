@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets up a run and executes it: process groups, model, data, optimizer, and the weights or the checkpoint it starts from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the checkpoint or folder that a run starts from, once for all ranks and after its files have been verified."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What disks and people do to checkpoints, on real files: a run never loads a torn one, and says what is wrong with which file."""
 
 from __future__ import annotations

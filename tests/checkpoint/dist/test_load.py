@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training goes on from a checkpoint bit for bit, on as many ranks as it likes; what does not fit is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Local checkpoints: the same ranks go on from them bit for bit, and anything that does not fit is passed over with its reason."""
 
 from __future__ import annotations

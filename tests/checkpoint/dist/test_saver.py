@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves in the background are one at a time: however fast they come, no more than one copy of the state waits for the disk."""
 
 from __future__ import annotations

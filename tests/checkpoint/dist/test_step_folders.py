@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint folder is complete or not there; which folder is loaded, which may go. Kills and damage are in test_faults.py."""
 
 from __future__ import annotations

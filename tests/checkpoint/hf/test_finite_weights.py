@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are NaN or infinite are refused when they are read, and the message names file and tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A released-layout folder goes in and comes out bit for bit, and whatever does not fit is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First weights: seeded by name, taken from Qwen2- and SigLIP-style folders, vocabularies that grow and never shrink."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """init_from_pretrained on folders that transformers wrote: the checkpoint holds what the folders hold, and exports as a BAGEL folder."""
 
 from __future__ import annotations

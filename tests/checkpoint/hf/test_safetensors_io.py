@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A streamed safetensors file is one the library reads, and appears only when it is complete."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor-parallel shards join to the tensor they were cut from."""
 
 from __future__ import annotations

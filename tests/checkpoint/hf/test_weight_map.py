@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight map names exactly the released tensors, and fusing is undone exactly by splitting, for every layer kind."""
 
 from __future__ import annotations

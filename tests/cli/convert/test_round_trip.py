@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face folder -> checkpoint -> Hugging Face folder is the identity, by the tools' own command lines."""
 
 from __future__ import annotations

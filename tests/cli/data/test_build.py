@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command builds an index from the guide's layout, says what it left out, and answers bad input with one line."""
 
 from __future__ import annotations

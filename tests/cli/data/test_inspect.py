@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inspector shows counts and histograms, a sample's words and pictures, and a run's packs, as text, PNG and one HTML file."""
 
 from __future__ import annotations

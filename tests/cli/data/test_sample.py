@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sample data has the guide's layout and schemas, is the same for the same seed, and is refused where it cannot be made."""
 
 import io

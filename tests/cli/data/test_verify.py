@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command finds damage anywhere in an index, names it, and answers with its exit status."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of bad input is kept out or refused, with a message that names the file and the row."""
 
 from __future__ import annotations

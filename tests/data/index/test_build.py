@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An index gives back what was in the sources, whatever the number of processes; it appears whole or not at all."""
 
 from __future__ import annotations

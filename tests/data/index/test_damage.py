@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damage of a file that training reads by offset is found when it is opened or read, and the message names the file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The EXIF orientation is a setting of the index: it decides sizes and pixels, and indexes of earlier versions keep theirs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs on many machines make the index that one job makes; a killed build loses and doubles nothing; a full disk is told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An index serves sources of the same bytes, whatever their times are, and no others."""
 
 from __future__ import annotations

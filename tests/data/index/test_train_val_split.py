@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training and validation rows are two parts of every dataset, the same whatever else changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From flags to batches: the index is made when none is given, groups follow the flags, what cannot work is refused at the start."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads that decode change how fast pictures come, and nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every picture has one reader per replica, shares cost alike, and what is planned from samples is what the packs hold."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What identifies the data of a run, and an index that was built from other files than the dataset config names."""
 
 from __future__ import annotations

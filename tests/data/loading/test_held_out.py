@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validation packs: every chosen sample once over all replicas, none of training's, the same on every layout."""
 
 from __future__ import annotations

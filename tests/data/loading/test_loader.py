@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loader: workers change nothing, replicas share one global order, the saved position is that of what was handed out."""
 
 from __future__ import annotations

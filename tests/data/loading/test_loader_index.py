@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planner and loader over a real index: packs hold exactly its samples, workers change no pixel, a killed run continues."""
 
 from __future__ import annotations

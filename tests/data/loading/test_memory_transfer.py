@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors arrive as they were sent, with and without Linux's memory files."""
 
 from __future__ import annotations

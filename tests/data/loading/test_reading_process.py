@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever goes wrong in a reading process ends the training process within seconds, with one sentence and its status."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What replaces a broken sample: the next one of its dataset that fits, the same for whoever asks."""
 
 from __future__ import annotations

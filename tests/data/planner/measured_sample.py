@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The measures of one sample, item by item: what the planner's arrays must hold."""
 
 from __future__ import annotations

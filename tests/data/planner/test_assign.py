@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dealing packs: equally many each, every pack once, work as equal as the costliest pack allows."""
 
 from __future__ import annotations

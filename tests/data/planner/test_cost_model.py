@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the planner counts equals what the layout makes: lengths, mask areas; and the cost ratios have the right size."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that the original packed from files: the same samples, taken from our index, make the same pack, field for field."""
 
 from __future__ import annotations

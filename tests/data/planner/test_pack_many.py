@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block of packs: never too full, no sample twice, as full and as even as the samples allow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing: never too full, no sample twice, the best pair really is the best, long waiting lists give full packs."""
 
 from __future__ import annotations

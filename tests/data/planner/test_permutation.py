@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shuffled order visits every row once, differs between epochs and is the same wherever it is entered."""
 
 from __future__ import annotations

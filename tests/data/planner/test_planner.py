@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planner: every sample once per epoch, one global order for any asking and any replica count, resume is continuation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measuring arrays of samples gives exactly the lengths and costs of their plans, built one by one."""
 
 from __future__ import annotations

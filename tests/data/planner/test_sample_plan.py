@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans equal the original's when fed the original's draws; keyed draws make them a function of sample and epoch alone."""
 
 from __future__ import annotations

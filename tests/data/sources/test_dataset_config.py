@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guide's YAML is read as written; whatever it cannot mean is refused with the key and the nearest known name."""
 
 from __future__ import annotations

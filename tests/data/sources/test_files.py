@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources on remote file systems give the index that local ones give: through fsspec's memory and pyarrow's own file system."""
 
 from __future__ import annotations

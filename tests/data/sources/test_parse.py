@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of one row: keys that are null, shapes that exporters write, names that leave their folder, and limits."""
 
 from __future__ import annotations

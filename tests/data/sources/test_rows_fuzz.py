@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a row holds, it is a sample or has a reason, and the rows around it stay samples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frames of a video take the place of its mark; which ones is the original's rule, drawn once per row."""
 
 from __future__ import annotations

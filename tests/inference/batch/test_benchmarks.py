@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Question files follow the same rule as sources: what breaks it is named with file and line, and stray files are no questions."""
 
 from __future__ import annotations

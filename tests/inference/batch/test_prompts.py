@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSONL in: every kind of bad line is refused with its file and number."""
 
 from __future__ import annotations

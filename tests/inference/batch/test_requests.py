@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations: which view reads what, and that an answer does not depend on what it is batched with."""
 
 from __future__ import annotations

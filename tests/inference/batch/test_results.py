@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers of earlier versions, whose settings do not record the EXIF orientation, continue with its old value only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a cache equals attention over everything at once, and a batch equals its rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cached passes of generation against the training path: one pack, one mask, no cache, the same numbers."""
 
 from __future__ import annotations

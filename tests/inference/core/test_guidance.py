@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guidance arithmetic: what it must leave alone, and what its norms may not exceed."""
 
 from __future__ import annotations

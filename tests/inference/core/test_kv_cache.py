@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Caches are values: whatever is appended to whichever snapshot, every snapshot keeps exactly what it had."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening models: an HF folder and a training checkpoint give the same engine, and what does not fit is refused."""
 
 from __future__ import annotations

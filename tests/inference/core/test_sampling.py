@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing tokens: only from the tokenizer's part of the vocabulary, and with the odds that temperature and top-p say."""
 
 from __future__ import annotations

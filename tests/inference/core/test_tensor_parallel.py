@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that share a decoder say and draw what one process does; copies of the model answer side by side."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decoding loop: what is counted, who stops when, and how ids become text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of the tiny model as the command serves it, in a process of its own, for its tests over HTTP and in a browser."""
 
 from __future__ import annotations

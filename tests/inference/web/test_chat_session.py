@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A turn at the page's desk: what the engine makes of it, one after another, and one sentence for what cannot be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard reads JSON before the page does, and gives the page the same bytes again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command that shows the page, where it cannot; what it shows is in test_page_server.py."""
 
 from __future__ import annotations

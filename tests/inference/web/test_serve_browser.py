@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page in a real browser: what a person does on it, and what it shows when a turn cannot be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page over HTTP: it answers as the engine does, turn after turn, and refuses what is too large or not its own page's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend equals the dense oracle, forward and backward, on random packs."""
 
 from __future__ import annotations

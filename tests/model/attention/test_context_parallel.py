@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several ranks that share a pack compute what one rank computes, outputs and gradients, however its tokens are dealt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our Adam equals torch's AdamW, keeps ``step`` in the group, and lets a distributed optimizer load what it saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU stand-ins: "cuda" is read as "cpu" in every thread that entered, and random states replay."""
 
 from __future__ import annotations

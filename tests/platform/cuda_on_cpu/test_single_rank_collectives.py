@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank alone moves nothing in the step; two ranks still reduce and gather."""
 
 from __future__ import annotations

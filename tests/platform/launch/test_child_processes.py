@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a killed process has forked does not outlive it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When heartbeats go to ft_launcher, and what is refused; that its monitor gets them is tests/faults/test_ft_launcher.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks forked by tests/distributed.py: results in order, errors of any rank in the parent, nothing left running."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that meet in a store in which others met before agree on a name of their own, whatever those left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands run side by side; the first that fails stops the others and is reported with the end of its output."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bar follows a run in another process by its files, whatever moment it looks at them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page at the end shows what a model did, needs no other file, and its marks tell a perfect model from a blind one."""
 
 from __future__ import annotations

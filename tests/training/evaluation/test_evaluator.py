@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation on every layout: the same held-out losses and the same pictures as on one process, and training that does not notice."""
 
 from __future__ import annotations

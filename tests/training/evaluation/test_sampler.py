@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows of its model is what generation makes of it: the uncached passes of training against the cached ones of inference."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sheet shows every picture whole, whatever sizes and prompts come together."""
 
 from __future__ import annotations

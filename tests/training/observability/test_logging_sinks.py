@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's outputs on disk: log.txt, metrics.jsonl, TensorBoard events and the curves, on rank 0 only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means by dataset are those of the tokens of that dataset, wherever they lie."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console line is the original's, and rates count the steps they saw."""
 
 from __future__ import annotations

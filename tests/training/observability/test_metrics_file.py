@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A resumed run never leaves a step twice in metrics.jsonl, whatever the kill left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The profiler's window: which steps and ranks it covers, and that what it writes is a trace with the phases' names in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prometheus' text file: read back by the rules of its format, whole at every moment, and over when the run is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a logged step says about itself: extremes over ranks, and the same composition on any layout."""
 
 from __future__ import annotations

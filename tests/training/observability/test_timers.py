@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timers of a step's phases: what they add up, and that they line ranks up only when asked."""
 
 from __future__ import annotations

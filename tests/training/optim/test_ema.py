@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sharded average equals the plain one, comes back bit for bit from full tensors and checkpoints, on any number of ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning rates equal the original's where its count is asked for, and start above zero otherwise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's optimizer, as set up here, does what plain AdamW and clipping do on gradients summed over ranks."""
 
 from __future__ import annotations

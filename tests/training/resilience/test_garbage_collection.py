@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Garbage collection at chosen steps: exactly there, on every rank, and a run's numbers do not notice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warnings that a save at a signal would not finish: given if and only if the measured times do not fit into the grace time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A resume compares settings, data and tokenizer: what must match refuses it, what may change is said, the rest is free."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One process writes into a folder at a time: a live holder is named, a dead one replaced, and one on another host is waited for."""
 
 from __future__ import annotations

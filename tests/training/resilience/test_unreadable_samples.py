@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs over an index with broken pictures: the same losses on any layout, every replacement counted and listed, too many end the run."""
 
 from __future__ import annotations

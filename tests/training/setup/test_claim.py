@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which run a start belongs to: an earlier run in its folders is continued, moved aside, or the start is refused. Nothing is lost."""
 
 from __future__ import annotations

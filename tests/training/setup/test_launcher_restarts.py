@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A restart by the launcher continues the run of its first start, and never one that the first start was refused."""
 
 from __future__ import annotations

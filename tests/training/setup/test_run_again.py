@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs over the folders of an earlier one: continued as they were, refused by the flag that must match, or moved aside."""
 
 from __future__ import annotations
