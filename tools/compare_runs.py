@@ -82,8 +82,8 @@ def left_out(rule: Rule) -> str:
     measured = ", ".join([*TIMINGS, *(f"{prefix}*" for prefix in TIMING_PREFIXES)])
     rounding = "" if rule.bitwise else "key biases of the vision tower, whose true gradient is zero; "
     return (
-        f"Left out: {rounding}what is measured ({measured}); of checkpoints versions, number of ranks and flags; of model folders the card; "
-        f"of an index paths and what follows from them ({', '.join(sorted(PATH_KEYS))})."
+        f"Left out: {rounding}what is measured ({measured}); of checkpoints versions, number of ranks and flags; "
+        f"of model folders the card (README.md); of an index paths and what follows from them ({', '.join(sorted(PATH_KEYS))})."
     )
 
 

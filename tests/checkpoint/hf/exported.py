@@ -15,7 +15,7 @@ from megatron_bagel.model.positions import sincos_2d
 
 
 def export(goldens: Path, out: Path, kinds: Sequence[str] = ("ema",), arch: BagelArch | None = None, **options: Any) -> Path:
-    """Write the goldens' weights, or weights of ones for another ``arch``, as a model folder."""
+    """Write the goldens' weights, or random ones for another ``arch``, as a model folder."""
     source = HFFolder(goldens / "hf")
     if arch is None:
         reader, entries = source.weights(), WeightMap(source.arch).entries
@@ -27,7 +27,7 @@ def export(goldens: Path, out: Path, kinds: Sequence[str] = ("ema",), arch: Bage
         entries = WeightMap(arch).entries
 
         def get(name: str) -> torch.Tensor:
-            return torch.ones(entries[name].shape)
+            return torch.randn(entries[name].shape, generator=torch.Generator().manual_seed(list(entries).index(name)))
 
     files = {kind: WeightFile(get) for kind in kinds}
     return write_folder(out, arch or source.arch, files, sincos_2d, goldens / "hf", goldens / "hf" / "ae.safetensors", **options)
