@@ -89,9 +89,9 @@ def token_ids(folder: Path) -> dict[str, int]:
         tokenizer = read_json(folder / "tokenizer.json", "tokenizer")
         vocabulary = tokenizer.get("model", {}).get("vocab", {})
         ids |= vocabulary if isinstance(vocabulary, dict) else {token: number for number, (token, _) in enumerate(vocabulary)}
-        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     if (folder / "tokenizer_config.json").is_file():
-        added = read_json(folder / "tokenizer_config.json", "tokenizer").get("added_tokens_decoder", {})
+        added = read_json(folder / "tokenizer_config.json", "tokenizer").get("added_tokens_decoder") or {}
         ids |= {token["content"]: int(number) for number, token in added.items()}
     return ids
 
