@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.unpickle_guard import COMMON_OBJECT, read_common, read_contents, refuse_code
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
+from megatron_bagel.checkpoint.hf.server_index import points_at_averages
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.training.observability.metrics_file import read_history
 from tools import compare_parts as parts
@@ -29,6 +30,8 @@ RUN = "run"
 TIMING_PREFIXES = ("time/", "time_min/", "memory/", "seconds_")
 #: What a checkpoint says of the run that wrote it: its flags, what identifies its data, and its identity.
 ABOUT_THE_RUN = ("config", "fingerprint", "run_id")
+#: The model card of a model folder. It states flags and losses of the run.
+CARD = "README.md"
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -126,22 +129,30 @@ def compare_weight_files(left: Path, right: Path, tally: Tally, rule: Rule) -> N
 
 
 def compare_models(left: Path, right: Path, tally: Tally, rule: Rule) -> None:
-    """Count every tensor of every weight file, however it is cut, and every other file."""
+    """Count every tensor of every weight file, however it is cut, and every other file but the model card, which lists flags."""
     left_files, right_files = weight_files(left), weight_files(right)
     tally.note_one_sided(left_files, right_files)
     for name in sorted(left_files.keys() & right_files.keys()):
         compare_tensors(WeightFile(left_files[name], f"{name}: "), WeightFile(right_files[name], f"{name}: "), tally, rule)
     left_others, right_others = (
-        {name: path for name, path in files_of(folder).items() if ".safetensors" not in name} for folder in (left, right)
+        {name: path for name, path in files_of(folder).items() if ".safetensors" not in name and name != CARD} for folder in (left, right)
     )
     compare_files(left_others, right_others, tally)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the weight files by name ("ema", "model", "ae"). A file that is cut into parts is represented by its index."""
-    indexes = {path.name.removesuffix(_INDEX_SUFFIX): path for path in folder.glob(f"*{_INDEX_SUFFIX}")}
+    """Return the weight files by name ("ema", "model", "ae"). A file that is cut into parts is represented by its index.
+
+    An index for servers names whole files, which are compared as themselves.
+    """
+    whole_files = {path.name for path in folder.glob("*.safetensors") if path.stem in ("ema", "model", "ae")}
+    indexes = {
+        path.name.removesuffix(_INDEX_SUFFIX): path
+        for path in folder.glob(f"*{_INDEX_SUFFIX}")
+        if not points_at_averages(path) and path.name.removesuffix(_INDEX_SUFFIX) + ".safetensors" not in whole_files
+    }
     shards = {shard for path in indexes.values() for shard in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-    single = {path.stem: path for path in folder.glob("*.safetensors") if path.name not in shards}
+    single = {path.stem: path for path in folder.glob("*.safetensors") if path.name not in shards or path.name in whole_files}
     return {**single, **indexes}
 
 

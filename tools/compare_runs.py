@@ -84,7 +84,7 @@ def left_out(rule: Rule) -> str:
     rounding = "" if rule.bitwise else "key biases of the vision tower, whose true gradient is zero; "
     return (
         f"Left out: {rounding}what is measured ({measured}); of checkpoints versions, number of ranks and flags; "
-        f"of an index paths and what follows from them ({', '.join(sorted(PATH_KEYS))})."
+        f"of model folders the card (README.md); of an index paths and what follows from them ({', '.join(sorted(PATH_KEYS))})."
     )
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from megatron_bagel.checkpoint.dist.last_losses import last_losses
 from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
+from megatron_bagel.checkpoint.hf.model_card import CardFacts
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
@@ -36,13 +38,19 @@ class Companions:
     autoencoder: Path | None
 
 
-def companions_of(config: Mapping[str, Any]) -> Companions:
-    """Return where a run took tokenizer and autoencoder from, by its saved config (sections of flags, or flags directly)."""
+def flags_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's flags by name, by its saved config (sections of flags, or flags directly)."""
     flags: dict[str, Any] = {}
     for key, value in config.items():
         if key == TYPED:
             continue
         flags |= value if isinstance(value, Mapping) else {key: value}
+    return flags
+
+
+def companions_of(config: Mapping[str, Any]) -> Companions:
+    """Return where a run took tokenizer and autoencoder from, by its saved config (sections of flags, or flags directly)."""
+    flags = flags_of(config)
     folder = flags.get("model_path") if flags.get("finetune_from_hf") else None
     tokenizer = flags.get("tokenizer_path") or folder or flags.get("llm_path")
     autoencoder = f"{folder}/ae.safetensors" if folder else flags.get("vae_path")
@@ -87,8 +95,9 @@ def export_checkpoint(
     size = sum(file.bytes(WeightMap(arch)) for file in files.values())
     logger.info("step %d: writing %s, %.2f GB together, to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
     return write_folder(
-        out, arch, files, table, tokenizer=companions.tokenizer, autoencoder=companions.autoencoder, shard_bytes=shard_bytes
-    )
+        out, arch, files, table, tokenizer=companions.tokenizer, autoencoder=companions.autoencoder, shard_bytes=shard_bytes,
+        facts=CardFacts(checkpoint.step, flags_of(checkpoint.state["run"].get("config", {})), last_losses(checkpoint)),
+    )  # fmt: skip
 
 
 def _check_kinds(checkpoint: CheckpointWeights, weights: Sequence[str]) -> None:

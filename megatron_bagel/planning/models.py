@@ -32,8 +32,10 @@ MODELS: dict[str, BagelArch] = {
 
 
 def parameters(arch: BagelArch) -> int:
-    """Return the count of numbers in a model's files without the autoencoder: parameters and the two position tables."""
-    return sum(prod(shape) for shape in WeightMap(arch).hf_shapes().values())
+    """Return the count of a model's parameters without the autoencoder, and of the numbers of the two position tables."""
+    weight_map = WeightMap(arch)
+    tables = [table for table in weight_map.tables.values() if not table.rotary]
+    return sum(prod(entry.shape) for entry in weight_map.entries.values()) + sum(prod(table.shape) for table in tables)
 
 
 def model_named(name: str) -> BagelArch:

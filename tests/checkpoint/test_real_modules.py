@@ -70,7 +70,7 @@ def _random_file_round_trip(arch: BagelArch, path: Path) -> bool:
     if {e.name for e, _ in entries_of(modules, weight_map)} != set(weight_map.entries):
         return False
     tensors = {name: torch.randn(shape) for name, shape in weight_map.hf_shapes().items()}
-    save_file(tensors, path)
+    save_file(tensors | {name: tensors[entry.hf[0]].clone() for name, entry in weight_map.copies.items()}, path)
     load_weights(SafetensorsReader(path), weight_map, modules)
     named = named_weights(modules)
     back = {n: t for e in weight_map.entries.values() for n, t in zip(e.hf, e.unfuse(named[e.name].detach()), strict=True)}

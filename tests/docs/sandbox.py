@@ -47,6 +47,7 @@ FITTINGS: dict[str, Fitting] = {
     "make_sample_data.py first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
     "evaluate geneval": Fitting("--image-size 64x64 --num-timesteps 2 --limit 1 --num-samples 1"),
     "evaluate mme": Fitting("--max-length 4 --vit-transform 140 140"),
+    "--model my_model --prompt": Fitting(f"{_QUICK} --image-size 64x64"),
     "-m megatron_bagel.generate": Fitting(_QUICK),
     "benchmarks.generate": Fitting("--tokens 4 --side 64 --steps 2"),
     "benchmarks.checkpoint convert": Fitting("--gigabytes 0.01"),

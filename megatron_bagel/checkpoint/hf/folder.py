@@ -7,7 +7,6 @@ that is renamed once it is complete.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,8 +22,13 @@ import torch
 from tqdm import tqdm
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
+from megatron_bagel.checkpoint.hf.model_card import CardFacts, card_text
 from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
-from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
+from megatron_bagel.checkpoint.hf.rotary_tables import rotary_table
+from megatron_bagel.checkpoint.hf.safetensors_io import AUTOENCODER_FILE, SafetensorsReader, ShardedWriter, TensorSpec
+from megatron_bagel.checkpoint.hf.server_index import points_at_averages, write_server_index
+from megatron_bagel.checkpoint.hf.serving import SERVER, serving_problems
+from megatron_bagel.checkpoint.hf.settings_files import token_ids, write_configs, write_generation_config
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.common.dtypes import SHORT
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
@@ -80,7 +84,7 @@ class HFFolder:
 
     def available_weights(self) -> list[str]:
         """Return which of "ema" and "model" the folder holds."""
-        return [kind for kind in WEIGHT_KINDS if self._weight_file(kind).is_file()]
+        return [kind for kind in WEIGHT_KINDS if weight_file(self.path, kind).is_file()]
 
     def default_weights(self) -> tuple[str]:
         """Return the kind to take if none is asked for: "ema", as in a released folder, or "model" if that is all there is."""
@@ -96,16 +100,18 @@ class HFFolder:
                 f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}. A converter takes "
                 "others with --weights, and training takes ema weights only with --finetune_from_ema True"
             )
-        return SafetensorsReader(self._weight_file(kind), check_weights)
+        return SafetensorsReader(weight_file(self.path, kind), check_weights)
 
     def stored_latent_size(self, kind: str) -> int | None:
         """Return the ``max_latent_size`` that the weights ``kind`` were trained with, by their position table, or None without one."""
         source = self.weights(kind)
         return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
 
-    def _weight_file(self, kind: str) -> Path:
-        index = self.path / f"{kind}.safetensors.index.json"
-        return index if index.is_file() else self.path / f"{kind}.safetensors"
+
+def weight_file(folder: Path, kind: str) -> Path:
+    """Return the file with the weights ``kind`` of a model folder: the index of its parts, or the single file, which may not exist."""
+    index = folder / f"{kind}.safetensors.index.json"
+    return index if index.is_file() and not points_at_averages(index) else folder / f"{kind}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,12 @@ class WeightFile:
             raise ValueError(f"dtype {self.dtype!r} is unknown; choose {' or '.join(choices)}")
 
     def specs(self, weight_map: WeightMap) -> dict[str, TensorSpec]:
-        """Return names, shapes and dtypes. The position tables are always fp32, as in the released file."""
+        """Return names, shapes and dtypes. The tables of positions are always fp32, as in the released file."""
         specs: dict[str, TensorSpec] = {}
         for name, entry in weight_map.entries.items():
             dtype = DTYPES[self.dtype] if self.stored_type is None or self.dtype != "keep" else self.stored_type(name)
             specs |= {hf: (shape, dtype) for hf, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
+        specs |= {name: specs[entry.hf[0]] for name, entry in weight_map.copies.items()}
         return specs | {name: (table.shape, torch.float32) for name, table in weight_map.tables.items()}
 
     def bytes(self, weight_map: WeightMap) -> int:
@@ -151,8 +158,10 @@ def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: Po
                 tensor = tensor[: entry.shape[0]]  # drops rows that pad the vocabulary for the tensor-parallel size
             for hf_name, part in zip(entry.hf, entry.unfuse(tensor), strict=True):
                 writer.write(hf_name, part)
-        for name, position_table in weight_map.tables.items():
-            writer.write(name, table(position_table.width, position_table.side))
+        for name, entry in weight_map.copies.items():
+            writer.write(name, file.get(entry.name)[: entry.shape[0]])
+        for name, fixed in weight_map.tables.items():
+            writer.write(name, rotary_table(fixed) if fixed.rotary else table(fixed.width, fixed.side))
 
 
 def write_folder(
@@ -163,6 +172,7 @@ def write_folder(
     tokenizer: str | Path | None = None,
     autoencoder: str | Path | None = None,
     shard_bytes: int | None = None,
+    facts: CardFacts | None = None,
 ) -> Path:
     """Write a complete folder in the released format.
 
@@ -174,6 +184,7 @@ def write_folder(
         tokenizer: A folder or a SentencePiece ``.model`` file to copy.
         autoencoder: A weight file to copy.
         shard_bytes: The largest size of one weight file.
+        facts: What the model card says of the run.
 
     Returns:
         ``out``.
@@ -183,15 +194,23 @@ def write_folder(
     """
     out = Path(out)
     with _new_folder(out) as partial:
-        _write_configs(partial, arch, _stated_type(weights))
+        write_configs(partial, arch, _stated_type(weights))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
+            write_generation_config(partial)
         if autoencoder is not None and arch.autoencoder is not None:
-            _copy(Path(autoencoder), partial / "ae.safetensors")
+            _copy(Path(autoencoder), partial / AUTOENCODER_FILE)
+        problems = serving_problems(arch, weights, token_ids(partial))
+        (partial / "README.md").write_text(card_text(arch, weights, problems, facts or CardFacts()), encoding="utf-8")
         weight_map = WeightMap(arch)
         for kind, file in weights.items():
             write_weights(partial / f"{kind}.safetensors", weight_map, file, table, shard_bytes)
+        if len(weights) == 1:
+            [kind] = weights
+            write_server_index(partial, weight_file(partial, kind))
     logger.info("wrote %s (%s)", out, " and ".join(weights))
+    if problems:
+        logger.info("%s cannot serve this folder: %s", SERVER, "; ".join(problems))
     return out
 
 
@@ -232,21 +251,6 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
 def _stated_type(weights: Mapping[str, WeightFile]) -> str:
     """Return the type that the configs state: with "keep" the smallest one. Loaders of the folder choose their type themselves."""
     return "float32" if weights and all(file.dtype == "fp32" for file in weights.values()) else "bfloat16"
-
-
-def _write_configs(out: Path, arch: BagelArch, stored: str) -> None:
-    top = arch.to_hf()
-    top["llm_config"] = {**top["llm_config"], "torch_dtype": stored}
-    _write_json(out / "config.json", top)
-    _write_json(out / "llm_config.json", top["llm_config"])
-    if arch.vit is not None:
-        _write_json(out / "vit_config.json", top["vit_config"])
-    if arch.autoencoder is not None and arch.autoencoder != AutoencoderArch():
-        _write_json(out / "ae_config.json", arch.autoencoder.to_dict())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:

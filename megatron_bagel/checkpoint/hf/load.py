@@ -152,7 +152,10 @@ def load_weights(
 def check_against(
     source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
 ) -> LoadReport:
-    """Compare names and shapes of ``source`` with the map without reading data. Parameters and errors are those of ``load_weights``."""
+    """Compare names and shapes of ``source`` with the map. Parameters and errors are those of ``load_weights``.
+
+    Data is read for a stored head of a tied model alone: it must repeat the embedding.
+    """
     report = LoadReport()
     _check_unexpected(source, weight_map, (*allow_unexpected, *_switched_off(weight_map.arch)), report)
     report.missing = [name for name in weight_map.by_hf if name not in source]
@@ -169,11 +172,13 @@ def check_against(
             raise ValueError(f"{source.path} has {', '.join(present)} but not the rest of the fused parameter {entry.name}: {entry.hf}")
         if present:
             _check_shapes(source, entry)
+    _check_copies(source, weight_map)
     return report
 
 
 def _check_unexpected(source: TensorSource, weight_map: WeightMap, patterns: Sequence[str], report: LoadReport) -> None:
-    unexpected_names = [name for name in source.keys() if name not in weight_map.by_hf and name not in weight_map.tables]  # noqa: SIM118
+    known = (weight_map.by_hf, weight_map.tables, weight_map.copies)
+    unexpected_names = [name for name in source.keys() if not any(name in names for names in known)]  # noqa: SIM118
     refused = [name for name in unexpected_names if not matches(name, patterns)]
     if refused:
         raise ValueError(
@@ -197,6 +202,15 @@ def _check_shapes(source: TensorSource, entry: Entry) -> None:
         elif name.startswith(("vae2llm", "llm2vae")):
             hint = "check latent_patch_size and the autoencoder's z_channels"
         raise ValueError(f"{source.path}: tensor {name} has shape {shape}, this model needs {expected}; {hint}")
+
+
+def _check_copies(source: TensorSource, weight_map: WeightMap) -> None:
+    for name, entry in weight_map.copies.items():
+        if name in source and entry.hf[0] in source and not torch.equal(source.get(name), source.get(entry.hf[0])):
+            raise ValueError(
+                f"{source.path}: {name} differs from {entry.hf[0]}, but llm_config.json ties them (tie_word_embeddings). Set "
+                "tie_word_embeddings to false in llm_config.json, and give --tie_word_embeddings False to a run"
+            )
 
 
 def _switched_off(arch: BagelArch) -> tuple[str, ...]:

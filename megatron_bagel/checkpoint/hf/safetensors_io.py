@@ -31,6 +31,8 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 _NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
+#: The autoencoder's weights. An index for servers lists them beside the model's; they are read as a file of their own.
+AUTOENCODER_FILE = "ae.safetensors"
 
 
 class _TensorLocation(NamedTuple):
@@ -80,7 +82,7 @@ class SafetensorsReader:
             weight_map = read_json(self.path, "weights").get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise ValueError(f"{self.path} has no weight_map of tensor names and files; copy it again")
-            self._file_of = {name: self.path.parent / file for name, file in weight_map.items()}
+            self._file_of = {name: self.path.parent / file for name, file in weight_map.items() if file != AUTOENCODER_FILE}
             missing_files = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
             if missing_files:
                 raise ValueError(f"{self.path} names files that do not exist: {', '.join(missing_files)}")
@@ -99,6 +101,10 @@ class SafetensorsReader:
     def keys(self) -> list[str]:
         """Return all tensor names in file order."""
         return list(self._file_of)
+
+    def file_names(self) -> dict[str, str]:
+        """Return the name of the file that holds each tensor."""
+        return {name: file.name for name, file in self._file_of.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

@@ -188,11 +188,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A fixed position table, stored in the released format (fp32) but computed here: ``side`` rows and columns, ``width`` channels."""
+    """A fixed position table, stored in the released format (fp32) but computed here: ``side`` rows and columns, ``width`` channels.
+
+    ``rotary`` is empty for a sin-cos table that is added to tokens. Otherwise it names one of the four rotary tables of the vision
+    tower: "cos_h", "sin_h", "cos_w" or "sin_w".
+    """
 
     hf: str
     side: int
     width: int
+    rotary: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -204,6 +209,8 @@ class WeightMap:
     """``ROWS`` expanded for one architecture.
 
     ``entries`` maps our names to entries, ``by_hf`` Hugging Face names to entries, and ``tables`` Hugging Face names to tables.
+    ``copies`` maps Hugging Face names whose tensor repeats an entry's to that entry: the head of a model that ties it to the embedding.
+    The original's state dict holds such a tensor too, and servers build an untied head.
     """
 
     def __init__(self, arch: BagelArch) -> None:
@@ -216,12 +223,23 @@ class WeightMap:
             tables.append(Table("latent_pos_embed.pos_embed", arch.max_latent_size, width))
         if _has_vision(arch):
             tables.append(Table("vit_pos_embed.pos_embed", arch.vit_max_num_patch_per_side, width))
-        self.tables = {table.hf: table for table in tables}
+        self.tables = {table.hf: table for table in (*tables, *_rotary_tables(arch))}
+        embedding = self.entries["embedding.word_embeddings.weight"]
+        self.copies = {"language_model.lm_head.weight": embedding} if arch.llm.tie_word_embeddings else {}
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor name of the released format with its shape, position tables included."""
+        """Return every tensor name of the released format with its shape, copies and position tables included."""
         shapes = {n: s for entry in self.entries.values() for n, s in zip(entry.hf, entry.hf_shapes, strict=True)}
+        shapes |= {name: entry.shape for name, entry in self.copies.items()}
         return shapes | {name: table.shape for name, table in self.tables.items()}
+
+
+def _rotary_tables(arch: BagelArch) -> list[Table]:
+    """Return the buffers of a rotary vision tower. Their grid is that of ``image_size``, as in the original."""
+    if arch.vit is None or not (arch.vit_rope or arch.vit.rope):
+        return []
+    side, width = arch.vit.image_size // arch.vit.patch_size, arch.vit.head_dim // 2
+    return [Table(f"{_V}rope.{name}", side, width, rotary=name) for name in ("cos_h", "sin_h", "cos_w", "sin_w")]
 
 
 def _expand(row: Row, arch: BagelArch) -> list[Entry]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_bagel.checkpoint.hf.folder import HFFolder, WeightFile, copy_token
 from megatron_bagel.checkpoint.hf.load import load_weights, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch
+from tests.checkpoint.hf.exported import export
 from tests.checkpoint.parameter_tree import model_like
 
 
@@ -144,6 +146,28 @@ def test_parts_switched_off_are_left_over_by_choice(folder: Path) -> None:
     weight_map = WeightMap(source.arch)
     report = load_weights(source.weights(), weight_map, model_like(weight_map)[:1])
     assert "connector.fc1.weight" in report.unexpected
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def test_a_tied_model_is_written_with_its_head_and_loads_with_or_without_it(folder: Path, tmp_path: Path) -> None:
+    arch = HFFolder(folder).arch
+    out = export(folder.parent, tmp_path / "out", arch=replace(arch, llm=replace(arch.llm, tie_word_embeddings=True)))
+    written = load_file(out / "ema.safetensors")
+    assert torch.equal(written[HEAD], written[EMBEDDING]) and written[HEAD].dtype == torch.bfloat16
+    assert written.keys() == load_file(folder / "ema.safetensors").keys(), "an untied original has the same names"
+    assert "output_layer.weight" not in named_weights(_load(out))
+    _edit(out / "ema.safetensors", lambda t: t.pop(HEAD))  # as exports were before
+    _load(out)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(folder: Path, tmp_path: Path) -> None:
+    arch = HFFolder(folder).arch
+    out = export(folder.parent, tmp_path / "out", arch=replace(arch, llm=replace(arch.llm, tie_word_embeddings=True)))
+    _edit(out / "ema.safetensors", lambda t: t[HEAD].add_(1))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from .*embed_tokens\.weight.*tie_word_embeddings False"):
+        _load(out)
 
 
 def test_paths_that_do_not_exist_are_named(folder: Path, tmp_path: Path) -> None:

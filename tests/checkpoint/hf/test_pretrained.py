@@ -22,7 +22,8 @@ from tests.checkpoint.parameter_tree import model_like
 def _qwen_folder(path: Path, arch: BagelArch, tied: bool = False) -> dict[str, torch.Tensor]:
     """A plain Qwen2 folder (no QK-norm, no experts) of random weights."""
     plain = replace(arch.llm, layer_module="Qwen2DecoderLayer", qk_norm=False, tie_word_embeddings=tied)
-    names = WeightMap(BagelArch(plain)).hf_shapes()
+    weight_map = WeightMap(BagelArch(plain))
+    names = {name: shape for name, shape in weight_map.hf_shapes().items() if name not in weight_map.copies}  # as Qwen's are stored
     tensors = {name.removeprefix("language_model."): torch.randn(shape) for name, shape in names.items()}
     path.mkdir()
     save_file(tensors, path / "model.safetensors")

@@ -56,8 +56,10 @@ def test_names_and_shapes_at_released_size(goldens: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_layer_kinds_duplicate_what_the_reference_duplicates(kind: str, tied: bool) -> None:
-    names = set(WeightMap(tiny_arch(kind, tied)).hf_shapes())
-    assert ("language_model.lm_head.weight" in names) is not tied
+    weight_map = WeightMap(tiny_arch(kind, tied))
+    names = set(weight_map.hf_shapes())
+    assert "language_model.lm_head.weight" in names, "the original's state dict has it, tied or not"
+    assert ("output_layer.weight" in weight_map.entries) is not tied
     assert ("language_model.model.layers.1.self_attn.q_proj_moe_gen.weight" in names) is (kind == KINDS[2])
     assert ("language_model.model.layers.1.input_layernorm_moe_gen.weight" in names) is (kind == KINDS[2])
     assert ("language_model.model.layers.1.mlp_moe_gen.up_proj.weight" in names) is (kind != KINDS[0])

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, inspect_checkpoint, megatron_to_hf
+from tests.checkpoint.hf.exported import export
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
 
@@ -46,6 +49,7 @@ def test_there_and_back(goldens: Path, tmp_path: Path, weights: str, capsys: pyt
     out = tmp_path / "out"
     assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--weights", weights]) == 0
     recorded = load_file(goldens / "hf" / "ema.safetensors")
+    assert (out / "model.safetensors.index.json").is_file() is (weights == "ema"), "an index for servers names one kind"
     for kind in ("ema", "model") if weights == "both" else ("ema",):
         written = load_file(out / f"{kind}.safetensors")
         assert written.keys() == recorded.keys()
@@ -78,6 +82,38 @@ def test_a_trained_checkpoint_gives_weights_and_averages(tmp_path: Path) -> None
     assert torch.equal(model[head], trained["decoder.output_layer.weight"])
     assert torch.equal(ema[head], trained["ema.decoder.output_layer.weight"])
     assert not torch.equal(model[head], ema[head])
+
+
+def test_the_model_card_states_step_losses_and_flags_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_ranks(train_and_save, 1, tmp_path / "checkpoints", {}, 2, 0, parallel={})
+    command = ["--checkpoint", str(tmp_path / "checkpoints"), "--output"]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": step, "ce": 3.5 - step, "mse": None}) + "\n" for step in range(3)))
+    with caplog.at_level(logging.INFO):
+        assert megatron_to_hf.main([*command, str(tmp_path / "out"), "--weights", "both"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| training steps | 2 |" in card and "| ce | 2.5 |" in card and "| mse" not in card
+    assert any("they need one kind (--weights ema)" in message for message in caplog.messages)
+    metrics.write_text("{\n" + metrics.read_text())
+    with caplog.at_level(logging.INFO):
+        assert megatron_to_hf.main([*command, str(tmp_path / "again"), "--weights", "ema"]) == 0
+    assert "| ce |" not in (tmp_path / "again" / "README.md").read_text()
+    assert any("line 1" in message and "the model card is written without losses" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["with its head", "without, as exported before"])
+def test_a_tied_model_travels_with_its_head(goldens: Path, tmp_path: Path, stored: bool) -> None:
+    arch, head, embedding = HFFolder(goldens / "hf").arch, "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    source = export(goldens, tmp_path / "hf", arch=replace(arch, llm=replace(arch.llm, tie_word_embeddings=True)))
+    recorded = load_file(source / "ema.safetensors")
+    if not stored:
+        save_file({name: tensor for name, tensor in recorded.items() if name != head}, source / "ema.safetensors")
+        (source / "model.safetensors.index.json").unlink()
+    assert hf_to_megatron.main(["--model", str(source), "--output", str(tmp_path / "ckpt")]) == 0
+    assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--output", str(tmp_path / "out")]) == 0
+    written = load_file(tmp_path / "out" / "ema.safetensors")
+    assert written.keys() == recorded.keys() and all(torch.equal(written[name], tensor) for name, tensor in recorded.items())
+    assert torch.equal(written[head], written[embedding])
 
 
 def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
