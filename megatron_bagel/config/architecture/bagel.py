@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json, read_json_as
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
 from megatron_bagel.config.architecture.llm import LLMArch
 from megatron_bagel.config.architecture.settings import field_names, field_values
+from megatron_bagel.config.architecture.top_config import read_top_config
 from megatron_bagel.config.architecture.vit import ViTArch
 from megatron_bagel.config.whole_numbers import require_sizes
 
@@ -76,7 +77,7 @@ class BagelArch:
     def from_hf_folder(
         cls, folder: str | Path, llm: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, **overrides: Any
     ) -> BagelArch:
-        """Read a folder in the released format: ``llm_config.json``, ``vit_config.json`` and, if present, ``config.json``.
+        """Read a folder in the released format: ``llm_config.json``, ``vit_config.json`` and, if it is usable, ``config.json``.
 
         A folder that does not say which layer it has is taken for the released one: MoT layers with QK-norm.
 
@@ -92,8 +93,8 @@ class BagelArch:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
-        top = read_json(folder / "config.json", "model folder") if (folder / "config.json").is_file() else {}
-        settings = {name: top[name] for name in field_names(cls) - _PARTS if top.get(name) is not None}
+        top = read_top_config(folder, {field.name: field.default for field in fields(cls) if field.name not in _PARTS})
+        settings = {name: value for name, value in top.items() if name in field_names(cls)}
         settings.update({name: value for name, value in (defaults or {}).items() if name not in top and value is not None})
         settings.update({name: value for name, value in overrides.items() if value is not None})
         vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
