@@ -26,6 +26,9 @@ from megatron_bagel.config.architecture import BagelArch
 logger = logging.getLogger(__name__)
 
 _VISION_NAMES = ("vit_model.*", "connector.*", "vit_pos_embed.*")
+#: Tensors that are no weights: buffers that are computed here, and optimizer states.
+_NO_WEIGHTS = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids", "optimizer.*", "scheduler.*")
+_HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_embed.*")
 
 
@@ -151,9 +154,13 @@ def load_weights(
 def check_against(
     source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
 ) -> LoadReport:
-    """Compare names and shapes of ``source`` with the map without reading data. Parameters and errors are those of ``load_weights``."""
+    """Compare names and shapes of ``source`` with the map. Data is read only of a tied head that is stored. Parameters and errors are those of ``load_weights``."""
     report = LoadReport()
-    _check_unexpected(source, weight_map, (*allow_unexpected, *_switched_off(weight_map.arch)), report)
+    patterns = (*allow_unexpected, *_switched_off(weight_map.arch), *_NO_WEIGHTS)
+    if weight_map.arch.llm.tie_word_embeddings and _HEAD in source:
+        _check_tied_head(source)
+        patterns += (_HEAD,)
+    _check_unexpected(source, weight_map, patterns, report)
     report.missing = [name for name in weight_map.by_hf if name not in source]
     refused = [name for name in report.missing if not matches(name, allow_missing)]
     if refused:
@@ -183,10 +190,24 @@ def _check_unexpected(source: TensorSource, weight_map: WeightMap, patterns: Seq
     report.recomputed = [name for name in weight_map.tables if name in source]
 
 
+def _check_tied_head(source: TensorSource) -> None:
+    """Raise ValueError unless the stored head of a tied model is its embedding, stored twice."""
+    if _EMBEDDING in source and not torch.equal(source.get(_HEAD), source.get(_EMBEDDING)):
+        raise ValueError(
+            f"{source.path}: {_HEAD} differs from the embedding, but tie_word_embeddings says that they are one; set tie_word_embeddings "
+            "to false in llm_config.json, or train with --tie_word_embeddings False"
+        )
+
+
 def _check_shapes(source: TensorSource, entry: Entry) -> None:
     for name, expected in zip(entry.hf, entry.hf_shapes, strict=True):
-        shape, _ = source.spec(name)
+        shape, dtype = source.spec(name)
         if shape == expected:
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    f"{source.path}: tensor {name} holds {str(dtype).removeprefix('torch.')} values: quantized weights are not read; use "
+                    "the folder's bf16, fp16 or fp32 weights"
+                )
             continue
         hint = "check the config files beside the weights"
         if entry.vocabulary:
