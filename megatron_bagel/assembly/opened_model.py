@@ -37,7 +37,7 @@ class OpenOptions:
         max_latent_size: The side of the latent position table.
         interpolate_pos: Whether the positions of an image spread over the whole position grid.
         check_weights: How many values of each weight are checked to be finite.
-        weights_file: The name of a weight file in a model folder that has another name than ema or model.safetensors.
+        weights_name: The name of a weight file in a model folder that has another name than ema or model.safetensors.
         llm_path: The folder of the decoder's config, for a model folder without ``llm_config.json``. Its tokenizer serves too.
         vit_path: The folder of the vision tower's config, for a model folder without ``vit_config.json``.
     """
@@ -48,7 +48,7 @@ class OpenOptions:
     max_latent_size: int | None = None
     interpolate_pos: bool | None = None
     check_weights: WeightCheck = "sampled"
-    weights_file: str | None = None
+    weights_name: str | None = None
     llm_path: str | None = None
     vit_path: str | None = None
 
@@ -56,7 +56,7 @@ class OpenOptions:
     def sources(self) -> ConfigSources:
         """Where the configs and weights of a model folder are."""
         llm, vit = (Path(path) if path is not None else None for path in (self.llm_path, self.vit_path))
-        return ConfigSources(llm, vit, self.weights_file)
+        return ConfigSources(llm, vit, self.weights_name)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_model(path: Path, options: OpenOptions) -> OpenedModel:
     """
     if not path.is_dir():
         raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint")
-    if (path / "llm_config.json").is_file() or any_weight_file(path, options.weights_file) is not None:
+    if (path / "llm_config.json").is_file() or any_weight_file(path, options.weights_name) is not None:
         return _open_folder(path, options)
     checkpoint = checkpoint_at(path)
     if checkpoint is None:

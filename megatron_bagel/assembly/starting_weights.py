@@ -57,7 +57,7 @@ class StartSettings:
         verify: Whether checksums are compared before a checkpoint is loaded.
         initial: The weights of a run that starts from scratch.
         overwrite: Whether an earlier run in the folders is moved aside.
-        weights_file: The name of the weight file in the model folder ``resume_from``, if it has another name than usual.
+        weights_name: The name of the weight file in the model folder ``resume_from``, if it has another name than usual.
         run_id: The identity of the run, if it is known. Checkpoints that name another run are not continued.
     """
 
@@ -69,7 +69,7 @@ class StartSettings:
     verify: bool
     initial: InitialSettings
     overwrite: bool = False
-    weights_file: str | None = None
+    weights_name: str | None = None
     run_id: str = ""
 
 
@@ -77,20 +77,20 @@ class StartSettings:
 class WeightSource:
     """A run's starting point: a ``checkpoint`` to continue, else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts.
 
-    ``weights_file`` is the name of the folder's weight file, if it has another name than usual.
+    ``weights_name`` is the name of the folder's weight file, if it has another name than usual.
     """
 
     checkpoint: Path | None = None
     folder: Path | None = None
     weights: str = "model"
-    weights_file: str | None = None
+    weights_name: str | None = None
 
     def describe(self, initial: InitialSettings) -> str:
         """Return a sentence for the log."""
         if self.checkpoint is not None:
             return f"continuing from {self.checkpoint}"
         if self.folder is not None:
-            return f"starting from the {self.weights} weights of {self.folder / (self.weights_file or '')}"
+            return f"starting from the {self.weights} weights of {self.folder / (self.weights_name or '')}"
         if initial.llm is None:
             return f"starting from random weights (--init_random, seed {initial.seed})"
         return f"starting from {initial.llm} and {initial.vit or 'no ViT'}"
@@ -123,18 +123,18 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
         return WeightSource()
     checkpoint = checkpoint_at(path)
     if checkpoint is not None:
-        if settings.weights_file is not None:
-            raise ValueError(f"--weights_file {settings.weights_file}: --resume_from {path} is a training checkpoint, not a model folder")
+        if settings.weights_name is not None:
+            raise ValueError(f"--weights_name {settings.weights_name}: --resume_from {path} is a training checkpoint, not a model folder")
         if settings.model_only:
             return WeightSource(folder=checkpoint, weights="ema" if settings.from_ema else "model")
         return WeightSource(checkpoint=checkpoint)
-    folder = HFFolder(path, sources=ConfigSources(weights_file=settings.weights_file))
+    folder = HFFolder(path, sources=ConfigSources(weights_name=settings.weights_name))
     if not settings.model_only:
         raise ValueError(
             f"--resume_from {path} is a model folder: it has weights, but no optimizer state, step or data position to resume. "
             "Pass --resume_model_only True to start from its weights"
         )
-    return WeightSource(folder=path, weights=_available_weights(folder, settings.from_ema), weights_file=settings.weights_file)
+    return WeightSource(folder=path, weights=_available_weights(folder, settings.from_ema), weights_name=settings.weights_name)
 
 
 def _available_weights(folder: HFFolder, ema: bool) -> str:
@@ -177,4 +177,4 @@ def load_folder(initial: InitialSettings, source: WeightSource, weights: str, mo
 
 
 def _model_folder(source: WeightSource, folder: Path) -> HFFolder:
-    return HFFolder(folder, sources=ConfigSources(weights_file=source.weights_file))
+    return HFFolder(folder, sources=ConfigSources(weights_name=source.weights_name))

@@ -188,7 +188,7 @@ class TrainingArguments:
     finetune_from_ema: bool = original_flag(
         False, "With resume_model_only, load the EMA weights into both the model and its EMA.", on_resume=FREE
     )
-    weights_file: str | None = flag(
+    weights_name: str | None = flag(
         None,
         "Weight file of the model folder resume_from, if it has another name than ema.safetensors or model.safetensors.",
         on_resume=FREE,

@@ -185,13 +185,13 @@ def architecture(config: Config) -> BagelArch:
             Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
             defaults=settings,
-            sources=ConfigSources(weights_file=training.weights_file, weights_folder=starting_folder(config)),
+            sources=ConfigSources(weights_name=training.weights_name, weights_folder=starting_folder(config)),
             **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
     else:
         weights = starting_folder(config)
-        shapes = folder_shapes(weights, training.weights_file) if weights is not None else {}
+        shapes = folder_shapes(weights, training.weights_name) if weights is not None else {}
         llm_file, vit_file = Path(model.llm_path) / "config.json", Path(model.vit_path) / "config.json"
         arch = BagelArch(
             llm=read_json_as(partial(decoder_of, shapes, llm, llm_file), llm_file, "--llm_path"),
@@ -212,7 +212,7 @@ def starting_folder(config: Config) -> Path | None:
     if training.resume_from is None or not training.resume_model_only:
         return None
     folder = Path(training.resume_from)
-    return folder if any_weight_file(folder, training.weights_file) is not None else None
+    return folder if any_weight_file(folder, training.weights_name) is not None else None
 
 
 def own_index(config: Config) -> Path:

@@ -66,8 +66,8 @@ class HFFolder:
         self.path, self.sources = Path(path), sources or ConfigSources()
         if not self.path.is_dir():
             raise ValueError(f"model folder {path} does not exist")
-        if self.sources.weights_file is not None:
-            named_file(self.path, self.sources.weights_file)
+        if self.sources.weights_name is not None:
+            named_file(self.path, self.sources.weights_name)
         elif any_weight_file(self.path) is None:
             self.sources.llm_config(self.path)  # neither weights nor configs: no model folder
         self._llm, self._autoencoder, self._overrides = llm, autoencoder, overrides
@@ -107,7 +107,7 @@ class HFFolder:
         return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
 
     def _weight_file(self, kind: str) -> Path | None:
-        return weight_file(self.path, kind, self.sources.weights_file)
+        return weight_file(self.path, kind, self.sources.weights_name)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,10 @@ def load_weights(
 def check_against(
     source: TensorSource, weight_map: WeightMap, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
 ) -> LoadReport:
-    """Compare names and shapes of ``source`` with the map. Data is read only of a tied head that is stored. Parameters and errors are those of ``load_weights``."""
+    """Compare names and shapes of ``source`` with the map. Of data only a tied head that is stored is read.
+
+    Parameters and errors are those of ``load_weights``.
+    """
     report = LoadReport()
     patterns = (*allow_unexpected, *_switched_off(weight_map.arch), *_NO_WEIGHTS)
     if weight_map.arch.llm.tie_word_embeddings and _HEAD in source:

@@ -24,11 +24,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "no ema",
     )
     arguments.add_argument(
-        "--weights-file", "--weights_file", metavar="NAME", help="weight file with another name, such as ema_bf16.safetensors"
+        "--weights-name", "--weights_name", metavar="NAME", help="weight file with another name, such as ema_bf16.safetensors"
     )
     arguments.add_argument(
         "--llm-path", "--llm_path", type=Path, metavar="DIR",
-        help="config.json and tokenizer of the pretrained decoder, for a folder without llm_config.json (the original trainer's checkpoint)",
+        help="config.json and tokenizer of the pretrained decoder, for a folder without llm_config.json, as the original trainer saves",
     )  # fmt: skip
     arguments.add_argument(
         "--vit-path", "--vit_path", type=Path, metavar="DIR", help="config.json of the SigLIP tower, for a folder without vit_config.json"
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.config.architecture import ConfigSources
 
         check_writable(args.output, "--output")
-        sources = ConfigSources(args.llm_path, args.vit_path, args.weights_file)
+        sources = ConfigSources(args.llm_path, args.vit_path, args.weights_name)
         weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model, sources=sources).default_weights()
         settings = {
             "autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size, "sources": sources,

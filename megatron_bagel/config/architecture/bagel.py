@@ -104,7 +104,7 @@ class BagelArch:
         folder, sources = Path(folder), sources or ConfigSources()
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
-        shapes = folder_shapes(sources.weights_folder or folder, sources.weights_file)
+        shapes = folder_shapes(sources.weights_folder or folder, sources.weights_name)
         top = read_top_config(folder, {field.name: field.default for field in fields(cls) if field.name not in _PARTS})
         given = {name: value for name, value in overrides.items() if value is not None}
         vit_file = sources.vit_config(folder) if top.get("visual_und", True) else None

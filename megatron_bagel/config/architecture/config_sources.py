@@ -13,13 +13,13 @@ class ConfigSources:
     Attributes:
         llm_path: Folder of the decoder's config, used if the model folder has no ``llm_config.json``.
         vit_path: Folder of the vision tower's config, used if the model folder has no ``vit_config.json``.
-        weights_file: Name of the weight file whose tensors show sizes; None takes the ema or model weights.
+        weights_name: Name of the weight file whose tensors show sizes; None takes the ema or model weights.
         weights_folder: Folder of that file, if the weights come from another model folder.
     """
 
     llm_path: Path | None = None
     vit_path: Path | None = None
-    weights_file: str | None = None
+    weights_name: str | None = None
     weights_folder: Path | None = None
 
     def llm_config(self, folder: Path) -> Path:

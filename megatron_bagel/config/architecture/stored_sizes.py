@@ -89,11 +89,10 @@ def vision_sizes(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Size]:
         sizes["intermediate_size"] = Size(mlp[0], f"fc1 has {mlp[0]:,} rows")
     positions = shapes.get(f"{_VISION}embeddings.position_embedding.weight", ())
     patch_size, image_size = config.get("patch_size", 14), config.get("image_size", 224)
-    if (side := _side(positions)) and isinstance(patch_size, int) and isinstance(image_size, int) and patch_size > 0:
-        if image_size // patch_size != side:
-            sizes["image_size"] = Size(
-                side * patch_size, f"the position table has {positions[0]:,} rows for patches of {patch_size} pixels"
-            )
+    side = _side(positions)
+    if side and _is_size(patch_size) and _is_size(image_size) and image_size // patch_size != side:
+        evidence = f"the position table has {positions[0]:,} rows for patches of {patch_size} pixels"
+        sizes["image_size"] = Size(side * patch_size, evidence)
     return sizes
 
 

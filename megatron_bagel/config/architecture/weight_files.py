@@ -19,7 +19,7 @@ def weight_file(folder: Path, kind: str, name: str | None = None) -> Path | None
     Args:
         folder: The model folder.
         kind: "ema" or "model".
-        name: The weight file or index that ``--weights_file`` names. It counts as "ema" if its name says so, else as "model".
+        name: The weight file or index that ``--weights_name`` names. It counts as "ema" if its name says so, else as "model".
     """
     if name is not None:
         file = named_file(folder, name)
@@ -37,9 +37,9 @@ def named_file(folder: Path, name: str) -> Path:
     """Return the weight file ``name`` of the folder. Raises ValueError if there is none, or if it is of another format."""
     file = folder / name
     if not file.is_file():
-        raise ValueError(f"--weights_file {name}: {_absence(folder, file)}")
+        raise ValueError(f"--weights_name {name}: {_absence(folder, file)}")
     if not file.name.endswith((".safetensors", _INDEX)):
-        raise ValueError(f"--weights_file {name}: weights are read from a .safetensors file or its {_INDEX[1:]}")
+        raise ValueError(f"--weights_name {name}: weights are read from a .safetensors file or its {_INDEX[1:]}")
     return file
 
 
@@ -58,7 +58,7 @@ def _absence(folder: Path, file: Path) -> str:
     unfinished = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if others:
-        text += f"; other files of weights: {shorten(others)} (choose one with --weights_file)"
+        text += f"; other files of weights: {shorten(others)} (choose one with --weights_name)"
     if unfinished:
         text += f"; a download did not end: {shorten(unfinished)}"
     if pickles and not others:

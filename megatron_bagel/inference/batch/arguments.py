@@ -50,8 +50,8 @@ def _add_model(group: Any) -> None:
     group.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, training checkpoint, or folder of checkpoints")
     group.add_argument("--weights", choices=("ema", "model"), help="averaged or last weights (default: ema where there is one)")
     group.add_argument(
-        "--weights-file",
-        "--weights_file",
+        "--weights-name",
+        "--weights_name",
         metavar="NAME",
         help="weight file of a model folder with another name, such as ema_bf16.safetensors",
     )

@@ -121,13 +121,13 @@ def test_every_form_loads_to_the_same_weights(goldens: Path, folder: Path, form:
 @pytest.mark.parametrize("name", ["ema_bf16.safetensors", "bagel-merged.safetensors"])
 def test_a_weight_file_of_another_name_is_chosen_by_flag(goldens: Path, folder: Path, name: str) -> None:
     rename(name)(folder)
-    with pytest.raises(ValueError, match=rf"has no ema\.safetensors .*other files of weights: {name} \(choose one with --weights_file\)"):
+    with pytest.raises(ValueError, match=rf"has no ema\.safetensors .*other files of weights: {name} \(choose one with --weights_name\)"):
         HFFolder(folder).weights()
-    chosen = HFFolder(folder, sources=ConfigSources(weights_file=name))
+    chosen = HFFolder(folder, sources=ConfigSources(weights_name=name))
     assert chosen.available_weights() == ["ema" if name.startswith("ema") else "model"]
     assert equal(load(chosen), load(HFFolder(goldens / "hf")))
-    with pytest.raises(ValueError, match=r"--weights_file absent\.safetensors: .* has no absent\.safetensors"):
-        HFFolder(folder, sources=ConfigSources(weights_file="absent.safetensors"))
+    with pytest.raises(ValueError, match=r"--weights_name absent\.safetensors: .* has no absent\.safetensors"):
+        HFFolder(folder, sources=ConfigSources(weights_name="absent.safetensors"))
 
 
 def test_fp16_is_read_and_imported_as_it_is(goldens: Path, folder: Path, tmp_path: Path) -> None:
