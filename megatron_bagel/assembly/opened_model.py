@@ -56,7 +56,8 @@ class OpenOptions:
     def sources(self) -> ConfigSources:
         """Where the configs and weights of a model folder are."""
         llm, vit = (Path(path) if path is not None else None for path in (self.llm_path, self.vit_path))
-        return ConfigSources(llm, vit, self.weights_name)
+        autoencoder = AutoencoderArch.beside(Path(self.autoencoder)) if self.autoencoder is not None else None
+        return ConfigSources(llm, vit, self.weights_name, autoencoder=autoencoder)
 
 
 @dataclass(frozen=True)

@@ -179,13 +179,15 @@ def architecture(config: Config) -> BagelArch:
         "tie_word_embeddings": model.tie_word_embeddings,
     }
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
+    latents = Path(config.data.latent_cache) / "latents.json" if config.data.latent_cache is not None and training.visual_gen else None
+    cached_autoencoder = AutoencoderArch.beside(latents) if latents is not None else None
     if training.finetune_from_hf:
         flag_of = {"qk_norm": "llm_qk_norm"}
         arch = BagelArch.from_hf_folder(
             Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
             defaults=settings,
-            sources=ConfigSources(weights_name=training.weights_name, weights_folder=starting_folder(config)),
+            sources=ConfigSources(None, None, training.weights_name, starting_folder(config), cached_autoencoder),
             **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
@@ -201,8 +203,8 @@ def architecture(config: Config) -> BagelArch:
         )
     if arch.vit is not None and "vit_patch_size" in config.given and model.vit_patch_size != arch.vit.patch_size:
         raise ValueError(f"--vit_patch_size is {model.vit_patch_size}, but the vision tower's patches have {arch.vit.patch_size} pixels")
-    if config.data.latent_cache is not None and training.visual_gen:
-        arch = replace(arch, autoencoder=AutoencoderArch.beside(Path(config.data.latent_cache) / "latents.json"))
+    if cached_autoencoder is not None:
+        arch = replace(arch, autoencoder=cached_autoencoder)
     return arch
 
 

@@ -70,15 +70,14 @@ class HFFolder:
             named_file(self.path, self.sources.weights_name)
         elif any_weight_file(self.path) is None:
             self.sources.llm_config(self.path)  # neither weights nor configs: no model folder
-        self._llm, self._autoencoder, self._overrides = llm, autoencoder, overrides
+        if autoencoder is not None:
+            self.sources = replace(self.sources, autoencoder=autoencoder)
+        self._llm, self._overrides = llm, overrides
 
     @cached_property
     def arch(self) -> BagelArch:
         """The model. Its JSON is read here, so that who only wants weights does not read it."""
-        arch = BagelArch.from_hf_folder(self.path, llm=self._llm, sources=self.sources, **self._overrides)
-        if self._autoencoder is not None and arch.autoencoder is not None:
-            arch = replace(arch, autoencoder=self._autoencoder)
-        return arch
+        return BagelArch.from_hf_folder(self.path, llm=self._llm, sources=self.sources, **self._overrides)
 
     def available_weights(self) -> list[str]:
         """Return which of "ema" and "model" the folder holds; the kind of its name if ``sources`` names a weight file."""

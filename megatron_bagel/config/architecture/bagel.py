@@ -111,7 +111,7 @@ class BagelArch:
         vit = read_json_as(partial(vision_tower_of, shapes), vit_file, "model folder") if vit_file is not None else None
         ae_file = folder / "ae.safetensors"
         has_ae = top.get("visual_gen", True) and (ae_file.is_file() or "vae2llm.weight" in shapes)
-        autoencoder = AutoencoderArch.beside(ae_file) if has_ae else None
+        autoencoder = sources.autoencoder or AutoencoderArch.beside(ae_file) if has_ae else None
         sizes = top_sizes(shapes, autoencoder.z_channels) if autoencoder is not None else {}
         if vit is not None:
             sizes |= vision_grid(shapes, vit.num_hidden_layers)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
+
 
 @dataclass(frozen=True)
 class ConfigSources:
@@ -15,12 +17,14 @@ class ConfigSources:
         vit_path: Folder of the vision tower's config, used if the model folder has no ``vit_config.json``.
         weights_name: Name of the weight file whose tensors show sizes; None takes the ema or model weights.
         weights_folder: Folder of that file, if the weights come from another model folder.
+        autoencoder: The autoencoder, if it is not the one in the folder.
     """
 
     llm_path: Path | None = None
     vit_path: Path | None = None
     weights_name: str | None = None
     weights_folder: Path | None = None
+    autoencoder: AutoencoderArch | None = None
 
     def llm_config(self, folder: Path) -> Path:
         """Return the file of the decoder's config. Raises ValueError if there is none."""
