@@ -169,6 +169,12 @@ def test_extra_tokens_of_a_fork_are_counted_in_the_table(folder: Path, caplog: p
     assert load(HFFolder(folder))["output_layer.weight"].shape == (584, 128)
 
 
+def test_a_layer_that_a_config_promises_must_be_there(folder: Path) -> None:
+    edit(folder, lambda t: [t.pop(name) for name in list(t) if ".layers.3." in name])
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors this model needs: language_model\.model\.layers\.3"):
+        load(HFFolder(folder))
+
+
 def test_a_tied_head_may_be_absent_or_stored_twice(folder: Path) -> None:
     set_json(folder / "llm_config.json", tie_word_embeddings=True)
     edit(folder, lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
