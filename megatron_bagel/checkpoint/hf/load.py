@@ -214,7 +214,10 @@ def _check_shapes(source: TensorSource, entry: Entry) -> None:
             continue
         hint = "check the config files beside the weights"
         if entry.vocabulary:
-            hint = "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"
+            hint = (
+                "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file, and the run's tokenizer must "
+                "not have more tokens"
+            )
         elif "position_embedding" in name:
             hint = "check image_size and patch_size in vit_config.json, and vit_max_num_patch_per_side"
         elif name.startswith(("vae2llm", "llm2vae")):
