@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.unpickle_guard import COMMON_OBJECT, read_common, read_contents, refuse_code
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
-from megatron_bagel.checkpoint.hf.server_index import points_at_averages
 from megatron_bagel.common.wording import shorten
+from megatron_bagel.config.architecture.weight_files import points_at_averages
 from megatron_bagel.training.observability.metrics_file import read_history
 from tools import compare_parts as parts
 from tools.compare_bytes import compare_files, files_of

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,13 @@ from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
+from megatron_bagel.config.architecture.weight_files import any_weight_file, describe_absence
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class OpenOptions:
         max_latent_size: The side of the latent position table.
         interpolate_pos: Whether the positions of an image spread over the whole position grid.
         check_weights: How many values of each weight are checked to be finite.
+        weights_name: The name of a weight file in a model folder that has another name than ema or model.safetensors.
+        llm_path: The folder of the decoder's config, for a model folder without ``llm_config.json``. Its tokenizer serves too.
+        vit_path: The folder of the vision tower's config, for a model folder without ``vit_config.json``.
     """
 
     weights: str | None = None
@@ -43,6 +49,16 @@ class OpenOptions:
     max_latent_size: int | None = None
     interpolate_pos: bool | None = None
     check_weights: WeightCheck = "sampled"
+    weights_name: str | None = None
+    llm_path: str | None = None
+    vit_path: str | None = None
+
+    @property
+    def sources(self) -> ConfigSources:
+        """Where the configs and weights of a model folder are."""
+        llm, vit = (Path(path) if path is not None else None for path in (self.llm_path, self.vit_path))
+        autoencoder = AutoencoderArch.beside(Path(self.autoencoder)) if self.autoencoder is not None else None
+        return ConfigSources(llm, vit, self.weights_name, autoencoder=autoencoder)
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ def open_model(path: Path, options: OpenOptions) -> OpenedModel:
     """
     if not path.is_dir():
         raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint")
-    if (path / "llm_config.json").is_file():
+    if (path / "llm_config.json").is_file() or any_weight_file(path, options.weights_name) is not None:
         return _open_folder(path, options)
     checkpoint = checkpoint_at(path)
     if checkpoint is None:
@@ -79,20 +95,18 @@ def open_model(path: Path, options: OpenOptions) -> OpenedModel:
 
 
 def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
-    overrides: dict[str, Any] = {"max_latent_size": options.max_latent_size, "interpolate_pos": options.interpolate_pos}
     file = Path(options.autoencoder) if options.autoencoder else path / "ae.safetensors"
-    folder = HFFolder(path, **overrides)
+    folder = HFFolder(path, sources=options.sources, max_latent_size=options.max_latent_size, interpolate_pos=options.interpolate_pos)
     kinds = folder.available_weights()
     if not kinds:
-        raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors")
+        raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors: {describe_absence(path, 'ema')}")
     source = folder.weights(options.weights or kinds[0], options.check_weights)
-    latent_size = folder.stored_latent_size(options.weights or kinds[0])
-    if options.max_latent_size is None and latent_size is not None:
-        # The stored table has the side that the weights were trained with; config.json may lack it or be outdated.
-        folder = HFFolder(path, **{**overrides, "max_latent_size": latent_size})
     arch = folder.arch
     if options.autoencoder:
         arch = replace(arch, autoencoder=AutoencoderArch.beside(file))
+    elif arch.autoencoder is not None and not file.is_file():
+        logger.warning("%s has no ae.safetensors: pictures cannot be made or edited; give one with --autoencoder", path)
+        arch = replace(arch, autoencoder=None)
 
     def fill(modules: Sequence[nn.Module]) -> None:
         load_weights(source, WeightMap(arch), modules)
@@ -100,7 +114,8 @@ def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
     autoencoder = None
     if arch.autoencoder is not None:
         autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder" if options.autoencoder else "--model", options.check_weights)
-    return OpenedModel(arch, load_tokenizer(options.tokenizer or path, add_special=True), autoencoder, fill)
+    tokenizer = options.tokenizer or (path if (path / "llm_config.json").is_file() else options.llm_path or path)
+    return OpenedModel(arch, load_tokenizer(tokenizer, add_special=True), autoencoder, fill)
 
 
 def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:

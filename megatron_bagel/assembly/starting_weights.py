@@ -21,7 +21,7 @@ from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import BagelArch, ConfigSources
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class StartSettings:
         verify: Whether checksums are compared before a checkpoint is loaded.
         initial: The weights of a run that starts from scratch.
         overwrite: Whether an earlier run in the folders is moved aside.
+        weights_name: The name of the weight file in the model folder ``resume_from``, if it has another name than usual.
         run_id: The identity of the run, if it is known. Checkpoints that name another run are not continued.
     """
 
@@ -69,23 +70,28 @@ class StartSettings:
     verify: bool
     initial: InitialSettings
     overwrite: bool = False
+    weights_name: str | None = None
     run_id: str = ""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A run's starting point: a ``checkpoint`` to continue, else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts."""
+    """A run's starting point: a ``checkpoint`` to continue, else ``weights`` ("model" or "ema") of ``folder``, else pretrained parts.
+
+    ``weights_name`` is the name of the folder's weight file, if it has another name than usual.
+    """
 
     checkpoint: Path | None = None
     folder: Path | None = None
     weights: str = "model"
+    weights_name: str | None = None
 
     def describe(self, initial: InitialSettings) -> str:
         """Return a sentence for the log."""
         if self.checkpoint is not None:
             return f"continuing from {self.checkpoint}"
         if self.folder is not None:
-            return f"starting from the {self.weights} weights of {self.folder}"
+            return f"starting from the {self.weights} weights of {self.folder / (self.weights_name or '')}"
         if initial.llm is None:
             return f"starting from random weights (--init_random, seed {initial.seed})"
         return f"starting from {initial.llm} and {initial.vit or 'no ViT'}"
@@ -118,16 +124,18 @@ def weight_source(settings: StartSettings, damaged: Sequence[Path] = ()) -> Weig
         return WeightSource()
     checkpoint = checkpoint_at(path)
     if checkpoint is not None:
+        if settings.weights_name is not None:
+            raise ValueError(f"--weights_name {settings.weights_name}: --resume_from {path} is a training checkpoint, not a model folder")
         if settings.model_only:
             return WeightSource(folder=checkpoint, weights="ema" if settings.from_ema else "model")
         return WeightSource(checkpoint=checkpoint)
-    folder = HFFolder(path)
+    folder = HFFolder(path, sources=ConfigSources(weights_name=settings.weights_name))
     if not settings.model_only:
         raise ValueError(
             f"--resume_from {path} is a model folder: it has weights, but no optimizer state, step or data position to resume. "
             "Pass --resume_model_only True to start from its weights"
         )
-    return WeightSource(folder=path, weights=_available_weights(folder, settings.from_ema))
+    return WeightSource(folder=path, weights=_available_weights(folder, settings.from_ema), weights_name=settings.weights_name)
 
 
 def _available_weights(folder: HFFolder, ema: bool) -> str:
@@ -138,7 +146,7 @@ def _available_weights(folder: HFFolder, ema: bool) -> str:
 def load_first_weights(initial: InitialSettings, source: WeightSource, modules: Modules, arch: BagelArch) -> None:
     """Fill the modules for a run that does not continue a checkpoint."""
     if source.folder is not None:
-        load_folder(initial, source.folder, source.weights, modules, arch)
+        load_folder(initial, source, source.weights, modules, arch)
         return
     weights = InitialWeights.of(
         arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe, initial.check_weights
@@ -152,15 +160,22 @@ def average_source(source: WeightSource) -> str | None:
         return None
     if is_complete(source.folder):
         return "ema"
-    return "ema" if "ema" in HFFolder(source.folder).available_weights() else None
+    return "ema" if "ema" in _model_folder(source, source.folder).available_weights() else None
 
 
-def load_folder(initial: InitialSettings, folder: Path, weights: str, modules: Modules, arch: BagelArch) -> None:
-    """Fill the modules with the ``weights`` ("model" or "ema") of a checkpoint or a model folder."""
+def load_folder(initial: InitialSettings, source: WeightSource, weights: str, modules: Modules, arch: BagelArch) -> None:
+    """Fill the modules with the ``weights`` ("model" or "ema") of the source's folder: a checkpoint or a model folder."""
+    folder = source.folder
+    if folder is None:
+        raise ValueError(f"{source} has no folder to load from")
     seeded_value = partial(initial_value, arch=arch, seed=initial.seed)
     if is_complete(folder):
         load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded_value, initial.check_weights)
         return
     parts = list(modules.named.values())
-    source = HFFolder(folder).weights(weights, initial.check_weights)
-    load_weights(source, WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)
+    reader = _model_folder(source, folder).weights(weights, initial.check_weights)
+    load_weights(reader, WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)
+
+
+def _model_folder(source: WeightSource, folder: Path) -> HFFolder:
+    return HFFolder(folder, sources=ConfigSources(weights_name=source.weights_name))

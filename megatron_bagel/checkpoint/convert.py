@@ -202,8 +202,11 @@ def import_folder(
     source = _with_stored_latent_size(folder, weights[0], overrides)
     tensors = _FolderTensors(source.arch, {kind: source.weights(kind) for kind in weights})
     tensors.check(allow_missing)
+    config: dict[str, Any] = {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}
+    if source.sources.llm_path is not None and not (source.path / "llm_config.json").is_file():
+        config["tokenizer_path"] = str(source.sources.llm_path.resolve())
     head = {
-        "run": {"config": {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}},
+        "run": {"config": config},
         "ema_is_model": tuple(weights) == ("ema",),
     }
     return write_checkpoint(directory, 0, source.arch, tensors.specs(), tensors.get, head)

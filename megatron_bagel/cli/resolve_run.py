@@ -127,6 +127,7 @@ def start_settings(config: Config) -> StartSettings:
         verify=training.verify_checkpoint,
         initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
         overwrite=training.overwrite_run,
+        weights_name=training.weights_name,
     )
 
 

@@ -189,6 +189,11 @@ class TrainingArguments:
     finetune_from_ema: bool = original_flag(
         False, "With resume_model_only, load the EMA weights into both the model and its EMA.", on_resume=FREE
     )
+    weights_name: str | None = flag(
+        None,
+        "Weight file of the model folder resume_from, if it has another name than ema.safetensors or model.safetensors.",
+        on_resume=FREE,
+    )
     finetune_from_hf: bool = original_flag(False, "Take architecture, tokenizer and autoencoder from model_path.", on_resume=FREE)
     log_every: int = original_flag(10, "Steps between log lines.", minimum=1, aliases=("log_interval",), on_resume=FREE)
     eval_every: int = flag(0, "Steps between evaluations on the rows that --split holds out. 0 never evaluates.", minimum=0, on_resume=FREE)

@@ -46,6 +46,11 @@ def check_consistency(config: Config) -> None:
         raise ValueError("--overwrite_run moves an earlier run aside and --auto_resume True continues it; give one of them")
     if training.resume_model_only and training.resume_from is None:
         raise ValueError("--resume_model_only True needs --resume_from: the checkpoint or folder to take weights from")
+    if training.weights_name is not None and not training.resume_model_only:
+        raise ValueError(
+            f"--weights_name {training.weights_name} names a weight file of the model folder --resume_from; it needs "
+            "--resume_model_only True"
+        )
     if training.finetune_from_ema and not training.resume_model_only:
         raise ValueError("--finetune_from_ema True needs --resume_model_only True: a full resume has both model and EMA")
     if training.finetune_from_hf and training.resume_from is None and not config.model.init_random:

@@ -13,7 +13,9 @@ from typing import Any
 
 from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.common.wording import listed
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
+from megatron_bagel.config.architecture.measured_parts import decoder_of, vision_tower_of
+from megatron_bagel.config.architecture.weight_files import any_weight_file, folder_shapes
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.config.optimizer_sharding import optimizer_sharding
 from megatron_bagel.config.parallel_sizes import divisors
@@ -178,27 +180,42 @@ def architecture(config: Config) -> BagelArch:
         "tie_word_embeddings": model.tie_word_embeddings,
     }
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
+    latents = Path(config.data.latent_cache) / "latents.json" if config.data.latent_cache is not None and training.visual_gen else None
+    cached_autoencoder = AutoencoderArch.beside(latents) if latents is not None else None
     if training.finetune_from_hf:
         flag_of = {"qk_norm": "llm_qk_norm"}
         arch = BagelArch.from_hf_folder(
             Path(model.model_path),
             llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
             defaults=settings,
+            sources=ConfigSources(None, None, training.weights_name, starting_folder(config), cached_autoencoder),
             **{name: value for name, value in settings.items() if name in config.given},
         )
         arch = replace(arch, vit=arch.vit if training.visual_und else None, autoencoder=arch.autoencoder if training.visual_gen else None)
     else:
+        weights = starting_folder(config)
+        shapes = folder_shapes(weights, training.weights_name) if weights is not None else {}
+        llm_file, vit_file = Path(model.llm_path) / "config.json", Path(model.vit_path) / "config.json"
         arch = BagelArch(
-            llm=read_json_as(partial(LLMArch.from_hf, **llm), Path(model.llm_path) / "config.json", "--llm_path"),
-            vit=read_json_as(ViTArch.from_hf, Path(model.vit_path) / "config.json", "--vit_path") if training.visual_und else None,
+            llm=read_json_as(partial(decoder_of, shapes, llm, llm_file), llm_file, "--llm_path"),
+            vit=read_json_as(partial(vision_tower_of, shapes), vit_file, "--vit_path") if training.visual_und else None,
             autoencoder=AutoencoderArch.beside(Path(model.vae_path)) if training.visual_gen else None,
             **settings,
         )
     if arch.vit is not None and "vit_patch_size" in config.given and model.vit_patch_size != arch.vit.patch_size:
         raise ValueError(f"--vit_patch_size is {model.vit_patch_size}, but the vision tower's patches have {arch.vit.patch_size} pixels")
-    if config.data.latent_cache is not None and training.visual_gen:
-        arch = replace(arch, autoencoder=AutoencoderArch.beside(Path(config.data.latent_cache) / "latents.json"))
+    if cached_autoencoder is not None:
+        arch = replace(arch, autoencoder=cached_autoencoder)
     return arch
+
+
+def starting_folder(config: Config) -> Path | None:
+    """Return the model folder whose weights the run starts from, or None if it starts from a checkpoint or from pretrained parts."""
+    training = config.training
+    if training.resume_from is None or not training.resume_model_only:
+        return None
+    folder = Path(training.resume_from)
+    return folder if any_weight_file(folder, training.weights_name) is not None else None
 
 
 def own_index(config: Config) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_a_model_folder_gives_the_weights_that_were_asked_for(
     source = weight_source(settings(tmp_path, resume_from=folder, model_only=True, from_ema=from_ema))
     assert source == WeightSource(folder=folder, weights=expected)
     assert average_source(source) == average
+
+
+def test_a_weight_file_of_another_name_is_named_by_flag(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "ema_bf16")
+    (folder / "llm_config.json").unlink()  # as the original's trainer leaves it
+    start = settings(tmp_path, resume_from=folder, model_only=True, weights_name="ema_bf16.safetensors")
+    source = weight_source(start)
+    assert source == WeightSource(folder=folder, weights="ema", weights_name="ema_bf16.safetensors")
+    assert source.describe(PRETRAINED) == f"starting from the ema weights of {folder}/ema_bf16.safetensors"
+    assert average_source(source) is None
+    with pytest.raises(ValueError, match=r"other files of weights: ema_bf16\.safetensors"):
+        weight_source(replace(start, weights_name="gone.safetensors"))
 
 
 def test_a_model_folder_is_nothing_to_resume(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,25 @@ def test_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     pixels = [(out / line["image"]).read_bytes() for line in lines]
     assert len(set(pixels)) == 4
     assert "4 answers" in capsys.readouterr().out
+
+
+def test_a_trained_folder_without_configs_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
+    trained, llm, vit = (tmp_path / name for name in ("0002000", "llm", "vit"))
+    for folder in (trained, llm, vit):
+        folder.mkdir()
+    shutil.copy(model / "ema.safetensors", trained / "ema_fp32.safetensors")
+    (trained / "config.json").write_text('{"architectures": ["Bagel"],}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, llm / name)
+    shutil.copy(model / "llm_config.json", llm / "config.json")
+    shutil.copy(model / "vit_config.json", vit / "config.json")
+    prompt = ["--prompt", "a red circle", "--image-size", "16x16", *QUICK, "--out"]
+    assert main(["--model", str(model), *prompt, str(tmp_path / "whole")]) == 0
+    parts = ["--weights-name", "ema_fp32.safetensors", "--llm-path", str(llm), "--vit_path", str(vit)]
+    argv = ["--model", str(trained), *parts, "--autoencoder", str(model / "ae.safetensors"), *prompt, str(tmp_path / "parts")]
+    assert main(argv) == 0
+    whole, assembled = (Image.open(tmp_path / name / "00000.png").tobytes() for name in ("whole", "parts"))
+    assert whole == assembled
 
 
 def test_batch_size_changes_nothing(model: Path, tmp_path: Path) -> None:

@@ -116,6 +116,21 @@ def test_architecture_of_a_released_folder(goldens):
         architecture(parse_config(f"{base} --vit_patch_size 16".split()))
 
 
+def test_architecture_of_a_trained_folder_without_configs(goldens, tmp_path):
+    trained, llm = tmp_path / "0002000", tmp_path / "llm"
+    trained.mkdir()
+    llm.mkdir()
+    (trained / "ema_bf16.safetensors").symlink_to(goldens / "hf/ema.safetensors")
+    config = json.loads((goldens / "hf/llm_config.json").read_text())
+    (llm / "config.json").write_text(json.dumps({**config, "vocab_size": 600}))
+    base = f"--llm_path {llm} --visual_und False --visual_gen False"
+    assert architecture(parse_config(base.split())).llm.vocab_size == 600
+    start = f"{base} --resume_from {trained} --resume_model_only True --weights_name ema_bf16.safetensors"
+    assert architecture(parse_config(start.split())).llm.vocab_size == 544
+    with pytest.raises(ValueError, match=r"--weights_name x\.safetensors: .*other files of weights: ema_bf16"):
+        architecture(parse_config(start.replace("ema_bf16", "x").split()))
+
+
 def test_architecture_of_parts(tmp_path):
     llm = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     vit = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 112}

@@ -93,6 +93,7 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
         ("--overlap_param_gather", r"needs --use_distributed_optimizer and --overlap_grad_reduce"),
         ("--resume_model_only True", r"needs --resume_from"),
         ("--finetune_from_ema True", r"needs --resume_model_only"),
+        ("--weights_name ema_bf16.safetensors", r"--weights_name ema_bf16.safetensors .* needs --resume_model_only True"),
         ("--finetune_from_hf True", r"weights come from --resume_from"),
         ("--dataset_config_file /nowhere.yaml", r"--dataset_config_file: there is no file /nowhere.yaml"),
         ("--index_dir /nowhere", r"--index_dir: there is no folder"),

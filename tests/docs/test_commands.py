@@ -22,8 +22,8 @@ PROGRAMS = (
 )  # fmt: skip
 #: Flags that the pages mention and no program lists: those of other programs, and an abbreviation.
 FOREIGN_FLAGS = {
-    "__ipc", "__shm_size", "__logdir", "__max_restarts", "__num_worker", "__ft_rank_heartbeat_timeout", "__ft_initial_rank_heartbeat_timeout",
-    "__deploy_config",
+    "__ipc", "__shm_size", "__logdir", "__max_restarts", "__num_worker", "__deploy_config",
+    "__ft_rank_heartbeat_timeout", "__ft_initial_rank_heartbeat_timeout",
 }  # fmt: skip
 #: Parallel axes, each with a row in the table of docs/status.md.
 AXES = (

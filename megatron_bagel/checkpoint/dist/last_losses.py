@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of a checkpoint's last step, from the metrics file of its run, where that file still lies beside the checkpoints."""
 
 from __future__ import annotations

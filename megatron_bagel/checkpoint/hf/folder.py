@@ -25,17 +25,18 @@ from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.model_card import CardFacts, card_text
 from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
 from megatron_bagel.checkpoint.hf.rotary_tables import rotary_table
-from megatron_bagel.checkpoint.hf.safetensors_io import AUTOENCODER_FILE, SafetensorsReader, ShardedWriter, TensorSpec
-from megatron_bagel.checkpoint.hf.server_index import points_at_averages, write_server_index
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
+from megatron_bagel.checkpoint.hf.server_index import write_server_index
 from megatron_bagel.checkpoint.hf.serving import SERVER, serving_problems
 from megatron_bagel.checkpoint.hf.settings_files import token_ids, write_configs, write_generation_config
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.common.dtypes import SHORT
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
+from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS, any_weight_file, describe_absence, named_file, weight_file
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_KINDS = ("ema", "model")
 DTYPES = SHORT
 TOKENIZER_FILES = (
     "vocab.json",
@@ -55,9 +56,9 @@ PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*
 class HFFolder:
     """A model folder in the released format.
 
-    ``arch`` comes from the folder's JSON. ``overrides`` and ``llm`` are flags that replace its settings (see
-    ``BagelArch.from_hf_folder``), and ``autoencoder`` describes an autoencoder without an ``ae_config.json``. Raises ValueError for a
-    folder or file that does not exist.
+    ``arch`` comes from the folder's JSON and tensors. ``overrides`` and ``llm`` are flags that replace its settings (see
+    ``BagelArch.from_hf_folder``), and ``autoencoder`` describes an autoencoder without an ``ae_config.json``. ``sources`` completes a
+    folder that lacks configs, and chooses a weight file of another name. Raises ValueError for a folder or file that does not exist.
     """
 
     def __init__(
@@ -65,26 +66,28 @@ class HFFolder:
         path: str | Path,
         llm: dict[str, Any] | None = None,
         autoencoder: AutoencoderArch | None = None,
+        sources: ConfigSources | None = None,
         **overrides: Any,
     ) -> None:
-        self.path = Path(path)
+        self.path, self.sources = Path(path), sources or ConfigSources()
         if not self.path.is_dir():
             raise ValueError(f"model folder {path} does not exist")
-        if not (self.path / "llm_config.json").is_file():
-            raise ValueError(f"model folder: there is no file {self.path / 'llm_config.json'}")
-        self._llm, self._autoencoder, self._overrides = llm, autoencoder, overrides
+        if self.sources.weights_name is not None:
+            named_file(self.path, self.sources.weights_name)
+        elif any_weight_file(self.path) is None:
+            self.sources.llm_config(self.path)  # neither weights nor configs: no model folder
+        if autoencoder is not None:
+            self.sources = replace(self.sources, autoencoder=autoencoder)
+        self._llm, self._overrides = llm, overrides
 
     @cached_property
     def arch(self) -> BagelArch:
         """The model. Its JSON is read here, so that who only wants weights does not read it."""
-        arch = BagelArch.from_hf_folder(self.path, llm=self._llm, **self._overrides)
-        if self._autoencoder is not None and arch.autoencoder is not None:
-            arch = replace(arch, autoencoder=self._autoencoder)
-        return arch
+        return BagelArch.from_hf_folder(self.path, llm=self._llm, sources=self.sources, **self._overrides)
 
     def available_weights(self) -> list[str]:
-        """Return which of "ema" and "model" the folder holds."""
-        return [kind for kind in WEIGHT_KINDS if weight_file(self.path, kind).is_file()]
+        """Return which of "ema" and "model" the folder holds; the kind of its name if ``sources`` names a weight file."""
+        return [kind for kind in WEIGHT_KINDS if self._weight_file(kind) is not None]
 
     def default_weights(self) -> tuple[str]:
         """Return the kind to take if none is asked for: "ema", as in a released folder, or "model" if that is all there is."""
@@ -94,24 +97,22 @@ class HFFolder:
         """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index; ``check_weights`` is for reading tensors."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
-        if kind not in self.available_weights():
+        file = self._weight_file(kind)
+        if file is None:
             kinds = ", ".join(self.available_weights()) or "none"
             raise ValueError(
-                f"{self.path} has no {kind}.safetensors (nor {kind}.safetensors.index.json); weights there: {kinds}. A converter takes "
+                f"{describe_absence(self.path, kind)}; weights there: {kinds}. A converter takes "
                 "others with --weights, and training takes ema weights only with --finetune_from_ema True"
             )
-        return SafetensorsReader(weight_file(self.path, kind), check_weights)
+        return SafetensorsReader(file, check_weights)
 
     def stored_latent_size(self, kind: str) -> int | None:
         """Return the ``max_latent_size`` that the weights ``kind`` were trained with, by their position table, or None without one."""
         source = self.weights(kind)
         return math.isqrt(source.spec(_LATENT_TABLE)[0][0]) if _LATENT_TABLE in source else None
 
-
-def weight_file(folder: Path, kind: str) -> Path:
-    """Return the file with the weights ``kind`` of a model folder: the index of its parts, or the single file, which may not exist."""
-    index = folder / f"{kind}.safetensors.index.json"
-    return index if index.is_file() and not points_at_averages(index) else folder / f"{kind}.safetensors"
+    def _weight_file(self, kind: str) -> Path | None:
+        return weight_file(self.path, kind, self.sources.weights_name)
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,12 @@ def write_folder(
         problems = serving_problems(arch, weights, token_ids(partial))
         (partial / "README.md").write_text(card_text(arch, weights, problems, facts or CardFacts()), encoding="utf-8")
         weight_map = WeightMap(arch)
-        for kind, file in weights.items():
-            write_weights(partial / f"{kind}.safetensors", weight_map, file, table, shard_bytes)
+        for kind, content in weights.items():
+            write_weights(partial / f"{kind}.safetensors", weight_map, content, table, shard_bytes)
         if len(weights) == 1:
             [kind] = weights
-            write_server_index(partial, weight_file(partial, kind))
+            if (file := weight_file(partial, kind)) is not None:
+                write_server_index(partial, file)
     logger.info("wrote %s (%s)", out, " and ".join(weights))
     if problems:
         logger.info("%s cannot serve this folder: %s", SERVER, "; ".join(problems))

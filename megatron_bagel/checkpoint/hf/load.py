@@ -27,6 +27,9 @@ from megatron_bagel.config.architecture import BagelArch
 logger = logging.getLogger(__name__)
 
 _VISION_NAMES = ("vit_model.*", "connector.*", "vit_pos_embed.*")
+#: Tensors that are no weights: buffers that are computed here, and optimizer states.
+_NO_WEIGHTS = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids", "optimizer.*", "scheduler.*")
+_HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_embed.*")
 
 
@@ -157,7 +160,8 @@ def check_against(
     Data is read for a stored head of a tied model alone: it must repeat the embedding.
     """
     report = LoadReport()
-    _check_unexpected(source, weight_map, (*allow_unexpected, *_switched_off(weight_map.arch)), report)
+    patterns = (*allow_unexpected, *_switched_off(weight_map.arch), *_NO_WEIGHTS)
+    _check_unexpected(source, weight_map, patterns, report)
     report.missing = [name for name in weight_map.by_hf if name not in source]
     refused = [name for name in report.missing if not matches(name, allow_missing)]
     if refused:
@@ -191,12 +195,20 @@ def _check_unexpected(source: TensorSource, weight_map: WeightMap, patterns: Seq
 
 def _check_shapes(source: TensorSource, entry: Entry) -> None:
     for name, expected in zip(entry.hf, entry.hf_shapes, strict=True):
-        shape, _ = source.spec(name)
+        shape, dtype = source.spec(name)
         if shape == expected:
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    f"{source.path}: tensor {name} holds {str(dtype).removeprefix('torch.')} values: quantized weights are not read; use "
+                    "the folder's bf16, fp16 or fp32 weights"
+                )
             continue
         hint = "check the config files beside the weights"
         if entry.vocabulary:
-            hint = "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file"
+            hint = (
+                "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file, and the run's tokenizer "
+                "must not have more tokens"
+            )
         elif "position_embedding" in name:
             hint = "check image_size and patch_size in vit_config.json, and vit_max_num_patch_per_side"
         elif name.startswith(("vae2llm", "llm2vae")):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card, ``README.md`` of an exported folder: what the weights are, and how they were trained.
 
 Nobody but the author can name the licence, so the card says where to put it. It holds no paths: they belong to the machine of the run.

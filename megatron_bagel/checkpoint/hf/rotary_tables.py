@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rotary tables of a vision tower with 2-D rotary positions, as the original's module keeps them among its buffers.
 
 They hold no information; the original's strict loading asks for them.

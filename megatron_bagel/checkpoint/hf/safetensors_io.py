@@ -21,9 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
-from megatron_bagel.common.files import refuse_lfs_pointer
-from megatron_bagel.common.json_files import read_json
-from megatron_bagel.common.json_text import parse_json
+from megatron_bagel.common.safetensors_header import files_of_index, read_header
 
 _DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
@@ -31,8 +29,6 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 _NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
-#: The autoencoder's weights. An index for servers lists them beside the model's; they are read as a file of their own.
-AUTOENCODER_FILE = "ae.safetensors"
 
 
 class _TensorLocation(NamedTuple):
@@ -44,27 +40,27 @@ class _TensorLocation(NamedTuple):
 
 
 def _header(file: Path) -> dict[str, _TensorLocation]:
-    """Return the locations of a file's tensors by rising offset. Raises ValueError for a file that the library rejects."""
+    """Return the locations of a file's tensors by rising offset. Raises ValueError for a file that is incomplete or foreign."""
+    tensors = read_header(file)
     try:
-        refuse_lfs_pointer(file, "weights")
         with safe_open(file, framework="pt", device="cpu"):
             pass
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            entries = parse_json(stream.read(length), f"the header of {file}")
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
-    entries.pop("__metadata__", None)
-    unknown = sorted({entry["dtype"] for entry in entries.values()} - _NAME_DTYPES.keys())
+    _refuse_types(file, {tensor.dtype for tensor in tensors.values()} - _NAME_DTYPES.keys())
+    return {name: _TensorLocation(tensor.shape, _NAME_DTYPES[tensor.dtype], tensor.offset) for name, tensor in tensors.items()}
+
+
+def _refuse_types(file: Path, unknown: set[str]) -> None:
+    """Raise ValueError if there are types that are not read."""
+    names = ", ".join(sorted(unknown))
+    if any(name.startswith("F8_") for name in unknown):
+        raise ValueError(
+            f"{file} holds fp8 weights ({names}). Their values count only with the scales of the program that wrote them, and rounding to "
+            "fp8 cannot be undone: use the folder's bf16, fp16 or fp32 weights"
+        )
     if unknown:
-        raise ValueError(f"{file} holds tensors of type {', '.join(unknown)}; read are {', '.join(_NAME_DTYPES)}")
-    by_offset = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
-    return {
-        name: _TensorLocation(tuple(entry["shape"]), _NAME_DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
-        for name, entry in by_offset
-    }
+        raise ValueError(f"{file} holds tensors of type {names}; read are {', '.join(_NAME_DTYPES)}")
 
 
 class SafetensorsReader:
@@ -79,13 +75,7 @@ class SafetensorsReader:
         if not self.path.is_file():
             raise ValueError(f"there is no weight file {self.path}")
         if self.path.suffix == ".json":
-            weight_map = read_json(self.path, "weights").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ValueError(f"{self.path} has no weight_map of tensor names and files; copy it again")
-            self._file_of = {name: self.path.parent / file for name, file in weight_map.items() if file != AUTOENCODER_FILE}
-            missing_files = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
-            if missing_files:
-                raise ValueError(f"{self.path} names files that do not exist: {', '.join(missing_files)}")
+            self._file_of = files_of_index(self.path)
         else:
             self._file_of = dict.fromkeys(_header(self.path), self.path)
         self._headers: dict[Path, dict[str, _TensorLocation]] = {}

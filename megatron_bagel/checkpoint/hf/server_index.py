@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``model.safetensors.index.json`` of a folder with one kind of weights: servers read it to learn which files to load.
 
 vllm-omni loads exactly the files that this index names, and sizes its latent table by the tensor that the index points at. In a folder
@@ -10,18 +11,9 @@ import json
 from math import prod
 from pathlib import Path
 
-from megatron_bagel.checkpoint.hf.safetensors_io import AUTOENCODER_FILE, SafetensorsReader
-from megatron_bagel.common.json_files import read_json
-
-SERVER_INDEX = "model.safetensors.index.json"
-
-
-def points_at_averages(index: Path) -> bool:
-    """Return whether ``index`` is named after the model's weights, but names files of averages."""
-    if index.name != SERVER_INDEX or not index.is_file():
-        return False
-    weight_map = read_json(index, "weights").get("weight_map")
-    return isinstance(weight_map, dict) and any(str(file).startswith(("ema.", "ema-")) for file in weight_map.values())
+from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
+from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
+from megatron_bagel.config.architecture.weight_files import SERVER_INDEX
 
 
 def write_server_index(folder: Path, weights: Path) -> None:

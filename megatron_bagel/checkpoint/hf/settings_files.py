@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The JSON files of a model folder that describe it to other programs: model, image processor, end of an answer.
 
 What each program reads is listed in docs/serving.md.

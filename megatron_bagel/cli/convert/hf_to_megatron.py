@@ -24,6 +24,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="ema: the average serves as model and EMA; model: no EMA; both: model and EMA as they are; default: ema, or model if there is "
         "no ema",
     )
+    arguments.add_argument(
+        "--weights-name", "--weights_name", metavar="NAME", help="weight file with another name, such as ema_bf16.safetensors"
+    )
+    arguments.add_argument(
+        "--llm-path", "--llm_path", type=Path, metavar="DIR",
+        help="config.json and tokenizer of the pretrained decoder, for a folder without llm_config.json, as the original trainer saves",
+    )  # fmt: skip
+    arguments.add_argument(
+        "--vit-path", "--vit_path", type=Path, metavar="DIR", help="config.json of the SigLIP tower, for a folder without vit_config.json"
+    )
     arguments.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
     arguments.add_argument(
         "--allow-missing", "--allow_missing", nargs="+", default=[], metavar="PATTERN",
@@ -42,10 +52,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import import_folder
         from megatron_bagel.checkpoint.hf.folder import HFFolder
+        from megatron_bagel.config.architecture import ConfigSources
 
         check_writable(args.output, "--output")
-        weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model).default_weights()
-        settings = {"autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size}
+        sources = ConfigSources(args.llm_path, args.vit_path, args.weights_name)
+        weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model, sources=sources).default_weights()
+        settings = {
+            "autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size, "sources": sources,
+        }  # fmt: skip
         print(import_folder(args.model, args.output, weights, args.allow_missing, **settings))
 
     return command.run(prog, work)

@@ -6,7 +6,8 @@ Everything that builds modules, maps weights or counts FLOPs reads these classes
 
 from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
 from megatron_bagel.config.architecture.bagel import BagelArch
+from megatron_bagel.config.architecture.config_sources import ConfigSources
 from megatron_bagel.config.architecture.llm import LLMArch
 from megatron_bagel.config.architecture.vit import ViTArch
 
-__all__ = ["AutoencoderArch", "BagelArch", "LLMArch", "ViTArch"]
+__all__ = ["AutoencoderArch", "BagelArch", "ConfigSources", "LLMArch", "ViTArch"]

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json, read_json_as
+from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
+from megatron_bagel.config.architecture.config_sources import ConfigSources
 from megatron_bagel.config.architecture.llm import LLMArch
+from megatron_bagel.config.architecture.measured_parts import decoder_of, vision_tower_of
 from megatron_bagel.config.architecture.settings import field_names, field_values
+from megatron_bagel.config.architecture.stored_sizes import corrected, top_sizes, vision_grid
+from megatron_bagel.config.architecture.top_config import read_top_config
 from megatron_bagel.config.architecture.vit import ViTArch
+from megatron_bagel.config.architecture.weight_files import folder_shapes
 from megatron_bagel.config.whole_numbers import require_sizes
 
 _PARTS = {"llm", "vit", "autoencoder"}
-_RELEASED_LLM = {"layer_module": "Qwen2MoTDecoderLayer", "qk_norm": True}
 
 
 @dataclass
@@ -75,40 +80,51 @@ class BagelArch:
 
     @classmethod
     def from_hf_folder(
-        cls, folder: str | Path, llm: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, **overrides: Any
+        cls,
+        folder: str | Path,
+        llm: dict[str, Any] | None = None,
+        defaults: dict[str, Any] | None = None,
+        sources: ConfigSources | None = None,
+        **overrides: Any,
     ) -> BagelArch:
-        """Read a folder in the released format: ``llm_config.json``, ``vit_config.json`` and, if present, ``config.json``.
+        """Read a folder in the released format: ``llm_config.json``, ``vit_config.json``, tensor shapes and, if usable, ``config.json``.
 
-        A folder that does not say which layer it has is taken for the released one: MoT layers with QK-norm.
+        Where a file and the shape of a tensor disagree, the shape counts and a notice tells it. A folder that does not say which layer
+        it has, in a file or by its tensors, is taken for the released one: MoT layers with QK-norm.
 
         Args:
             folder: Model folder.
             llm: Settings of the decoder that win over ``llm_config.json``.
-            defaults: Settings of this class where ``config.json`` does not mention them.
-            **overrides: Settings of this class that win over ``config.json``, as the original takes them from flags alone.
+            defaults: Settings of this class where neither ``config.json`` nor a tensor says them.
+            sources: Where a folder without these files has its configs, and which weight file to look into.
+            **overrides: Settings of this class that win over the folder, as the original takes them from flags alone.
 
         Raises:
             ValueError: with the file that is missing or wrong.
         """
-        folder = Path(folder)
+        folder, sources = Path(folder), sources or ConfigSources()
         if not folder.is_dir():
             raise ValueError(f"model folder {folder} does not exist")
-        top = read_json(folder / "config.json", "model folder") if (folder / "config.json").is_file() else {}
-        settings = {name: top[name] for name in field_names(cls) - _PARTS if top.get(name) is not None}
-        settings.update({name: value for name, value in (defaults or {}).items() if name not in top and value is not None})
-        settings.update({name: value for name, value in overrides.items() if value is not None})
-        vit_file, ae_file = folder / "vit_config.json", folder / "ae.safetensors"
-        has_vit, has_ae = top.get("visual_und", True) and vit_file.is_file(), top.get("visual_gen", True) and ae_file.is_file()
-        vit = read_json_as(ViTArch.from_hf, vit_file, "model folder") if has_vit else None
-        if vit is not None and not (vit.rope or settings.get("vit_rope")):
+        shapes = folder_shapes(sources.weights_folder or folder, sources.weights_name)
+        top = read_top_config(folder, {field.name: field.default for field in fields(cls) if field.name not in _PARTS})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        vit_file = sources.vit_config(folder) if top.get("visual_und", True) else None
+        vit = read_json_as(partial(vision_tower_of, shapes), vit_file, "model folder") if vit_file is not None else None
+        ae_file = folder / "ae.safetensors"
+        has_ae = top.get("visual_gen", True) and (ae_file.is_file() or "vae2llm.weight" in shapes)
+        autoencoder = sources.autoencoder or AutoencoderArch.beside(ae_file) if has_ae else None
+        sizes = top_sizes(shapes, autoencoder.z_channels) if autoencoder is not None else {}
+        if vit is not None:
+            sizes |= vision_grid(shapes, vit.num_hidden_layers)
+        stated = {name: value for name, value in top.items() if name in field_names(cls)}
+        settings = corrected(stated, {name: size for name, size in sizes.items() if name not in given}, folder / "config.json")
+        if vit is not None and not (vit.rope or {**settings, **given}.get("vit_rope")):
             settings.setdefault("vit_max_num_patch_per_side", vit.image_size // vit.patch_size)
+        defaults = {name: value for name, value in (defaults or {}).items() if value is not None}
+        llm_file = sources.llm_config(folder)
+        make_llm = partial(decoder_of, shapes, llm or {}, llm_file)
         return cls(
-            llm=read_json_as(
-                lambda config: LLMArch.from_hf({**_RELEASED_LLM, **config}, **(llm or {})), folder / "llm_config.json", "model folder"
-            ),
-            vit=vit,
-            autoencoder=AutoencoderArch.beside(ae_file) if has_ae else None,
-            **settings,
+            llm=read_json_as(make_llm, llm_file, "model folder"), vit=vit, autoencoder=autoencoder, **{**defaults, **settings, **given}
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -50,6 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(group: Any) -> None:
     group.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, training checkpoint, or folder of checkpoints")
     group.add_argument("--weights", choices=("ema", "model"), help="averaged or last weights (default: ema where there is one)")
+    group.add_argument(
+        "--weights-name",
+        "--weights_name",
+        metavar="NAME",
+        help="weight file of a model folder with another name, such as ema_bf16.safetensors",
+    )
+    group.add_argument(
+        "--llm-path", "--llm_path", metavar="DIR", help="config.json and tokenizer of the decoder, for a folder without llm_config.json"
+    )
+    group.add_argument("--vit-path", "--vit_path", metavar="DIR", help="config.json of the ViT, for a folder without vit_config.json")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     group.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model (default: the model's own)")
     group.add_argument("--autoencoder", metavar="FILE", help="ae.safetensors (default: the model's own)")

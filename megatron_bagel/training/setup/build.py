@@ -106,10 +106,10 @@ def _load_separate_average(
     initial: InitialSettings, source: WeightSource, modules: Modules, arch: BagelArch, optimizer: Any, ema: ShardedEma
 ) -> None:
     """Start the average from the EMA file of ``source`` if it stores weights and average in separate files, as the original does."""
-    if average_source(source) is None or source.folder is None:
+    if average_source(source) is None:
         return
-    load_folder(initial, source.folder, "ema", modules, arch)
+    load_folder(initial, source, "ema", modules, arch)
     optimizer.reload_model_params()
     ema.reset()
-    load_folder(initial, source.folder, source.weights, modules, arch)
+    load_folder(initial, source, source.weights, modules, arch)
     optimizer.reload_model_params()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The goldens' model, written as an exported folder by the package's writer."""
 
 from __future__ import annotations

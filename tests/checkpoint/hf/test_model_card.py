@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card states what the weights are and how they came about, and nothing of the machine they were made on."""
 
 from __future__ import annotations

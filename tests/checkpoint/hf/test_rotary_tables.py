@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rotary vision tower's tables are written as the original's buffers, and are those that training here computes."""
 
 from __future__ import annotations

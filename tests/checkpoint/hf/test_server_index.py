@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Servers load the files that the index names; the index never makes averages look like the model's own weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vllm-omni 0.30.0 builds and asks for, written down from its loader: our names meet it, and what cannot be served is said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exported folder has every file that each reader of such folders asks for, and transformers reads those that are its own."""
 
 from __future__ import annotations

@@ -72,6 +72,25 @@ def test_a_folder_with_model_weights_alone_is_taken(goldens: Path, tmp_path: Pat
     assert written.keys() == recorded.keys() and all(torch.equal(written[name], tensor) for name, tensor in recorded.items())
 
 
+def test_a_checkpoint_of_the_original_trainer_is_taken(goldens: Path, tmp_path: Path) -> None:
+    source, trained, llm, vit = goldens / "hf", tmp_path / "0002000", tmp_path / "llm", tmp_path / "vit"
+    for folder in (trained, llm, vit):
+        folder.mkdir()
+    (trained / "ema_bf16.safetensors").symlink_to(source / "ema.safetensors")
+    (llm / "config.json").symlink_to(source / "llm_config.json")
+    (vit / "config.json").symlink_to(source / "vit_config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (llm / name).symlink_to(source / name)
+    paths = ["--llm-path", str(llm), "--vit-path", str(vit), "--weights_name", "ema_bf16.safetensors"]
+    assert hf_to_megatron.main(["--model", str(trained), "--output", str(tmp_path / "ckpt"), *paths]) == 0
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(out), "--autoencoder", str(source / "ae.safetensors")]
+    assert megatron_to_hf.main(command) == 0
+    recorded, written = load_file(source / "ema.safetensors"), load_file(out / "ema.safetensors")
+    assert written.keys() == recorded.keys() and all(torch.equal(written[name], tensor) for name, tensor in recorded.items())
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
 def test_a_trained_checkpoint_gives_weights_and_averages(tmp_path: Path) -> None:
     [trained] = run_ranks(train_and_save, 1, tmp_path, {}, 2, 0, parallel={})
     command = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--weights", "both", "--dtype", "fp32"]
