@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 _VISION_NAMES = ("vit_model.*", "connector.*", "vit_pos_embed.*")
 #: Tensors that are no weights: buffers that are computed here, and optimizer states.
 _NO_WEIGHTS = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids", "optimizer.*", "scheduler.*")
-_HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_embed.*")
 
 
