@@ -215,8 +215,8 @@ def _check_shapes(source: TensorSource, entry: Entry) -> None:
         hint = "check the config files beside the weights"
         if entry.vocabulary:
             hint = (
-                "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file, and the run's tokenizer must "
-                "not have more tokens"
+                "the vocabulary differs: vocab_size in llm_config.json must be the number of rows in the file, and the run's tokenizer "
+                "must not have more tokens"
             )
         elif "position_embedding" in name:
             hint = "check image_size and patch_size in vit_config.json, and vit_max_num_patch_per_side"
