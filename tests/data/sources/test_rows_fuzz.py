@@ -55,7 +55,8 @@ def lines(draw: st.DrawFn) -> bytes:
     """A good line with a value replaced, a key added, or bytes changed; it stays one line."""
     row = replaced(GOOD, draw(st.sampled_from(places(GOOD))), draw(ODD))
     if isinstance(row, dict) and draw(st.booleans()):
-        row[draw(st.sampled_from(["video", "image", "text", "conversations", "more"]))] = draw(ODD)
+        # A copy: the row itself may be an empty object that every example shares.
+        row = {**row, draw(st.sampled_from(["video", "image", "text", "conversations", "more"])): draw(ODD)}
     data = bytearray(json.dumps(row).encode())
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(data)))
