@@ -11,6 +11,7 @@ row, or image. The exit status is 1 if there is one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
 from megatron_bagel.data.index.verify import shard_problems
 from megatron_bagel.data.index.verify_latents import cached_shard_problems
+from megatron_bagel.platform.launch.child_processes import end_with_parent
 
 T = TypeVar("T")
 Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of the shard, whether to decode images
@@ -57,7 +59,7 @@ def results(check_one: Callable[[T], list[str]], work: Sequence[T], workers: int
     if workers < 2:
         yield from map(check_one, work)
         return
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent, (os.getpid(),)) as pool:
         yield from pool.map(check_one, work)
 
 

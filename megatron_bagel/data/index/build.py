@@ -39,6 +39,7 @@ from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.platform.launch.child_processes import end_with_parent
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
 _shared_row_count: Synchronized[int]  # in a worker process: rows written by all workers together
@@ -140,7 +141,7 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
     context = get_context("spawn" if spawn else "fork")
     row_count, yielded_rows = context.Value("q"), 0
     try:
-        with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (row_count,)) as pool:
+        with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (row_count, os.getpid())) as pool:
             pending = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in shards}
             while pending:
                 finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -155,7 +156,8 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
         ) from error
 
 
-def _start_worker(row_count: Synchronized[int]) -> None:
+def _start_worker(row_count: Synchronized[int], parent: int) -> None:
+    end_with_parent(parent)
     global _shared_row_count
     _shared_row_count = row_count
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per shard; also silences the warning about forks

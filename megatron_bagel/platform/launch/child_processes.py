@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the processes that a rank forks (readers of data, writers of checkpoints) when the rank ends, for any reason.
+"""Ends the processes that a process starts (readers of data, writers of checkpoints, workers of a build) when it ends, for any reason.
 
 Forks share the rank's connections. If a fork outlived a killed rank, the other ranks would see an open connection and wait in their
 collective forever, instead of learning that the rank is gone.
@@ -37,6 +37,18 @@ def end_forks_with_this_process() -> None:
             os._exit(1)
 
     os.register_at_fork(before=remember_parent, after_in_child=end_with_parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when ``parent``, the process that started it, ends for any reason. Linux only.
+
+    For workers of pools: a pool whose process is killed leaves its workers waiting for work forever.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before prctl
+        os._exit(1)
 
 
 def reading_context() -> context.BaseContext | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a killed process has forked does not outlive it."""
+"""What a killed process has started does not outlive it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,11 +26,26 @@ print(child.pid, flush=True)
 child.join()
 """
 
+POOL = """
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from megatron_bagel.platform.launch.child_processes import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context({method!r}), end_with_parent, (os.getpid(),)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        input()
+"""
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tell a child of its parent's end")
-def test_forks_end_with_a_killed_process() -> None:
+@pytest.mark.parametrize("program", [PROGRAM, POOL.format(method="spawn"), POOL.format(method="fork")])
+def test_children_end_with_a_killed_process(program: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    parent = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child = psutil.Process(int(parent.stdout.readline()))
     assert child.is_running()
     parent.send_signal(signal.SIGKILL)
