@@ -39,18 +39,13 @@ class QuickstartFolders:
         return self.out / "latents"
 
     @property
-    def questions(self) -> Path:
-        """The first lesson: ``results`` and ``checkpoints``."""
-        return self.out / "questions"
-
-    @property
     def results(self) -> Path:
-        """Metrics, curves and sheets of the second lesson."""
+        """Metrics, curves and sheets of pictures."""
         return self.out / "results"
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints of the second lesson."""
+        """Checkpoints of the run."""
         return self.out / "checkpoints"
 
     @property

@@ -86,7 +86,7 @@ def write_report(folders: QuickstartFolders, facts: Sequence[str], rows: Sequenc
         _section("Edits: before and after", _edits(folders)),
         _section("Answers", _answers(folders)),
         _section("The same prompts over the steps", "".join(_sheets(folders))),
-        _section("Curves", "".join(_wide(path) for path in (folders.results / "loss.png", folders.questions / "results" / "loss.png"))),
+        _section("Curves", _wide(folders.results / "loss.png")),
         _section("What to try next", "".join(f"<p>{html.escape(text)}</p><pre>{html.escape(line)}</pre>" for text, line in next_steps)),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>megatron_bagel quickstart</title><style>{_STYLE}</style>'

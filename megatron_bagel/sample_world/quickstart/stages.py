@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages from nothing to an examined model, each done once: data, index, latents, two lessons, export, exam, report."""
+"""The stages from nothing to an examined model, each done once: data, index, latents, training, export, exam."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bagel.common.files import write_whole
-from megatron_bagel.sample_world.assets import PICTURES_CONFIG, QUESTIONS_CONFIG
+from megatron_bagel.sample_world.assets import TRAIN_CONFIG
 from megatron_bagel.sample_world.exam import Exam, picture_grid, write_exam
 from megatron_bagel.sample_world.quickstart.commands import launched_command, module_command, run
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
 from megatron_bagel.sample_world.quickstart.progress import TrainingBar
 from megatron_bagel.sample_world.world import read_world
 
-#: Every kind of sample that the exam asks for; questions about colour and position are what the first lesson is for.
-EXAM = Exam(pictures=24, questions=16, edits=16)
-_SAMPLES = ("--t2i", "3000", "--edit", "3000", "--vlm", "3000", "--captions-per-image", "1", "--questions-per-image", "5")
-_WORLD = ("--edit-kinds", "recolour", "--weights", "1.5", "2", "0.25", "1", "--vit-image-size", "42")
+EXAM = Exam(pictures=24, questions=8, edits=8)
+_SAMPLES = ("--t2i", "3000", "--edit", "1500", "--vlm", "3000", "--captions-per-image", "1")
+#: Sheets of held-out pictures during training, the same captions and edits each time.
+_WATCHING = (
+    "--split", "98,2", "--eval_every", "310", "--eval_samples", "8", "--eval_pictures", "3", "--eval_timesteps", "10",
+    "--eval_cfg_text_scale", "3", "--eval_cfg_img_scale", "1", "--eval_answer_tokens", "8",
+)  # fmt: skip
 #: How the exam's pictures are drawn: the size and the shift they were learnt with.
 DRAWING = (
-    "--image-size", "64x64", "--num-timesteps", "13", "--timestep-shift", "3", "--cfg-text-scale", "1.5", "--cfg-img-scale", "1",
-    "--cfg-interval", "0", "1", "--max-length", "12", "--vae-transform", "64", "64", "--vit-transform", "42", "42",
+    "--image-size", "64x64", "--num-timesteps", "25", "--timestep-shift", "1", "--cfg-text-scale", "3", "--cfg-img-scale", "1",
+    "--cfg-interval", "0", "1", "--max-length", "12", "--vae-transform", "64", "64", "--vit-transform", "70", "70",
 )  # fmt: skip
 _LATENT_JOBS = 2
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -37,13 +40,11 @@ class QuickstartSettings:
     Attributes:
         seed: Of data and weights.
         processes: Ranks that train.
-        question_steps: Steps of the first lesson; None for those of its settings.
-        flags: Flags of ``megatron-bagel train`` for the second lesson.
+        flags: Flags of ``megatron-bagel train``.
     """
 
     seed: int = 0
     processes: int = 2
-    question_steps: int | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -61,12 +62,7 @@ class Quickstart:
         self._stage("sample data: pictures of coloured shapes with captions, questions and edits", self.folders.dataset, self._make_data)
         self._stage("index", self.folders.index / "manifest.json", self._build_index)
         self._stage("latents: the autoencoder's output for every picture", self.folders.latents / "latents.json", self._store_latents)
-        self._stage(
-            f"first lesson: questions, on {self.settings.processes} process(es)",
-            self._latest(self.folders.questions),
-            self._teach_questions,
-        )
-        self._stage("second lesson: pictures and edits; what was learnt is kept", None, self._teach_pictures)
+        self._stage(f"training on {self.settings.processes} process(es)", None, self._train)
         self._stage("export to a folder in BAGEL's released layout", self._exported(), self._export)
         self._stage("exam: pictures, answers and edits", self.folders.generated / "complete", self._examine)
 
@@ -81,7 +77,7 @@ class Quickstart:
 
     def _make_data(self) -> None:
         seed = ("--seed", str(self.settings.seed))
-        self._run("data", module_command("data", "sample", self.folders.data, *_SAMPLES, *_WORLD, *seed))
+        self._run("data", module_command("data", "sample", self.folders.data, *_SAMPLES, *seed))
 
     def _build_index(self) -> None:
         paths = ("--tokenizer", self.folders.data / "tokenizer", "--output", self.folders.index)
@@ -92,25 +88,14 @@ class Quickstart:
         command += ["--vae", str(self.folders.autoencoder), "--output", str(self.folders.latents), "--num-jobs", str(_LATENT_JOBS)]
         self._run("latents", *([*command, "--job-index", str(job)] for job in range(_LATENT_JOBS)))
 
-    def _teach_questions(self) -> None:
-        steps = str(self.settings.question_steps or 0)
-        shorter = () if steps == "0" else ("--total_steps", steps, "--save_every", steps, "--warmup_steps", "1")
-        self._train(self.folders.questions / "results", "questions", "--config", QUESTIONS_CONFIG,
-                    "--checkpoint_dir", self.folders.questions / "checkpoints", *shorter)  # fmt: skip
-
-    def _teach_pictures(self) -> None:
-        start = ("--resume_from", self.folders.questions / "checkpoints")
-        latents = ("--vae_path", self.folders.autoencoder, "--latent_cache", self.folders.latents)
-        self._train(self.folders.results, "pictures", "--config", PICTURES_CONFIG, *start, *latents,
-                    "--checkpoint_dir", self.folders.checkpoints, *self.settings.flags)  # fmt: skip
-
-    def _train(self, results: Path, label: str, *flags: str | Path) -> None:
+    def _train(self) -> None:
         data = ("--dataset_config_file", self.folders.dataset, "--index_dir", self.folders.index)
-        parts = ("--llm_path", self.folders.data / "llm", "--vit_path", self.folders.data / "vit")
-        runs = ("--results_dir", results, "--auto_resume", "True", "--global_seed", str(self.settings.seed))
-        command = launched_command(self.settings.processes, "train", *data, *parts, *runs, *flags)
-        with TrainingBar(results, label) as bar:
-            self._run(label, command, watch=bar.update)
+        parts = ("--llm_path", self.folders.data / "llm", "--vit_path", self.folders.data / "vit", "--vae_path", self.folders.autoencoder)
+        runs = ("--results_dir", self.folders.results, "--checkpoint_dir", self.folders.checkpoints, "--auto_resume", "True")
+        settings = ("--config", TRAIN_CONFIG, "--latent_cache", self.folders.latents, "--global_seed", str(self.settings.seed), *_WATCHING)
+        command = launched_command(self.settings.processes, "train", *settings, *data, *parts, *runs, *self.settings.flags)
+        with TrainingBar(self.folders.results, "training") as bar:
+            self._run("training", command, watch=bar.update)
 
     def _export(self) -> None:
         step = self._newest_step()
@@ -129,9 +114,6 @@ class Quickstart:
 
     def _run(self, name: str, *commands: Sequence[str], threads: int = 1, watch: Callable[[], None] | None = None) -> None:
         run(commands, self.folders.logs / f"{name}.txt", threads, watch)
-
-    def _latest(self, lesson: Path) -> Path:
-        return lesson / "checkpoints" / _LATEST
 
     def _newest_step(self) -> str:
         return (self.folders.checkpoints / _LATEST).read_text(encoding="utf-8").strip()
