@@ -16,7 +16,7 @@ trap 'rm -rf "$work"' EXIT
 
 # A copy of what git knows, so that nothing untracked gets in and no build folder stays behind.
 mkdir "$work/source"
-git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --parents -t "$work/source")
+git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --no-dereference --parents -t "$work/source")
 "$base/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/dist" "$work/source"
 (cd "$work/source" && "$base/bin/python" setup.py --quiet sdist --dist-dir "$work/dist" 2> /dev/null)
 echo "built: $(cd "$work/dist" && echo *)"
