@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,15 +17,30 @@ from megatron_bagel.model.pack_context import AttentionPlan
 
 
 @dataclass
-class MicroBatch:
+class LossTokens:
+    """The loss tokens that a rank holds.
+
+    ``ce_slots``, ``labels``, ``ce_weights`` [n_ce]: the tokens of the text loss; ``mse_slots`` [n_mse] and ``mse_rows``, their rows of
+    the latents: the tokens of the picture loss; ``ce_samples`` [n_ce] and ``mse_samples`` [n_mse] number the pack's sample of each.
+    """
+
+    ce_slots: torch.Tensor
+    labels: torch.Tensor
+    ce_weights: torch.Tensor
+    mse_slots: torch.Tensor
+    mse_rows: torch.Tensor
+    ce_samples: torch.Tensor
+    mse_samples: torch.Tensor
+
+
+@dataclass
+class MicroBatch(LossTokens):
     """The tokens of a rank, in slots [text | ViT | VAE | padding], ``length`` of them.
 
     ``text_ids`` [n_text]; ``position_ids`` [length] (0 for padding); ``vit_features`` [n_vit, h] or None (connector output with
     its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``timesteps`` [n_vae] in [0, 1], 0 for clean images;
-    ``latent_position_ids`` [n_vae]; ``ce_slots``, ``labels``, ``ce_weights`` [n_ce]; ``mse_slots`` [n_mse] and ``mse_rows``, their
-    rows of ``latents``; ``ce_samples`` [n_ce] and ``mse_samples`` [n_mse] number the pack's sample of each loss token;
-    ``datasets`` names the dataset of each sample. With ``predict`` the model returns its predictions at these tokens instead of
-    its losses.
+    ``latent_position_ids`` [n_vae]; ``datasets`` names the dataset of each sample. With ``predict`` the model returns its predictions
+    at the loss tokens instead of its losses.
     """
 
     n_text: int
@@ -40,13 +54,6 @@ class MicroBatch:
     noise: torch.Tensor
     timesteps: torch.Tensor
     latent_position_ids: torch.Tensor
-    ce_slots: torch.Tensor
-    labels: torch.Tensor
-    ce_weights: torch.Tensor
-    mse_slots: torch.Tensor
-    mse_rows: torch.Tensor
-    ce_samples: torch.Tensor
-    mse_samples: torch.Tensor
     attention: AttentionPlan
     datasets: tuple[str, ...] = ()
     predict: bool = False
@@ -94,18 +101,6 @@ def attention_plan(
     return context_plan(backend, mask, cp_context, device)
 
 
-class _LossTokens(TypedDict):
-    """The fields of a ``MicroBatch`` that say where its losses are."""
-
-    ce_slots: torch.Tensor
-    labels: torch.Tensor
-    ce_weights: torch.Tensor
-    mse_slots: torch.Tensor
-    mse_rows: torch.Tensor
-    ce_samples: torch.Tensor
-    mse_samples: torch.Tensor
-
-
 def make_microbatch(
     pack: Pack,
     order: TokenOrder,
@@ -139,17 +134,17 @@ def make_microbatch(
         noise=features.noise.index_select(0, vae_rows),
         timesteps=features.timesteps.index_select(0, vae_rows),
         latent_position_ids=_tensor(pack.latent_position_ids[order.vae_rows], device),
-        **_loss_tokens(pack, order, device),
+        **vars(_loss_tokens(pack, order, device)),
         attention=attention_plan(backend, PackMask.of(pack), order, device, cp_context),
         datasets=tuple(sample.dataset for sample in pack.samples),
     )
 
 
-def _loss_tokens(pack: Pack, order: TokenOrder, device: torch.device | str) -> _LossTokens:
+def _loss_tokens(pack: Pack, order: TokenOrder, device: torch.device | str) -> LossTokens:
     """Return the loss tokens that a rank holds."""
     ce_slots, mse_slots = order.slots[pack.ce_positions], order.slots[pack.mse_positions]
     local_ce, local_mse = ce_slots >= 0, mse_slots >= 0
-    return _LossTokens(
+    return LossTokens(
         ce_slots=_tensor(ce_slots[local_ce], device),
         labels=_tensor(pack.labels[local_ce], device),
         ce_weights=_tensor(pack.ce_weights[local_ce], device),
