@@ -12,6 +12,7 @@ from torch import nn
 from megatron_bagel import platform
 from megatron_bagel.assembly.opened_model import OpenedModel
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.moe_rules import check_expert_sizes
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.encoders.vision_tower import VisionTower
@@ -29,6 +30,7 @@ def filled_modules(model: OpenedModel, dtype: torch.dtype) -> tuple[BagelModel, 
     arch, ranks = model.arch, parallel_state.get_tensor_model_parallel_world_size()
     megatron = MegatronArguments(tensor_model_parallel_size=ranks)
     check_parallel_sizes(megatron, arch.llm)
+    check_expert_sizes(megatron, arch.llm, training=False)
     # Random weights would only be overwritten. Megatron marks sharded weights only when it initialises them.
     no_init: dict[str, Any] = {"init_method": _unchanged, "output_layer_init_method": _unchanged, "perform_initialization": ranks > 1}
     config = transformer_config(arch.llm, megatron, bf16=dtype is torch.bfloat16, on_cpu=not platform.has_gpu(), **no_init)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_bagel.config.flag import FREE, MUST_MATCH, SAID, flag, megatron_flag
+from megatron_bagel.config.moe_arguments import MoEArguments
 
 
 @dataclass
-class MegatronArguments:
-    """Flags of parallel sizes, precision, memory and attention. A microbatch is one pack."""
+class MegatronArguments(MoEArguments):
+    """Flags of parallel sizes, precision, memory, attention and experts. A microbatch is one pack."""
 
     tensor_model_parallel_size: int = megatron_flag(1, "Ranks that split every weight matrix.", minimum=1, on_resume=FREE)
     pipeline_model_parallel_size: int = megatron_flag(1, "Pipeline stages.", minimum=1, on_resume=FREE)

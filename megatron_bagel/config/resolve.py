@@ -17,6 +17,7 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, Confi
 from megatron_bagel.config.architecture.measured_parts import decoder_of, vision_tower_of
 from megatron_bagel.config.architecture.weight_files import any_weight_file, folder_shapes
 from megatron_bagel.config.batch_size import BatchSizes
+from megatron_bagel.config.moe_rules import check_expert_world
 from megatron_bagel.config.optimizer_sharding import optimizer_sharding
 from megatron_bagel.config.parallel_sizes import divisors
 from megatron_bagel.config.parser import Config
@@ -107,6 +108,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             f"{product} = {model_ranks} ranks per replica do not divide the {world_size} ranks of this run; "
             f"their product can be {listed(divisors(world_size))}"
         )
+    check_expert_world(megatron, world_size)
     return world_size // model_ranks
 
 
@@ -179,6 +181,7 @@ def architecture(config: Config) -> BagelArch:
         "qk_norm": model.llm_qk_norm,
         "tie_word_embeddings": model.tie_word_embeddings,
     }
+    experts = config.megatron.llm_settings()
     settings = {name: getattr(model, name) for name in _MODEL_SETTINGS} | {"timestep_shift": training.timestep_shift}
     latents = Path(config.data.latent_cache) / "latents.json" if config.data.latent_cache is not None and training.visual_gen else None
     cached_autoencoder = AutoencoderArch.beside(latents) if latents is not None else None
@@ -186,7 +189,7 @@ def architecture(config: Config) -> BagelArch:
         flag_of = {"qk_norm": "llm_qk_norm"}
         arch = BagelArch.from_hf_folder(
             Path(model.model_path),
-            llm={name: value for name, value in llm.items() if flag_of.get(name, name) in config.given},
+            llm={**{name: value for name, value in llm.items() if flag_of.get(name, name) in config.given}, **experts},
             defaults=settings,
             sources=ConfigSources(None, None, training.weights_name, starting_folder(config), cached_autoencoder),
             **{name: value for name, value in settings.items() if name in config.given},
@@ -197,7 +200,7 @@ def architecture(config: Config) -> BagelArch:
         shapes = folder_shapes(weights, training.weights_name) if weights is not None else {}
         llm_file, vit_file = Path(model.llm_path) / "config.json", Path(model.vit_path) / "config.json"
         arch = BagelArch(
-            llm=read_json_as(partial(decoder_of, shapes, llm, llm_file), llm_file, "--llm_path"),
+            llm=read_json_as(partial(decoder_of, shapes, {**llm, **experts}, llm_file), llm_file, "--llm_path"),
             vit=read_json_as(partial(vision_tower_of, shapes), vit_file, "--vit_path") if training.visual_und else None,
             autoencoder=AutoencoderArch.beside(Path(model.vae_path)) if training.visual_gen else None,
             **settings,

@@ -36,6 +36,7 @@ def transformer_config(
         **_parallel(megatron, arch.num_hidden_layers),
         **_pipeline_traffic(megatron, arch.num_hidden_layers),
         **_recompute(megatron),
+        **_experts(arch, megatron),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,
@@ -105,4 +106,29 @@ def _recompute(megatron: MegatronArguments) -> dict[str, Any]:
         "recompute_granularity": "full",
         "recompute_method": megatron.recompute_method,
         "recompute_num_layers": megatron.recompute_num_layers,
+    }
+
+
+def _experts(arch: LLMArch, megatron: MegatronArguments) -> dict[str, Any]:
+    """Return the settings of sparse experts. The spec decides which layers have them, so Megatron's frequency of layers stays 1."""
+    sparse = arch.sparse
+    if sparse is None:
+        return {}
+    balanced = megatron.moe_aux_loss_coeff > 0
+    return {
+        "num_moe_experts": sparse.num_experts,
+        "moe_router_topk": sparse.num_experts_per_tok,
+        "moe_ffn_hidden_size": sparse.moe_intermediate_size,
+        "moe_router_pre_softmax": not sparse.norm_topk_prob,
+        "moe_shared_expert_intermediate_size": sparse.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": sparse.shared_expert_gate,
+        "moe_router_dtype": megatron.moe_router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
+        "moe_aux_loss_coeff": megatron.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": megatron.moe_z_loss_coeff or None,
+        "moe_expert_capacity_factor": megatron.moe_expert_capacity_factor,
+        "moe_token_drop_policy": megatron.moe_token_drop_policy,
+        "moe_token_dispatcher_type": megatron.moe_token_dispatcher_type,
+        "expert_model_parallel_size": megatron.expert_model_parallel_size,
+        "expert_tensor_parallel_size": megatron.expert_tensor_size(megatron.tensor_model_parallel_size),
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.flag_rules import check_consistency, check_observing, check_resilience
+from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.required_paths import check_paths
@@ -67,6 +68,8 @@ def validate_architecture(config: Config, arch: BagelArch) -> None:
     """Check parallel sizes, recomputation and loss weights against the model."""
     megatron, llm = config.megatron, arch.llm
     check_parallel_sizes(megatron, llm)
+    check_expert_flags(config.given, llm)
+    check_expert_sizes(megatron, llm)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
         raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
     if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:

@@ -53,9 +53,16 @@ def is_frozen(name: str, names: Container[str], tied: bool, frozen: FreezeSettin
         return frozen.und or (frozen.vit and name.startswith("vit_model."))
     if frozen.llm and name.startswith(LLM_PARTS):
         return True
-    has_gen_copy = ".und." in name and name.replace(".und.", ".gen.") in names
+    has_gen_copy = ".und." in name and any(copy in names for copy in _gen_copies(name))
     only_embeds = name.startswith("embedding.") and not tied
     return frozen.und and (has_gen_copy or only_embeds)
+
+
+def _gen_copies(name: str) -> tuple[str, ...]:
+    """Return names of which one exists if the generation expert has its own copy of a part. Of two MLPs one may be sparse."""
+    part = name.split(".und.")[0]
+    mlps = (f"{part}.gen.router.weight", f"{part}.gen.linear_fc2.weight") if part.endswith(".mlp") else ()
+    return (name.replace(".und.", ".gen."), *mlps)
 
 
 def freeze(decoder: BagelModel, tower: VisionTower | None, frozen: FreezeSettings) -> None:

@@ -7,7 +7,9 @@ rank's tokens are sorted by expert before the first layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,15 @@ from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPExperts,
 from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.recompute import recomputed, recomputes
 from megatron_bagel.model.self_attention import AttentionSubmodules, SelfAttention
+from megatron_bagel.model.sparse_experts import SparseExperts
 
 
 @dataclass
 class MoTLayerSubmodules:
-    """Parts of a layer. ``two_attentions`` and ``two_mlps`` tell whether each expert has its attention and its MLP."""
+    """Parts of a layer. ``two_attentions`` and ``two_mlps`` tell whether each expert has its attention and its MLP.
+
+    ``sparse_kinds`` returns the expert kinds ("und", "gen") whose MLPs are sparse in a layer, which is counted from 0.
+    """
 
     norm: ModuleSpec | type
     attention: AttentionSubmodules
@@ -33,6 +39,7 @@ class MoTLayerSubmodules:
     two_attentions: bool
     two_mlps: bool
     freeze_und: bool = False
+    sparse_kinds: Callable[[int], Collection[str]] = lambda layer: ()
 
 
 class MoTLayer(MegatronModule, BaseTransformerLayer):
@@ -60,7 +67,12 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
             config, submodules.attention, self.layer_number, submodules.two_attentions, submodules.freeze_und
         )
         self.pre_mlp_layernorm = ExpertPair(config, norm, submodules.two_attentions)
-        self.mlp = MLPExperts(config, submodules.mlp, submodules.two_mlps)
+        sparse_kinds = submodules.sparse_kinds(self.layer_number - 1)
+        self.mlp = (
+            SparseExperts(config, submodules.mlp, submodules.two_mlps, self.layer_number, sparse_kinds)
+            if sparse_kinds
+            else MLPExperts(config, submodules.mlp, submodules.two_mlps)
+        )
         self.__dict__["exchange"] = ExpertExchange(config)
         self.recompute_mlp = recomputes(config, "mlp")
 
@@ -76,7 +88,14 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         normed = per_expert(self.input_layernorm, *context.rows_by_expert(hidden, first_slot))
         hidden = hidden + self.self_attention(normed, rows, context)
         normed = per_expert(self.pre_mlp_layernorm, *context.rows_by_expert(hidden, first_slot))
+        hidden = hidden + self._mlp_results(normed, rows, context)
+        return hidden.unsqueeze(1), None
+
+    def _mlp_results(self, normed: Sequence[torch.Tensor], rows: int, context: PackContext) -> torch.Tensor:
+        """Return the results of the MLPs for this rank's rows, [rows, h]."""
+        if isinstance(self.mlp, SparseExperts):
+            mlp: Callable[..., torch.Tensor] = partial(self.mlp.__call__, rows=rows, context=context, exchange=self.exchange, freeze_und=self.freeze_und)
+            return recomputed(mlp, *normed) if self.recompute_mlp else mlp(*normed)
         expert_rows = self.exchange.enter(normed, rows, context)
         und, gen = recomputed(self.mlp, *expert_rows) if self.recompute_mlp else self.mlp(*expert_rows)
-        hidden = hidden + self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)
-        return hidden.unsqueeze(1), None
+        return self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)

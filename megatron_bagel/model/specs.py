@@ -8,6 +8,7 @@ linears and norms for Transformer Engine's, and applies the linears of both expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -65,5 +66,11 @@ def layer_spec(arch: LLMArch, modules: SpecModules = LOCAL, freeze_und: bool = F
         two_attentions=arch.has_gen_attention,
         two_mlps=arch.has_gen_mlp,
         freeze_und=freeze_und,
+        sparse_kinds=partial(_sparse_kinds, arch),
     )
     return ModuleSpec(module=MoTLayer, submodules=submodules)
+
+
+def _sparse_kinds(arch: LLMArch, layer: int) -> list[str]:
+    """Return the expert kinds whose MLPs are sparse in a layer."""
+    return [kind for kind in ("und", "gen") if arch.is_sparse(layer, kind)]

@@ -21,6 +21,7 @@ def install() -> None:
     from megatron_bagel.platform.cuda_on_cpu import fused_adam, patches
 
     megatron_compat.check_versions()
+    megatron_compat.define_router_gemm()
     if has_gpu():
         attend_without_plans()
     else:

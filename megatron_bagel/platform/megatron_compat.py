@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import megatron.core
+from megatron.core.transformer.spec_utils import ModuleSpec
 from packaging.version import Version
 
 OLDEST, TOO_NEW = Version("0.16.1"), Version("0.20")
@@ -36,6 +37,24 @@ def async_save_arguments() -> dict[str, str]:
     0.19 defaults to ``nvrx``, a package that is not a dependency. 0.16 has only its writer and no such argument.
     """
     return {"async_strategy": "mcore"} if Version("0.19") <= Version(MEGATRON_VERSION.base_version) else {}
+
+
+class CallableSpec(ModuleSpec):
+    """A spec of a part of an MoE layer. 0.16 passes it to ``build_module``, and 0.19 calls it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the module."""
+        module: Any = self.module
+        return module(*args, submodules=self.submodules, **kwargs)
+
+
+def define_router_gemm() -> None:
+    """Define the name by which 0.16's router looks for Transformer Engine's product, also where that package is absent."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        utils: Any = moe_utils
+        utils.te_general_gemm = None
 
 
 def destroy_model_parallel() -> None:

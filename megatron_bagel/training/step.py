@@ -27,12 +27,13 @@ from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.layout.cp_partition import context_orders, padded_length
 from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
+from megatron_bagel.model.sparse_mlp import set_global_tokens
 from megatron_bagel.training.losses import LossTotals, LossWeights, global_losses, microbatch_loss
 from megatron_bagel.training.observability.loss_table import LossTable
 from megatron_bagel.training.observability.timers import Phases, untimed
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.lr_schedule import LearningRate
-from megatron_bagel.training.optim.optimizer import StepOutcome, finalize_gradients, gradient_norm, update_weights
+from megatron_bagel.training.optim.optimizer import StepOutcome, finalize_gradients, gradient_buffers, gradient_norm, update_weights
 from megatron_bagel.training.resilience.bad_steps import Attempt, BadSteps
 from megatron_bagel.training.step_result import StepResult, TaskCounts
 
@@ -177,7 +178,7 @@ def train_step(
     """
     tasks = table.groups if table is not None else ()
     totals, work, samples, by_task = global_counts(batch.packs, parallel_state.get_data_parallel_group(), tasks)
-    compute = partial(_gradients, trainable, batch, settings, totals, table, timed, watch)
+    compute = partial(_gradients, trainable, batch, settings, totals, work, table, timed, watch)
     attempt, good = (compute(), True) if watch is None else watch.bad_steps.attempt(watch.step, compute)
     lr = trainable.learning_rate.lr
     if good:
@@ -194,12 +195,13 @@ def _gradients(
     batch: StepBatch,
     settings: StepSettings,
     totals: LossTotals,
+    work: StepWork,
     table: LossTable | None,
     timed: Phases,
     watch: StepWatch | None,
 ) -> Attempt:
     """Compute the losses and the finished gradients of the step. Weights do not change."""
-    _clear(trainable, table)
+    _clear(trainable, work, table)
     with timed("encode"):
         shards = microbatches(batch.packs, trainable.image_encoder, settings)
     with timed("forward_backward"):
@@ -223,11 +225,13 @@ def _gradients(
     return Attempt(losses, norm, local_numbers)
 
 
-def _clear(trainable: Trainable, table: LossTable | None) -> None:
-    """Set gradients and the losses in ``table`` to zero, also those of an earlier attempt at the same step."""
+def _clear(trainable: Trainable, work: StepWork, table: LossTable | None) -> None:
+    """Set gradients, the losses in ``table`` and the sums of routers to zero, also those of an earlier attempt at the same step."""
     for module in trainable.wrapped:
         module.zero_grad_buffer()
     trainable.optimizer.zero_grad()
+    for chunk in trainable.decoder:
+        set_global_tokens(chunk, work.tokens - work.vae_tokens, work.vae_tokens)
     if table is not None:
         table.clear()
 
@@ -260,5 +264,5 @@ def _local_numbers(trainable: Trainable, shares: Sequence[torch.Tensor]) -> torc
     The buffers are summed before they are exchanged or, with ``overlap_grad_reduce``, while they are.
     """
     losses = sum((share.double() for share in shares), torch.zeros(2, dtype=torch.float64, device=platform.device()))
-    sums = [buffer.grad_data.sum(dtype=torch.float64) for module in trainable.wrapped for buffer in module.buffers]
+    sums = [buffer.grad_data.sum(dtype=torch.float64) for module in trainable.wrapped for buffer in gradient_buffers(module)]
     return torch.cat([losses, *(total.reshape(1) for total in sums)])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer state in a checkpoint, which is the same on disk whether one optimizer holds all parameters or two share them.
+"""Optimizer state in a checkpoint, which is the same on disk whether one optimizer holds all parameters or several share them.
 
-The vision tower has a separate optimizer if it is data-parallel over the world. In both cases tensors are stored under their parameters'
-names. Everything else (step, learning rate, ...) is equal in all optimizers of a run and stored once.
+The vision tower has a separate optimizer if it is data-parallel over the world, and so have sparse experts that are divided over ranks. In
+all cases tensors are stored under their parameters' names. Everything else (step, learning rate, ...) is equal in all optimizers of a run and stored once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_bagel.platform import megatron_compat
 
-#: Entry of the main optimizer, and of a second one.
-MAIN_ENTRY, SECOND_ENTRY = "optimizer", "optimizer_beside"
+#: Entries of the main optimizer and of others.
+MAIN_ENTRY, OTHER_ENTRIES = "optimizer", ("optimizer_beside", "optimizer_beside_2")
 
 
 def optimizers_with_state(optimizer: MegatronOptimizer | None) -> dict[str, MegatronOptimizer]:
     """Return the optimizers inside Megatron's chain by their entry in the state, without the stubs of fully frozen stages.
 
     Raises:
-        ValueError: If there are more than two.
+        ValueError: If there are more than three.
     """
     if optimizer is None:
         return {}
     leaves = [leaf for leaf in getattr(optimizer, "chained_optimizers", [optimizer]) if not getattr(leaf, "is_stub_optimizer", False)]
-    if len(leaves) > 2:
-        raise ValueError(f"a checkpoint holds the state of one or two optimizers; this run has {len(leaves)}")
-    return dict(zip((MAIN_ENTRY, SECOND_ENTRY), leaves, strict=False))
+    if len(leaves) > 1 + len(OTHER_ENTRIES):
+        raise ValueError(f"a checkpoint holds the state of up to {1 + len(OTHER_ENTRIES)} optimizers; this run has {len(leaves)}")
+    return dict(zip((MAIN_ENTRY, *OTHER_ENTRIES), leaves, strict=False))
 
 
 def optimizer_state(
@@ -46,9 +46,11 @@ def optimizer_state(
             entry: leaf.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(metadata))
             for entry, leaf in optimizers_with_state(optimizer).items()
         }
-    if metadata["distrib_optim_sharding_type"] == "dp_reshardable" and SECOND_ENTRY in states:
-        # In this format the keys are buffer numbers, which both optimizers count from 0.
-        add_prefix_for_sharding(states[SECOND_ENTRY], f"{SECOND_ENTRY}.")
+    if metadata["distrib_optim_sharding_type"] == "dp_reshardable":
+        # In this format the keys are buffer numbers, which all optimizers count from 0.
+        for entry in OTHER_ENTRIES:
+            if entry in states:
+                add_prefix_for_sharding(states[entry], f"{entry}.")
     return states
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,21 +74,40 @@ class LoadReport:
 
 
 def named_weights(modules: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``modules`` under the weight map's names: no ``module.`` prefixes, layers numbered over the model."""
+    """Return the parameters of ``modules`` under the weight map's names.
+
+    There are no ``module.`` prefixes. Layers and sparse experts are numbered over the model, not over this rank.
+    """
     parameters: dict[str, nn.Parameter] = {}
     for module in modules:
+        first_expert = {
+            name: child.local_expert_indices[0] for name, child in module.named_modules() if hasattr(child, "local_expert_indices")
+        }
         layer_number = {
             name: child.layer_number - 1
             for name, child in module.named_modules()
             if re.search(r"(^|\.)decoder\.layers\.\d+$", name) and hasattr(child, "layer_number")
         }
         for name, parameter in module.named_parameters():
+            name = _with_global_expert(name, first_expert)
             for prefix, number in layer_number.items():
                 if name.startswith(prefix + "."):
                     name = prefix.rsplit(".", 1)[0] + f".{number}" + name[len(prefix) :]
                     break
             parameters[re.sub(r"^(module\.)+", "", name)] = parameter
     return parameters
+
+
+_LOCAL_EXPERT = re.compile(r"^(.*)\.experts\.local_experts\.(\d+)\.(.*)$")
+
+
+def _with_global_expert(name: str, first_expert: Mapping[str, int]) -> str:
+    """Return a parameter's name with the number of its expert over all expert-parallel ranks."""
+    match = _LOCAL_EXPERT.match(name)
+    if match is None:
+        return name
+    layer, number, rest = match.groups()
+    return f"{layer}.experts.local_experts.{first_expert[layer] + int(number)}.{rest}"
 
 
 def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[tuple[Entry, nn.Parameter]]:
@@ -106,7 +125,7 @@ def assign(parameter: nn.Parameter, full: torch.Tensor, entry: Entry) -> None:
     """Copy this rank's part of the full tensor ``full`` into ``parameter``; rows beyond its vocabulary become zero."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
     dim = getattr(parameter, "partition_dim", -1) if sharded else -1
-    rank, size = _tensor_parallel_rank_and_size() if sharded else (0, 1)
+    rank, size = _tensor_parallel_rank_and_size(expert=".local_experts." in entry.name) if sharded else (0, 1)
     if entry.vocabulary and full.shape[0] < parameter.shape[0] * size:
         padding = full.new_zeros(parameter.shape[0] * size - full.shape[0], *full.shape[1:])
         full = torch.cat([full, padding])
@@ -233,9 +252,11 @@ def _switched_off(arch: BagelArch) -> tuple[str, ...]:
     return patterns
 
 
-def _tensor_parallel_rank_and_size() -> tuple[int, int]:
+def _tensor_parallel_rank_and_size(expert: bool) -> tuple[int, int]:
     if not parallel_state.model_parallel_is_initialized():
         return 0, 1
+    if expert:
+        return parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 

@@ -29,6 +29,10 @@ _SIGLIP_NAMES = re.compile(r"^(vision_model|text_model)\.|^logit_(scale|bias)$")
 _SIGLIP_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 
 
+#: All experts of a layer in one tensor, as transformers holds them: [experts, 2 * width, h] and [experts, h, width].
+_STACKED = re.compile(r"^model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)$")
+
+
 class View:
     """A source made of other sources' tensors: released name -> (source, name in it, change of the tensor)."""
 
@@ -102,6 +106,9 @@ def llm_source(
         sources[head] = "model.embed_tokens.weight"
     view, weight_map = View(reader.path), WeightMap(arch)
     for name, source_name in sources.items():
+        if _STACKED.match(source_name):
+            _add_stacked_experts(view, name, reader, source_name)
+            continue
         entry = weight_map.by_hf.get(name)
         rows = reader.spec(source_name)[0][:1]
         if entry is None or not entry.vocabulary or rows == entry.shape[:1]:
@@ -114,6 +121,22 @@ def llm_source(
         else:
             view.add(name, reader, source_name, partial(_grow, entry=entry, extra_rows=extra_rows))
     return view
+
+
+def _add_stacked_experts(view: View, name: str, reader: SafetensorsReader, source_name: str) -> None:
+    """Add each expert of a stacked tensor under the name that a single expert has."""
+    prefix, projection = name.rsplit(".", 1)
+    for number in range(reader.spec(source_name)[0][0]):
+        if projection == "down_proj":
+            view.add(f"{prefix}.{number}.down_proj.weight", reader, source_name, partial(_expert, number=number))
+            continue
+        for half, part in enumerate(("gate_proj", "up_proj")):
+            view.add(f"{prefix}.{number}.{part}.weight", reader, source_name, partial(_expert, number=number, half=half))
+
+
+def _expert(stacked: torch.Tensor, number: int, half: int | None = None) -> torch.Tensor:
+    expert = stacked[number]
+    return expert if half is None else expert.chunk(2)[half]
 
 
 def vit_source(folder: str | Path, arch: BagelArch, check_weights: WeightCheck = "sampled") -> View:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table maps our parameters to the tensors of the released BAGEL format; both directions and every layer kind read it.
 
-Terms: a *row* is a pattern over layers ``{i}`` and experts (``{e}`` = und|gen in our names, ``{x}`` = ""|"_moe_gen" in the Hugging Face
-names). An *entry* is a row expanded for one layer and expert of a given architecture. Tensors here are always full; shard.py slices
-them for tensor parallelism.
+Terms: a *row* is a pattern over layers ``{i}``, expert kinds (``{e}`` = und|gen in our names, ``{x}`` = ""|"_moe_gen" in the Hugging
+Face names) and the sparse experts ``{j}`` of an MLP, which have the names of Qwen3-MoE. An *entry* is a row expanded for one layer and
+expert of a given architecture. Tensors here are always full; shard.py slices them for tensor parallelism.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Row:
     separate_in: str = "never"  # never | attention (MoT only) | mlp (MoT and MoE)
     when: Callable[[BagelArch], bool] = lambda arch: True
     layers: str = "none"  # none | llm | vit
+    mlp: str = "any"  # any | dense | sparse: the MLPs that a row belongs to; sparse rows with {j} exist once per sparse expert
 
 
 def _has_generation(arch: BagelArch) -> bool:
@@ -54,6 +56,14 @@ def _has_learned_vit_positions(arch: BagelArch) -> bool:
     return arch.vit is not None and not (arch.vit_rope or arch.vit.rope)
 
 
+def _has_shared_expert(arch: BagelArch) -> bool:
+    return arch.llm.sparse is not None and arch.llm.sparse.shared_expert_intermediate_size is not None
+
+
+def _has_shared_expert_gate(arch: BagelArch) -> bool:
+    return arch.llm.sparse is not None and arch.llm.sparse.shared_expert_gate
+
+
 def _copy(name: str, hf: str, *shape: str, **kw: Any) -> Row:
     return Row(name, (Part(hf, shape),), **kw)
 
@@ -65,6 +75,7 @@ def _same(name: str, *shape: str, **kw: Any) -> Row:
 _L, _H = "decoder.layers.{i}.", "language_model.model.layers.{i}."
 _ATT = {"separate_in": "attention", "layers": "llm"}
 _MLP = {"separate_in": "mlp", "layers": "llm"}
+_SPARSE: dict[str, Any] = {**_MLP, "mlp": "sparse"}
 _V = "vit_model.vision_model."
 _VL = _V + "encoder.layers.{i}."
 _VIT = {"when": _has_vision}
@@ -105,10 +116,42 @@ ROWS: tuple[Row, ...] = (
         _L + "mlp.{e}.linear_fc1.weight",
         (Part(_H + "mlp{x}.gate_proj.weight", ("I", "D")), Part(_H + "mlp{x}.up_proj.weight", ("I", "D"))),
         op="gate_up",
+        mlp="dense",
         separate_in="mlp",
         layers="llm",
     ),
-    _copy(_L + "mlp.{e}.linear_fc2.weight", _H + "mlp{x}.down_proj.weight", "D", "I", **_MLP),
+    _copy(_L + "mlp.{e}.linear_fc2.weight", _H + "mlp{x}.down_proj.weight", "D", "I", mlp="dense", **_MLP),
+    _copy(_L + "mlp.{e}.router.weight", _H + "mlp{x}.gate.weight", "E", "D", **_SPARSE),
+    Row(
+        _L + "mlp.{e}.experts.local_experts.{j}.linear_fc1.weight",
+        (Part(_H + "mlp{x}.experts.{j}.gate_proj.weight", ("F", "D")), Part(_H + "mlp{x}.experts.{j}.up_proj.weight", ("F", "D"))),
+        op="gate_up",
+        **_SPARSE,
+    ),
+    _copy(_L + "mlp.{e}.experts.local_experts.{j}.linear_fc2.weight", _H + "mlp{x}.experts.{j}.down_proj.weight", "D", "F", **_SPARSE),
+    Row(
+        _L + "mlp.{e}.shared_experts.linear_fc1.weight",
+        (Part(_H + "mlp{x}.shared_expert.gate_proj.weight", ("S", "D")), Part(_H + "mlp{x}.shared_expert.up_proj.weight", ("S", "D"))),
+        op="gate_up",
+        when=_has_shared_expert,
+        **_SPARSE,
+    ),
+    _copy(
+        _L + "mlp.{e}.shared_experts.linear_fc2.weight",
+        _H + "mlp{x}.shared_expert.down_proj.weight",
+        "D",
+        "S",
+        when=_has_shared_expert,
+        **_SPARSE,
+    ),
+    _copy(
+        _L + "mlp.{e}.shared_experts.gate_weight",
+        _H + "mlp{x}.shared_expert_gate.weight",
+        "1",
+        "D",
+        when=_has_shared_expert_gate,
+        **_SPARSE,
+    ),
     _copy("final_layernorm.{e}.weight", "language_model.model.norm{x}.weight", "D", separate_in="mlp"),
     _copy("output_layer.weight", "language_model.lm_head.weight", "V", "D", when=lambda arch: not arch.llm.tie_word_embeddings),
     _same("time_embedder.mlp.0.weight", "D", "T", **_GEN),
@@ -251,12 +294,16 @@ def _expand(row: Row, arch: BagelArch) -> list[Entry]:
         "mlp": arch.llm.has_gen_mlp,
     }[row.separate_in]
     experts = ("und", "gen") if duplicated else ("und",)
+    if row.mlp == "sparse" and arch.llm.sparse is None:
+        return []
     shapes = tuple(tuple(sizes[symbol] for symbol in part.shape) for part in row.parts)
     entries = []
-    for i in range(count):
-        for expert in experts:
-            names = tuple(part.name.format(i=i, x=EXPERT_SUFFIX[expert]) for part in row.parts)
-            entries.append(Entry(row.name.format(i=i, e=expert), names, shapes, row.op, arch.llm.num_key_value_heads))
+    for i, expert in itertools.product(range(count), experts):
+        if row.mlp != "any" and (row.mlp == "sparse") != arch.llm.is_sparse(i, expert):
+            continue
+        for j in range(arch.llm.sparse.num_experts) if "{j}" in row.name and arch.llm.sparse is not None else (0,):
+            names = tuple(part.name.format(i=i, j=j, x=EXPERT_SUFFIX[expert]) for part in row.parts)
+            entries.append(Entry(row.name.format(i=i, j=j, e=expert), names, shapes, row.op, arch.llm.num_key_value_heads))
     return entries
 
 
@@ -272,6 +319,9 @@ def dimensions(arch: BagelArch) -> dict[str, int]:
         "d": llm.head_dim,
         "T": TIMESTEP_FREQUENCIES,
     }
+    if llm.sparse is not None:
+        shared = llm.sparse.shared_expert_intermediate_size or 0
+        sizes |= {"E": llm.sparse.num_experts, "F": llm.sparse.moe_intermediate_size, "S": shared, "1": 1}
     if arch.autoencoder is not None:
         sizes["P"] = arch.latent_token_dim
     if arch.vit is not None:

@@ -8,6 +8,7 @@ from megatron_bagel.config.architecture.autoencoder import AutoencoderArch
 from megatron_bagel.config.architecture.bagel import BagelArch
 from megatron_bagel.config.architecture.config_sources import ConfigSources
 from megatron_bagel.config.architecture.llm import LLMArch
+from megatron_bagel.config.architecture.sparse import SparseArch
 from megatron_bagel.config.architecture.vit import ViTArch
 
-__all__ = ["AutoencoderArch", "BagelArch", "ConfigSources", "LLMArch", "ViTArch"]
+__all__ = ["AutoencoderArch", "BagelArch", "ConfigSources", "LLMArch", "SparseArch", "ViTArch"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_bagel.config.architecture.settings import field_values, require_settings, split_settings
+from megatron_bagel.config.architecture.sparse import SparseArch, without_experts
 from megatron_bagel.config.whole_numbers import require_sizes
 
 _LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
@@ -33,6 +34,8 @@ class LLMArch:
     initializer_range: float = 0.02
     #: Width of a head where it is not hidden size over heads (Qwen3).
     kv_channels: int | None = None
+    #: The experts that replace MLPs, or None for a dense decoder.
+    sparse: SparseArch | None = None
     #: Keys of the source file that this code does not interpret. They are written back unchanged.
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -49,6 +52,8 @@ class LLMArch:
             )
         if self.head_dim % 2:
             raise ValueError(f"head size {self.head_dim} must be even for rotary positions")
+        if self.sparse is not None and not any(map(self.is_sparse, range(self.num_hidden_layers))):
+            raise ValueError(f"all {self.num_hidden_layers} layers are dense by moe_layer_freq (mlp_only_layers); leave num_experts out")
 
     @property
     def head_dim(self) -> int:
@@ -64,6 +69,15 @@ class LLMArch:
     def has_gen_attention(self) -> bool:
         """Whether VAE tokens have attention weights and layer norms of their own (the MoT layer)."""
         return self.layer_module == "Qwen2MoTDecoderLayer"
+
+    def is_sparse(self, layer: int, kind: str | None = None) -> bool:
+        """Return whether the MLP of ``kind`` ("und" or "gen"; None asks for any) in ``layer``, counted from 0, consists of experts.
+
+        An MLP that serves all tokens counts as sparse if either kind is.
+        """
+        if self.sparse is None or layer in self.sparse.mlp_only_layers:
+            return False
+        return kind is None or not self.has_gen_mlp or kind in self.sparse.sparse_kinds
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], **overrides: Any) -> LLMArch:
@@ -91,17 +105,20 @@ class LLMArch:
         settings.setdefault("qk_norm", False)
         settings.setdefault("layer_module", "Qwen2DecoderLayer")
         settings.update({name: value for name, value in overrides.items() if value is not None})
-        known, extra = split_settings(settings, cls)
-        return cls(**known, extra=extra)
+        sparse = SparseArch.from_hf(settings)
+        known, extra = split_settings(without_experts(settings), cls)
+        return cls(**known, sparse=sparse, extra=extra)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``llm_config.json`` of the released format."""
         settings = field_values(self)
         if self.attention_bias:
             del settings["attention_bias"]  # Qwen2 always has it; its config has no such key
-        kv_channels = settings.pop("kv_channels")
+        kv_channels, sparse = settings.pop("kv_channels"), settings.pop("sparse")
         if kv_channels is not None:
-            settings |= {"model_type": "qwen3", "head_dim": kv_channels}
+            settings |= {"model_type": "qwen3" if sparse is None else "qwen3_moe", "head_dim": kv_channels}
+        if sparse is not None:
+            settings |= sparse.to_hf()
         defaults = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0}
         return {**defaults, **self.extra, **settings}
 

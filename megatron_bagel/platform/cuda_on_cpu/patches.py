@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_bagel.platform import cpu_tuning
-from megatron_bagel.platform.cuda_on_cpu import single_rank_collectives
+from megatron_bagel.platform.cuda_on_cpu import expert_dispatch, single_rank_collectives
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -118,6 +118,7 @@ def install() -> None:
         cpu_tuning.keep_freed_memory()
         _scale_in_place()
         single_rank_collectives.install()
+        expert_dispatch.install()
         _installed = True
     enter_thread()
 

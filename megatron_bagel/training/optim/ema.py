@@ -55,7 +55,7 @@ class ShardedEma:
         self._modules = list(modules.values())
         named = {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.module.named_parameters()}
         tracked = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-        group_of = {parameter: module.dp_cp_group for module in modules.values() for parameter in module.module.parameters()}
+        group_of = {parameter: _replicas_of(module, parameter) for module in modules.values() for parameter in module.module.parameters()}
         slices = owned_slices(optimizer, list(tracked.values()), [group_of[parameter] for parameter in tracked.values()])
         self._entries = [
             _Entry(name, parameter, owned, main_weight_slice(parameter, owned).clone())
@@ -172,6 +172,11 @@ class ShardedEma:
             for index, owner in zip(indexes, group_owners, strict=True):
                 owners[index] = owner
         return owners
+
+
+def _replicas_of(module: DistributedDataParallel, parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+    """Return the ranks that hold a parameter alike. Megatron marks experts that are divided over ranks with ``allreduce`` False."""
+    return module.dp_cp_group if getattr(parameter, "allreduce", True) else module.expt_dp_group
 
 
 def _over_world(group_size: int) -> bool:

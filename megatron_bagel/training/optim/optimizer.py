@@ -26,6 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bagel import platform
 from megatron_bagel.platform.launch.fake_world import is_fake
 
+#: The world's group and a group of this rank alone, made when it is first needed.
+_single_rank: tuple[Any, Any] | None = None
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -93,14 +96,28 @@ def wrap_over_world(config: TransformerConfig, module: torch.nn.Module, settings
     )
 
 
+def gradient_buffers(module: DistributedDataParallel) -> list[Any]:
+    """Return Megatron's gradient buffers of a module. Experts that are divided over ranks have buffers of their own."""
+    return [*module.buffers, *module.expert_parallel_buffers]
+
+
 def _world_groups() -> ProcessGroupCollection:
     """Return Megatron's process groups for a module that is only data-parallel."""
-    world = dist.group.WORLD
-    # Expert parallelism is never used, so its group consists of this rank only.
-    single_rank = parallel_state.get_expert_model_parallel_group()
+    world, single_rank = dist.group.WORLD, _group_of_this_rank()
     groups = {"dp": world, "dp_cp": world, "intra_dist_opt": world}
     groups |= dict.fromkeys(("tp", "pp", "ep", "mp", "cp", "tp_ep_pp", "expt_dp"), single_rank)
     return ProcessGroupCollection(**groups)
+
+
+def _group_of_this_rank() -> dist.ProcessGroup:
+    """Return a process group of this rank alone. Without expert parallelism Megatron's group of its ranks is one."""
+    group = parallel_state.get_expert_model_parallel_group()
+    if group.size() == 1:
+        return group
+    global _single_rank
+    if _single_rank is None or _single_rank[0] is not dist.group.WORLD:
+        _single_rank = (dist.group.WORLD, dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    return _single_rank[1]
 
 
 def _ddp_config(settings: OptimizerSettings) -> DistributedDataParallelConfig:

@@ -75,6 +75,8 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
         megatron.pipeline_model_parallel_size,
         virtual_stages(megatron, resolved.arch.llm.num_hidden_layers),
         context_parallel_size=megatron.context_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=resolved.sizes.distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
         # Valid until the first step is done; run_monitors.py then sets the time-out that the flag gives.

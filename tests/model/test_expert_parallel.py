@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts on two ranks: different packs, a rank without generation tokens, an expert without tokens, and unequal gathers on gloo."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
+
+from megatron_bagel.checkpoint.hf.initial_weights import initialise
+from megatron_bagel.checkpoint.hf.load import named_weights
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.layout.items import Item, Sample
+from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.sparse_mlp import set_global_tokens
+from tests.distributed import run_ranks
+from tests.model.test_bagel import MIXED
+from tests.model.test_sparse_experts import config_of, sparse_arch
+from tests.model.tiny import microbatch
+from tests.strategies import SPEC
+
+pytestmark = pytest.mark.distributed
+TEXT = [Sample("set", 0, 0, (Item("text", ids=np.arange(5, 25), loss=True),))]
+
+
+def gradients(packs: list[int], dispatcher: str, expert_parallel: int) -> dict[str, torch.Tensor]:
+    """Gradients of the packs by global name. There are too few generation tokens for every one of the 16 experts."""
+    arch = sparse_arch(2, num_experts=16)
+    model = build_decoder(arch, config_of(arch, expert_model_parallel_size=expert_parallel, moe_token_dispatcher_type=dispatcher))
+    initialise([model], WeightMap(arch), 1)
+    plans = [MIXED, TEXT]
+    batches = [microbatch(plan, arch, SPEC) for plan in plans]
+    for number in packs:
+        set_global_tokens(model, sum(batch.n_und for batch in batches), sum(batch.n_vae for batch in batches))
+        ce, mse = model(batches[number])
+        (ce.sum() + mse.sum()).backward()
+    return {name: parameter.grad for name, parameter in named_weights([model]).items()}
+
+
+def on_rank(dispatcher: str) -> dict[str, torch.Tensor]:
+    """Gradients of this rank's pack. Those of experts cover all ranks already, the others are summed here."""
+    rank = dist.get_rank()
+    local = gradients([rank], dispatcher, expert_parallel=2)
+    for name, gradient in sorted(local.items()):
+        if ".local_experts." not in name:
+            dist.all_reduce(gradient)
+    unequal = torch.arange(6.0).view(3, 2)[: 1 + 2 * rank].clone().requires_grad_()
+    gathered = gather_from_sequence_parallel_region(unequal, group=dist.group.WORLD, output_split_sizes=[1, 3])
+    assert gathered[:, 0].tolist() == [0, 0, 2, 4]
+    scattered = reduce_scatter_to_sequence_parallel_region(gathered, group=dist.group.WORLD, input_split_sizes=[1, 3])
+    assert torch.equal(scattered, 2 * unequal)
+    return local
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_two_ranks_equal_one(single: dict[str, dict[str, torch.Tensor]], dispatcher: str) -> None:
+    ranks = run_ranks(on_rank, 2, dispatcher, parallel={"expert_model_parallel_size": 2})
+    expected = single[dispatcher]
+    assert {name for rank in ranks for name in rank} == set(expected)
+    idle_experts = [name for name, gradient in expected.items() if ".local_experts." in name and not gradient.any()]
+    assert any(".gen." in name for name in idle_experts)  # an expert without a token
+    for rank in ranks:
+        for name, gradient in rank.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def on_one_rank() -> dict[str, dict[str, torch.Tensor]]:
+    return {dispatcher: gradients([0, 1], dispatcher, expert_parallel=1) for dispatcher in ("alltoall", "allgather")}
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, dict[str, torch.Tensor]]:
+    return run_ranks(on_one_rank, 1, parallel={})[0]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert parallelism gives the result of one process: losses and gradient norms of each step, then weights, averages and moments.
+
+Two layouts and one continued run are in the default suite; the others are ``pytest -m slow tests/training/test_expert_parallel_runs.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import run, run_config
+from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, VPP, Reference, assert_equal, cases, trained, world_of
+
+pytestmark = pytest.mark.distributed
+
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+STEPS = 5
+#: Four experts of which two serve a token; layer 1 is dense. Both auxiliary losses are on, and dropped capacity is off.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_layer_freq": [1, 0, 1, 1], "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 0.01, "total_steps": STEPS, "save_every": STEPS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sample data and a decoder of 4 layers, 4 heads and 2 key/value heads."""
+    return world_of(tmp_path_factory.mktemp("world"), num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(world, tmp_path_factory.mktemp("reference"))
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, {EP: 2}),
+    "ep4": (4, {EP: 4}),
+    "ep2-allgather": (2, {EP: 2, "moe_token_dispatcher_type": "allgather"}),
+    "ep2-tp2-sp": (2, {**SP_TP2, EP: 2, ETP: 1}),
+    "tp2-sp-etp2": (2, SP_TP2),
+    "ep2-tp2-sp-etp2": (4, {**SP_TP2, EP: 2}),
+    "ep2-pp2-dp2": (4, {PP: 2, EP: 2}),
+    "ep2-pp2-vpp2-dp2": (4, {PP: 2, VPP: 2, EP: 2, "overlap_grad_reduce": True}),
+    "ep2-cp2": (2, {CP: 2, EP: 2}),
+    "ep2-dp4": (4, {EP: 2}),
+    "recompute-full": (2, {EP: 2, "recompute_granularity": "full"}),
+    "recompute-mlp": (2, {EP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    "encoders-on-first-stage": (2, {EP: 2, "encoder_placement": "first_stage"}),
+}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "ep2-tp2-sp"))
+def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
+    assert_equal(trained(world, tmp_path, ranks, {**EXPERTS, **flags}), reference.run(EXPERTS), STEPS)
+
+
+MODELS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one-mlp": (2, {EP: 2}, {"layer_module": "Qwen2DecoderLayer"}),
+    "moe-layer": (2, {EP: 2}, {"layer_module": "Qwen2MoEDecoderLayer"}),
+    "only-generation": (2, {**SP_TP2, EP: 2, ETP: 1}, {"moe_kinds": ["gen"]}),
+    "only-understanding-frozen": (2, {**SP_TP2, EP: 2, ETP: 1}, {"moe_kinds": ["und"], "freeze_und": True}),
+    "freeze-und": (4, {PP: 2, EP: 2}, {"freeze_und": True}),
+    "top1": (2, {EP: 2}, {"moe_router_topk": 1, "moe_router_pre_softmax": True}),
+    "shared-expert": (2, {EP: 2}, {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True}),
+    "plain-optimizer": (2, {EP: 2}, {"use_distributed_optimizer": False}),
+    "router-fp64": (2, {EP: 2}, {"moe_router_dtype": "fp64"}),
+    "no-images-out": (2, {EP: 2}, {"visual_gen": False}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout", "flags"), cases(MODELS))
+def test_every_model_on_a_layout(world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict) -> None:
+    settings = {**EXPERTS, **flags}
+    assert_equal(trained(world, tmp_path, ranks, {**settings, **layout}), reference.run(settings), STEPS)
+
+
+ELSEWHERE: dict[str, tuple[int, dict[str, Any]]] = {"ep2-cp2": (2, {CP: 2, EP: 2}), "ep2-pp2": (4, {PP: 2, EP: 2})}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), cases(ELSEWHERE, "ep2-cp2"))
+def test_a_checkpoint_continues_on_another_layout(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
+    """Two steps elsewhere, then the others on one process."""
+    run(run_config(world, tmp_path, ranks, **{**SETTINGS, **EXPERTS, **flags, "total_steps": 2}), ranks)
+    assert_equal(trained(world, tmp_path, 1, EXPERTS), reference.run(EXPERTS), STEPS)
