@@ -94,7 +94,8 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
     def _mlp_results(self, normed: Sequence[torch.Tensor], rows: int, context: PackContext) -> torch.Tensor:
         """Return the results of the MLPs for this rank's rows, [rows, h]."""
         if isinstance(self.mlp, SparseExperts):
-            mlp: Callable[..., torch.Tensor] = partial(self.mlp.__call__, rows=rows, context=context, exchange=self.exchange, freeze_und=self.freeze_und)
+            settings = {"rows": rows, "context": context, "exchange": self.exchange, "freeze_und": self.freeze_und}
+            mlp: Callable[..., torch.Tensor] = partial(self.mlp.__call__, **settings)
             return recomputed(mlp, *normed) if self.recompute_mlp else mlp(*normed)
         expert_rows = self.exchange.enter(normed, rows, context)
         und, gen = recomputed(self.mlp, *expert_rows) if self.recompute_mlp else self.mlp(*expert_rows)
