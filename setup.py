@@ -43,6 +43,8 @@ EXTRAS_REQUIRE = {
     "cuda": ["transformer-engine[pytorch]>=2.0"],
     "logging": ["wandb>=0.16"],
     "video": ["av>=11"],
+    # WebDataset shards (docs/data.md).
+    "data": ["webdataset>=0.2.86"],
     # The page of generation. 6.24 is the first that can be told to keep no history of what was asked (docs/generation.md). Not among the
     # test packages: it wants Pillow below 13, and 13.0, with which the goldens were made, resizes some pictures otherwise in the last bits.
     "serve": ["gradio>=6.24,<7"],
@@ -54,6 +56,7 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.6",
         "pytest-cov>=7",
         "hypothesis>=6.90",
+        "webdataset>=0.2.86",
         "diffusers>=0.30",
         "mypy>=2.4,<3",
         "types-PyYAML>=6",

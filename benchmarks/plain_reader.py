@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from megatron_bagel.data.loading.noise import raw_timesteps
-from megatron_bagel.data.planner.sample_plan import ConditionDropout, KeyedDraws, build_items, choose_items, drop_conditions, transform_of
+from megatron_bagel.data.planner.planned_item import KeyedDraws
+from megatron_bagel.data.planner.sample_plan import ConditionDropout, build_items, choose_items, drop_conditions, transform_of
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, GroupConfig
 from megatron_bagel.data.sources.records import RawSample, Record
 from megatron_bagel.data.sources.rows import PARQUET_COLUMNS, SourceUnit, parse_edit, parse_t2i, parse_text, parse_vlm

@@ -3,9 +3,11 @@
 
     %(prog)s INDEX --workers 8
     %(prog)s LATENTS
+    %(prog)s rows.jsonl --images images --form thinkmorph
 
-Of a latent cache it checks sizes, checksums, and that every stored number is finite. Every problem is a line with shard, source file and
-row, or image. The exit status is 1 if there is one.
+Of a file of interleaved rows (.jsonl, .parquet, .tar) it checks every row against the schema of items. Of a latent cache it checks sizes,
+checksums, and that every stored number is finite. Every problem is a line with shard, source file and row, or image. The exit status is 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
 from megatron_bagel.data.index.verify import shard_problems
 from megatron_bagel.data.index.verify_latents import cached_shard_problems
+from megatron_bagel.data.sources.check_rows import ENDINGS, row_problems
+from megatron_bagel.data.sources.forms import FORMS
 from megatron_bagel.platform.launch.child_processes import end_with_parent
 
 T = TypeVar("T")
@@ -36,9 +40,11 @@ Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of th
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the command line's values."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("index", type=Path, help="folder of an index or of a latent cache")
+    parser.add_argument("index", type=Path, help="folder of an index or of a latent cache, or a file of interleaved rows")
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 checks in this one (default)")
     parser.add_argument("--no-decode", action="store_true", help="do not decode images (several times faster)")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that rows name (default: that of the file)")
+    parser.add_argument("--form", choices=FORMS, default="items", help="form of the rows, the format of the dataset YAML (default items)")
     return parser.parse_args(argv)
 
 
@@ -87,14 +93,26 @@ def verify_latents(folder: Path, workers: int) -> int:
     return 1 if count else 0
 
 
+def verify_rows(path: Path, form: str, images: str | None, check_images: bool) -> int:
+    """Print the problems of a file of interleaved rows. Returns the exit status; raises ValueError if the file cannot be read."""
+    problems = list(row_problems(str(path), form, images or str(path.parent), check_images))
+    told = [problem for problem in problems if problem is not None]
+    for problem in told:
+        print(problem)
+    print(f"{path}: {len(problems)} row(s), " + (f"{len(told)} problem(s)" if told else "all as they should be"))
+    return 1 if told else 0
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
     """Print the problems of an index or a latent cache. Returns the exit status."""
     args = parse_arguments(argv, prog)
     try:
+        if args.index.suffix in ENDINGS:
+            return verify_rows(args.index, args.form, args.images, not args.no_decode)
         if (args.index / CACHE_MANIFEST).is_file():
             return verify_latents(args.index, args.workers)
         manifest = read_manifest(args.index)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         report_error(prog, error)
         return 2
     shards = [(i, j, shard) for i, dataset in enumerate(manifest.datasets) for j, shard in enumerate(dataset.shards)]

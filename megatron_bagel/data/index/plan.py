@@ -16,11 +16,13 @@ from typing import Any
 
 from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.index.format import SCHEMA_VERSION
-from megatron_bagel.data.sources.dataset_config import EDIT, T2I, VLM, DatasetEntry, GroupConfig
+from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
 from megatron_bagel.data.sources.records import BadRow
+from megatron_bagel.data.sources.row_format import Container, RowFormat
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.sources.rows import check_parquet, scan_jsonl
+from megatron_bagel.data.sources.tar_files import count_tar_samples
 from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
@@ -119,7 +121,7 @@ class PlanRules:
 def plan_index(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> IndexPlan:
     """Plan the index of ``groups``. Raises ValueError if a source is missing or no file of a dataset is usable."""
     datasets = _plan_datasets(groups, rules)
-    build_key, inputs_key = _keys(tokenizer, datasets, [dataclasses.asdict(dataset) for dataset in datasets])
+    build_key, inputs_key = _keys(tokenizer, datasets, _contents(datasets))
     return IndexPlan(build_key, tokenizer.fingerprint, str(tokenizer.path), len(tokenizer), datasets, inputs_key, rules.checks.exif)
 
 
@@ -134,7 +136,7 @@ def earlier_build_keys(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rule
 
 def _earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rules: PlanRules) -> str:
     datasets = _plan_datasets(groups, rules)
-    contents = [dataclasses.asdict(dataset) for dataset in datasets]
+    contents = _contents(datasets)
     for shard in (shard for content in contents for shard in content["shards"]):
         del shard["checks"]["exif"]
         for unit in shard["units"]:
@@ -144,6 +146,15 @@ def _earlier_build_key(groups: Sequence[GroupConfig], tokenizer: Tokenizer, rule
 
 def _plan_datasets(groups: Sequence[GroupConfig], rules: PlanRules) -> list[DatasetPlan]:
     return [_plan_dataset(group, entry, rules) for group in groups for entry in group.datasets]
+
+
+def _contents(datasets: Sequence[DatasetPlan]) -> list[dict[str, Any]]:
+    """Return the plans as JSON values; units of the guide's rows look as they did before there were others, so that keys stay."""
+    contents = [dataclasses.asdict(dataset) for dataset in datasets]
+    for unit in (unit for content in contents for shard in content["shards"] for unit in shard["units"]):
+        if unit["row_format"] is None:
+            del unit["row_format"]
+    return contents
 
 
 def _keys(tokenizer: Tokenizer, datasets: list[DatasetPlan], contents: list[dict[str, Any]]) -> tuple[str, str]:
@@ -160,37 +171,61 @@ def _key(content: list[Any]) -> str:
 def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rules: PlanRules) -> DatasetPlan:
     label = f"dataset {group.name}/{entry.name}"
     location = entry.location
-    if group.name in (T2I, EDIT):
+    container = _container(group, entry)
+    row_format = _row_format(group, entry, container)
+    if container != "jsonl":
         if location.data_dir is None:
             raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
-        return _plan_parquet(group.name, entry, _parquet_files(location.data_dir, label, rules.with_strays), rules)
+        files = _source_files(location.data_dir, f".{container}", label, rules.with_strays)
+        return _plan_files(group.name, entry, files, rules, row_format)
     if location.jsonl_path is None or (group.name == VLM and location.data_dir is None):
         raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
     if not is_file(location.jsonl_path):
         raise ValueError(f"{label}: there is no file {location.jsonl_path} (jsonl_path)")
-    if group.name == VLM and location.data_dir is not None and not is_folder(location.data_dir):
+    if group.name != TEXT and location.data_dir is not None and not is_folder(location.data_dir):
         raise ValueError(f"{label}: there is no image folder {location.data_dir} (data_dir)")
     jsonl, images = absolute(location.jsonl_path), "" if location.data_dir is None else absolute(location.data_dir)
     try:
-        units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rules.rows_per_shard, rules.rows)
+        units = scan_jsonl(jsonl, group.name, images, group.frame_sampler, rules.rows_per_shard, rules.rows, row_format)
     except (ValueError, OSError) as error:
         raise ValueError(f"{label}: {error} (jsonl_path)") from error
     shards = [ShardPlan(group.name, entry.name, f"{i:05d}", (unit,), rules.checks) for i, unit in enumerate(units)]
     return DatasetPlan(group.name, entry.name, [(jsonl, sum(unit.rows for unit in units))], shards, [])
 
 
-def _parquet_files(folder: str, label: str, with_strays: bool) -> list[str]:
+def _container(group: GroupConfig, entry: DatasetEntry) -> Container:
+    """Return the kind of a dataset's files: the given jsonl file, or what its folder holds."""
+    location = entry.location
+    if location.jsonl_path is not None:
+        return "jsonl"
+    if location.data_dir is not None and is_folder(location.data_dir):
+        for container in ("parquet", "tar"):
+            if list_files(location.data_dir, f".{container}"):
+                return container
+    return "jsonl" if group.name in (VLM, TEXT) else "parquet"
+
+
+def _row_format(group: GroupConfig, entry: DatasetEntry, container: Container) -> RowFormat | None:
+    """Return how the rows are written, or None for those of BAGEL's guide."""
+    guide_container = {T2I: "parquet", EDIT: "parquet", VLM: "jsonl", TEXT: "jsonl"}.get(group.name)
+    if container == guide_container and not entry.columns:
+        return None
+    has_vit = (group.vit_image_transform if group.has_separate_vit else group.image_transform) is not None
+    return RowFormat(container, entry.form, entry.columns, group.image_transform is not None, has_vit)
+
+
+def _source_files(folder: str, ending: str, label: str, with_strays: bool) -> list[str]:
     try:
-        files = list_files(folder, ".parquet", with_strays)
+        files = list_files(folder, ending, with_strays)
     except ValueError as error:
         raise ValueError(f"{label}: {error} (data_dir)") from error
     if not files:
-        raise ValueError(f"{label}: no *.parquet in {folder} (data_dir)")
+        raise ValueError(f"{label}: no *{ending} in {folder} (data_dir)")
     return files
 
 
-def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rules: PlanRules) -> DatasetPlan:
-    """Plan a parquet dataset. Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
+def _plan_files(group: str, entry: DatasetEntry, files: list[str], rules: PlanRules, row_format: RowFormat | None) -> DatasetPlan:
+    """Plan a dataset of many files. Consecutive files share a shard until it has ``rows_per_shard`` rows; a file is never cut."""
     bad_files = [(path, "the file is not listed in parquet_info") for path in _unlisted(files, entry)]
     unlisted = {path for path, _ in bad_files}
     sources: list[tuple[str, int]] = []
@@ -199,13 +234,14 @@ def _plan_parquet(group: str, entry: DatasetEntry, files: list[str], rules: Plan
         rows = 0
         if path not in unlisted:
             try:
-                rows = check_parquet(path, group)
+                is_tar = row_format is not None and row_format.container == "tar"
+                rows = count_tar_samples(path) if is_tar else check_parquet(path, group, row_format)
             except BadRow as error:
                 bad_files.append((path, str(error)))
         if rows:
             if not runs or sum(unit.rows for unit in runs[-1]) >= rules.rows_per_shard:
                 runs.append([])
-            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows, rules=rules.rows))
+            runs[-1].append(SourceUnit(group, path, len(sources), 0, rows, rules=rules.rows, row_format=row_format))
         sources.append((path, rows))
     shards = [ShardPlan(group, entry.name, f"{i:05d}", tuple(run), rules.checks) for i, run in enumerate(runs)]
     return DatasetPlan(group, entry.name, sources, shards, bad_files)

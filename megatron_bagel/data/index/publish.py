@@ -68,7 +68,9 @@ def _shard_info(build: Path, group: str, dataset: str, name: str) -> ShardInfo:
 def short_reason(reason: str) -> str:
     """Return the reason without its particulars (numbers, paths, parentheses), as a key to count rows by."""
     words = reason.split(" (")[0].split("; ")[0].split()
-    return " ".join("N" if word.isdigit() else "PATH" if "/" in word else word for word in words)
+    return " ".join(
+        "N" if word.isdigit() else "N:" if word.endswith(":") and word[:-1].isdigit() else "PATH" if "/" in word else word for word in words
+    )
 
 
 def skipped_line(group: str, dataset: str, path: str, row: int | None, reason: str) -> str:

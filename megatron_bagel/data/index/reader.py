@@ -24,7 +24,7 @@ from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, d
 from megatron_bagel.data.index.sequences import OPENING, StoredSequences, checked_size
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValRows, TrainValSplit
 from megatron_bagel.data.keyed_random import keyed_uniform
-from megatron_bagel.data.sources.dataset_config import EDIT, T2I, DatasetEntry, GroupConfig
+from megatron_bagel.data.sources.dataset_config import DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.records import Record
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import decode_rgb
@@ -171,7 +171,7 @@ class DatasetReader:
     def used_rows(self, entry: DatasetEntry, group: GroupConfig, train_val_split: TrainValSplit = ALL_ROWS) -> list[Rows]:
         """Return the rows of the part of ``train_val_split`` that ``num_used_data`` selects, in one or more passes.
 
-        It counts files in order of name (T2I, editing) or lines (VLM, text). Lines are the first ones, or with ``shuffle_lines`` a
+        It counts files in order of name (parquet, tar) or lines (jsonl). Lines are the first ones, or with ``shuffle_lines`` a
         choice that depends only on ``shuffle_seed``. A number larger than that of the files adds passes over the first ones, because
         the original repeats the list of files.
         """
@@ -184,7 +184,7 @@ class DatasetReader:
         if num_used is None:
             return rows_up_to(len(self))
         sources = self.info.sources
-        if self.group in (T2I, EDIT):
+        if self._has_files:
             passes, num_remaining = divmod(num_used, len(sources))
             return rows_up_to(len(self)) * passes + rows_up_to(sum(source.samples for source in sources[:num_remaining]))
         lines = sources[0].rows
@@ -198,6 +198,11 @@ class DatasetReader:
         is_used[np.argsort(draws, kind="stable")[:num_used]] = True
         rows = np.flatnonzero(is_used[line_of_row])
         return [rows[TrainValRows(self.name, len(self), len(self), train_val_split).contains(rows)]]
+
+    @property
+    def _has_files(self) -> bool:
+        """Return whether the sources are files of many rows each, and not the lines of one file."""
+        return not self.info.sources or self.info.sources[0].path.endswith((".parquet", ".tar"))
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):

@@ -29,9 +29,11 @@ from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
 from megatron_bagel.data.index.sequences import write_checksums
 from megatron_bagel.data.index.source_contents import source_checksums
-from megatron_bagel.data.sources.dataset_config import TEXT, VLM
+from megatron_bagel.data.sources.dataset_config import INTERLEAVED, TEXT, VLM
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.rows import read_unit
+from megatron_bagel.data.sources.stored_items import LOSS, stored_items
+from megatron_bagel.data.sources.stored_items import TEXT as TEXT_KIND
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
 
@@ -133,10 +135,18 @@ def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Token
         raise
     except Exception as error:  # decoders and tokenizers are plugins of other packages
         raise bad_row(error) from error
-    text_codes = [code for code in sample.structure if code != IMAGE_ITEM] if group in (VLM, TEXT) else []
-    if any(code == ANSWER_ITEM and not len(answer) for code, answer in zip(text_codes, ids, strict=False)):
+    if any(not len(ids[text]) for text in _learned_texts(sample, group)):
         raise BadRow("an answer without tokens, which would teach the model to stop at once")
     return sizes, ids
+
+
+def _learned_texts(sample: RawSample, group: str) -> list[int]:
+    """Return the numbers of the texts with a loss."""
+    if group == INTERLEAVED:
+        items = [item for item in stored_items(sample.structure) if item.kind == TEXT_KIND for _ in range(item.count)]
+        return [text for text, item in enumerate(items) if item.has(LOSS)]
+    codes = [code for code in sample.structure if code != IMAGE_ITEM] if group in (VLM, TEXT) else []
+    return [text for text, code in enumerate(codes) if code == ANSWER_ITEM]
 
 
 def _add_sample(builder: IndexedDatasetBuilder, checksums: list[int], ids: list[np.ndarray], images: list[bytes]) -> None:

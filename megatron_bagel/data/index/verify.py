@@ -11,8 +11,9 @@ import numpy as np
 from megatron_bagel.common.files import digest
 from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder
 from megatron_bagel.data.index.reader import Shard
-from megatron_bagel.data.sources.dataset_config import EDIT, T2I
+from megatron_bagel.data.sources.dataset_config import EDIT, INTERLEAVED, T2I
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, forms_per_instruction
+from megatron_bagel.data.sources.stored_items import structure_problem
 from megatron_bagel.data.transforms import decode_rgb
 
 
@@ -75,6 +76,8 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, manifest:
 
 def _structure_problem(group: str, structure: np.ndarray, texts: int, images: int) -> str | None:
     """Return a sentence if a structure column does not describe its sample's texts and images (records.py), else None."""
+    if group == INTERLEAVED:
+        return structure_problem(structure, texts, images)
     if group == T2I:
         is_consistent = len(structure) == 0 and texts >= 1 and images == 1
     elif group == EDIT:

@@ -11,8 +11,10 @@ import numpy as np
 from megatron_bagel.data.index.format import PLANNING_SCHEMA, Manifest
 from megatron_bagel.data.index.reader import DatasetReader
 from megatron_bagel.data.planner.assign import PackPlan
-from megatron_bagel.data.sources.dataset_config import TEXT, VLM
-from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM
+from megatron_bagel.data.sources.dataset_config import INTERLEAVED, TEXT, VLM
+from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, Record
+from megatron_bagel.data.sources.stored_items import LOSS, NEVER, NEXT_TOKENS, ROLES, VAE, VIT, StoredItem, own_probability, stored_items
+from megatron_bagel.data.sources.stored_items import TEXT as TEXT_KIND
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
@@ -94,12 +96,44 @@ def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> 
     """Return source, texts and image sizes of one sample, in order."""
     record, (path, row) = reader.record(index), reader.source(index)
     lines = [f"{reader.name} sample {index}: {path}, row {row}"]
+    if record.group == INTERLEAVED:
+        return "\n".join([*lines, *_item_lines(reader, index, record, tokenizer)])
     lines += [f"  image {i}: {w} x {h}" for i, (w, h) in enumerate(zip(record.widths, record.heights, strict=True))]
     turns = [code for code in record.structure if code != IMAGE_ITEM] if record.group in (VLM, TEXT) else []
     for i, count in enumerate(record.text_tokens):
         learned = " (learned)" if turns and turns[i] == ANSWER_ITEM else ""
         lines.append(f"  text {i}{learned}, {count} tokens: {tokenizer.decode(reader.text_ids(index, i).tolist())!r}")
     return "\n".join(lines)
+
+
+def _item_lines(reader: DatasetReader, index: int, record: Record, tokenizer: Tokenizer) -> list[str]:
+    """Return a line for every item of an interleaved sample, and one for every further alternative and frame."""
+    lines, text, image = [], 0, 0
+    for number, item in enumerate(stored_items(record.structure)):
+        if item.kind == TEXT_KIND:
+            words = [tokenizer.decode(reader.text_ids(index, text + i).tolist()) for i in range(item.count)]
+            contents = [f"{record.text_tokens[text + i]} tokens: {word!r}" for i, word in enumerate(words)]
+            text += item.count
+        else:
+            contents = [f"image {image + i}: {record.widths[image + i]} x {record.heights[image + i]}" for i in range(item.count)]
+            image += item.count
+        lines.append(f"  item {number}{marks_of(item)}, {contents[0]}")
+        lines += [f"    or {content}" if item.kind == TEXT_KIND else f"    then {content}" for content in contents[1:]]
+    return lines
+
+
+def marks_of(item: StoredItem) -> str:
+    """Return what is done with an item, in brackets: role, losses, conditions, dropout, and what it predicts at its end."""
+    marks = [ROLES[item.role]] if item.role else []
+    if item.has(LOSS):
+        marks.append("learned" if item.kind == TEXT_KIND else "drawn")
+    conditions = [name for flag, name in ((VAE, "vae"), (VIT, "vit")) if item.has(flag)]
+    marks += [f"condition {' and '.join(conditions)}"] if conditions else []
+    for code, name in ((item.drop, "droppable" if item.kind == TEXT_KIND else "vae droppable"), (item.drop_vit, "vit droppable")):
+        probability = own_probability(code)
+        marks += [] if code == NEVER else [name if probability is None else f"{name} with {probability:g}"]
+    marks += [f"then {NEXT_TOKENS[item.next_token - 1]}"] if item.next_token else []
+    return f" ({', '.join(marks)})" if marks else ""
 
 
 def describe_pack(plan: PackPlan, pack: Pack, capacity: int) -> str:

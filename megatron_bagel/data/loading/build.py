@@ -97,7 +97,7 @@ def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokeniz
     plan_settings = PlanSettings(
         seed=settings.seed,
         layout=layout_spec(arch, tokenizer),
-        dropout=settings.dropout if part == "train" else ConditionDropout(0.0, 0.0, 0.0),
+        dropout=settings.dropout if part == "train" else ConditionDropout(0.0, 0.0, 0.0, own=False),
         visual_und=settings.visual_und,
         costs=CostModel.of(arch),
     )

@@ -15,9 +15,9 @@ from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples, Rows
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValSplit
 from megatron_bagel.data.planner.cost_model import Measures
+from megatron_bagel.data.planner.planned_item import KeyedDraws
 from megatron_bagel.data.planner.sample_lengths import measure_rows
 from megatron_bagel.data.planner.sample_plan import (
-    KeyedDraws,
     PlanSettings,
     build_items,
     check_image_limits,
@@ -128,7 +128,7 @@ class GroupSource:
         planned = drop_conditions(choose_items(record, draws), self.settings.dropout, draws)
         if not self.settings.visual_und:
             planned = [item for item in planned if item.kind != "vit"]
-        items = build_items(planned, record, self.group, lambda text: reader.text_ids(row, text))
+        items = build_items(planned, record, self.group, lambda text: reader.text_ids(row, text), self.settings.next_tokens)
         return Sample(reader.name, row, epoch, items, self.group.name)
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
-from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
 from megatron_bagel.data.planner.cost_model import CostModel
-from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, VLM, GroupConfig
+from megatron_bagel.data.planner.interleaved_plan import interleaved_items
+from megatron_bagel.data.planner.planned_item import ConditionDropout, Draws, PlannedItem
+from megatron_bagel.data.sources.dataset_config import EDIT, INTERLEAVED, T2I, TEXT, VLM, GroupConfig
 from megatron_bagel.data.sources.records import ANSWER_ITEM, CONTINUED, ENDED, IMAGE_ITEM, PLAIN, Record, instruction_index
 from megatron_bagel.data.transforms import TransformArgs, output_size
 from megatron_bagel.layout.items import Item
@@ -25,50 +25,6 @@ from megatron_bagel.layout.pack import LayoutSpec
 
 MAX_CHAIN = 3  # images of an editing chain: one or two steps
 JOIN_PROBABILITY = 0.5
-
-
-class Draws(Protocol):
-    """A source of a sample's choices, each with a name."""
-
-    def choice(self, count: int, choice_name: str) -> int:
-        """Return a number in [0, count)."""
-        ...
-
-    def chance(self, probability: float, choice_name: str) -> bool:
-        """Return True with ``probability``."""
-        ...
-
-
-@dataclass(frozen=True)
-class KeyedDraws:
-    """The draws of training: keyed by sample and epoch, the same on every rank and worker."""
-
-    seed: int
-    dataset: str
-    index: int
-    epoch: int
-
-    def choice(self, count: int, choice_name: str) -> int:
-        """Return a number in [0, count), named by ``what``."""
-        return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, choice_name)
-
-    def chance(self, probability: float, choice_name: str) -> bool:
-        """Return True with ``probability``; the draw is named by ``what``."""
-        return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, choice_name) < probability
-
-
-@dataclass(frozen=True)
-class ConditionDropout:
-    """Probability that a condition of a kind is left out, drawn separately for every condition."""
-
-    text: float = 0.1
-    vae: float = 0.3
-    vit: float = 0.3
-
-    def __post_init__(self) -> None:
-        for kind in ("text", "vae", "vit"):
-            if not 0.0 <= getattr(self, kind) <= 1.0:
-                raise ValueError(f"--{kind}_cond_dropout_prob must be between 0 and 1, got {getattr(self, kind)}")
 
 
 @dataclass(frozen=True)
@@ -81,17 +37,11 @@ class PlanSettings:
     visual_und: bool = True
     costs: CostModel = CostModel()
 
-
-@dataclass(frozen=True)
-class PlannedItem:
-    """One item before its ids and sizes are known: ``texts`` are indexes of the record's texts, joined in order."""
-
-    kind: str
-    loss: bool = False
-    droppable: bool = False
-    dropped: bool = False
-    texts: tuple[int, ...] = ()
-    image: int = -1
+    @property
+    def next_tokens(self) -> tuple[int, ...]:
+        """Return the ids of ``stored_items.NEXT_TOKENS``."""
+        layout = self.layout
+        return layout.bos, layout.eos, layout.start_of_image, layout.end_of_image
 
 
 def choose_items(record: Record, draws: Draws) -> list[PlannedItem]:
@@ -101,6 +51,8 @@ def choose_items(record: Record, draws: Draws) -> list[PlannedItem]:
         return [PlannedItem("text", droppable=True, texts=(caption,)), PlannedItem("vae", loss=True, image=0)]
     if record.group == EDIT:
         return _choose_edit(record, draws)
+    if record.group == INTERLEAVED:
+        return interleaved_items(record, draws)
     return _turns(record)
 
 
@@ -147,33 +99,58 @@ def _turns(record: Record) -> list[PlannedItem]:
 def drop_conditions(items: Sequence[PlannedItem], dropout: ConditionDropout, draws: Draws) -> list[PlannedItem]:
     """Mark the conditions that dropout removes; each has a separate draw, in plan order."""
     return [
-        replace(item, dropped=draws.chance(getattr(dropout, item.kind), f"drop{position}")) if item.droppable else item
+        replace(item, dropped=draws.chance(dropout.probability(item.kind, item.drop_probability), f"drop{position}"))
+        if item.droppable
+        else item
         for position, item in enumerate(items)
     ]
 
 
 def transform_of(group: GroupConfig, kind: str) -> TransformArgs:
     """Return the transform of images of ``kind`` ("vit" or "vae") in a group. Raises ValueError if the config has none."""
-    args = group.vit_image_transform if group.name == EDIT and kind == "vit" else group.image_transform
+    args = group.vit_image_transform if group.has_separate_vit and kind == "vit" else group.image_transform
     if args is None:
         raise ValueError(f"group {group.name} has images but no transform for them in the dataset config")
     return args
 
 
+def shares_max_pixels(group: GroupConfig, kind: str) -> bool:
+    """Return whether the pictures of a sample share ``max_pixels`` of the transform of ``kind``."""
+    return group.name == VLM or (group.share_max_pixels and kind == "vit")
+
+
 def build_items(
-    planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray]
-) -> tuple[Item, ...]:
-    """Build items with their token ids, which ``text_ids`` reads, and image sizes after the transform."""
+    planned: Sequence[PlannedItem], record: Record, group: GroupConfig, text_ids: Callable[[int], np.ndarray],
+    next_tokens: Sequence[int] = (),
+) -> tuple[Item, ...]:  # fmt: skip
+    """Build items with their token ids, which ``text_ids`` reads, and image sizes after the transform.
+
+    ``next_tokens`` are the ids of ``stored_items.NEXT_TOKENS``.
+    """
     items = []
     for item in planned:
+        label = next_tokens[item.next_token - 1] if item.next_token else None
         if item.kind == "text":
             ids = np.concatenate([text_ids(text) for text in item.texts])
-            items.append(Item("text", loss=item.loss, dropped=item.dropped, ids=ids))
+            items.append(Item("text", loss=item.loss, dropped=item.dropped, ids=ids, special_token_label=label))
         else:
-            img_num = len(record.widths) if group.name == VLM else 1
+            img_num = len(record.widths) if shares_max_pixels(group, item.kind) else 1
             size = (int(record.widths[item.image]), int(record.heights[item.image]))
             width, height = output_size(transform_of(group, item.kind), *size, img_num)
-            items.append(Item(item.kind, loss=item.loss, dropped=item.dropped, image=item.image, height=height, width=width))
+            items.append(
+                Item(
+                    item.kind,
+                    loss=item.loss,
+                    dropped=item.dropped,
+                    image=item.image,
+                    height=height,
+                    width=width,
+                    special_token_label=label,
+                    split_start=item.split_start,
+                    split_end=item.split_end,
+                    frame_delta=item.frame_delta,
+                )  # fmt: skip
+            )
     return tuple(items)
 
 
@@ -186,13 +163,18 @@ def active_groups(groups: Sequence[GroupConfig], visual_gen: bool, visual_und: b
     for group in groups:
         if group.makes_images and not visual_gen:
             reasons.append(f"group {group.name} is left out: it trains image generation, and --visual_gen is False")
-        elif group.name == VLM and not visual_und:
+        elif _needs_vit(group) and not visual_und:
             reasons.append(f"group {group.name} is left out: its images go through the ViT, and --visual_und is False")
         else:
             active.append(group)
     if not any(group.weight > 0 or group.is_mandatory for group in active):
         raise ValueError("no dataset group is left to train on: " + ("; ".join(reasons) or "every weight is 0"))
     return active, reasons
+
+
+def _needs_vit(group: GroupConfig) -> bool:
+    """Return whether the only pictures of a group are those of the vision tower."""
+    return group.name == VLM or (group.name == INTERLEAVED and group.image_transform is None and group.vit_image_transform is not None)
 
 
 def check_image_limits(group: GroupConfig, spec: LayoutSpec, visual_und: bool = True) -> None:
@@ -206,8 +188,8 @@ def check_image_limits(group: GroupConfig, spec: LayoutSpec, visual_und: bool = 
     checks = []
     if group.makes_images:
         checks.append(("vae", "image_transform_args", spec.vae_downsample, spec.max_latent_size, "--max_latent_size"))
-    if group.name == VLM or (group.name == EDIT and visual_und):
-        key = "vit_image_transform_args" if group.name == EDIT else "image_transform_args"
+    if group.name == VLM or (group.has_separate_vit and visual_und and group.vit_image_transform is not None):
+        key = "vit_image_transform_args" if group.has_separate_vit else "image_transform_args"
         checks.append(("vit", key, spec.vit_patch, spec.vit_max_side, "--vit_max_num_patch_per_side"))
     for kind, key, patch, side, flag in checks:
         args = transform_of(group, kind)

@@ -16,18 +16,20 @@ from typing import Any
 from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
+from megatron_bagel.data.sources.row_settings import parse_columns, parse_form, per_dataset
 from megatron_bagel.data.sources.video import FrameSampler
 from megatron_bagel.data.transforms import TransformArgs
 
-T2I, EDIT, VLM, TEXT = "t2i_pretrain", "unified_edit", "vlm_sft", "text"
-GROUPS = (T2I, EDIT, VLM, TEXT)
+T2I, EDIT, VLM, TEXT, INTERLEAVED = "t2i_pretrain", "unified_edit", "vlm_sft", "text", "interleaved"
+GROUPS = (T2I, EDIT, VLM, TEXT, INTERLEAVED)
 _GROUP_KEYS = (
     "dataset_names", "weight", "is_mandatory", "num_used_data", "image_transform_args", "vit_image_transform_args",
     "frame_sampler_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "data_dir", "jsonl_path", "parquet_info_path",
+    "format", "columns", "share_max_pixels",
 )  # fmt: skip
 _LOCATION_KEYS = ("data_dir", "jsonl_path", "parquet_info_path")
 # The original's Python table also carries these unused counts; they may stay when the table is copied.
-_INFO_KEYS = (*_LOCATION_KEYS, "num_files", "num_total_samples")
+_INFO_KEYS = (*_LOCATION_KEYS, "format", "columns", "num_files", "num_total_samples")
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,26 @@ class DatasetLocation:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of a group. ``num_used_data`` counts parquet files (T2I, editing) or lines (VLM, text); None selects all."""
+    """One dataset of a group. ``num_used_data`` counts files (parquet, tar) or lines (jsonl); None selects all.
+
+    ``form`` names the form of its rows (``forms.FORMS``), and ``columns`` are (our name, name in the files) of its columns.
+    """
 
     name: str
     num_used_data: int | None
     location: DatasetLocation
+    form: str = ""
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class GroupConfig:
     """One top-level entry of the YAML: datasets of one kind that share a weight and their image transforms.
 
-    ``image_transform`` is for the VAE in the T2I and editing groups and for the ViT in the VLM group; ``vit_image_transform`` is
-    for the editing group's ViT copy. ``shuffle_lines`` and ``shuffle_seed`` choose the lines that ``num_used_data`` selects.
+    ``image_transform`` is for the VAE in the T2I, editing and interleaved groups and for the ViT in the VLM group;
+    ``vit_image_transform`` is for the ViT in the editing and interleaved groups. ``share_max_pixels`` lets the ViT pictures of an
+    interleaved sample share ``max_pixels``, as those of the VLM group do. ``shuffle_lines`` and ``shuffle_seed`` choose the lines that
+    ``num_used_data`` selects.
     ``frame_sampler`` chooses the frames of videos in the index (VLM group). ``resume_data_status`` False restarts the group's data
     when a run resumes.
     """
@@ -71,11 +80,17 @@ class GroupConfig:
     shuffle_lines: bool = False
     shuffle_seed: int = 0
     resume_data_status: bool = True
+    share_max_pixels: bool = False
 
     @property
     def makes_images(self) -> bool:
-        """Return whether its loss is on generated images (T2I, editing) instead of on text."""
-        return self.name in (T2I, EDIT)
+        """Return whether its samples have pictures for the autoencoder: they draw some, or see some."""
+        return self.name in (T2I, EDIT) or (self.name == INTERLEAVED and self.image_transform is not None)
+
+    @property
+    def has_separate_vit(self) -> bool:
+        """Return whether its vision tower has a transform of its own."""
+        return self.name in (EDIT, INTERLEAVED)
 
 
 def load_groups(path: str | Path, data_root: str | Path | None = None) -> list[GroupConfig]:
@@ -118,10 +133,13 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], label: str, base
     _refuse_unknown(info, names, f"{label}, dataset_info: dataset")
     num_used = _num_used_data(keys.get("num_used_data"), names, label)
     locations = _dataset_locations(name, names, keys, info, label, base, data_root)
+    forms, columns = _row_settings(name, names, keys, info, label)
     needs_vae, needs_vit = name in (T2I, EDIT, VLM), name == EDIT
+    if "share_max_pixels" in keys and name != INTERLEAVED:
+        raise ValueError(f"{label}: share_max_pixels belongs to the group {INTERLEAVED}; remove the key")
     return GroupConfig(
         name=name,
-        datasets=tuple(DatasetEntry(*entry) for entry in zip(names, num_used, locations, strict=True)),
+        datasets=tuple(DatasetEntry(*entry) for entry in zip(names, num_used, locations, forms, columns, strict=True)),
         weight=_number(keys.get("weight", 0.0), f"{label}: weight"),
         is_mandatory=_boolean(keys.get("is_mandatory", False), f"{label}: is_mandatory"),
         image_transform=_transform(keys, "image_transform_args", needs_vae, label),
@@ -130,7 +148,16 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], label: str, base
         shuffle_lines=_boolean(keys.get("shuffle_lines", False), f"{label}: shuffle_lines"),
         shuffle_seed=int(_number(keys.get("shuffle_seed", 0), f"{label}: shuffle_seed")),
         resume_data_status=_boolean(keys.get("resume_data_status", True), f"{label}: resume_data_status"),
+        share_max_pixels=_boolean(keys.get("share_max_pixels", False), f"{label}: share_max_pixels"),
     )
+
+
+def _row_settings(
+    group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], label: str
+) -> tuple[list[str], list[tuple[tuple[str, str], ...]]]:
+    """Return the forms and the renamed columns of the datasets' rows."""
+    forms = [parse_form(value, group == INTERLEAVED, label) for value in per_dataset("format", names, keys, info, label)]
+    return forms, [parse_columns(value, label) for value in per_dataset("columns", names, keys, info, label)]
 
 
 def _dataset_locations(
@@ -167,12 +194,16 @@ def guide_location(group: str, name: str, root: str) -> DatasetLocation:
     if group == EDIT:
         info = join(root, f"editing/parquet_info/{name}.json")
         return DatasetLocation(data_dir=join(root, f"editing/{name}"), parquet_info_path=info if is_file(info) else None)
-    folder = join(root, "vlm" if group == VLM else "text")
+    if group == INTERLEAVED and is_folder(own_folder := join(root, f"interleaved/{name}")):
+        return DatasetLocation(data_dir=own_folder)
+    folder = join(root, {VLM: "vlm", TEXT: "text", INTERLEAVED: "interleaved"}[group])
     jsonl = join(folder, f"{name}.jsonl")
     if not is_file(jsonl) and is_folder(folder):
         similar = [path for path in list_files(folder, ".jsonl") if path.rsplit("/", 1)[-1].startswith(name)]
         jsonl = similar[0] if len(similar) == 1 else jsonl
-    return DatasetLocation(data_dir=join(folder, "images") if group == VLM else None, jsonl_path=jsonl)
+    images = join(folder, "images")
+    has_images = group == VLM or (group == INTERLEAVED and is_folder(images))
+    return DatasetLocation(data_dir=images if has_images else None, jsonl_path=jsonl)
 
 
 def _refuse_unknown(mapping: Any, known_keys: Iterable[str], key_kind: str) -> None:

@@ -10,22 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bagel.common.json_text import parse_json
-from megatron_bagel.data.sources.files import is_below, join, read_raw
-from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample, bad_row
+from megatron_bagel.data.sources.pictures import SHOWN_NAME, image_bytes, read_file
+from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample
 from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
 from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.sources.video import video_frames
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
-_SHOWN_NAME = 200  # characters of a file name in a reason
 
 
 def parse_t2i(image: Any, captions: Any, rules: RowRules = DEFAULT_RULES) -> RawSample:
     """Parse a T2I row. ``captions`` is a JSON dict of alternatives; as in the original, an empty one means the caption " "."""
-    data = _image_bytes(image, "image")
+    data = image_bytes(image, "image")
     if not isinstance(captions, str):
         raise BadRow(f"column captions holds {type(captions).__name__}, not a JSON string")
-    _check_size([captions], rules)
+    check_text_size([captions], rules)
     try:
         alternatives = parse_json(captions, max_depth=rules.max_json_depth)
     except ValueError as error:
@@ -45,7 +44,7 @@ def parse_edit(images: Any, instructions: Any, rules: RowRules = DEFAULT_RULES) 
     """
     if not isinstance(images, list):
         raise BadRow("column image_list is not a list of bytes")
-    data = [_image_bytes(image, "image_list") for image in images]
+    data = [image_bytes(image, "image_list") for image in images]
     if len(data) < 2:
         raise BadRow(f"an edit needs 2 images or more, the row has {len(data)}")
     structure: list[int] = []
@@ -57,7 +56,7 @@ def parse_edit(images: Any, instructions: Any, rules: RowRules = DEFAULT_RULES) 
         structure.append(len(usable))
         for text in usable:
             texts.extend([text] if len(data) == 2 else [text, f"{text}.", f" {text}."])
-    _check_size(texts, rules)
+    check_text_size(texts, rules)
     return RawSample(texts, structure, data)
 
 
@@ -77,19 +76,8 @@ def _steps(instructions: Any, steps: int) -> list[list[Any]]:
     return instructions[:steps]
 
 
-def _image_bytes(value: Any, column: str) -> bytes:
-    """Return the bytes of an image cell: bytes themselves, or the struct {bytes, path} of Hugging Face's datasets."""
-    if isinstance(value, dict) and "bytes" in value:
-        if value["bytes"] is None:
-            raise BadRow(f"column {column} holds an image {{bytes, path}} without bytes; write the files' bytes into the parquet file")
-        value = value["bytes"]
-    if not isinstance(value, bytes):
-        kind = "not a list of bytes" if column == "image_list" else "not bytes"
-        raise BadRow(f"column {column} holds {type(value).__name__}, {kind}")
-    return value
-
-
-def _check_size(texts: list[str], rules: RowRules) -> None:
+def check_text_size(texts: list[str], rules: RowRules) -> None:
+    """Raise BadRow if the texts of a row have more bytes together than the rules allow."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > rules.max_text_bytes:
         raise BadRow(f"{size} bytes of text are above the limit of {rules.max_text_bytes} (--max_text_bytes)")
@@ -125,13 +113,13 @@ def parse_vlm(content: dict[str, Any], unit: SourceUnit, row: int) -> RawSample:
     if names and video and VIDEO_MARK in str(content.get("conversations")):
         raise BadRow(f"the line holds an image and a video; only one of them can be read, and the text has a {VIDEO_MARK} mark")
     frames = _frames_of(video, unit, row) if video and not names else []
-    texts, structure = _conversation(content.get("conversations"), len(frames))
+    texts, structure = conversation(content.get("conversations"), len(frames))
     marks, images = structure.count(IMAGE_ITEM), len(frames) or len(names)
     if marks > images:
         raise BadRow(f"{marks} {IMAGE_MARK} marks but {images} images")
     if ANSWER_ITEM not in structure:
         raise BadRow("no answer, so nothing to learn from")
-    return RawSample(texts, structure, frames or [_read_file("image", name, unit) for name in names[:marks]])
+    return RawSample(texts, structure, frames or [read_file("image", name, unit) for name in names[:marks]])
 
 
 def _image_names(names: Any) -> list[str]:
@@ -149,27 +137,14 @@ def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
         raise BadRow("the line holds a video, and the group has no frame_sampler_args in the dataset config")
     if not isinstance(name, str):
         raise BadRow("video is not a file name")
-    data = _read_file("video", name, unit)
+    data = read_file("video", name, unit)
     try:
         return video_frames(data, unit.frames, unit.source, row)
     except ValueError as error:
-        raise BadRow(f"video {name[:_SHOWN_NAME]}: {error}") from error
+        raise BadRow(f"video {name[:SHOWN_NAME]}: {error}") from error
 
 
-def _read_file(kind: str, name: str, unit: SourceUnit) -> bytes:
-    shown = name if len(name) <= _SHOWN_NAME else f"{name[:_SHOWN_NAME]}..."
-    if not unit.rules.allow_outside_root and not is_below(unit.image_dir, name):
-        raise BadRow(f"{kind} {shown} leaves the folder {unit.image_dir}; --allow_outside_root reads it")
-    try:
-        return read_raw(join(unit.image_dir, name))
-    except MemoryError:
-        raise
-    except Exception as error:  # a client of a remote file system may raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else bad_row(error)
-        raise BadRow(f"{kind} {join(unit.image_dir, shown)} cannot be read ({reason})") from error
-
-
-def _conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
+def conversation(turns: Any, frames: int = 0) -> tuple[list[str], list[int]]:
     """Return texts and structure; the first ``<video>`` mark stands for ``frames`` images.
 
     As in the original, texts without tokens are left out. So are answers of white space only.

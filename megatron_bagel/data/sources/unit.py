@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bagel.data.sources.row_format import RowFormat
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.sources.video import FrameSampler
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """A run of rows of one source file: a full parquet file, or the bytes [start, stop) of a jsonl file.
+    """A run of rows of one source file: a full parquet or tar file, or the bytes [start, stop) of a jsonl file.
 
     ``source`` numbers the file among those of its dataset, and ``first_row`` its first row. ``image_dir`` holds a jsonl file's images
-    and videos, ``frames`` chooses the frames of a video, and ``rules`` limit the rows.
+    and videos, ``frames`` chooses the frames of a video, and ``rules`` limit the rows. ``row_format`` None stands for the rows of
+    BAGEL's guide.
     """
 
     group: str
@@ -27,3 +29,4 @@ class SourceUnit:
     image_dir: str = ""
     frames: FrameSampler | None = None
     rules: RowRules = RowRules()
+    row_format: RowFormat | None = None

@@ -24,6 +24,7 @@ from megatron_bagel.data.inspect.figures import token_strips
 from megatron_bagel.layout.pack import build_pack
 from tests import strategies
 from tests.data.golden_index import CONFIG, build_golden_index
+from tests.data.interleaved_rows import index_rows, picture
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -105,3 +106,30 @@ def test_the_short_name_hides_no_module_of_python(index: Path) -> None:
     assert "t2i_pretrain/t2i: 8 samples" in told.stdout
     beside = "import sys; sys.path.insert(0, 'data_tools'); import inspect; inspect.signature(print)"
     assert subprocess.run([sys.executable, "-c", beside], cwd=ROOT).returncode == 0
+
+
+def test_an_interleaved_sample_item_by_item(goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Roles, losses, conditions, dropout, alternatives, clips and ends of every item, and the pictures of the sample."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(picture(40, 30))
+    items = [
+        {"text": ["one", "two"], "role": "user", "droppable": 0.25},
+        {"image": "a.png", "droppable": {"vit": True}},
+        {"image": "a.png", "role": "assistant", "next_token": "<|im_start|>"},
+        {"image": ["a.png", "a.png"], "frame_delta": 2},
+        {"text": "done", "role": "assistant"},
+    ]
+    index_rows(tmp_path, goldens, [{"items": items}])
+    page = tmp_path / "look.html"
+    assert main([str(tmp_path / "index"), "--dataset", "interleaved/rows", "--sample", "0", "--html", str(page)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"\d+ tokens", "n tokens", line.strip()) for line in told[1:]] == [
+        "item 0 (user, droppable with 0.25), n tokens: 'one'",
+        "or n tokens: 'two'",
+        "item 1 (condition vae and vit, vit droppable), image 0: 40 x 30",
+        "item 2 (assistant, drawn, condition vae and vit, then <|im_start|>), image 1: 40 x 30",
+        "item 3 (condition vae), image 2: 40 x 30",
+        "then image 3: 40 x 30",
+        "item 4 (assistant, learned), n tokens: 'done'",
+    ]
+    assert "item 4 (assistant, learned)" in page.read_text()

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_bagel.cli.data.verify import main
 from tests.data.golden_index import build_golden_index
+from tests.data.index_files import png, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,20 @@ def test_a_changed_byte_anywhere_is_found(whole: Path, ending: str, tmp_path: Pa
 def test_what_is_no_index_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_rows_are_checked_against_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of interleaved rows before any index: a line per bad row, with its item."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(png(1))
+    (tmp_path / "images/cut.png").write_bytes(png(1)[:40])
+    rows = [{"items": [{"text": "q"}, {"image": name, "loss": True}]} for name in ("a.png", "gone.png", "cut.png")]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    arguments = [str(tmp_path / "rows.jsonl"), "--images", str(tmp_path / "images")]
+    assert main(arguments) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert "rows.jsonl, row 1: item 1: image" in told[0] and "row 2: image 0: " in told[1] and told[2].endswith("3 row(s), 2 problem(s)")
+    assert main([*arguments, "--form", "trace"]) == 1 and "no list of steps under 'trace'" in capsys.readouterr().out
+    write_lines(tmp_path / "rows.jsonl", rows[:1])
+    assert main(arguments) == 0 and "1 row(s), all as they should be" in capsys.readouterr().out
+    assert main([str(tmp_path / "none.jsonl")]) == 2

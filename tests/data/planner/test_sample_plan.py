@@ -12,9 +12,9 @@ import pytest
 
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.planner.group_source import GroupSource, PlanSettings, open_sources
+from megatron_bagel.data.planner.planned_item import KeyedDraws
 from megatron_bagel.data.planner.sample_plan import (
     ConditionDropout,
-    KeyedDraws,
     active_groups,
     build_items,
     check_image_limits,
