@@ -22,11 +22,12 @@ from megatron_bagel.data.sources.forms import FORMS
 from megatron_bagel.data.sources.records import BadRow
 from megatron_bagel.data.tokenizer import load_tokenizer
 from tests.data.index_files import SIZES, png, talk, write_lines
+from tests.data.interleaved_rows import VIT
 from tests.strategies import SPEC
 
 
 def group_of(root: Path, name: str = "t2i_pretrain", **keys: Any) -> GroupConfig:
-    settings = {"dataset_names": ["a"], "weight": 1, "image_transform_args": SIZES, "vit_image_transform_args": SIZES, **keys}
+    settings = {"dataset_names": ["a"], "weight": 1, "image_transform_args": SIZES, "vit_image_transform_args": VIT, **keys}
     return parse_groups({name: settings}, "x.yaml", root)[0]
 
 
@@ -66,8 +67,8 @@ def test_captions_of_any_type_of_arrow(goldens: Path, tmp_path: Path) -> None:
     assert "empty caption" in reasons[2] and "without bytes" in reasons[3] and "no caption" in reasons[4]
     other = tmp_path / "other"
     other.mkdir()
-    texts, _ = build(other, goldens, group_of(tmp_path, data_dir=["p"], columns={"image": "large", "caption": "text"}))
-    assert texts == ["one", "two"][:2] + ["four"]
+    texts, reasons = build(other, goldens, group_of(tmp_path, data_dir=["p"], columns={"image": "large", "caption": "text"}))
+    assert texts == ["one", "two"] and "NoneType" in reasons[3]
 
 
 def test_conversations_of_parquet(goldens: Path, tmp_path: Path) -> None:
@@ -81,8 +82,7 @@ def test_conversations_of_parquet(goldens: Path, tmp_path: Path) -> None:
 def test_a_file_without_the_column_is_told(goldens: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     pq.write_table(pa.table({"img": [png(1)]}), tmp_path / "p/0.parquet")
-    for keys, missing in (({"columns": {"image": "picture"}}, "no column picture; the file has img"), ({"jsonl": 1}, "no column image, ")):
-        keys.pop("jsonl", None)
+    for keys, missing in (({"columns": {"image": "picture"}}, "no column picture"), ({}, "no column image, captions")):
         with pytest.raises(ValueError, match=missing):
             build(tmp_path, goldens, group_of(tmp_path, data_dir=["p"], **keys))
 
@@ -116,7 +116,7 @@ def test_items_with_bad_ones_named_by_file_row_and_item(goldens: Path, tmp_path:
     index = IndexedSamples.open(tmp_path / "index")
     assert index.manifest.datasets[0].skipped["item N: type 'sound' is unknown"] == 1
     source = GroupSource(group, [index.reader(group, group.datasets[0])], PlanSettings(0, SPEC))
-    assert source.pixels(0, _image_of(source)).shape == (3, 32, 32)
+    assert source.pixels(0, _image_of(source)).shape == (3, 48, 32)
 
 
 def _image_of(source: GroupSource) -> Any:
