@@ -48,6 +48,8 @@ EXTRAS_REQUIRE = {
     # The page of generation. 6.24 is the first that can be told to keep no history of what was asked (docs/generation.md). Not among the
     # test packages: it wants Pillow below 13, and 13.0, with which the goldens were made, resizes some pictures otherwise in the last bits.
     "serve": ["gradio>=6.24,<7"],
+    # The site of the documentation (tests/site.sh), in an environment of its own.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2", "ruff>=0.6"],
     # ft_launcher and local checkpoints (docs/operations.md).
     "resiliency": [RESILIENCY],
     "test": [

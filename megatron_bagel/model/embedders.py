@@ -12,7 +12,7 @@ FREQUENCIES = 256
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed timesteps in [0, 1] [n] as [n, hidden]: a sinusoid of 256 dimensions, then Linear, SiLU, Linear.
+    """Embed n timesteps in [0, 1] as [n, hidden]: a sinusoid of 256 dimensions, then Linear, SiLU, Linear.
 
     The sinusoid is [cos | sin] with frequencies f_i = exp(-ln(10000) i / 128). Timesteps are not multiplied by 1000.
     """

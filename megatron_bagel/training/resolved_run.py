@@ -45,8 +45,18 @@ class ResolvedRun:
         sizes: The batch sizes, replicas and types that follow from these on the ranks of the run.
         seed: The seed of every random draw.
         results_dir: The folder of logs and metrics.
-        data, start, build, encoding, optimizer, schedule, step, loop, step_log,
-            saving, resilience, observing: The settings of these components.
+        data: The settings of the loader.
+        start: The settings of the starting point.
+        build: The settings of the modules.
+        encoding: The settings of the image encoders.
+        optimizer: The settings of the optimizer.
+        schedule: The settings of the learning rate.
+        step: The settings of the step.
+        loop: The settings of the loop.
+        step_log: The settings of the log.
+        saving: The settings of checkpoints and exports.
+        resilience: The settings of what watches for failures.
+        observing: The settings of profiler and timers.
         ema_decay: The decay of the moving average of the weights.
         max_skipped_share: The share of unreadable samples above which the run ends.
         peak_device_tflops: The peak rate of a device; 0 looks it up by the device's name.

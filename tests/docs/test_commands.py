@@ -24,6 +24,9 @@ PROGRAMS = (
 FOREIGN_FLAGS = {
     "__ipc", "__shm_size", "__logdir", "__max_restarts", "__num_worker", "__deploy_config",
     "__ft_rank_heartbeat_timeout", "__ft_initial_rank_heartbeat_timeout",
+    # Of forks of BAGEL, and of py-spy.
+    "__save_after", "__dist_backend", "__resume_from_hf", "__split_vae_encode", "__model_name", "__debug",
+    "__subprocesses", "__pid", "__duration",
 }  # fmt: skip
 #: Parallel axes, each with a row in the table of docs/status.md.
 AXES = (

@@ -1,39 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn step is what its script writes, and its pipeline follows the formula of docs/parallelism.md."""
+"""The drawn figures are what their scripts write, every picture of the pages has a script, and the drawn pipeline follows the formula of
+docs/parallelism.md."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
+import re
 from types import ModuleType
 
 import pytest
 
-from tests.docs.commands import ROOT
+from tests.docs.commands import PAGES, ROOT
+
+FIGURES = ROOT / "docs" / "figures"
+DRAWN = ("step", "pack", "expert_order", "shared_images", "index_files")
+#: Pictures of trained models, which their commands draw: picture -> the page that names the command.
+TRAINED = {"small_world_grid.png": "small_world.md", "small_world_marks.png": "small_world.md", "strip.png": "figures/strip.py"}
 
 
-@pytest.fixture(scope="module")
-def figure() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_figures_step", ROOT / "docs" / "figures" / "step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FIGURES))  # scripts find each other as they do when they are started
+    return importlib.import_module
 
 
-def test_the_drawn_step_is_what_its_script_writes(figure: ModuleType) -> None:
-    assert figure.OUTPUT.read_text(encoding="utf-8") == figure.svg(), "run python docs/figures/step.py"
+@pytest.fixture
+def step(load) -> ModuleType:
+    return load("step")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_drawn_figure_is_what_its_script_writes(load, name: str) -> None:
+    figure = load(name)
+    assert figure.OUTPUT.read_text(encoding="utf-8") == figure.svg(), f"run python docs/figures/{name}.py"
+
+
+def test_every_picture_has_a_script() -> None:
+    pictures = {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    assert pictures == {f"{name}.svg" for name in DRAWN} | set(TRAINED)
+    for picture, source in TRAINED.items():
+        assert picture.split(".")[0].split("_")[-1] in (ROOT / "docs" / source).read_text(encoding="utf-8")
+
+
+def test_every_drawn_figure_is_on_a_page() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"images/(\w+)\.svg", page.read_text(encoding="utf-8"))}
+    assert shown == set(DRAWN)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 4), (4, 2), (4, 8)])
 def test_the_drawn_schedule_has_the_bubble_of_the_formula(
-    figure: ModuleType, monkeypatch: pytest.MonkeyPatch, stages: int, microbatches: int
+    step: ModuleType, monkeypatch: pytest.MonkeyPatch, stages: int, microbatches: int
 ) -> None:
-    monkeypatch.setattr(figure, "STAGES", stages)
-    monkeypatch.setattr(figure, "MICROBATCHES", microbatches)
-    passes = figure.schedule()
+    monkeypatch.setattr(step, "STAGES", stages)
+    monkeypatch.setattr(step, "MICROBATCHES", microbatches)
+    passes = step.schedule()
     assert len(passes) == 2 * stages * microbatches
-    length = max(step.end for step in passes)
-    busy = sum(step.end - step.start for step in passes if step.stage == 0)
+    length = max(one.end for one in passes)
+    busy = sum(one.end - one.start for one in passes if one.stage == 0)
     assert 1 - busy / length == pytest.approx((stages - 1) / (microbatches + stages - 1))

@@ -17,6 +17,9 @@ PAGES_WITH_TESTS = [*PAGES, *ROOT.glob("tests/*.md")]
 ORIGINALS = {
     "data/dataset_info.py", "dataset_info.py", "data/*_dataset.py", "data/dataset_base.py", "train/pretrain_unified_navit.py",
     "train/fsdp_utils.py", "train/train_utils.py", "modeling/autoencoder.py", "inferencer.py", "app.py",
+    # Those of its forks, and one that docs/debugging.md asks the reader to save.
+    "scripts/train_thinkmorph.sh", "scripts/train_text_reasoning.sh", "scripts/trans2hf.py", "inference_mdp_self_reflection.py",
+    "snapshot.py",
 }  # fmt: skip
 #: Folders of the repository whose files a page may name without their folder.
 FOLDERS = ("megatron_bagel", "tests", "tools", "data_tools", "examples", "benchmarks", "docs")

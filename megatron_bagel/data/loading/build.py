@@ -120,7 +120,7 @@ def open_loader(
     """Open the loader of one data-parallel replica, at the first pack.
 
     Args:
-        config: The configuration.
+        settings: The settings of the data.
         arch: The model.
         tokenizer: The tokenizer.
         global_batch: The packs of a global batch, or how they grow.
