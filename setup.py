@@ -59,6 +59,7 @@ EXTRAS_REQUIRE = {
         "pytest-cov>=7",
         "hypothesis>=6.90",
         "webdataset>=0.2.86",
+        "peft>=0.17",
         "diffusers>=0.30",
         "mypy>=2.4,<3",
         "types-PyYAML>=6",

@@ -25,6 +25,7 @@ from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.bagel import BagelModel
 from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.lora import adapt_plain_linears
 from megatron_bagel.parallel.kv_sharing import initialize_kv_sharing
 
 
@@ -85,6 +86,8 @@ def build_modules(settings: BuildSettings, arch: BagelArch, tcfg: TransformerCon
         decoder = [_build_chunk(settings, arch, tcfg, vp_stage) for vp_stage in range(tcfg.virtual_pipeline_model_parallel_size or 1)]
         has_tower = arch.vit is not None and (first or on_all_ranks)
         tower = VisionTower(arch, recompute=settings.megatron.recompute_vit) if has_tower else None
+        if tower is not None and settings.frozen.lora is not None:
+            adapt_plain_linears(tower, settings.frozen.lora)
     autoencoder = None
     if arch.autoencoder is not None and (first or last or on_all_ranks):
         with on_meta() if shapes_only else nullcontext():
@@ -115,6 +118,7 @@ def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConf
         freeze_und=settings.frozen.und,
         transformer_impl=settings.megatron.transformer_impl,
         vocab_divisor=settings.megatron.make_vocab_size_divisible_by,
+        lora=settings.frozen.lora,
     )
 
 

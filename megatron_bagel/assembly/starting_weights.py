@@ -60,6 +60,7 @@ class StartSettings:
         overwrite: Whether an earlier run in the folders is moved aside.
         weights_name: The name of the weight file in the model folder ``resume_from``, if it has another name than usual.
         run_id: The identity of the run, if it is known. Checkpoints that name another run are not continued.
+        adapter_base: Where the base of a checkpoint of adapters is now, if it has moved.
     """
 
     checkpoint_dir: Path
@@ -72,6 +73,7 @@ class StartSettings:
     overwrite: bool = False
     weights_name: str | None = None
     run_id: str = ""
+    adapter_base: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.lora import lora_settings
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import resolve
 from megatron_bagel.config.validate import validate_architecture, validate_settings
@@ -26,4 +27,4 @@ def cost_inputs(config: Config, arch: BagelArch, world_size: int, has_gpu: bool 
 def freeze_settings(config: Config) -> FreezeSettings:
     """Return the parts that do not train."""
     training = config.training
-    return FreezeSettings(llm=training.freeze_llm, vit=training.freeze_vit, und=training.freeze_und)
+    return FreezeSettings(training.freeze_llm, training.freeze_vit, training.freeze_und, lora_settings(config.lora))

@@ -128,6 +128,7 @@ def start_settings(config: Config) -> StartSettings:
         initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
         overwrite=training.overwrite_run,
         weights_name=training.weights_name,
+        adapter_base=config.lora.lora_base,
     )
 
 
@@ -179,6 +180,7 @@ def step_settings(config: Config, sizes: ResolvedSizes) -> StepSettings:
         slot_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
         fixed_slots=megatron.pipeline_model_parallel_size > 1,
         cp_comm_type=megatron.cp_comm_type,
+        dropout_seed=training.global_seed if config.lora.lora_rank is not None and config.lora.lora_dropout else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from megatron_bagel.config.lora_rules import check_lora
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parser import Config
 
@@ -38,6 +39,7 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--manual_gc_interval {megatron.manual_gc_interval} needs --manual_gc: without it each rank collects by itself")
     check_recompute(config)
     check_parallel_consistency(megatron)
+    check_lora(config)
     if training.keep_every and not training.keep_last:
         raise ValueError(f"--keep_every {training.keep_every} needs --keep_last: without it no checkpoint is removed")
     if training.eval_every and not data.split:

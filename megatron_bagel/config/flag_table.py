@@ -19,7 +19,7 @@ _HEAD = """\
 <!-- Written by `python -m megatron_bagel.config.flag_table`; a test compares. Edit the dataclasses in megatron_bagel/config instead. -->
 
 Every flag of `python -m megatron_bagel.train`. Each is accepted as `--x_y` and `--x-y`, by any unambiguous beginning, and as a key of the
-YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `megatron:`, `observing:`,
+YAML file given by `--config` (flat, or under `model:`, `data:`, `training:`, `megatron:`, `lora:`, `observing:`,
 `resilience:`). Flags override the file. Unknown names are refused. Booleans take `True` / `False`, or stand bare for `True`.
 
 The column *origin* says where a flag comes from. **BAGEL** flags are those of the original: **as is** (same name, meaning and default),
@@ -37,7 +37,7 @@ takes the output as it is, or edited, and derives the rest again.
 
 _TITLES = {
     "model": "Model", "data": "Data", "training": "Training", "megatron": "Megatron-Core (parallel sizes, precision, memory)",
-    "observing": "Observing",
+    "lora": "Adapters (LoRA)", "observing": "Observing",
     "resilience": "When something goes wrong",
 }  # fmt: skip
 

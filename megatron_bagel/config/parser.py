@@ -15,6 +15,7 @@ from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import default_of
 from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unknown_flag
+from megatron_bagel.config.lora_arguments import LoraArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.paths import TYPED, expand_paths, with_absolute_paths
@@ -33,6 +34,7 @@ class Config:
     data: DataArguments = field(default_factory=DataArguments)
     training: TrainingArguments = field(default_factory=TrainingArguments)
     megatron: MegatronArguments = field(default_factory=MegatronArguments)
+    lora: LoraArguments = field(default_factory=LoraArguments)
     observing: ObservingArguments = field(default_factory=ObservingArguments)
     resilience: ResilienceArguments = field(default_factory=ResilienceArguments)
     given: frozenset[str] = frozenset()

@@ -11,7 +11,7 @@ from megatron_bagel.common.paths import absolute_path, expanded_path
 #: Names of the settings that hold a file or a folder.
 PATHS = (
     "model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "dataset_config_file", "data_root", "index_dir", "latent_cache",
-    "results_dir", "checkpoint_dir", "resume_from", "local_checkpoint_dir", "prometheus_file",
+    "results_dir", "checkpoint_dir", "resume_from", "local_checkpoint_dir", "prometheus_file", "lora_base",
 )  # fmt: skip
 #: Section of a record with the paths as they were typed, where the record's own are different.
 TYPED = "typed"

@@ -40,6 +40,11 @@ def check_paths(config: Config) -> None:
             _need_file("vae_path", model.vae_path, "the autoencoder's weights (or --visual_gen False)")
     if training.resume_from is not None and not Path(training.resume_from).exists():
         raise ValueError(f"--resume_from {training.resume_from} does not exist; leave the flag out to start without it")
+    if config.lora.lora_rank is not None and training.resume_from is None:
+        raise ValueError(
+            "--lora_rank trains adapters of given weights: give the folder or checkpoint that holds all of them with --resume_from and "
+            "--resume_model_only True (megatron-bagel convert init makes one of pretrained parts)"
+        )
     if not Path(tokenizer_path(config)).exists():
         raise ValueError(f"--tokenizer_path {tokenizer_path(config)} does not exist; it should be a tokenizer folder or a .model file")
 

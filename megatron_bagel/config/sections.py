@@ -8,13 +8,14 @@ from typing import Any
 
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import Flag
+from megatron_bagel.config.lora_arguments import LoraArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 
 SECTIONS: dict[str, type] = {
     "model": ModelArguments, "data": DataArguments, "training": TrainingArguments, "megatron": MegatronArguments,
-    "observing": ObservingArguments, "resilience": ResilienceArguments,
+    "lora": LoraArguments, "observing": ObservingArguments, "resilience": ResilienceArguments,
 }  # fmt: skip
 #: Fields of all settings by name, in the order of the sections.
 SETTINGS: dict[str, Field[Any]] = {setting.name: setting for arguments in SECTIONS.values() for setting in fields(arguments)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.flag_rules import check_consistency, check_observing, check_resilience
+from megatron_bagel.config.lora import check_adapted_parts, lora_settings
 from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
 from megatron_bagel.config.parser import Config
@@ -70,6 +71,9 @@ def validate_architecture(config: Config, arch: BagelArch) -> None:
     check_parallel_sizes(megatron, llm)
     check_expert_flags(config.given, llm)
     check_expert_sizes(megatron, llm)
+    lora = lora_settings(config.lora)
+    if lora is not None:
+        check_adapted_parts(lora, arch)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
         raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
     if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:

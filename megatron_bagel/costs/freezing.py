@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from megatron_bagel.config.lora import LoraSettings, is_factor
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.model.bagel import BagelModel
 
@@ -33,11 +34,25 @@ class FreezeSettings:
     llm: bool = False
     vit: bool = False
     und: bool = False
+    #: Adapters, which freeze every weight that they do not name in ``full``.
+    lora: LoraSettings | None = None
 
     @property
     def tower_backward(self) -> bool:
         """Whether gradients pass through the vision transformer."""
+        if self.lora is not None:
+            return "vit" in self.lora.targets
         return not (self.vit or self.und)
+
+    @property
+    def decoder_weights(self) -> bool:
+        """Whether the decoder's matrices have no gradients of their own."""
+        return self.llm or self.lora is not None
+
+    @property
+    def vit_forward_only(self) -> bool:
+        """Whether the vision transformer runs only forward, as far as its weights decide it."""
+        return self.vit if self.lora is None else not self.tower_backward
 
 
 def is_frozen(name: str, names: Container[str], tied: bool, frozen: FreezeSettings) -> bool:
@@ -49,6 +64,8 @@ def is_frozen(name: str, names: Container[str], tied: bool, frozen: FreezeSettin
         tied: Whether the embedding is also the output layer.
         frozen: What does not train.
     """
+    if frozen.lora is not None:
+        return not (is_factor(name) or frozen.lora.trains_in_full(name))
     if name.startswith(TOWER_PARTS):
         return frozen.und or (frozen.vit and name.startswith("vit_model."))
     if frozen.llm and name.startswith(LLM_PARTS):

@@ -31,6 +31,7 @@ from megatron_bagel.model.batch import MicroBatch
 from megatron_bagel.model.embedders import TimestepEmbedder
 from megatron_bagel.model.experts import ExpertPair, join, per_expert
 from megatron_bagel.model.flow import interpolate, target_velocity
+from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.marks import mark
 from megatron_bagel.model.norm import RMSNorm
 from megatron_bagel.model.pack_context import AttentionPlan, PackContext
@@ -75,6 +76,8 @@ class BagelModel(MegatronModule):
         if post_process:
             self._build_heads(has_latents)
         self._mark_shared_embedding()
+        #: Whether gradients flow into the first layer even if no embedding trains, as recomputation and the schedules need for adapters.
+        self.input_requires_grad = False
         self.model_type = ModelType.encoder_or_decoder
 
     def _build_heads(self, has_latents: bool) -> None:
@@ -136,7 +139,13 @@ class BagelModel(MegatronModule):
         return join([und, gen], batch.length)
 
     def decode(
-        self, hidden: torch.Tensor | None, n_und: int, n_gen: int, position_ids: torch.Tensor, attention: AttentionPlan
+        self,
+        hidden: torch.Tensor | None,
+        n_und: int,
+        n_gen: int,
+        position_ids: torch.Tensor,
+        attention: AttentionPlan,
+        draws: Draws | None = None,
     ) -> torch.Tensor:
         """Run this stage's layers; the final norm is not applied.
 
@@ -146,6 +155,7 @@ class BagelModel(MegatronModule):
             n_gen: Tokens of the generation expert.
             position_ids: RoPE positions of the slots, [length].
             attention: The attention plan of the pack.
+            draws: The random words of the tokens, for the dropout of adapters.
 
         Returns:
             Hidden states [length, 1, h], or this rank's share of the rows under sequence parallelism.
@@ -153,7 +163,11 @@ class BagelModel(MegatronModule):
         llm = self.arch.llm
         dtype = self.config.params_dtype
         context = PackContext.of(n_und, n_gen, position_ids, attention, llm.head_dim, llm.rope_theta, dtype)
+        if draws is not None:
+            context.draws = (Draws(draws.words[:n_und]), Draws(draws.words[n_und : n_und + n_gen]))
         if hidden is not None:
+            if self.input_requires_grad and torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden = hidden.requires_grad_()
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden)
             hidden = hidden.unsqueeze(1)
@@ -220,7 +234,7 @@ class BagelModel(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return losses (or predictions) on the last stage, and hidden states [length, 1, h] on the others."""
         hidden = self.embed(batch) if self.pre_process else None
-        hidden = self.decode(hidden, batch.n_und, batch.n_vae, batch.position_ids, batch.attention)
+        hidden = self.decode(hidden, batch.n_und, batch.n_vae, batch.position_ids, batch.attention, batch.draws)
         if not self.post_process:
             return hidden
         return self.predictions(hidden, batch) if batch.predict else self.losses(hidden, batch)

@@ -13,6 +13,7 @@ from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.attention.context_parallel import CPContext, context_plan
+from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.pack_context import AttentionPlan
 
 
@@ -40,7 +41,8 @@ class MicroBatch(LossTokens):
     ``text_ids`` [n_text]; ``position_ids`` [length] (0 for padding); ``vit_features`` [n_vit, h] or None (connector output with
     its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``timesteps`` [n_vae] in [0, 1], 0 for clean images;
     ``latent_position_ids`` [n_vae]; ``datasets`` names the dataset of each sample. With ``predict`` the model returns its predictions
-    at the loss tokens instead of its losses.
+    at the loss tokens instead of its losses. ``draws`` are the random words of the tokens if adapters drop
+    inputs.
     """
 
     n_text: int
@@ -57,6 +59,7 @@ class MicroBatch(LossTokens):
     attention: AttentionPlan
     datasets: tuple[str, ...] = ()
     predict: bool = False
+    draws: Draws | None = None
 
     @property
     def n_und(self) -> int:

@@ -6,7 +6,9 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.lora import LoraSettings
 from megatron_bagel.model.bagel import BagelModel
+from megatron_bagel.model.lora import adapt_plain_linears, set_draw_keys
 from megatron_bagel.model.specs import layer_spec, spec_modules
 
 
@@ -19,7 +21,16 @@ def build_decoder(
     freeze_und: bool = False,
     transformer_impl: str = "local",
     vocab_divisor: int = 1,
+    lora: LoraSettings | None = None,
 ) -> BagelModel:
-    """Build one pipeline stage with Megatron's random weights. ``padded_vocabulary`` explains ``vocab_divisor``."""
-    spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und)
-    return BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor)
+    """Build one pipeline stage with Megatron's random weights, and adapters where ``lora`` asks for them.
+
+    ``padded_vocabulary`` explains ``vocab_divisor``.
+    """
+    spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und, lora)
+    model = BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor)
+    if lora is not None:
+        adapt_plain_linears(model, lora)
+        set_draw_keys(model.decoder.layers)
+        model.input_requires_grad = True
+    return model

@@ -26,6 +26,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.model.fused import swiglu
+from megatron_bagel.model.keyed_dropout import Draws
+from megatron_bagel.model.lora import Adapted
 from megatron_bagel.model.pack_context import PackContext
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -48,11 +50,14 @@ class ExpertPair(MegatronModule, Generic[ModuleT]):
     und: ModuleT
     gen: ModuleT
 
-    def __init__(self, config: TransformerConfig, build: Callable[[], ModuleT], two_experts: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, build: Callable[[], ModuleT], two_experts: bool, build_gen: Callable[[], ModuleT] | None = None
+    ) -> None:
+        """Build the part; ``build_gen`` builds the generation expert's where it differs."""
         super().__init__(config=config)
         self.und = build()
         if two_experts:
-            self.gen = build()
+            self.gen = (build_gen or build)()
 
     @property
     def two_experts(self) -> bool:
@@ -65,6 +70,11 @@ class ExpertPair(MegatronModule, Generic[ModuleT]):
         return self.und, self.gen if self.two_experts else self.und
 
 
+#: The draws of the understanding expert's rows and of the generation expert's; None where nothing is dropped.
+ExpertDraws = tuple[Draws | None, Draws | None]
+NO_DRAWS: ExpertDraws = (None, None)
+
+
 class LinearPair:
     """The same linear of both experts (or one that serves both), each applied to its expert's rows.
 
@@ -74,12 +84,17 @@ class LinearPair:
     def __init__(self, und: WeightedModule, gen: WeightedModule) -> None:
         self.und, self.gen = und, gen
 
-    def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Map [n_und, in] and [n_gen, in] to [n_und, out] and [n_gen, out]."""
+    def __call__(self, und: torch.Tensor, gen: torch.Tensor, draws: ExpertDraws = NO_DRAWS) -> Sequence[torch.Tensor]:
+        """Map [n_und, in] and [n_gen, in] to [n_und, out] and [n_gen, out]. ``draws`` are for the dropout of adapters."""
         return tuple(
-            rows.new_empty((0, module.weight.shape[0])) if idle(module, rows) else module(rows)
-            for module, rows in ((self.und, und), (self.gen, gen))
+            rows.new_empty((0, module.weight.shape[0])) if idle(module, rows) else applied(module, rows, tokens)
+            for module, rows, tokens in zip((self.und, self.gen), (und, gen), draws, strict=True)
         )
+
+
+def applied(module: WeightedModule, rows: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+    """Apply a linear; only one with an adapter takes ``draws``."""
+    return module(rows, draws) if isinstance(module, Adapted) else module(rows)
 
 
 def idle(module: WeightedModule, rows: torch.Tensor) -> bool:
@@ -135,11 +150,12 @@ def join(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
 
 @dataclass
 class MLPSubmodules:
-    """Linears of one expert's MLP, and the class that applies those of both experts."""
+    """Linears of one expert's MLP, and the class that applies those of both experts. ``gen`` has those of the other, if they differ."""
 
     linear_fc1: ModuleSpec | type
     linear_fc2: ModuleSpec | type
     linear_pair: type[LinearPair] = LinearPair
+    gen: MLPSubmodules | None = None
 
 
 class SwiGLU(MegatronModule):
@@ -161,8 +177,9 @@ class SwiGLU(MegatronModule):
     ) -> ShardedStateDict:
         """Shard gate and up separately, as Megatron-Core's MLP does."""
         state = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
-        key = f"{prefix}linear_fc1.weight"
-        state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+        for key in (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.lora_B.weight"):
+            if key in state:
+                state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return {**state, **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata)}
 
 
@@ -173,11 +190,12 @@ class MLPExperts(ExpertPair[SwiGLU]):
     """
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, two_experts: bool) -> None:
-        super().__init__(config, lambda: SwiGLU(config, submodules), two_experts)
+        super().__init__(config, lambda: SwiGLU(config, submodules), two_experts, lambda: SwiGLU(config, submodules.gen or submodules))
         und, gen = self.modules_of_both
         self.fc1 = submodules.linear_pair(und.linear_fc1, gen.linear_fc1)
         self.fc2 = submodules.linear_pair(und.linear_fc2, gen.linear_fc2)
 
-    def forward(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, und: torch.Tensor, gen: torch.Tensor, draws: ExpertDraws = NO_DRAWS) -> tuple[torch.Tensor, ...]:
         """Apply the MLPs to the rows of each expert, which are complete on every tensor-parallel rank."""
-        return tuple(self.fc2(*map(swiglu, self.fc1(und, gen))))
+        und, gen = map(swiglu, self.fc1(und, gen, draws))
+        return tuple(self.fc2(und, gen, draws))

@@ -54,7 +54,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
-def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return grad^T x, or add it straight to Megatron's gradient buffer if the parameter has one of the same dtype.
 
     In the second case the returned tensor is uninitialised. DDP only checks that a gradient arrived and reads the mark
@@ -82,7 +82,7 @@ class _Linear(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             grad.mm(weight) if needs_x else None,
-            _weight_gradient(grad, x, weight) if needs_weight else None,
+            weight_gradient(grad, x, weight) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
 

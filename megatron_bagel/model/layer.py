@@ -98,5 +98,9 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
             mlp: Callable[..., torch.Tensor] = partial(self.mlp.__call__, **settings)
             return recomputed(mlp, *normed) if self.recompute_mlp else mlp(*normed)
         expert_rows = self.exchange.enter(normed, rows, context)
-        und, gen = recomputed(self.mlp, *expert_rows) if self.recompute_mlp else self.mlp(*expert_rows)
+
+        def dense_mlp(und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.mlp(und, gen, context.draws)
+
+        und, gen = recomputed(dense_mlp, *expert_rows) if self.recompute_mlp else dense_mlp(*expert_rows)
         return self.exchange.leave([und.detach() if self.freeze_und else und, gen], context)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.rope import rotary_table
 
 
@@ -23,7 +24,8 @@ class PackContext:
     """Expert counts and rotary angles of a pack.
 
     Slots [0, n_und) are understanding tokens, [n_und, n_und + n_gen) generation tokens, and the rest padding. ``cos`` and
-    ``sin`` are [s, 1, 1, head_dim / 2] in the dtype of the hidden states.
+    ``sin`` are [s, 1, 1, head_dim / 2] in the dtype of the hidden states. ``draws`` are for the dropout of adapters: those of both
+    experts' tokens.
     """
 
     n_und: int
@@ -32,6 +34,7 @@ class PackContext:
     cos: torch.Tensor
     sin: torch.Tensor
     attention: AttentionPlan
+    draws: tuple[Draws | None, Draws | None] = (None, None)
 
     @classmethod
     def of(

@@ -26,6 +26,7 @@ class AttentionSubmodules:
     core_attention: ModuleSpec | type
     qk_layernorm: ModuleSpec | type | None = None
     linear_pair: type[LinearPair] = LinearPair
+    gen: AttentionSubmodules | None = None
 
 
 class AttentionExpert(MegatronModule):
@@ -97,7 +98,12 @@ class SelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.freeze_und = freeze_und
-        pair = ExpertPair(config, lambda: AttentionExpert(config, submodules), two_experts)
+        pair = ExpertPair(
+            config,
+            lambda: AttentionExpert(config, submodules),
+            two_experts,
+            lambda: AttentionExpert(config, submodules.gen or submodules),
+        )
         self.und = pair.und
         if pair.two_experts:
             self.gen = pair.gen
@@ -112,12 +118,13 @@ class SelfAttention(MegatronModule):
         """Attend with the normed rows of both experts that this rank holds; return [local rows, h]."""
         und, gen = self.exchange.enter(parts, local_rows, context)
         experts = (self.und, self.gen if hasattr(self, "gen") else self.und)
-        und_rows, gen_rows = (expert.heads(rows) for expert, rows in zip(experts, self.qkv(und, gen), strict=True))
+        und_rows, gen_rows = (expert.heads(rows) for expert, rows in zip(experts, self.qkv(und, gen, context.draws), strict=True))
         mixed = torch.cat([und_rows.detach() if self.freeze_und else und_rows, gen_rows])
         query_key, value = mixed.split([mixed.shape[2] - 1, 1], dim=2)
         query, key = self._norm_and_rotate(query_key, experts, context).split([mixed.shape[2] - 2, 1], dim=2)
         attended = self.core_attention(query.flatten(1, 2), key.squeeze(2), value.squeeze(2), context)
-        und_out, gen_out = self.proj(*attended.split([context.n_und, context.n_gen]))
+        und_attended, gen_attended = attended.split([context.n_und, context.n_gen])
+        und_out, gen_out = self.proj(und_attended, gen_attended, context.draws)
         return self.exchange.leave([und_out.detach() if self.freeze_und else und_out, gen_out], context)
 
     def _norm_and_rotate(

@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_bagel.model.experts import LinearPair
+from megatron_bagel.model.experts import NO_DRAWS, ExpertDraws, LinearPair
+from megatron_bagel.model.lora import AdaptedShard
 from megatron_bagel.model.marks import mark
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -86,6 +87,18 @@ class TERow(TELinear):
     partition_dim = 1
 
 
+class AdaptedTEColumn(AdaptedShard, TEColumn):  # type: ignore[misc]  # it takes draws and never a grouped product
+    """Map [s, in] to [s, out / tp], with an adapter."""
+
+    cut = 0
+
+
+class AdaptedTERow(AdaptedShard, TERow):  # type: ignore[misc]
+    """Map [s, in / tp] to [s, out], a partial sum, with an adapter."""
+
+    cut = 1
+
+
 class TENorm(te.RMSNorm):
     """Transformer Engine's RMSNorm with the mark Megatron needs for sequence parallelism."""
 
@@ -115,11 +128,11 @@ class TELinearPair(LinearPair):
                 parallel_mode=None, device="meta",
             )  # fmt: skip
 
-    def __call__(self, und: torch.Tensor, gen: torch.Tensor) -> Sequence[torch.Tensor]:
+    def __call__(self, und: torch.Tensor, gen: torch.Tensor, draws: ExpertDraws = NO_DRAWS) -> Sequence[torch.Tensor]:
         # A grouped linear computes gradients for all of its weights or for none. That rules it out if one expert is frozen.
         grouped = self.grouped
         if grouped is None or self.und.weight.requires_grad != self.gen.weight.requires_grad:
-            return super().__call__(und, gen)
+            return super().__call__(und, gen, draws)
         for number, linear in enumerate((self.und, self.gen)):
             for name, parameter in linear.named_parameters(recurse=False):
                 if getattr(grouped, f"{name}{number}") is not parameter:

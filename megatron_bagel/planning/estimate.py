@@ -71,7 +71,7 @@ class StepTime:
             calls: The collectives of a rank of each stage.
         """
         megatron, frozen, sizes = self.megatron, self.inputs.frozen, self.sizes
-        flops = work_flops(self.arch, work, frozen.llm, frozen.vit)
+        flops = work_flops(self.arch, work, frozen.decoder_weights, frozen.vit_forward_only)
         compute = max(self._compute(flops, work, stage) for stage in range(len(calls)))
         tensor, context, pipeline, data = (
             max(sum(self.seconds(call) for call in stage if call.axis == axis) for stage in calls)

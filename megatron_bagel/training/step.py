@@ -23,10 +23,12 @@ from megatron_bagel import platform
 from megatron_bagel.costs.flops import StepWork
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.loader import StepBatch
+from megatron_bagel.data.loading.noise import token_words
 from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.layout.cp_partition import context_orders, padded_length
 from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
+from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.sparse_mlp import set_global_tokens
 from megatron_bagel.training.losses import LossTotals, LossWeights, global_losses, microbatch_loss
 from megatron_bagel.training.observability.loss_table import LossTable
@@ -77,6 +79,8 @@ class StepSettings:
     slot_multiple: int = 1
     fixed_slots: bool = False
     cp_comm_type: str = "all_gather"
+    #: The seed of the dropout of adapters; None for a run that drops nothing.
+    dropout_seed: int | None = None
 
     def slots(self, tokens: int) -> int:
         """Return the slots of one context-parallel rank for a pack of ``tokens`` tokens, padding included."""
@@ -113,15 +117,25 @@ def global_counts(
     return totals, work, int(values[num_fixed - 1]), TaskCounts.from_list(values[num_fixed:], tasks) if tasks else None
 
 
-def microbatches(packs: Sequence[LoadedPack], image_encoder: ImageEncoder, settings: StepSettings) -> list[MicroBatch]:
-    """Encode the packs and return a microbatch of each, with this rank's share of its tokens in this rank's order."""
+def microbatches(
+    packs: Sequence[LoadedPack], image_encoder: ImageEncoder, settings: StepSettings, dropout: bool = False
+) -> list[MicroBatch]:
+    """Encode the packs and return a microbatch of each, with this rank's share of its tokens in this rank's order.
+
+    With ``dropout`` adapters drop inputs, if the run has asked for it.
+    """
     features = image_encoder.encode(packs)
     group = parallel_state.get_context_parallel_group()
     batches = []
     for pack, encoded in zip(packs, features, strict=True):
         orders = context_orders(pack.pack, group.size(), settings.slots(pack.pack.sequence_length))
         cp_context = CPContext(group.rank(), group, orders, settings.cp_comm_type)
-        batches.append(make_microbatch(pack.pack, orders[cp_context.rank], encoded, settings.backend, settings.device, cp_context))
+        order = orders[cp_context.rank]
+        batch = make_microbatch(pack.pack, order, encoded, settings.backend, settings.device, cp_context)
+        if dropout and settings.dropout_seed is not None:
+            words = token_words(pack.pack, settings.dropout_seed)[order.positions]
+            batch.draws = Draws(torch.from_numpy(words).to(settings.device))
+        batches.append(batch)
     return batches
 
 
@@ -203,7 +217,7 @@ def _gradients(
     """Compute the losses and the finished gradients of the step. Weights do not change."""
     _clear(trainable, work, table)
     with timed("encode"):
-        shards = microbatches(batch.packs, trainable.image_encoder, settings)
+        shards = microbatches(batch.packs, trainable.image_encoder, settings, dropout=True)
     with timed("forward_backward"):
         shares = _forward_backward(trainable.decoder, shards, settings, totals, table)
     with timed("encode_backward"):

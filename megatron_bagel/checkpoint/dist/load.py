@@ -30,11 +30,13 @@ from megatron_bagel.checkpoint.dist.state import (
     sharded_tensors,
     unwrapped,
 )
+from megatron_bagel.checkpoint.dist.stored_adapter import refuse_adapters
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, matches, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.lora import is_factor
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def load_checkpoint(folder: str | Path, trained: Trained, check_weights: WeightC
     folder = Path(folder)
     state = _read_safely(folder)
     _check_same_model(BagelArch.from_dict(state["arch"]), trained.arch, folder)
+    if trained.adapter is None:
+        refuse_adapters(state, folder)
     template = sharded_state(trained, is_loading=True)
     _check_contents(folder, template)
     fill(trained, _load(folder, template))
@@ -72,7 +76,7 @@ def load_checkpoint(folder: str | Path, trained: Trained, check_weights: WeightC
 
 def fill(trained: Trained, loaded: dict[str, Any]) -> None:
     """Put the loaded values of ``sharded_state(is_loading=True)`` into modules, optimizer and EMA."""
-    _fill_modules(trained.modules, loaded)
+    _fill_modules(trained.modules, loaded, base_is_loaded=trained.adapter is not None)
     # The distributed optimizer copies into leaf tensors that require gradients.
     with torch.no_grad():
         load_optimizer_state(trained.optimizer, loaded)
@@ -110,9 +114,10 @@ def load_weights_only(
         raise ValueError(f"weights {weights!r} are unknown; choose model or ema")
     folder = Path(folder)
     state = _read_safely(folder)
+    refuse_adapters(state, folder)
     saved_arch, weight_map = BagelArch.from_dict(state["arch"]), WeightMap(arch)
     _check_same_model(_requested_parts(saved_arch, arch, bool(allow_missing)), arch, folder)
-    template, stored_shapes = {"model": module_state(modules)}, _stored_shapes(folder)
+    template, stored_shapes = {"model": _without_adapters(module_state(modules))}, _stored_shapes(folder)
     if weights == "ema":
         _request_averages(folder, state, template["model"], stored_shapes)
     missing_names = _remove_missing(template["model"], weight_map, stored_shapes, allow_missing)
@@ -122,6 +127,11 @@ def load_weights_only(
     if initial_value is not None:
         _fill_missing(modules, weight_map, missing_names, initial_value)
     _log_loaded(folder, weights, requested_keys, WeightMap(saved_arch), missing_names)
+
+
+def _without_adapters(states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the states of modules without the factors of adapters, which start from values of their own."""
+    return {name: {key: tensor for key, tensor in state.items() if not is_factor(key)} for name, state in states.items()}
 
 
 def _requested_parts(saved: BagelArch, current: BagelArch, may_lack_parts: bool) -> BagelArch:
@@ -204,11 +214,13 @@ def _load(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _fill_modules(modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], allowed_missing: Collection[str] = ()) -> None:
+def _fill_modules(
+    modules: Mapping[str, nn.Module], loaded: Mapping[str, Any], allowed_missing: Collection[str] = (), base_is_loaded: bool = False
+) -> None:
     for name, module in modules.items():
         # If a part lacks every weight, the result does not even contain its name.
         result = unwrapped(module).load_state_dict(loaded["model"].get(name, {}), strict=False)
-        missing_keys = [key for key in result.missing_keys if not key.endswith(EXTRA_STATE)]
+        missing_keys = [key for key in result.missing_keys if not key.endswith(EXTRA_STATE) and is_factor(key) == base_is_loaded]
         if result.unexpected_keys or (missing_keys and not allowed_missing):
             raise ValueError(f"module {name} got no value for {shorten(missing_keys)}, and cannot use {shorten(result.unexpected_keys)}")
 

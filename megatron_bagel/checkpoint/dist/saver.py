@@ -79,7 +79,7 @@ class Saver:
         Raises:
             ValueError: On all ranks, naming the last complete checkpoint, if the files cannot be written.
         """
-        text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size()), "run": dict(run_state)})
+        text = step_folders.state_text({**provenance(step, trained.arch, dist.get_world_size(), trained.adapter), "run": dict(run_state)})
         self.finish()
         self._start_time = time.perf_counter()
         temporary_folder = on_first_rank(lambda: self._begin(step), f"cannot write a checkpoint into {self.directory}")

@@ -24,6 +24,7 @@ from torch import nn
 import megatron_bagel
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.checkpoint.dist.optimizer_state import optimizer_state
+from megatron_bagel.checkpoint.dist.stored_adapter import ADAPTER, StoredAdapter
 from megatron_bagel.config.architecture import BagelArch
 
 # One key per layer, so that a single tensor can be read; optimizer state in model space, so that any parallel sizes can load it.
@@ -60,10 +61,15 @@ class Trained:
     arch: BagelArch
     optimizer: MegatronOptimizer | None = None
     ema: EmaState | None = None
+    #: The adapters that train and their base, whose weights no checkpoint repeats; None in a run without adapters.
+    adapter: StoredAdapter | None = None
 
 
-def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """Return the sharded state of each module under the weight map's names, parameters unchanged."""
+def module_state(modules: Mapping[str, nn.Module], only_trained: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the sharded state of each module under the weight map's names, parameters unchanged.
+
+    With ``only_trained`` parameters without gradients are left out.
+    """
     states = {}
     for name, module in modules.items():
         # A copy, because Megatron writes this run's process group into it. Modules outside Megatron are complete on every rank.
@@ -74,7 +80,8 @@ def module_state(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
             # The tower is complete on the ranks of every pipeline stage, or only on the first stage.
             stage = parallel_state.get_pipeline_model_parallel_rank()
             state = {key: replace(tensor, replica_id=(stage, *tensor.replica_id[1:])) for key, tensor in state.items()}
-        states[name] = {key: tensor for key, tensor in state.items() if not key.endswith(EXTRA_STATE)}
+        frozen = {key for key, weight in unwrapped(module).named_parameters() if only_trained and not weight.requires_grad}
+        states[name] = {key: tensor for key, tensor in state.items() if not key.endswith(EXTRA_STATE) and key not in frozen}
     return states
 
 
@@ -86,14 +93,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return inner
 
 
-def provenance(step: int, arch: BagelArch, world_size: int) -> dict[str, Any]:
-    """Return the JSON head of every checkpoint: format, step, model, and the versions and world size that wrote it."""
+def provenance(step: int, arch: BagelArch, world_size: int, adapter: StoredAdapter | None = None) -> dict[str, Any]:
+    """Return the JSON head of every checkpoint: format, step, model, adapters, and the versions and world size that wrote it."""
     return {
         "format_version": step_folders.FORMAT_VERSION,
         "step": step,
         "arch": arch.to_dict(),
         "versions": {"megatron_bagel": megatron_bagel.__version__, "megatron_core": megatron.core.__version__, "torch": torch.__version__},
         "world_size": world_size,
+        **({ADAPTER: adapter.to_dict()} if adapter is not None else {}),
     }
 
 
@@ -103,7 +111,7 @@ def sharded_state(trained: Trained, is_loading: bool, own_buffers: bool = False)
     With ``own_buffers`` the optimizer's state is as this rank's buffers hold it. Nothing is gathered, and only the same parallel sizes
     can load it.
     """
-    state: dict[str, Any] = {"model": module_state(trained.modules)}
+    state: dict[str, Any] = {"model": module_state(trained.modules, only_trained=trained.adapter is not None)}
     metadata = {**_METADATA, "distrib_optim_sharding_type": "dp_reshardable"} if own_buffers else _METADATA
     state |= optimizer_state(trained.optimizer, state["model"], is_loading, metadata)
     if trained.ema is not None:

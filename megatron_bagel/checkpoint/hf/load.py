@@ -23,6 +23,7 @@ from megatron_bagel.checkpoint.hf.shard import take_shard
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.wording import by_prefix, shorten
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.lora import is_factor
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,11 @@ def _with_global_expert(name: str, first_expert: Mapping[str, int]) -> str:
 
 
 def entries_of(modules: Iterable[nn.Module], weight_map: WeightMap) -> Iterator[tuple[Entry, nn.Parameter]]:
-    """Yield each entry with its parameter. Raises ValueError for a parameter that the map lacks: code and table then disagree."""
-    parameters = named_weights(modules)
+    """Yield each entry with its parameter. Raises ValueError for a parameter that the map lacks: code and table then disagree.
+
+    The factors of adapters are left out; ``adapter_map.py`` has their entries.
+    """
+    parameters = {name: parameter for name, parameter in named_weights(modules).items() if not is_factor(name)}
     unknown = sorted(set(parameters) - set(weight_map.entries))
     if unknown:
         raise ValueError(f"the modules have parameters that the weight map does not name: {shorten(unknown)}; add rows to weight_map.ROWS")

@@ -104,6 +104,13 @@ class SafetensorsReader:
         location = self._location(name)
         return location.shape, location.dtype
 
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """Return the first ``count`` bytes of a tensor, or all that it has."""
+        location = self._location(name)
+        with self._file_of[name].open("rb") as file:
+            file.seek(location.offset)
+            return file.read(min(count, torch.Size(location.shape).numel() * location.dtype.itemsize))
+
     def get(self, name: str) -> torch.Tensor:
         """Read the tensor ``name`` into separate memory. Raises ValueError if the file is too short, or if it holds NaN or infinity."""
         location = self._location(name)

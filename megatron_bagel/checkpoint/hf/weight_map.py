@@ -211,7 +211,7 @@ class Entry:
         """Build our parameter from Hugging Face tensors (order of ``hf``). Fused QKV is Megatron's [q.. k v] per key/value group."""
         if self.op == "copy":
             return tensors[0]
-        if self.op == "gate_up":
+        if self.op in ("gate_up", "stack"):
             return torch.cat(list(tensors), dim=0)
         tail = tensors[0].shape[1:]
         grouped = [t.reshape(self.kv_groups, t.shape[0] // self.kv_groups, *tail) for t in tensors]
@@ -222,7 +222,7 @@ class Entry:
         if self.op == "copy":
             return (tensor,)
         rows = [shape[0] for shape in self.hf_shapes]
-        if self.op == "gate_up":
+        if self.op in ("gate_up", "stack"):
             return tuple(t.contiguous() for t in tensor.split(rows, dim=0))
         tail = tensor.shape[1:]
         grouped = tensor.reshape(self.kv_groups, -1, *tail).split([n // self.kv_groups for n in rows], dim=1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_bagel.data.keyed_random import keyed_generator, keyed_normal
+from megatron_bagel.data.keyed_random import keyed_generator, keyed_normal, keyed_word
 from megatron_bagel.layout.pack import Pack, PackImage
 
 
@@ -57,3 +57,18 @@ def posterior_noise(
         keyed_normal((z_channels, image.height // downsample, image.width // downsample), seed, *_draw_name(pack, image, "posterior"))
         for image in (pack.images_of("vae") if images is None else images)
     ]
+
+
+def token_words(pack: Pack, seed: int) -> np.ndarray:
+    """Return a random word for every token, int64 [sequence_length], keyed by its sample and its place there: adapters drop inputs by it.
+
+    A rank may hold any tokens of a pack, in any order, and a sample may be in any pack.
+    """
+    starts = np.repeat(np.cumsum(pack.sample_lens) - pack.sample_lens, pack.sample_lens)
+    places = np.arange(pack.sequence_length) - starts
+    words = np.zeros(pack.sequence_length, dtype=np.uint64)
+    numbers = pack.sample_numbers(np.arange(pack.sequence_length))
+    for number in np.unique(numbers):
+        sample, tokens = pack.samples[number], numbers == number
+        words[tokens] = keyed_word(seed, sample.dataset, sample.index, sample.epoch, "adapter dropout", places[tokens])
+    return words.view(np.int64)

@@ -71,7 +71,7 @@ class StepLog:
             table: The losses of this rank by dataset, for a step that is logged.
         """
         work = done.result.work
-        flops = work_flops(self._arch, work, self._settings.frozen.llm, self._settings.frozen.vit).total
+        flops = work_flops(self._arch, work, self._settings.frozen.decoder_weights, self._settings.frozen.vit_forward_only).total
         self.window.add(work.tokens, mfu_flops(self._arch.llm, work), flops)
         if table is not None:
             by_dataset, observed = losses_by_dataset(table), self._observed(done, batch)

@@ -22,8 +22,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_bagel import platform
+from megatron_bagel.model.lora import SUMMED_OVER_TP
 from megatron_bagel.platform.launch.fake_world import is_fake
 
 #: The world's group and a group of this rank alone, made when it is first needed.
@@ -196,6 +198,20 @@ def finalize_gradients(model: Sequence[DistributedDataParallel], num_tokens: tor
     """
     del num_tokens
     finalize_model_grads(list(model), None, **kwargs)
+    _sum_adapter_gradients(model)
+
+
+def _sum_adapter_gradients(model: Sequence[DistributedDataParallel]) -> None:
+    """Sum the gradients of the factors of adapters that tensor-parallel ranks have whole, because each saw a part of the linear."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    parameters: list[Any] = [p for module in model for p in module.parameters() if p.requires_grad and getattr(p, SUMMED_OVER_TP, False)]
+    if parameters:
+        summed = _flatten_dense_tensors([parameter.main_grad for parameter in parameters])
+        dist.all_reduce(summed, group=group)
+        for parameter, gradient in zip(parameters, _unflatten_dense_tensors(summed, [p.main_grad for p in parameters]), strict=True):
+            parameter.main_grad.copy_(gradient)
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> StepOutcome:

@@ -11,14 +11,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_bagel import platform
+from megatron_bagel.assembly.adapter_start import adapter_of_run, fill_adapters, load_base
 from megatron_bagel.assembly.modules import Modules, build_modules, freeze_modules
 from megatron_bagel.assembly.starting_weights import InitialSettings, WeightSource, average_source, load_first_weights, load_folder
 from megatron_bagel.checkpoint.dist.state import Trained
+from megatron_bagel.checkpoint.dist.stored_adapter import StoredAdapter
+from megatron_bagel.checkpoint.hf.base_identity import BaseIdentity
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.encoders.image_encoding import ImageEncoder
 from megatron_bagel.encoders.sharded_image_encoding import ShardedImageEncoder
+from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.parallel.replica import Replica
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.lr_schedule import LearningRate
@@ -46,7 +50,8 @@ def build_trainable(
     """
     if (replica is None) != (share is None):
         raise ValueError("build_trainable needs both a replica and this rank's share of the encoding of images, or neither")
-    tcfg, modules = _build_modules(resolved, source)
+    adapter = _adapter(resolved, source)
+    tcfg, modules = _build_modules(resolved, source, adapter)
     tower_trains = modules.tower is not None and trainable_parameters(modules.tower) > 0
     wrapped, optimizer = _wrap_modules(resolved.optimizer, tcfg, modules, tower_trains, over_world=replica is not None)
     wrapped_decoder = wrapped[: len(modules.decoder)]
@@ -57,7 +62,7 @@ def build_trainable(
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in _trained_parts(modules, tower_trains)]
     ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
-    if source is not None:
+    if source is not None and adapter is None:
         _load_separate_average(resolved.start.initial, source, modules, resolved.arch, optimizer, ema)
     encoders = resolved.arch, modules.tower if wrapped_tower is None else wrapped_tower, modules.autoencoder, resolved.encoding
     trainable = Trainable(
@@ -69,17 +74,31 @@ def build_trainable(
         learning_rate=LearningRate(optimizer, resolved.schedule),
         ema=ema,
     )
-    return trainable, Trained(modules.named, resolved.arch, optimizer, ema)
+    return trainable, Trained(modules.named, resolved.arch, optimizer, ema, adapter)
 
 
-def _build_modules(resolved: ResolvedRun, source: WeightSource | None) -> tuple[TransformerConfig, Modules]:
+def _adapter(resolved: ResolvedRun, source: WeightSource | None) -> StoredAdapter | None:
+    """Return the adapters of the run and their base, which rank 0 reads for all, or None without adapters. A dry run has no base."""
+    lora = resolved.build.frozen.lora
+    if lora is None:
+        return None
+    if source is None:
+        return StoredAdapter(lora, BaseIdentity("", "model", ""))
+    return on_first_rank(lambda: adapter_of_run(lora, source, resolved.start), "cannot train adapters")
+
+
+def _build_modules(resolved: ResolvedRun, source: WeightSource | None, adapter: StoredAdapter | None) -> tuple[TransformerConfig, Modules]:
     """Build the modules, fill them unless a checkpoint will, and freeze what does not train."""
     arch, megatron = resolved.arch, resolved.megatron
     # Local modules are made without memory and filled later; Megatron-Core would draw their first weights on the GPU.
     on_cpu = not platform.has_gpu() or megatron.transformer_impl == "local"
     tcfg = transformer_config(arch.llm, megatron, resolved.sizes.bf16, on_cpu=on_cpu)
     modules = build_modules(resolved.build, arch, tcfg, shapes_only=source is None)
-    if source is not None and source.checkpoint is None:
+    if source is not None and adapter is not None:
+        load_base(resolved.start.initial, adapter.base, modules, arch)
+        if source.checkpoint is None:
+            fill_adapters(source, adapter, modules, arch, resolved.seed)
+    elif source is not None and source.checkpoint is None:
         load_first_weights(resolved.start.initial, source, modules, arch)
     freeze_modules(resolved.build.frozen, modules)
     return tcfg, modules
