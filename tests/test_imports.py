@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("assembly",), ("inference", "sample_world"), ("training",), ("planning",), ("cli",),
         ("train", "generate", "evaluate", "plan", "__main__"),
     ),
-    "checkpoint": (("hf",), ("dist",), ("convert",)),
+    "checkpoint": (("hf",), ("dist",), ("convert",), ("convert_adapter",)),
     "cli": (
         ("usage", "console"), ("cost_settings", "data_settings"), ("resolve_run", "resolve_plan"),
         ("train", "plan", "generate", "evaluate", "data", "convert", "quickstart"), ("main",),

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 from megatron_bagel.checkpoint.convert import companions_of
+from megatron_bagel.checkpoint.dist.adapter_reader import merged, read_adapter
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint
+from megatron_bagel.checkpoint.dist.stored_adapter import StoredAdapter, adapter_in, identify
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.base_identity import path_of
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
-from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
+from megatron_bagel.checkpoint.hf.load import TensorSource, assign, entries_of, load_weights
+from megatron_bagel.checkpoint.hf.peft_folder import MergedSource, ReleasedAdapter
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
 from megatron_bagel.config.architecture.weight_files import any_weight_file, describe_absence
@@ -41,6 +45,8 @@ class OpenOptions:
         weights_name: The name of a weight file in a model folder that has another name than ema or model.safetensors.
         llm_path: The folder of the decoder's config, for a model folder without ``llm_config.json``. Its tokenizer serves too.
         vit_path: The folder of the vision tower's config, for a model folder without ``vit_config.json``.
+        adapter: A PEFT folder or a checkpoint of adapters, which is merged into the weights as they are loaded.
+        adapter_weights: "ema" or "model" of a checkpoint of adapters; None takes the average if there is one.
     """
 
     weights: str | None = None
@@ -52,6 +58,8 @@ class OpenOptions:
     weights_name: str | None = None
     llm_path: str | None = None
     vit_path: str | None = None
+    adapter: str | None = None
+    adapter_weights: str | None = None
 
     @property
     def sources(self) -> ConfigSources:
@@ -100,8 +108,12 @@ def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
     kinds = folder.available_weights()
     if not kinds:
         raise ValueError(f"--model {path} has neither ema.safetensors nor model.safetensors: {describe_absence(path, 'ema')}")
-    source = folder.weights(options.weights or kinds[0], options.check_weights)
+    kind = options.weights or kinds[0]
+    source: TensorSource = folder.weights(kind, options.check_weights)
     arch = folder.arch
+    adapter = _adapter(path, kind, arch, options)
+    if adapter is not None:
+        source = MergedSource(source, adapter)
     if options.autoencoder:
         arch = replace(arch, autoencoder=AutoencoderArch.beside(file))
     elif arch.autoencoder is not None and not file.is_file():
@@ -120,6 +132,9 @@ def _open_folder(path: Path, options: OpenOptions) -> OpenedModel:
 
 def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
     stored = CheckpointWeights(path, options.check_weights)
+    own_adapter = adapter_in(stored.state)
+    if own_adapter is not None:
+        return _open_base(path, own_adapter, options)
     kind = options.weights or ("ema" if "ema" in stored.kinds() else "model")
     if kind not in stored.kinds():
         raise ValueError(f"--weights {kind}: {path} has only {' and '.join(stored.kinds())} weights")
@@ -132,12 +147,36 @@ def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
         file = _existing(options.autoencoder, companions.autoencoder, "--autoencoder", path)
         autoencoder = load_autoencoder(file, arch.autoencoder, "--autoencoder", options.check_weights)
     read: Callable[[str], torch.Tensor] = stored.ema if kind == "ema" else stored.model
+    adapter = _adapter(path, kind, arch, options)
 
     def fill(modules: Sequence[nn.Module]) -> None:
         for entry, parameter in entries_of(modules, WeightMap(arch)):
-            assign(parameter, read(entry.name), entry)
+            full = read(entry.name)
+            assign(parameter, full if adapter is None else merged(adapter, entry, full), entry)
 
     return OpenedModel(arch, load_tokenizer(tokenizer, add_special=True), autoencoder, fill)
+
+
+def _adapter(base: Path, kind: str, arch: BagelArch, options: OpenOptions) -> ReleasedAdapter | None:
+    """Return the adapter of the options, or None. Raises ValueError if it belongs to other weights than ``kind`` of ``base``."""
+    if options.adapter is None:
+        return None
+    adapter = read_adapter(Path(options.adapter), options.adapter_weights)
+    adapter.check_names(WeightMap(arch).by_hf)
+    if adapter.base is None:
+        logger.warning("%s does not say which weights it belongs to: whether they are those of %s is not checked", adapter.source, base)
+    else:
+        adapter.base.check(identify(base, kind, adapter.base.weights_name), adapter.source)
+    return adapter
+
+
+def _open_base(checkpoint: Path, stored: StoredAdapter, options: OpenOptions) -> OpenedModel:
+    """Open the base of a checkpoint of adapters, with these adapters."""
+    if options.adapter is not None:
+        raise ValueError(f"--model {checkpoint} is a checkpoint of adapters already; give its base with --model to use --adapter")
+    base = stored.base
+    of_base = replace(options, weights=base.weights, weights_name=base.weights_name)
+    return open_model(path_of(base, None), replace(of_base, adapter=str(checkpoint), adapter_weights=options.weights))
 
 
 def _existing(path_from_flag: str | None, recorded_path: Path | None, flag: str, checkpoint: Path) -> Path:

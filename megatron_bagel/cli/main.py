@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "data tokenizer": Command("data.tokenizer", "Train a tokenizer on text files."),
     "convert hf-to-megatron": Command("convert.hf_to_megatron", "Convert a model folder to a training checkpoint."),
     "convert megatron-to-hf": Command("convert.megatron_to_hf", "Convert a training checkpoint to a model folder."),
+    "convert adapter": Command("convert.adapter", "Export, import or merge an adapter (LoRA)."),
     "convert init": Command("convert.init_from_pretrained", "Make a first checkpoint from pretrained LLM, ViT and autoencoder."),
     "convert inspect": Command("convert.inspect_checkpoint", "Show, compare or verify training checkpoints."),
 }

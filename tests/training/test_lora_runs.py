@@ -9,7 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import numbers, run, run_config
+from megatron_bagel.assembly.opened_model import OpenOptions, open_model
+from megatron_bagel.checkpoint.convert_adapter import export_adapter, import_adapter, merge_adapter
+from megatron_bagel.checkpoint.dist.adapter_reader import read_adapter
+from megatron_bagel.checkpoint.dist.stored_adapter import identify
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
+from megatron_bagel.checkpoint.hf.adapter_map import AdapterMap
+from megatron_bagel.checkpoint.hf.folder import HFFolder
+from megatron_bagel.checkpoint.hf.load import check_against, named_weights
+from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.config.parser import Config
+from megatron_bagel.model.positions import sincos_2d
+from megatron_bagel.training.loop import train
+from megatron_bagel.training.optim.optimizer import leaf_optimizers
+from tests.checkpoint.parameter_tree import model_like
+from tests.distributed import run_ranks
+from tests.runs import numbers, open_run, run, run_config
 from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, TP, VPP, assert_equal, cases, stored_tensors, trained, world_of
 
 pytestmark = pytest.mark.distributed
@@ -31,8 +46,8 @@ def from_base(world: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return trained(world, tmp_path_factory.mktemp("reference"), 1, from_base(world, LORA))
+def reference(world: Path) -> Any:
+    return trained(world, world / "reference", 1, from_base(world, LORA))
 
 
 LAYOUTS = {
@@ -59,6 +74,91 @@ def test_a_checkpoint_holds_adapters_and_their_state_alone(reference: Any) -> No
     assert any(name.startswith("ema.decoder.layers.0.self_attention.gen.linear_qkv.lora_A") for name in names)
     assert all("lora_A" in name or "lora_B" in name for name in names)
     assert torch.count_nonzero(reference[1]["decoder.layers.1.mlp.und.linear_fc2.lora_B.weight"])
+
+
+def test_adapters_go_to_peft_files_and_back_and_merge(world: Path, tmp_path: Path, reference: Any) -> None:
+    """The merged folder passes the strict loading of the released format and holds what ``--adapter`` computes from the base."""
+    checkpoint, base = world / "reference/checkpoints/0000003", world / "base/checkpoints/0000001"
+    export_adapter(checkpoint, tmp_path / "peft", "model")
+    imported = import_adapter(tmp_path / "peft", base, tmp_path / "imported", "model")
+    for name, tensor in stored_tensors(imported).items():
+        torch.testing.assert_close(tensor, reference[1][name], atol=0, rtol=0)
+    merge_adapter(tmp_path / "peft", base, tmp_path / "merged", sincos_2d, dtype="fp32")
+    merged = HFFolder(tmp_path / "merged")
+    weight_map, reader = WeightMap(merged.arch), merged.weights("ema")
+    assert not check_against(reader, weight_map).missing
+    weights, changed = CheckpointWeights(base), read_adapter(tmp_path / "peft")
+    for name, entry in weight_map.entries.items():
+        expected = entry.fuse([changed.changed(hf, part) for hf, part in zip(entry.hf, entry.unfuse(weights.model(name)), strict=True)])
+        assert torch.equal(entry.fuse([reader.get(hf) for hf in entry.hf]), expected[: entry.shape[0]]), name
+    assert len(changed.changes) == len(
+        {hf for entry in AdapterMap(merged.arch, changed.settings(merged.arch)).bases.values() for hf in entry.hf}
+    )
+
+    with pytest.raises(ValueError, match="belongs to the model weights.*its base any more"):
+        merge_adapter(tmp_path / "peft", tmp_path / "merged", tmp_path / "twice", sincos_2d)
+    (tmp_path / "peft/base.json").unlink()
+    with pytest.raises(ValueError, match="merging it twice"):
+        merge_adapter(tmp_path / "peft", tmp_path / "merged", tmp_path / "twice", sincos_2d)
+    with pytest.raises(ValueError, match="holds the adapters of"):
+        identify(checkpoint, "model")
+
+
+def test_a_checkpoint_of_adapters_opens_as_a_model(world: Path, reference: Any) -> None:
+    """Its base and its adapter, named or found by itself, give the same model."""
+    base, checkpoint = world / "base/checkpoints/0000001", world / "reference/checkpoints/0000003"
+    opened = [
+        open_model(checkpoint, OpenOptions(weights="model")),
+        open_model(base, OpenOptions(weights="model", adapter=str(checkpoint), adapter_weights="model")),
+    ]
+    modules = [model_like(WeightMap(model.arch)) for model in opened]
+    for model, parts in zip(opened, modules, strict=True):
+        model.fill(parts)
+    for left, right in zip(*(named_weights(parts).values() for parts in modules), strict=True):
+        assert torch.equal(left, right)
+    with pytest.raises(ValueError, match="already"):
+        open_model(checkpoint, OpenOptions(adapter=str(checkpoint)))
+    with pytest.raises(ValueError, match="neither a PEFT folder"):
+        open_model(base, OpenOptions(adapter=str(world / "data")))
+
+
+def _base_after_training(config: Config) -> tuple[float, int, int]:
+    run = open_run(config)
+    parameters = {name: p for part in run.trained.modules.values() for name, p in part.named_parameters()}
+    before = {name: p.detach().clone() for name, p in parameters.items() if not p.requires_grad}
+    train(run)
+    run.loader.close()
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in before.items())
+    assert all("lora_" in name for name in parameters.keys() - before.keys())
+    trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    main = [weight for leaf in leaf_optimizers(run.trainable.optimizer) for weight in leaf.get_parameters()]
+    buffers = sum(buffer.grad_data.numel() for part in run.trainable.wrapped for buffer in part.buffers)
+    return run.trainable.ema.local_bytes() / trained_elements, sum(p.numel() for p in main) - trained_elements, buffers - trained_elements
+
+
+def test_the_base_is_unchanged_and_takes_no_memory_of_training(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path, **from_base(world, {**SETTINGS, **LORA, "total_steps": 2}))
+    average, main, padding = run_ranks(_base_after_training, 1, config)[0]
+    assert average == 4 and main == 0 and 0 <= padding < 64 * 200
+
+
+REFUSED = {
+    "rank 0": ({"lora_rank": 0}, "lora_rank is 0"),
+    "no such target": ({"lora_targets": ["qkv", "q_proj"]}, "q_proj.*choose from qkv, proj, fc1, fc2, connector, vit, vae2llm, llm2vae"),
+    "frozen vision tower": ({"freeze_vit": True}, "--freeze_vit True keeps the vision tower.*--lora_targets vit"),
+    "frozen expert": ({"freeze_und": True, "lora_targets": ["qkv"]}, "take --lora_experts gen"),
+    "adapted and full": ({"lora_full": ["gen"]}, "either trains in full or by adapters"),
+    "dropout outside the layers": ({"lora_dropout": 0.1}, "--lora_dropout 0.1 with --lora_targets connector vit"),
+    "no base": ({"resume_from": None, "resume_model_only": False}, "give the folder or checkpoint"),
+    "shared linears": ({"layer_module": "Qwen2DecoderLayer", "lora_experts": "und"}, "both experts share qkv and proj"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_the_reason(world: Path, tmp_path: Path, name: str) -> None:
+    flags, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        run_config(world, tmp_path, **from_base(world, {**LORA, **flags}))
 
 
 def test_dropout_and_resume_on_another_layout(world: Path, tmp_path: Path) -> None:

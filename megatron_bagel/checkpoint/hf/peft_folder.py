@@ -65,6 +65,11 @@ class ReleasedAdapter:
         """Return the released names of the weights that change."""
         return [name.removesuffix(_A) + ".weight" for name in self.factors if name.endswith(_A)]
 
+    @property
+    def changes(self) -> set[str]:
+        """Return the released names of all weights that differ from the base's."""
+        return {*self.weights(), *(self.full or {})}
+
     def changed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight ``name`` with the adapter merged into it, fp32, or as it is if the adapter does not change it."""
         if self.full is not None and name in self.full:
@@ -116,7 +121,7 @@ class MergedSource:
     """A source of tensors (``TensorSource``) with an adapter merged into them, one at a time."""
 
     def __init__(self, base: TensorSource, adapter: ReleasedAdapter) -> None:
-        self._base, self._adapter, self._changed = base, adapter, {*adapter.weights(), *(adapter.full or {})}
+        self._base, self._adapter, self._changed = base, adapter, adapter.changes
 
     @property
     def path(self) -> object:

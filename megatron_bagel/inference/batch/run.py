@@ -90,7 +90,7 @@ def open_engine(args: Namespace) -> Engine:
 
     named = (
         "weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos",
-        "check_weights", "weights_name", "llm_path", "vit_path",
+        "check_weights", "weights_name", "llm_path", "vit_path", "adapter",
     )  # fmt: skip
     options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
     return load_engine(args.model, options)
