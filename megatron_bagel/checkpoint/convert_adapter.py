@@ -147,7 +147,9 @@ class _Base:
         autoencoder = path / "ae.safetensors"
         companions = Companions(path, autoencoder if autoencoder.is_file() else None)
         config = {"finetune_from_hf": True, "model_path": str(path.resolve())}
-        return cls(path, weights or folder.default_weights()[0], folder.arch, config, companions)
+        # Where the requested weights are not, those that are there have another identity, which the error then names.
+        kind = weights if weights in folder.available_weights() else folder.default_weights()[0]
+        return cls(path, kind, folder.arch, config, companions)
 
     def check(self, adapter: ReleasedAdapter) -> None:
         """Raise ValueError if the adapter says that it belongs to other weights."""
