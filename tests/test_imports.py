@@ -31,8 +31,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),
     "inference": (("core",), ("batch",), ("web",)),
     "training": (
-        ("losses", "optim"), ("step_result",), ("hooks",), ("observability",), ("resilience",), ("step",), ("evaluation", "saving"),
-        ("loop",), ("resolved_run",), ("setup", "export_job"),
+        ("losses", "optim", "expert_loads"), ("step_result",), ("hooks",), ("observability",), ("resilience",), ("step",),
+        ("evaluation", "saving"), ("loop",), ("resolved_run",), ("setup", "export_job"),
     ),
 }  # fmt: skip
 

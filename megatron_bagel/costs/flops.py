@@ -80,16 +80,36 @@ class StepWork:
 
 
 def layer_matrix_elements(llm: LLMArch) -> int:
-    """Return the matrix elements that one token meets in a decoder layer; both experts have the same sizes."""
+    """Return the matrix elements that one token meets in a decoder layer with dense MLPs; both experts have the same sizes."""
     head_dim = int(llm.extra.get("head_dim") or llm.head_dim)
     query, key_value = llm.num_attention_heads * head_dim, llm.num_key_value_heads * head_dim
     return 3 * llm.hidden_size * llm.intermediate_size + llm.hidden_size * 2 * (query + key_value)
 
 
+def token_matrix_elements(llm: LLMArch, kind: str = "und") -> int:
+    """Return the matrix elements that a token of an expert kind meets in all layers: of sparse experts only those that serve it."""
+    dense = layer_matrix_elements(llm)
+    if llm.sparse is None:
+        return llm.num_hidden_layers * dense
+    sparse_layers = sum(llm.is_sparse(layer, kind) for layer in range(llm.num_hidden_layers))
+    return llm.num_hidden_layers * dense + sparse_layers * (sparse_mlp_elements(llm) - 3 * llm.hidden_size * llm.intermediate_size)
+
+
+def sparse_mlp_elements(llm: LLMArch) -> int:
+    """Return the matrix elements that a token meets in a sparse MLP: router, its experts, and a shared expert."""
+    if llm.sparse is None:
+        return 0
+    width = llm.sparse.num_experts_per_tok * llm.sparse.moe_intermediate_size + (llm.sparse.shared_expert_intermediate_size or 0)
+    return llm.hidden_size * (3 * width + llm.sparse.num_experts)
+
+
 def mfu_flops(llm: LLMArch, work: StepWork) -> float:
-    """Return the original's count: 6 N tokens + 12 d H L sum(len^2), N = L (3 D I + D (q + k + v + q)) + 2 V D."""
+    """Return the original's count: 6 N tokens + 12 d H L sum(len^2), N = L (3 D I + D (q + k + v + q)) + 2 V D.
+
+    With sparse experts N counts those that serve a text token.
+    """
     head_dim = int(llm.extra.get("head_dim") or llm.head_dim)
-    elements = llm.num_hidden_layers * layer_matrix_elements(llm) + 2 * llm.vocab_size * llm.hidden_size
+    elements = token_matrix_elements(llm) + 2 * llm.vocab_size * llm.hidden_size
     attention = 12 * head_dim * llm.num_attention_heads * llm.num_hidden_layers
     return float(6 * elements * work.tokens + attention * work.sum_len_squared)
 
@@ -121,8 +141,10 @@ def work_flops(arch: BagelArch, work: StepWork, freeze_llm: bool = False, freeze
     heads = train * llm.vocab_size * llm.hidden_size * work.ce_tokens
     # vae2llm and the first timestep layer read data, so they have no input gradient; llm2vae does.
     heads += llm.hidden_size * (6 * width * work.mse_tokens + work.vae_tokens * (4 * width + 4 * 256 + 6 * llm.hidden_size))
+    und, gen = token_matrix_elements(llm, "und"), token_matrix_elements(llm, "gen")
+    linear = und * (work.tokens - work.vae_tokens) + gen * work.vae_tokens
     return WorkFlops(
-        decoder_linear=float(train * llm.num_hidden_layers * layer_matrix_elements(llm) * work.tokens),
+        decoder_linear=float(train * linear),
         decoder_attention=float(12 * llm.hidden_size * llm.num_hidden_layers * work.mask_area),
         heads=float(heads),
         vit=_vit_flops(arch.vit, arch.n_vit_layers, llm.hidden_size, work, freeze_vit) if arch.vit else 0.0,

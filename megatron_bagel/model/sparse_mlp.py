@@ -7,6 +7,7 @@ of the global batch, as every loss here, because a rank holds any number of toke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -155,9 +156,14 @@ class SparseMLP(MoELayer):
 
 def set_global_tokens(modules: torch.nn.Module, und: int, gen: int) -> None:
     """Tell all routers inside ``modules`` how many tokens of each kind the global batch has, and start their statistics from zero."""
+    for kind, router in routers_of(modules):
+        router.global_tokens = {"und": und, "gen": gen, "both": und + gen}[kind]
+        router.statistics.clear()
+
+
+def routers_of(modules: torch.nn.Module) -> Iterator[tuple[str, GlobalBatchRouter]]:
+    """Yield each router inside ``modules`` with the kind of tokens that it sees: "und", "gen" or "both"."""
     for module in modules.modules():
         expert_kinds: Any = getattr(module, "expert_kinds", None)
         if expert_kinds is not None:
-            for kind, router in expert_kinds().items():
-                router.global_tokens = {"und": und, "gen": gen, "both": und + gen}[kind]
-                router.statistics.clear()
+            yield from expert_kinds().items()

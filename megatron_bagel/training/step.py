@@ -30,6 +30,7 @@ from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
 from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.sparse_mlp import set_global_tokens
+from megatron_bagel.training.expert_loads import ExpertLoads, global_expert_loads
 from megatron_bagel.training.losses import LossTotals, LossWeights, global_losses, microbatch_loss
 from megatron_bagel.training.observability.loss_table import LossTable
 from megatron_bagel.training.observability.timers import Phases, untimed
@@ -201,7 +202,14 @@ def train_step(
         with timed("ema"):
             trainable.ema.update()
     trainable.learning_rate.step()
-    return StepResult(attempt.losses, StepOutcome(good, attempt.grad_norm), totals, work, samples, lr, by_task)
+    experts = _expert_loads(trainable) if table is not None else None
+    return StepResult(attempt.losses, StepOutcome(good, attempt.grad_norm), totals, work, samples, lr, by_task, experts)
+
+
+def _expert_loads(trainable: Trainable) -> ExpertLoads | None:
+    """Return the loads of the step's sparse experts, or None without any. Collective."""
+    config = trainable.config
+    return global_expert_loads(trainable.decoder, config.num_layers, config.num_moe_experts) if config.num_moe_experts else None
 
 
 def _gradients(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_bagel.costs.flops import StepWork
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.training.expert_loads import ExpertLoads
 from megatron_bagel.training.losses import LossTotals, StepLosses
 from megatron_bagel.training.optim.optimizer import StepOutcome
 
@@ -58,6 +59,7 @@ class StepResult:
         samples: The number of samples in the batch.
         lr: The step's learning rate, even if no update was made.
         tasks: Counts by task; only steps that are logged have them.
+        experts: Loads of sparse experts; only logged steps of a model with experts have them.
     """
 
     losses: StepLosses
@@ -67,6 +69,7 @@ class StepResult:
     samples: int
     lr: float
     tasks: TaskCounts | None = None
+    experts: ExpertLoads | None = None
 
 
 @dataclass(frozen=True)

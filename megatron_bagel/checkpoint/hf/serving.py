@@ -30,6 +30,8 @@ def _model_problems(arch: BagelArch) -> Iterator[str]:
     llm, vit = arch.llm, arch.vit
     if llm.layer_module != "Qwen2MoTDecoderLayer":
         yield f"its layers are {llm.layer_module}, and servers build Qwen2MoTDecoderLayer"
+    if llm.sparse is not None:
+        yield "its decoder has sparse experts, and servers build dense MLPs"
     if not llm.qk_norm or not llm.attention_bias:
         yield "its attention lacks QK-norm or biases, which servers build"
     if llm.kv_channels is not None and llm.kv_channels * llm.num_attention_heads != llm.hidden_size:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_bagel.training.observability.contact_sheet import SheetRow, contact_sheet
+from megatron_bagel.training.observability.expert_plot import plot_expert_load
 from megatron_bagel.training.observability.metrics import StepMetrics, jsonable, log_line
 from megatron_bagel.training.observability.metrics_file import MetricsFile, read_history
 from megatron_bagel.training.observability.plots import plot_losses
@@ -151,6 +153,8 @@ class RunLog:
         self.results_dir.mkdir(parents=True, exist_ok=True)
         self._logger, self._handlers = _console_and_file(self.results_dir / "log.txt")
         self._metrics = MetricsFile(self.results_dir / "metrics.jsonl", next_step, run_id)
+        self._experts: MetricsFile | None = None
+        self._expert_file = partial(MetricsFile, self.results_dir / "expert_load.jsonl", next_step, run_id)
         # An evaluation is logged after its step, so its number n means that n steps were done.
         self._validation = MetricsFile(self.results_dir / "validation.jsonl", next_step + 1, run_id)
         if tensorboard:
@@ -170,8 +174,16 @@ class RunLog:
         if self._active:
             self._logger.info(log_line(metrics))
             self._metrics.write(metrics.as_json())
+            if metrics.done.result.experts is not None:
+                self._expert_load().write({"step": metrics.step, **metrics.done.result.experts.record()})
             for sink in self._sinks:
                 sink.write(metrics)
+
+    def _expert_load(self) -> MetricsFile:
+        """Return the file of the sparse experts' loads, which a dense model does not have."""
+        if self._experts is None:
+            self._experts = self._expert_file()
+        return self._experts
 
     def log_validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write held-out losses after ``step`` steps: ``validation.jsonl``, the loggers, and one line on the console."""
@@ -217,6 +229,10 @@ class RunLog:
         history = read_history(self._metrics.path)
         if plot and history:
             plot_losses(history, self.results_dir / "loss.png")
+        if self._experts is not None:
+            self._experts.close()
+            if plot:
+                plot_expert_load(read_history(self._experts.path), self.results_dir / "expert_load.png")
         for sink in self._sinks:
             sink.close()
 
