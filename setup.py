@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.20",
     "transformers>=4.49",
     "safetensors>=0.4",
+    "huggingface_hub>=0.26",
     "numpy>=1.26",
     "pyarrow>=14",
     "pyyaml>=6",

@@ -25,7 +25,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "checkpoint": (("hf",), ("dist",), ("convert",), ("convert_adapter",)),
     "cli": (
-        ("usage", "console"), ("cost_settings", "data_settings"), ("resolve_run", "resolve_plan"),
+        ("usage", "console"), ("cost_settings", "data_settings", "hub_models"), ("resolve_run", "resolve_plan"),
         ("train", "plan", "generate", "evaluate", "data", "convert", "quickstart"), ("main",),
     ),
     "data": (("keyed_random", "tokenizer", "transforms"), ("sources",), ("index",), ("planner",), ("loading", "inspect")),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_bagel.checkpoint.convert import companions_of
+from megatron_bagel.checkpoint.convert import Companions, companions_of
 from megatron_bagel.checkpoint.dist.adapter_reader import merged, read_adapter
 from megatron_bagel.checkpoint.dist.step_folders import is_complete, latest_checkpoint
 from megatron_bagel.checkpoint.dist.stored_adapter import StoredAdapter, adapter_in, identify
@@ -22,6 +22,7 @@ from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import TensorSource, assign, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.peft_folder import MergedSource, ReleasedAdapter
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.common.hub_names import hub_hint
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
 from megatron_bagel.config.architecture.weight_files import any_weight_file, describe_absence
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
@@ -93,7 +94,9 @@ def open_model(path: Path, options: OpenOptions) -> OpenedModel:
         ValueError: ``path`` is neither, or its tokenizer or autoencoder is missing.
     """
     if not path.is_dir():
-        raise ValueError(f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint")
+        raise ValueError(
+            f"--model {path} does not exist; give a folder in BAGEL's Hugging Face format or a training checkpoint{hub_hint(str(path))}"
+        )
     if (path / "llm_config.json").is_file() or any_weight_file(path, options.weights_name) is not None:
         return _open_folder(path, options)
     checkpoint = checkpoint_at(path)
@@ -140,7 +143,10 @@ def _open_checkpoint(path: Path, options: OpenOptions) -> OpenedModel:
         raise ValueError(f"--weights {kind}: {path} has only {' and '.join(stored.kinds())} weights")
     settings = {name: value for name in ("max_latent_size", "interpolate_pos") if (value := getattr(options, name)) is not None}
     arch = replace(stored.arch, **settings)
-    companions = companions_of(stored.state["run"].get("config", {}))
+    recorded = companions_of(stored.state["run"].get("config", {}))
+    companions = Companions(
+        None if options.tokenizer else recorded.tokenizer, None if options.autoencoder or arch.autoencoder is None else recorded.autoencoder
+    ).on_this_machine()
     tokenizer = _existing(options.tokenizer, companions.tokenizer, "--tokenizer", path)
     autoencoder = None
     if arch.autoencoder is not None:

@@ -20,6 +20,7 @@ from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights
+from megatron_bagel.checkpoint.hf.pretrained import grown_source
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch, ConfigSources
 
@@ -35,6 +36,7 @@ class InitialSettings:
         allow_missing: Patterns of weights that a source may lack. They keep their seeded values.
         copy_init_moe: Whether the generation expert starts as a copy of the understanding expert.
         check_weights: How many values of each weight that is loaded are checked to be finite.
+        grow_vocabulary: Whether a model folder's vocabulary grows to the tokenizer's, with seeded rows.
     """
 
     seed: int
@@ -43,6 +45,7 @@ class InitialSettings:
     allow_missing: Sequence[str] = ()
     copy_init_moe: bool = True
     check_weights: WeightCheck = "sampled"
+    grow_vocabulary: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,9 @@ def load_folder(initial: InitialSettings, source: WeightSource, weights: str, mo
         load_weights_only(folder, modules.named, arch, weights, initial.allow_missing, seeded_value, initial.check_weights)
         return
     parts = list(modules.named.values())
-    reader = _model_folder(source, folder).weights(weights, initial.check_weights)
-    load_weights(reader, WeightMap(arch), parts, initial.allow_missing, initial_value=seeded_value)
+    reader, weight_map = _model_folder(source, folder).weights(weights, initial.check_weights), WeightMap(arch)
+    tensors = grown_source(reader, weight_map, seeded_value) if initial.grow_vocabulary else reader
+    load_weights(tensors, weight_map, parts, initial.allow_missing, initial_value=seeded_value)
 
 
 def _model_folder(source: WeightSource, folder: Path) -> HFFolder:

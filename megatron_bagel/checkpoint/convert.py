@@ -19,13 +19,16 @@ from megatron_bagel.checkpoint.dist.last_losses import last_losses
 from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
+from megatron_bagel.checkpoint.hf.hub import HubRequest, download
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
 from megatron_bagel.checkpoint.hf.model_card import CardFacts
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.common.hub_names import pinned_hub_name
+from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
 from megatron_bagel.config.architecture import BagelArch
-from megatron_bagel.config.paths import TYPED
+from megatron_bagel.config.paths import TYPED, with_hub_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +40,20 @@ class Companions:
     tokenizer: Path | None
     autoencoder: Path | None
 
+    def on_this_machine(self) -> Companions:
+        """Return the same files with folders in place of models on a hub. Raises ValueError if they cannot be downloaded."""
+        tokenizer, autoencoder = self.tokenizer, self.autoencoder
+        if tokenizer is not None and not tokenizer.exists() and (name := pinned_hub_name(str(tokenizer))) is not None:
+            tokenizer = download(HubRequest("the run's tokenizer", name), str(name.revision))
+        if autoencoder is not None and not autoencoder.exists() and (name := pinned_hub_name(str(autoencoder.parent))) is not None:
+            autoencoder = download(HubRequest("the run's autoencoder", name, autoencoder="needed"), str(name.revision)) / AUTOENCODER_FILE
+        return Companions(tokenizer, autoencoder)
+
 
 def flags_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's flags by name, by its saved config (sections of flags, or flags directly)."""
     flags: dict[str, Any] = {}
-    for key, value in config.items():
+    for key, value in with_hub_names(config).items():
         if key == TYPED:
             continue
         flags |= value if isinstance(value, Mapping) else {key: value}
@@ -53,7 +65,9 @@ def companions_of(config: Mapping[str, Any]) -> Companions:
     flags = flags_of(config)
     folder = flags.get("model_path") if flags.get("finetune_from_hf") else None
     tokenizer = flags.get("tokenizer_path") or folder or flags.get("llm_path")
-    autoencoder = f"{folder}/ae.safetensors" if folder else flags.get("vae_path")
+    autoencoder = f"{folder}/{AUTOENCODER_FILE}" if folder else flags.get("vae_path")
+    if autoencoder and pinned_hub_name(autoencoder) is not None:  # a whole model stands for its autoencoder
+        autoencoder = f"{autoencoder}/{AUTOENCODER_FILE}"
     return Companions(Path(tokenizer) if tokenizer else None, Path(autoencoder) if autoencoder else None)
 
 
@@ -90,14 +104,29 @@ def export_checkpoint(
     checkpoint = CheckpointWeights(folder, "sampled")
     _check_kinds(checkpoint, weights)
     companions = companions or companions_of(checkpoint.state["run"].get("config", {}))
-    arch, other_source, companions = _with_parts_of(untrained_from, checkpoint.arch, companions)
+    arch, other_source, companions = _with_parts_of(untrained_from, checkpoint.arch, companions.on_this_machine())
     files = {kind: _Export(checkpoint, kind, WeightMap(arch), other_source).file(dtype) for kind in weights}
     size = sum(file.bytes(WeightMap(arch)) for file in files.values())
     logger.info("step %d: writing %s, %.2f GB together, to %s", checkpoint.step, " and ".join(weights), size / 1e9, out)
     return write_folder(
         out, arch, files, table, tokenizer=companions.tokenizer, autoencoder=companions.autoencoder, shard_bytes=shard_bytes,
-        facts=CardFacts(checkpoint.step, flags_of(checkpoint.state["run"].get("config", {})), last_losses(checkpoint)),
+        facts=_card_facts(checkpoint),
     )  # fmt: skip
+
+
+def _card_facts(checkpoint: CheckpointWeights) -> CardFacts:
+    """Return what the model card says of the run that wrote a checkpoint."""
+    run = checkpoint.state["run"]
+    config, data = run.get("config", {}), run.get("data") or {}
+    return CardFacts(
+        checkpoint.step,
+        flags_of(config),
+        last_losses(checkpoint),
+        datasets=dict(zip(data.get("names", ()), data.get("sizes", ()), strict=False)),
+        samples=int(run.get("consumed_samples") or 0),
+        tokens=int(run.get("consumed_tokens") or 0),
+        base_models=[text for text in (config.get(TYPED) or {}).values() if pinned_hub_name(str(text)) is not None],
+    )
 
 
 def _check_kinds(checkpoint: CheckpointWeights, weights: Sequence[str]) -> None:
@@ -177,7 +206,12 @@ def _parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def import_folder(
-    folder: str | Path, directory: str | Path, weights: Sequence[str] = ("ema",), allow_missing: Sequence[str] = (), **overrides: Any
+    folder: str | Path,
+    directory: str | Path,
+    weights: Sequence[str] = ("ema",),
+    allow_missing: Sequence[str] = (),
+    hub_name: str | None = None,
+    **overrides: Any,
 ) -> Path:
     """Write a folder in the released format as a checkpoint of 0 steps under ``directory``.
 
@@ -189,6 +223,7 @@ def import_folder(
         directory: The folder of checkpoints.
         weights: Any of "ema" and "model".
         allow_missing: Shell patterns of names that the folder may lack. Such weights get seed 0's values, and are logged.
+        hub_name: The model on a hub that the folder was downloaded from, with its commit.
         overrides: Settings of ``BagelArch`` that replace the folder's.
 
     Returns:
@@ -205,6 +240,8 @@ def import_folder(
     config: dict[str, Any] = {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}
     if source.sources.llm_path is not None and not (source.path / "llm_config.json").is_file():
         config["tokenizer_path"] = str(source.sources.llm_path.resolve())
+    if hub_name is not None:
+        config[TYPED] = {"model_path": hub_name}
     head = {
         "run": {"config": config},
         "ema_is_model": tuple(weights) == ("ema",),

@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "convert adapter": Command("convert.adapter", "Export, import or merge an adapter (LoRA)."),
     "convert init": Command("convert.init_from_pretrained", "Make a first checkpoint from pretrained LLM, ViT and autoencoder."),
     "convert upcycle": Command("convert.upcycle", "Turn a dense model folder into one with sparse experts."),
+    "convert push": Command("convert.push", "Upload a model folder to a hub, with its model card."),
     "convert inspect": Command("convert.inspect_checkpoint", "Show, compare or verify training checkpoints."),
 }
 GROUPS = {"data": "Commands for index, sample data, latents and tokenizer.", "convert": "Commands for checkpoints and model folders."}

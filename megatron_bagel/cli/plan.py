@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
+from megatron_bagel.cli.hub_models import needs, with_hub_folders, with_local_folders
 from megatron_bagel.cli.usage import short_name
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.parser import parse_with
@@ -26,8 +29,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
         from megatron_bagel.planning.command import answer
         from megatron_bagel.planning.report import tables_of_names
 
-        print(tables_of_names() if options.list_models else answer(resolve_plan(config, options), options))
+        if options.list_models:
+            print(tables_of_names())
+            return 0
+        config, options = with_hub_folders(config, weights=False), with_hub_model(options)
+        print(answer(resolve_plan(config, options), options))
     except ValueError as error:
         print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def with_hub_model(options: PlanArguments) -> PlanArguments:
+    """Return the plan's flags with a folder in place of a model on a hub. Configs alone are downloaded: a plan reads no weights."""
+    args, _ = with_local_folders(Namespace(model=options.model), {"model": needs("--model")})
+    return options if args.model is None else replace(options, model=str(args.model))

@@ -125,7 +125,9 @@ def start_settings(config: Config) -> StartSettings:
         model_only=training.resume_model_only,
         from_ema=training.finetune_from_ema,
         verify=training.verify_checkpoint,
-        initial=InitialSettings(training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights),
+        initial=InitialSettings(
+            training.global_seed, llm, vit, model.allow_missing, training.copy_init_moe, training.check_weights, model.grow_vocabulary
+        ),
         overwrite=training.overwrite_run,
         weights_name=training.weights_name,
         adapter_base=config.lora.lora_base,

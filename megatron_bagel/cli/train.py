@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_bagel.cli.hub_models import names_on_hub, with_hub_folders
 from megatron_bagel.cli.usage import short_name
 from megatron_bagel.config.parser import Config, parse_with
 from megatron_bagel.config.plan_arguments import PrintArguments
 from megatron_bagel.config.resolved_yaml import resolved_yaml
-from megatron_bagel.config.validate import validate
+from megatron_bagel.config.validate import validate, validate_settings
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -66,8 +67,11 @@ def refuse(error: ValueError, prog: str) -> int:
     return 2
 
 
-def prepare(config: Config) -> BagelArch:
+def prepare(config: Config) -> BagelArch | None:
     """Check settings and machine, prepare the import of Megatron-Core, and return the model that the settings describe.
+
+    Returns:
+        The model; None if the settings name models on a hub, which are downloaded once the ranks have met.
 
     Raises:
         ValueError: for settings that cannot work here.
@@ -76,18 +80,23 @@ def prepare(config: Config) -> BagelArch:
     from megatron_bagel.platform.device import check_processes
     from megatron_bagel.platform.launch.process_group import launched_world_size
 
-    arch = validate(config, launched_world_size(), platform.has_gpu())
+    world_size, has_gpu = launched_world_size(), platform.has_gpu()
+    arch = None
+    if names_on_hub(config):
+        validate_settings(config, world_size, has_gpu)
+    else:
+        arch = validate(config, world_size, has_gpu)
     check_processes()
     platform.install()
     return arch
 
 
-def attempt(config: Config, arch: BagelArch, prog: str, store: dist.Store | None = None) -> None:
+def attempt(config: Config, arch: BagelArch | None, prog: str, store: dist.Store | None = None) -> None:
     """Run training from its starting point to its end. The process group is made here and destroyed here.
 
     Args:
         config: Settings of the run, which have passed ``validate``.
-        arch: The model that ``validate`` read.
+        arch: The model that ``validate`` read; None if it is on a hub.
         prog: The command as it was started.
         store: Store in which the ranks meet. None uses the launcher's rendezvous.
 
@@ -110,7 +119,11 @@ def attempt(config: Config, arch: BagelArch, prog: str, store: dist.Store | None
     init_distributed(longest_wait(config), store=store)
     try:
         with ErrorReport(config.training.results_dir, short_name(prog)):
-            setup.execute(resolve_run(config, arch, dist.get_world_size(), platform.has_gpu()))
+            world_size, has_gpu = dist.get_world_size(), platform.has_gpu()
+            if arch is None:
+                config = with_hub_folders(config)
+                arch = validate(config, world_size, has_gpu)
+            setup.execute(resolve_run(config, arch, world_size, has_gpu))
     finally:
         shutdown_distributed()
 
@@ -140,6 +153,7 @@ def report_dry_run(config: Config) -> int:
     from megatron_bagel.platform.launch.process_group import launched_world_size
 
     world_size = config.megatron.fake_world_size or launched_world_size()
+    config = with_hub_folders(config)
     arch = validate(config, world_size, has_gpu=True)
     platform.install()
     from megatron_bagel.cli.resolve_run import resolve_run

@@ -78,23 +78,35 @@ def _tensors(file: Path, entries: Any, data_start: int, size: int) -> dict[str, 
     return tensors
 
 
+def index_files(index: Path) -> set[str]:
+    """Return the names of the files with the model's tensors, by an index. Raises ValueError if it is damaged or names other folders."""
+    return set(_names_of_index(index).values()) - {AUTOENCODER_FILE}
+
+
 def files_of_index(index: Path) -> dict[str, Path]:
     """Return the file of every tensor of the model that an index ``*.safetensors.index.json`` names.
 
     Raises:
         ValueError: The index is damaged, or names a file that does not exist or is in another folder.
     """
+    names = _names_of_index(index)
+    files = set(names.values()) - {AUTOENCODER_FILE}
+    missing_files = sorted(name for name in files if not (index.parent / name).is_file())
+    if missing_files:
+        count = len(files)
+        raise ValueError(
+            f"{index} names files that do not exist: {', '.join(str(index.parent / name) for name in missing_files)} "
+            f"({len(missing_files)} of {count}); the folder was not downloaded whole: download them"
+        )
+    return {tensor: index.parent / name for tensor, name in names.items() if name != AUTOENCODER_FILE}
+
+
+def _names_of_index(index: Path) -> dict[str, str]:
+    """Return the weight_map of an index: tensor names, and names of files in the same folder."""
     names = read_json(index, "weights").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map of tensor names and files; copy it again")
     outside = sorted({name for name in names.values() if Path(name).name != name})
     if outside:
         raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; weights are read from one folder")
-    missing_files = sorted({name for name in names.values() if not (index.parent / name).is_file()})
-    if missing_files:
-        count = len(set(names.values()))
-        raise ValueError(
-            f"{index} names files that do not exist: {', '.join(str(index.parent / name) for name in missing_files)} "
-            f"({len(missing_files)} of {count}); the folder was not downloaded whole: download them"
-        )
-    return {tensor: index.parent / name for tensor, name in names.items() if name != AUTOENCODER_FILE}
+    return names

@@ -19,10 +19,14 @@ class ModelArguments:
     """Flags of the model: its shape, the source of its first weights, and the dropout of conditions."""
 
     model_path: str = original_flag(
-        "hf/BAGEL-7B-MoT", "Folder in BAGEL's released format. Only read with finetune_from_hf.", on_resume=SAID
+        "hf/BAGEL-7B-MoT",
+        "Folder in BAGEL's released format, or owner/name[@revision] on a hub. Only read with finetune_from_hf.",
+        on_resume=SAID,
     )
     llm_path: str = original_flag(
-        "hf/Qwen2.5-0.5B-Instruct/", "Qwen2 folder with config.json, weights and tokenizer. Not read with finetune_from_hf.", on_resume=FREE
+        "hf/Qwen2.5-0.5B-Instruct/",
+        "Qwen2 folder with config.json, weights and tokenizer, or owner/name[@revision] on a hub. Not read with finetune_from_hf.",
+        on_resume=FREE,
     )
     llm_qk_norm: bool = original_flag(True, "Normalise queries and keys per head. False gives a plain Qwen2.", on_resume=MUST_MATCH)
     tie_word_embeddings: bool = original_flag(
@@ -35,11 +39,14 @@ class ModelArguments:
     )
     vae_path: str = original_flag(
         "flux/vae/ae.safetensors",
-        "Autoencoder weights. If the autoencoder is not FLUX's, put its sizes beside them in ae_config.json.",
+        "Autoencoder weights, or owner/name[@revision] on a hub with an ae.safetensors. If the autoencoder is not FLUX's, put its sizes "
+        "beside them in ae_config.json.",
         on_resume=SAID,
     )
     vit_path: str = original_flag(
-        "hf/siglip-so400m-14-980-flash-attn2-navit/", "SigLIP folder with config.json and the weights of the vision tower.", on_resume=FREE
+        "hf/siglip-so400m-14-980-flash-attn2-navit/",
+        "SigLIP folder with config.json and the weights of the vision tower, or owner/name[@revision] on a hub.",
+        on_resume=FREE,
     )
     max_latent_size: int = original_flag(
         32,
@@ -74,11 +81,20 @@ class ModelArguments:
         0.3, "Probability of dropping a ViT image condition.", minimum=0, maximum=1, on_resume=SAID
     )
     tokenizer_path: str | None = flag(
-        None, "Tokenizer folder or SentencePiece .model file. Default: model_path with finetune_from_hf, else llm_path.", on_resume=FREE
+        None,
+        "Tokenizer folder, SentencePiece .model file, or owner/name[@revision] on a hub. Default: model_path with finetune_from_hf, else "
+        "llm_path.",
+        on_resume=FREE,
     )
     init_random: bool = flag(
         False,
         "Start decoder and vision tower from seeded random weights. llm_path and vit_path then need only config.json.",
+        on_resume=FREE,
+    )
+    grow_vocabulary: bool = flag(
+        False,
+        "Add rows with seeded values to the vocabulary of a model folder whose tokenizer has more tokens than its table has rows. False "
+        "refuses such a folder.",
         on_resume=FREE,
     )
     allow_missing: list[str] = flag(
@@ -180,7 +196,7 @@ class TrainingArguments:
         False, "Move the files of an earlier run in results_dir and checkpoint_dir aside, and start a new run there.", on_resume=FREE
     )
     resume_from: str | None = original_flag(
-        None, "Checkpoint or BAGEL folder to start from when auto_resume finds none.",
+        None, "Checkpoint, BAGEL folder, or owner/name[@revision] on a hub to start from when auto_resume finds none.",
         compatibility=as_is("a path that does not exist is refused; the original silently trains from scratch"), on_resume=FREE,
     )  # fmt: skip
     resume_model_only: bool = original_flag(

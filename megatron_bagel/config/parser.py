@@ -6,7 +6,7 @@ YAML values go through the same conversions as words of the command line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unk
 from megatron_bagel.config.lora_arguments import LoraArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
-from megatron_bagel.config.paths import TYPED, expand_paths, with_absolute_paths
+from megatron_bagel.config.paths import TYPED, expand_paths, with_absolute_paths, with_hub_names
 from megatron_bagel.config.record import write_record
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
@@ -28,7 +28,11 @@ CommandFlags = TypeVar("CommandFlags")
 
 @dataclass
 class Config:
-    """All settings of a run as the user gave them. ``given`` holds the names that a flag or the file set, not a default."""
+    """All settings of a run as the user gave them.
+
+    ``given`` holds the names that a flag or the file set, not a default. ``hub_names`` holds the models on a hub, with their commits, that
+    settings named before a folder of the cache took their place.
+    """
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
@@ -38,6 +42,7 @@ class Config:
     observing: ObservingArguments = field(default_factory=ObservingArguments)
     resilience: ResilienceArguments = field(default_factory=ResilienceArguments)
     given: frozenset[str] = frozenset()
+    hub_names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Config:
@@ -58,7 +63,7 @@ class Config:
 
     def to_record(self) -> dict[str, Any]:
         """The same for a run to keep: paths are absolute, so that they mean the same from any folder."""
-        return with_absolute_paths(self.to_dict())
+        return with_absolute_paths(self.to_dict(), self.hub_names)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Config:
@@ -111,7 +116,7 @@ def _file_values(path: Path) -> dict[str, Any]:
 
 
 def _config_of(content: dict[str, Any], source: str) -> Config:
-    content = dict(content)
+    content = with_hub_names(content)
     content.pop(TYPED, None)  # the paths themselves are in their sections
     # Programs write both keys: settings with their defaults, and values derived from others, were not given.
     given, derived = content.pop("given", None), content.pop("derived", None) or {}

@@ -24,7 +24,9 @@ class PlanArguments:
     """Flags of ``python -m megatron_bagel.plan``: model, machine, contents of a pack, assumptions, and form of the answer."""
 
     model: str | None = flag(
-        None, "A named size (see --list_models), or a folder in BAGEL's released format. Default: the folders of the training flags."
+        None,
+        "A named size (see --list_models), a folder in BAGEL's released format, or owner/name[@revision] on a hub. Default: the folders of "
+        "the training flags.",
     )
     list_models: bool = flag(False, "Print the named sizes and the GPU table, then exit.")
     print_config: bool = flag(False, "Print the resolved training configuration for --gpus ranks as YAML that --config takes, then exit.")

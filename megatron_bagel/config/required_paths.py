@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_bagel.common.hub_names import hub_hint
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import tokenizer_path
 
@@ -39,7 +40,8 @@ def check_paths(config: Config) -> None:
         if training.visual_gen and data.latent_cache is None:
             _need_file("vae_path", model.vae_path, "the autoencoder's weights (or --visual_gen False)")
     if training.resume_from is not None and not Path(training.resume_from).exists():
-        raise ValueError(f"--resume_from {training.resume_from} does not exist; leave the flag out to start without it")
+        hint = hub_hint(training.resume_from)
+        raise ValueError(f"--resume_from {training.resume_from} does not exist; leave the flag out to start without it{hint}")
     if config.lora.lora_rank is not None and training.resume_from is None:
         raise ValueError(
             "--lora_rank trains adapters of given weights: give the folder or checkpoint that holds all of them with --resume_from and "
@@ -56,4 +58,4 @@ def _need_file(name: str, path: str | Path, content: str) -> None:
 
 def _need_folder(name: str, path: str | Path, content: str) -> None:
     if not Path(path).is_dir():
-        raise ValueError(f"--{name}: there is no folder {path}; it should be {content}")
+        raise ValueError(f"--{name}: there is no folder {path}; it should be {content}{hub_hint(str(path))}")

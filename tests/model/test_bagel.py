@@ -166,6 +166,9 @@ class _Source:
     def get(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        return self.tensors[name].narrow(dim, start, stop - start)
+
     def spec(self, name: str):
         return tuple(self.tensors[name].shape), self.tensors[name].dtype
 

@@ -176,8 +176,11 @@ def _log_loaded(folder: Path, weights: str, requested_keys: Set[str], saved: Wei
         logger.info(
             "%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(requested_keys), weights, shorten(unused_names)
         )
-    for name in sorted(missing_names):
-        logger.info("%s: %s is absent and allowed to be: it starts from its seeded value", folder, name)
+    if missing_names:
+        logger.info(
+            "%s: %d tensors are absent and allowed to be; they start from their seeded values: %s",
+            folder, len(missing_names), shorten(sorted(missing_names)),
+        )  # fmt: skip
 
 
 def _read_safely(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from megatron_bagel.checkpoint.hf.serving import SERVER, serving_problems
 from megatron_bagel.checkpoint.hf.settings_files import token_ids, write_configs, write_generation_config
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.common.dtypes import SHORT
+from megatron_bagel.common.folder_files import TOKENIZER_FILES
+from megatron_bagel.common.hub_names import hub_hint
 from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources
 from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS, any_weight_file, describe_absence, named_file, weight_file
@@ -38,17 +40,6 @@ from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS, any_we
 logger = logging.getLogger(__name__)
 
 DTYPES = SHORT
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 _LATENT_TABLE = "latent_pos_embed.pos_embed"
 PositionTable = Callable[[int, int], torch.Tensor]  # (channels, side) -> [side*side, channels] fp32
 
@@ -71,7 +62,7 @@ class HFFolder:
     ) -> None:
         self.path, self.sources = Path(path), sources or ConfigSources()
         if not self.path.is_dir():
-            raise ValueError(f"model folder {path} does not exist")
+            raise ValueError(f"model folder {path} does not exist{hub_hint(str(path))}")
         if self.sources.weights_name is not None:
             named_file(self.path, self.sources.weights_name)
         elif any_weight_file(self.path) is None:

@@ -6,6 +6,8 @@ Nobody but the author can name the licence, so the card says where to put it. It
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,28 +24,46 @@ _UNPUBLISHED = (*PATHS, "use_wandb", "wandb_project", "wandb_name", "wandb_runid
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of the run: its last ``step``, the ``flags`` by name and the last ``losses`` by name; empty if unknown."""
+    """What is known of the run; empty if unknown.
+
+    Attributes:
+        step: The number of steps.
+        flags: Flags by name.
+        losses: The last losses by name.
+        datasets: Number of samples of each dataset group by name.
+        samples: Number of samples that it trained on, repeated ones counted again.
+        tokens: Number of their tokens.
+        base_models: Models on a hub that it started from, with their commits.
+    """
 
     step: int | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
     losses: Mapping[str, float] = field(default_factory=dict)
+    datasets: Mapping[str, int] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    base_models: Sequence[str] = ()
 
 
-_HEAD = """---
+_FRONT = """---
 license: other
 license_name: unknown
 library_name: megatron_bagel
 pipeline_tag: any-to-any
----
+{base_models}---
 
 # Model card
 
-This is a model in the format of BAGEL. Replace the fields `license` and `license_name` above before you publish it: the licence
-follows from the data and from the weights that training started from.
+"""
+_FORMAT = "This is a model in the format of BAGEL."
+_TO_FILL_IN = """ Replace the fields `license` and `license_name` above before you publish it: the licence
+follows from the data and from the weights that training started from."""
+_TABLE = """
 
 | | |
 | --- | --- |
 """
+_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 _FLAGS = """
 ## Flags of the run
 
@@ -60,13 +80,43 @@ def card_text(arch: BagelArch, kinds: Collection[str], problems: Sequence[str], 
     rows = {"weights": ", ".join(f"`{kind}`: {_KINDS[kind]}" for kind in kinds), "model": _model(arch)}
     if facts.step is not None:
         rows["training steps"] = str(facts.step)
+    rows |= _data_rows(facts)
     rows |= {name: f"{value:.6g}" for name, value in facts.losses.items()}
     rows |= {"written by": f"megatron_bagel {__version__}"}
     if problems:
         rows["cannot be served by vllm-omni"] = "; ".join(problems)
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     flags = "\n".join(f"--{name} {value}" for name, value in published_flags(facts.flags).items())
-    return _HEAD + table + (_FLAGS.format(flags=flags) if flags else "")
+    repositories = dict.fromkeys(name.split("@")[0] for name in facts.base_models)
+    front = _FRONT.format(base_models="".join(["base_model:\n", *(f"- {name}\n" for name in repositories)]) if repositories else "")
+    return front + _FORMAT + _TO_FILL_IN + _TABLE + table + (_FLAGS.format(flags=flags) if flags else "")
+
+
+def with_licence(card: str, identifier: str, name: str | None = None, link: str | None = None) -> str:
+    """Return a model card that states a licence, in place of the one that it stated or asked for.
+
+    Raises:
+        ValueError: The card does not begin with fields between two lines of ``---``.
+    """
+    match = _FRONT_MATTER.match(card)
+    if match is None:
+        raise ValueError("README.md does not begin with fields between two lines of ---, as a model card does; export the model again")
+    named = {"license": identifier, "license_name": name, "license_link": link}
+    fields = [f"{key}: {json.dumps(value) if key == 'license_name' else value}\n" for key, value in named.items() if value is not None]
+    fields += [line for line in match[1].splitlines(keepends=True) if line.split(":")[0] not in named]
+    return f"---\n{''.join(fields)}---\n{card[match.end() :].replace(_TO_FILL_IN, '', 1)}"
+
+
+def _data_rows(facts: CardFacts) -> dict[str, str]:
+    """Return the rows that tell what the model was trained on and from."""
+    rows: dict[str, str] = {}
+    if facts.base_models:
+        rows["started from"] = ", ".join(dict.fromkeys(facts.base_models))
+    if facts.datasets:
+        rows["dataset groups"] = ", ".join(f"{name} ({size:,} samples)" for name, size in facts.datasets.items())
+    if facts.samples:
+        rows["trained on"] = f"{facts.samples:,} samples, {facts.tokens:,} tokens"
+    return rows
 
 
 def _model(arch: BagelArch) -> str:

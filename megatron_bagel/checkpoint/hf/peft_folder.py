@@ -145,6 +145,12 @@ class MergedSource:
         weight = self._base.get(name)
         return self._adapter.changed(name, weight) if name in self._changed else weight
 
+    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Return a part of the tensor. A weight that the adapter changes is read whole."""
+        if name in self._changed:
+            return self.get(name).narrow(dim, start, stop - start)
+        return self._base.get_slice(name, dim, start, stop)
+
 
 def is_peft_folder(path: Path) -> bool:
     """Return whether a folder looks like an adapter of PEFT."""

@@ -33,6 +33,10 @@ _SIGLIP_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 _STACKED = re.compile(r"^model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 class View:
     """A source made of other sources' tensors: released name -> (source, name in it, change of the tensor)."""
 
@@ -40,9 +44,9 @@ class View:
         self.path = path
         self._sources: dict[str, tuple[TensorSource, str, Callable[[torch.Tensor], torch.Tensor]]] = {}
 
-    def add(self, name: str, source: TensorSource, source_name: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> None:
+    def add(self, name: str, source: TensorSource, source_name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         """Define ``name`` as ``change(source[source_name])``."""
-        self._sources[name] = (source, source_name, change)
+        self._sources[name] = (source, source_name, change or _unchanged)
 
     def alias(self, name: str, target: str) -> None:
         """Define ``name`` as the same tensor as ``target``."""
@@ -69,6 +73,13 @@ class View:
         """Read the tensor now and change it."""
         source, source_name, change = self._sources[name]
         return change(source.get(source_name))
+
+    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Read a part of the tensor. A tensor that is changed is read whole."""
+        source, source_name, change = self._sources[name]
+        if change is _unchanged:
+            return source.get_slice(source_name, dim, start, stop)
+        return self.get(name).narrow(dim, start, stop - start)
 
 
 def folder_weights(folder: str | Path, flag: str, check_weights: WeightCheck = "sampled") -> SafetensorsReader:
@@ -137,6 +148,20 @@ def _add_stacked_experts(view: View, name: str, reader: SafetensorsReader, sourc
 def _expert(stacked: torch.Tensor, number: int, half: int | None = None) -> torch.Tensor:
     expert = stacked[number]
     return expert if half is None else expert.chunk(2)[half]
+
+
+def grown_source(reader: SafetensorsReader, weight_map: WeightMap, extra_rows: Callable[[Entry], torch.Tensor]) -> View:
+    """View a model folder's weights with a vocabulary as large as the model's: rows that the file lacks are those of ``extra_rows``."""
+    view = View(reader.path)
+    for name in reader.keys():  # noqa: SIM118
+        entry = weight_map.by_hf.get(name)
+        rows = reader.spec(name)[0][:1]
+        if entry is None or not entry.vocabulary or rows >= entry.shape[:1]:
+            view.add(name, reader, name)
+            continue
+        logger.info("%s: %s grows from %d to %d rows; the new ones start from seeded values", reader.path, name, *rows, *entry.shape[:1])
+        view.add(name, reader, name, partial(_grow, entry=entry, extra_rows=extra_rows))
+    return view
 
 
 def vit_source(folder: str | Path, arch: BagelArch, check_weights: WeightCheck = "sampled") -> View:

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -117,15 +118,46 @@ class SafetensorsReader:
         tensor = torch.empty(location.shape, dtype=location.dtype)
         with self._file_of[name].open("rb", buffering=0) as file:
             file.seek(location.offset)
-            # numpy would tie the memory to an array, but the receiver may free the tensor's memory.
-            remaining_bytes = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-            while remaining_bytes.nbytes:
-                num_bytes = file.readinto(remaining_bytes)
-                if not num_bytes:
-                    raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
-                remaining_bytes = remaining_bytes[num_bytes:]
+            self._fill(_bytes_of(tensor), file, name)
         refuse_not_finite(tensor, name, self._file_of[name], self.check_weights)
         return tensor
+
+    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Read ``start`` to ``stop`` along ``dim`` (0 or 1) of a tensor, and no other bytes of it. Raises ValueError like ``get``.
+
+        Rows lie together in the file. Columns are read row by row, each by one system call.
+        """
+        location = self._location(name)
+        shape = list(location.shape)
+        shape[dim] = stop - start
+        tensor = torch.empty(shape, dtype=location.dtype)
+        row_bytes = torch.Size(location.shape[1:]).numel() * location.dtype.itemsize
+        content = _bytes_of(tensor)
+        with self._file_of[name].open("rb", buffering=0) as file:
+            if dim == 0:
+                file.seek(location.offset + start * row_bytes)
+                self._fill(content, file, name)
+            else:
+                column_bytes = row_bytes // location.shape[1]
+                first, size = location.offset + start * column_bytes, (stop - start) * column_bytes
+                for row in range(location.shape[0]):
+                    file.seek(first + row * row_bytes)
+                    self._fill(content[row * size : (row + 1) * size], file, name)
+        refuse_not_finite(tensor, name, self._file_of[name], self.check_weights)
+        return tensor
+
+    def _fill(self, content: memoryview, file: RawIOBase, name: str) -> None:
+        """Read bytes until ``content`` is full."""
+        while content.nbytes:
+            num_bytes = file.readinto(content)
+            if not num_bytes:
+                raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
+            content = content[num_bytes:]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor. numpy would tie it to an array, but the receiver may free the tensor's memory."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class SafetensorsWriter:

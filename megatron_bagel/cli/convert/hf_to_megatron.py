@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.common.writable import check_writable
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
     arguments.add_argument(
-        "--model", required=True, type=Path, help="folder with llm_config.json, vit_config.json, ema.safetensors, ae.safetensors"
+        "--model",
+        required=True,
+        type=Path,
+        help="folder with llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, or a model on a hub: owner/name[@revision]",
     )
     arguments.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
     arguments.add_argument(
@@ -47,18 +52,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert hf-to-megatron") -> int:
     """Convert the folder. Returns the exit status."""
-    args = parser(prog).parse_args(argv)
+    typed = parser(prog).parse_args(argv)
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import import_folder
         from megatron_bagel.checkpoint.hf.folder import HFFolder
         from megatron_bagel.config.architecture import ConfigSources
 
-        check_writable(args.output, "--output")
+        check_writable(typed.output, "--output")
+        kinds = command.WEIGHTS[typed.weights] if typed.weights else WEIGHT_KINDS
+        model = needs("--model", weights=kinds, first_only=not typed.weights, weights_name=typed.weights_name, autoencoder="wanted")
+        args, names = with_local_folders(typed, {"model": model, "llm_path": needs("--llm-path"), "vit_path": needs("--vit-path")})
         sources = ConfigSources(args.llm_path, args.vit_path, args.weights_name)
         weights = command.WEIGHTS[args.weights] if args.weights else HFFolder(args.model, sources=sources).default_weights()
         settings = {
             "autoencoder": command.autoencoder_config(args.autoencoder_config), "max_latent_size": args.max_latent_size, "sources": sources,
+            "hub_name": names.get("model"),
         }  # fmt: skip
         print(import_folder(args.model, args.output, weights, args.allow_missing, **settings))
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.writable import check_writable
 
@@ -46,7 +47,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert init") -> int:
     """Make the checkpoint. Returns the exit status."""
-    args = parser(prog).parse_args(argv)
+    typed = parser(prog).parse_args(argv)
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import Companions, write_initial_weights
@@ -56,7 +57,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
         from megatron_bagel.data.tokenizer import load_tokenizer
 
-        check_writable(args.output, "--output")
+        check_writable(typed.output, "--output")
+        requests = {
+            "llm": needs("--llm", weights=("model",)),
+            "vit": needs("--vit", weights=("model",)),
+            "vae": needs("--vae", autoencoder="needed"),
+            "tokenizer": needs("--tokenizer"),
+        }
+        args, _ = with_local_folders(typed, requests)
         if args.vae is not None and not args.vae.is_file():
             raise ValueError(f"--vae: there is no file {args.vae}")
         vit = read_json_as(ViTArch.from_hf, args.vit / "config.json", "--vit") if args.vit is not None else None

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.common.writable import check_writable
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert megatron-to-hf") -> int:
     """Convert the checkpoint. Returns the exit status."""
-    args = parser(prog).parse_args(argv)
+    typed = parser(prog).parse_args(argv)
 
     def work() -> None:
         from megatron_bagel.checkpoint.convert import Companions, companions_of, export_checkpoint
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.checkpoint.hf.folder import HFFolder
         from megatron_bagel.model.positions import sincos_2d
 
-        check_writable(args.output, "--output")
+        check_writable(typed.output, "--output")
+        untrained = needs("--untrained-from", weights=WEIGHT_KINDS, first_only=True, autoencoder="wanted")
+        args, _ = with_local_folders(typed, {"untrained_from": untrained, "tokenizer": needs("--tokenizer")})
         folder = command.step_folder(args.checkpoint)
         run_companions = companions_of(read_state(folder)["run"].get("config", {}))
         companions = Companions(args.tokenizer or run_companions.tokenizer, args.autoencoder or run_companions.autoencoder)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.writable import check_writable
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
             RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root), args.overwrite,
             num_jobs=args.num_jobs, job_index=args.job_index,
         )  # fmt: skip
+        args, _ = with_local_folders(args, {"tokenizer": needs("--tokenizer")})
         manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         report_error(prog, error)

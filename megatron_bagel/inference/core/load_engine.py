@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_bagel import platform
+from megatron_bagel.assembly.hub_models import hub_folders
 from megatron_bagel.assembly.opened_model import OpenOptions, open_model
 from megatron_bagel.assembly.whole_modules import filled_modules
+from megatron_bagel.checkpoint.hf.hub import HubRequest
 from megatron_bagel.common.dtypes import SHORT
+from megatron_bagel.common.hub_names import HubName, hub_name
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 from megatron_bagel.data.transforms import TransformArgs
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.platform.launch.process_group import init_distributed, launched_world_size
@@ -49,15 +53,35 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
     """
     options = options or LoadOptions()
     _join(options.tensor_parallel)
-    model = open_model(Path(path), options)
+    model = open_model(*_on_this_machine(str(path), options))
     if len(model.tokenizer) > model.arch.llm.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(model.tokenizer)} ids, but the model's vocabulary only {model.arch.llm.vocab_size} rows: not a pair"
+            f"the tokenizer has {len(model.tokenizer)} ids, but the model's vocabulary only {model.arch.llm.vocab_size} rows: not a pair. "
+            "Give the tokenizer that the model was trained with (--tokenizer); a training run gives new tokens rows with --grow_vocabulary"
         )
     dtype = _dtype(options)
     transforms = image_transforms(model.arch, options.vae_transform, options.vit_transform)
     decoder, vision_tower = filled_modules(model, dtype)
     return Engine(decoder, vision_tower, model.autoencoder, model.tokenizer, model.arch, *transforms)
+
+
+def _on_this_machine(path: str, options: LoadOptions) -> tuple[Path, LoadOptions]:
+    """Return path and options with folders in place of models on a hub. Collective."""
+    kinds = (options.weights,) if options.weights is not None else WEIGHT_KINDS
+    needs = {
+        "model": HubRequest(
+            "--model", HubName(""), weights=kinds, first_only=True, weights_name=options.weights_name,
+            autoencoder="wanted" if options.autoencoder is None else "no",
+        ),
+        **{name: HubRequest(f"--{name.replace('_', '-')}", HubName("")) for name in ("tokenizer", "llm_path", "vit_path")},
+    }  # fmt: skip
+    texts = {"model": path, **{name: getattr(options, name) for name in ("tokenizer", "llm_path", "vit_path")}}
+    names = {key: name for key, text in texts.items() if text is not None and (name := hub_name(text)) is not None}
+    if not names:
+        return Path(path), options
+    folders = hub_folders([replace(needs[key], name=name) for key, name in names.items()])
+    paths = {key: str(folder.path) for key, folder in zip(names, folders, strict=True)}
+    return Path(paths.pop("model", path)), replace(options, **paths)
 
 
 def image_transforms(

@@ -8,6 +8,8 @@ import logging
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from megatron_bagel.checkpoint.convert import import_folder
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder
+from megatron_bagel.checkpoint.hf.initial_weights import initial_value
 from megatron_bagel.checkpoint.hf.load import load_weights, named_weights
+from megatron_bagel.checkpoint.hf.pretrained import grown_source
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import ConfigSources
@@ -168,6 +172,24 @@ def test_extra_tokens_of_a_fork_are_counted_in_the_table(folder: Path, caplog: p
     assert arch.llm.vocab_size == 584
     assert "llm_config.json says vocab_size 544, the token embedding has 584 rows of 128 values: 584" in caplog.text
     assert load(HFFolder(folder))["output_layer.weight"].shape == (584, 128)
+
+
+def test_tokens_without_rows_are_refused_or_get_seeded_rows(goldens: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, reader = HFFolder(goldens / "hf"), HFFolder(goldens / "hf").weights()
+    arch = replace(source.arch, llm=replace(source.arch.llm, vocab_size=560))
+    weight_map = WeightMap(arch)
+    with pytest.raises(ValueError, match=r"has shape \(544, 128\), this model needs \(560, 128\).*--grow_vocabulary True"):
+        load_weights(reader, weight_map, model_like(weight_map))
+    modules = model_like(weight_map)
+    with caplog.at_level(logging.INFO):
+        load_weights(grown_source(reader, weight_map, partial(initial_value, arch=arch, seed=1)), weight_map, modules)
+    assert "embed_tokens.weight grows from 544 to 560 rows; the new ones start from seeded values" in caplog.text
+    grown, weights = named_weights(modules), load(source)
+    for name, tensor in weights.items():
+        assert torch.equal(grown[name][: len(tensor)], tensor), name
+        if weight_map.entries[name].vocabulary:
+            seeded = initial_value(weight_map.entries[name], arch, seed=1)[544:]
+            assert torch.equal(grown[name][544:], seeded.bfloat16().float())
 
 
 def test_a_layer_that_a_config_promises_must_be_there(folder: Path) -> None:

@@ -72,3 +72,18 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="truncated"):
         SafetensorsReader(path)
+
+
+def test_a_slice_is_read_and_nothing_beside_it(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(6, 8, 3).bfloat16(), "b": torch.randn(5), "c": torch.randn(4, 6)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    reader = SafetensorsReader(tmp_path / "x.safetensors")
+    for name, dim, start, stop in (("a", 0, 2, 5), ("a", 1, 3, 8), ("b", 0, 1, 4), ("b", 0, 5, 5), ("c", 1, 0, 2), ("c", 0, 0, 4)):
+        assert torch.equal(reader.get_slice(name, dim, start, stop), tensors[name].narrow(dim, start, stop - start)), (name, dim)
+    # Values beside the slice are not looked at, and those in it are.
+    tensors["c"][:, 5] = float("nan")
+    save_file(tensors, tmp_path / "y.safetensors")
+    reader = SafetensorsReader(tmp_path / "y.safetensors")
+    assert torch.equal(reader.get_slice("c", 1, 0, 5), tensors["c"][:, :5])
+    with pytest.raises(ValueError, match="tensor c holds NaN"):
+        reader.get_slice("c", 1, 4, 6)
