@@ -6,7 +6,7 @@ The loader was read, not run (docs/serving.md). It builds one model: the release
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 
@@ -15,14 +15,16 @@ _TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 _RELEASED_VIT_LAYERS, _USED_VIT_LAYERS = 27, 26  # the server builds 26 layers where the config says 27
 
 
-def serving_problems(arch: BagelArch, kinds: Collection[str], tokens: Collection[str]) -> list[str]:
-    """Return what keeps a server from loading a folder with these ``kinds`` of weights and ``tokens`` of the tokenizer."""
+def serving_problems(arch: BagelArch, kinds: Collection[str], tokens: Mapping[str, int]) -> list[str]:
+    """Return what keeps a server from loading a folder with these ``kinds`` of weights and ``tokens`` of the tokenizer, by their ids."""
     problems = list(_model_problems(arch))
     if len(kinds) > 1:
         problems.append(f"it holds {' and '.join(kinds)} weights, and servers load one over the other; they need one kind (--weights ema)")
     missing_tokens = [token for token in _TOKENS if token not in tokens]
     if missing_tokens:
         problems.append(f"its tokenizer files lack {', '.join(missing_tokens)}")
+    if (count := max(tokens.values(), default=-1) + 1) > arch.llm.vocab_size:
+        problems.append(f"its tokenizer has {count} ids and its table {arch.llm.vocab_size} rows, and servers build the larger table")
     return problems
 
 

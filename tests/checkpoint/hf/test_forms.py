@@ -284,7 +284,7 @@ def test_an_index_without_its_files_is_refused(folder: Path) -> None:
         load(HFFolder(folder))
 
 
-class _Trap:
+class Trap:
     """An object whose unpickling creates a file."""
 
     def __init__(self, file: Path) -> None:
@@ -296,7 +296,7 @@ class _Trap:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_the_name_of_safetensors_is_not_opened(folder: Path, tmp_path: Path, zipped: bool) -> None:
-    torch.save({"a": _Trap(tmp_path / "executed")}, folder / "ema.safetensors", _use_new_zipfile_serialization=zipped)
+    torch.save({"a": Trap(tmp_path / "executed")}, folder / "ema.safetensors", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"ema\.safetensors is a PyTorch pickle.*so it was not opened"):
         load(HFFolder(folder))
     assert not (tmp_path / "executed").exists()

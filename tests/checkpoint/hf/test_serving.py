@@ -16,7 +16,7 @@ from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
 from tests.checkpoint.hf.exported import export
 
-TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+TOKENS = {"<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|vision_end|>": 151653}
 RELEASED = BagelArch(
     LLMArch(3584, 18944, 28, 28, 4, 152064), ViTArch(1152, 4304, 27, 16, image_size=980), AutoencoderArch(), max_latent_size=64
 )
@@ -86,4 +86,7 @@ def test_a_log_line_says_that_servers_need_one_kind(goldens: Path, tmp_path: Pat
     [line] = [message for message in caplog.messages if message.startswith("vllm-omni")]
     assert "it holds ema and model weights" in line and "they need one kind (--weights ema)" in line
     assert "it holds ema and model weights" in (out / "README.md").read_text()
-    assert serving_problems(HFFolder(out).arch, ["ema"], TOKENS[:1])[-1].endswith("lack <|im_end|>, <|vision_start|>, <|vision_end|>")
+    problems = serving_problems(HFFolder(out).arch, ["ema"], {"<|im_start|>": 1})
+    assert problems[-1].endswith("lack <|im_end|>, <|vision_start|>, <|vision_end|>")
+    [problem] = serving_problems(RELEASED, ["ema"], {**TOKENS, "added": 152064})
+    assert problem == "its tokenizer has 152065 ids and its table 152064 rows, and servers build the larger table"
