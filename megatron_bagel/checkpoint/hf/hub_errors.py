@@ -25,6 +25,10 @@ def readable_hub_errors(flag: str, name: HubName) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
+    other_errors: tuple[type[Exception], ...] = (
+        OSError,
+        *(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
     no_folder = f"{flag}: there is no folder {name.repository} here, and"
     try:
         yield
@@ -52,7 +56,7 @@ def readable_hub_errors(flag: str, name: HubName) -> Iterator[None]:
             f"{no_folder} {endpoint} cannot be reached ({_first_line(error)}). Check the network and HF_ENDPOINT, or copy the model into "
             "a folder and name that"
         ) from error
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:
+    except other_errors as error:
         raise ValueError(f"{flag}: {name} could not be taken from {endpoint}: {_first_line(error)}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -80,7 +81,7 @@ def _on_this_machine(path: str, options: LoadOptions) -> tuple[Path, LoadOptions
     if not names:
         return Path(path), options
     folders = hub_folders([replace(needs[key], name=name) for key, name in names.items()])
-    paths = {key: str(folder.path) for key, folder in zip(names, folders, strict=True)}
+    paths: dict[str, Any] = {key: str(folder.path) for key, folder in zip(names, folders, strict=True)}
     return Path(paths.pop("model", path)), replace(options, **paths)
 
 
