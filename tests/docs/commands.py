@@ -113,11 +113,12 @@ def check(command: Command) -> None:
 
 
 def flags_of(programs: Sequence[str]) -> set[str]:
-    """Flags of the programs (paths or modules), dashes written as underscores."""
+    """Flags of the programs (paths or modules, and the words of a command after them), dashes written as underscores."""
     found: set[str] = set()
     for program in programs:
+        name, *words = program.split()
         try:
-            _run(program, [], module=not program.endswith(".py"), before_reading=True)
+            _run(name, words, module=not name.endswith(".py"), before_reading=True)
         except Parsed as stop:
             found |= {option.replace("-", "_") for option in stop.parser._option_string_actions}
     return found

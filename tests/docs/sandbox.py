@@ -76,6 +76,9 @@ ELSEWHERE = {
     "record_runs.py": "tests/tools/test_record_runs.py, which records two cases and continues them",
     "compare_runs.py": "tests/tools/test_compare_runs.py, on each kind of input",
     "--serve": "tests/inference/web/test_server.py, which starts the command and asks the page",
+    "ByteDance-Seed/": "tests/cli/test_hub_models.py, with a server on loopback in place of the hub",
+    "convert push": "tests/checkpoint/hf/test_hub.py, with a server on loopback in place of the hub",
+    "benchmarks.released_size": "tests/benchmarks/test_released_size.py, where the disk has room",
     "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
 }
 

@@ -96,3 +96,15 @@ def test_special_tokens_come_from_any_file_of_the_tokenizer(goldens: Path, tmp_p
     assert token_ids(tmp_path) == {}
     (tmp_path / name).write_bytes((goldens / "hf" / name).read_bytes())
     assert [token_ids(tmp_path)[token] for token in ("<|im_start|>", "<|im_end|>")] == [411, 412]
+
+
+def test_a_config_class_of_a_server_reads_config_json(exported: Path) -> None:
+    """AutoConfig knows no BAGEL: servers bring a class of this model type, which reads the file as any model's."""
+    from transformers import PretrainedConfig
+
+    class ServedConfig(PretrainedConfig):
+        model_type = "bagel"
+
+    config = ServedConfig.from_pretrained(exported, local_files_only=True)
+    assert config.architectures == ["BagelForConditionalGeneration"] and config.max_latent_size == 16
+    assert config.llm_config["vocab_size"] == 544 and config.vit_config["image_size"] == 224 and config.vae_config["downsample"] == 8
