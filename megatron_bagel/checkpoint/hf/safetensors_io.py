@@ -157,6 +157,8 @@ class SafetensorsReader:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a tensor. numpy would tie it to an array, but the receiver may free the tensor's memory."""
+    if not tensor.nbytes:
+        return memoryview(bytearray())  # there is no address
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
