@@ -105,7 +105,7 @@ def rank_main(rank: int, folder: Path) -> dict[str, float]:
 
     megatron = MegatronArguments(tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=PIPELINE)
     with fake_world(rank, TENSOR * PIPELINE):
-        parallel_state.initialize_model_parallel(TENSOR, PIPELINE)
+        parallel_state.initialize_model_parallel(TENSOR, PIPELINE, create_gloo_process_groups=False)
         source = HFFolder(folder)
         arch = source.arch
         modules = build_modules(BuildSettings(megatron, FreezeSettings(), None), arch, transformer_config(arch.llm, megatron, bf16=True))

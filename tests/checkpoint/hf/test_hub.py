@@ -142,15 +142,16 @@ def test_an_export_is_pushed_with_its_card_and_comes_back_equal(goldens: Path, t
     to = ["--to", "someone/small", "--license"]
     with running_hub() as hub:
         refused = (TOKEN, [str(out), *to, "other"]), ("", [str(out), *to, "mit"]), (TOKEN, [str(torn), *to, "mit"])
-        codes, _, errors = push(hub, tmp_path / "cache", *refused)
-        assert codes == [1, 1, 1] and hub.requests == [], "nothing is sent"
-        for error, part in zip(
-            errors, ("--license-name and --license-link", "set HF_TOKEN", "not a complete safetensors file"), strict=True
-        ):
-            assert part in error
-        codes, printed, _ = push(hub, tmp_path / "cache", (TOKEN, [str(out), *to, "apache-2.0", "--private"]))
+        pushes = (*refused, (TOKEN, [str(out), *to, "apache-2.0", "--private"]))
+        codes, printed, errors = push(hub, tmp_path / "cache", *pushes)
+        assert codes == [1, 1, 1, 0]
+        reasons = ("--license-name and --license-link", "set HF_TOKEN", "not a complete safetensors file")
+        assert all(reason in error for error, reason in zip(errors, reasons, strict=True))
+        assert [request for request in hub.requests if "commit" in request or "create" in request] == [
+            "POST /api/repos/create", "POST /api/models/someone/small/commit/main",
+        ], "what is refused sends nothing"  # fmt: skip
         commit = hub.models["someone/small"].refs["main"]
-        assert codes == [0] and printed[-1] == f"{hub.url}/someone/small/commit/{commit}"
+        assert printed[-1] == f"{hub.url}/someone/small/commit/{commit}"
         pushed = hub.models["someone/small"].commits[commit]
         assert set(pushed) == {file.name for file in out.iterdir()} - {"notes.txt"}
         assert all(pushed[file.name] == file.read_bytes() for file in out.iterdir() if file.name not in ("notes.txt", "README.md"))

@@ -34,7 +34,7 @@ def bytes_read() -> int:
 
 
 def decoder_of_rank(arch: BagelArch, tensor: int, pipeline: int, divisor: int) -> nn.Module:
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
     megatron = MegatronArguments(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     initialize_kv_sharing(arch.llm.num_key_value_heads)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
