@@ -37,7 +37,7 @@ def test_settings_become_folders_and_the_record_keeps_commits(goldens: Path, tmp
         words = ["--finetune_from_hf", "True", "--model_path", "owner/bagel", "--resume_from", "owner/bagel@main", "--resume_model_only",
                  "True", "--finetune_from_ema", "True", "--llm_path", "owner/not-read", "--vae_path", "not/read@v1"]  # fmt: skip
         command = [sys.executable, "-c", DRIVER, *words]
-        done = subprocess.run(command, env=hub.environment(tmp_path / "cache"), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=hub.environment(tmp_path / "cache"), capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         model, resume_from, typed, again = json.loads(done.stdout.splitlines()[-1])
         folder = tmp_path / f"cache/hub/models--owner--bagel/snapshots/{commit}"

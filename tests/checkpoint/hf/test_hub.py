@@ -43,7 +43,7 @@ WEIGHTS = {"weights": ["ema", "model"], "first_only": True, "autoencoder": "want
 
 def ask(environment: dict[str, str], *requests: tuple[str, dict[str, Any]]) -> list[Any]:
     command = [sys.executable, "-c", DRIVER, json.dumps(requests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))
 
@@ -128,7 +128,7 @@ print(codes)
 def push(hub: Hub, cache: Path, *calls: tuple[str, list[str]]) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, and the lines that were printed and the errors."""
     command = [sys.executable, "-c", PUSH, json.dumps(calls)]
-    done = subprocess.run(command, env=hub.environment(cache), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=hub.environment(cache), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("megatron-bagel convert push: ")]
     return json.loads(done.stdout.splitlines()[-1]), done.stdout.splitlines()[:-1], errors
