@@ -68,6 +68,9 @@ class Source:
     def get(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        return self.tensors[name].narrow(dim, start, stop - start)
+
 
 def peer_and_arch() -> tuple[Wrapped, BagelArch]:
     import transformers
