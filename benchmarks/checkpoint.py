@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import report
 from megatron_bagel import platform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,7 +252,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     saves.add_argument("--config", default="bench-53m", help="named configuration of benchmarks/named_configs.py; its decoder is used")
     for mode in (convert, saves):
         mode.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
-        mode.add_argument("--out", type=Path, help="also write the JSON here")
+        mode.add_argument("--output", "--out", type=Path, help="write a record of this run (benchmarks/record.py) here")
     same = modes.add_parser("same", help="whether two weight files are equal (used by convert)")
     same.add_argument("files", nargs=2, type=Path)
     rank = modes.add_parser("rank", help="one rank of a measurement (started by saves)")
@@ -276,10 +277,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         where = Path(folder).resolve()  # the measured processes start in another folder
         result = measure_conversion(args.gigabytes, where) if args.mode == "convert" else measure_saves(args.config, where)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    report(result, args.output)
     return result
 
 

@@ -12,7 +12,6 @@ python -m benchmarks.data --part open              # opening a synthetic sidecar
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs  # noqa: E402
 from benchmarks.data_reading import measure_fill, measure_loader, measure_start  # noqa: E402
 from benchmarks.data_scale import measure_opening, measure_planning  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from megatron_bagel.data.planner.assign import assign_packs  # noqa: E402
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig  # noqa: E402
 
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     """Every size has a default that is the full-size measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("packing", "sample", "loader", "start", "plan", "open"), default="packing")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     packing = parser.add_argument_group("packing")
     packing.add_argument("--mix", choices=("lognormal", "images"), default="lognormal")
     packing.add_argument("--packs", type=int, default=640, help="of sample and loader too")
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "plan": lambda: measure_planning(args.samples or 10_000_000),
         "open": lambda: measure_opening(args.samples or 100_000_000),
     }
-    print(json.dumps(parts[args.part](), indent=1))
+    report(parts[args.part](), args.output)
 
 
 if __name__ == "__main__":

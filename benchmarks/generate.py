@@ -13,7 +13,6 @@ that do other things too.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.named_configs import CONFIGS, SEED, megatron_config  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.encoders.autoencoder import AutoEncoder  # noqa: E402
 from megatron_bagel.encoders.vision_tower import VisionTower  # noqa: E402
@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     if min(arguments.tokens, arguments.side, arguments.steps, arguments.batch) < 1:
         parser.error("--tokens, --side, --steps and --batch must be at least 1")
@@ -191,10 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = {"asked": asked, "device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
         result |= measure(engine, arguments)
     shutdown_distributed()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output)
     return result
 
 

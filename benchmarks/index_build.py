@@ -26,6 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a file too, without installing the benchmarks
 
+from benchmarks.record import report  # noqa: E402
 from megatron_bagel.data.index.build import BuildOptions, build_index  # noqa: E402
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ImageChecks  # noqa: E402
 from megatron_bagel.data.sources.dataset_config import GroupConfig, parse_groups  # noqa: E402
@@ -113,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels per side of the images")
     parser.add_argument("--words", type=int, default=40, help="words per caption")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
-    print(json.dumps(measure(arguments.rows, arguments.side, arguments.words, arguments.repeats), indent=1))
+    report(measure(arguments.rows, arguments.side, arguments.words, arguments.repeats), arguments.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Times are processor seconds of one core, the quickest of several tries.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.long_packs import KINDS, LONG, quickest  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from megatron_bagel.cli.data_settings import data_settings  # noqa: E402
 from megatron_bagel.config.parser import parse_config  # noqa: E402
 from megatron_bagel.config.resolve import architecture, tokenizer_path  # noqa: E402
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML of a training run whose data is measured, in place of synthetic packs")
     parser.add_argument("--packs", type=int, default=4, help="with --config: how many packs (default 4)")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.config:
@@ -106,10 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         plans = {kind.__name__: kind() for kind in KINDS}
         result = {name: {"layout_seconds": measure_layout(plan), **measure_pack(build_pack(plan, LONG))} for name, plan in plans.items()}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output)
     return result
 
 

@@ -10,7 +10,6 @@ of the processor, so a busy machine does not change the verdict much.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ platform.install()
 
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
 from benchmarks.step_record import step_record  # noqa: E402
 from megatron_bagel.costs.flops import StepWork  # noqa: E402
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--config", choices=sorted(CONFIGS), default="bench-53m")
     parser.add_argument("--rounds", type=int, default=200, help="repetitions of what is cheap; their mean is reported")
     parser.add_argument("--steps", type=int, default=2, help="measured steps, after one")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     init_distributed()
     parallel_state.initialize_model_parallel()
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     costs = observing_costs(pack, arguments.rounds)
     result = {"config": arguments.config, "step_s": step_s, **costs, "share_when_all_are_logged": sum(costs.values()) / step_s}
     shutdown_distributed()
-    print(json.dumps(result, indent=2))
+    report(result, arguments.output)
     return result
 
 

@@ -11,7 +11,6 @@ is not overhead of these parts: they add numbers to exchanges that exist without
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -30,6 +29,7 @@ platform.install()
 
 from benchmarks.measure import Stopwatch  # noqa: E402
 from benchmarks.named_configs import CONFIGS, bench_pack  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
 from benchmarks.step_record import step_done, step_record  # noqa: E402
 from megatron_bagel.cli.resolve_run import resilience_settings  # noqa: E402
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", choices=sorted(CONFIGS), default="bench-53m")
     parser.add_argument("--steps", type=int, default=3, help="measured steps; the median of their CPU time counts")
     parser.add_argument("--calls", type=int, default=200, help="calls of each part")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.calls < 1:
         parser.error("--steps and --calls must be at least 1")
@@ -131,10 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "config": arguments.config, "device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "step_cpu_s": cpu_s, "step_wall_s": wall_s, "parts_cpu_s": parts, "overhead_cpu_s": total, "share_of_step": total / cpu_s,
     }  # fmt: skip
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output)
     return result
 
 

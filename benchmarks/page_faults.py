@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import report
+
 MIB = 1 << 20
 MEASURE = "--in-this-process"
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print one JSON object, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="temporaries after the first (default 20)")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     parser.add_argument(MEASURE, action="store_true", help="measure the settings of this process alone")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
@@ -91,10 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for huge_pages in (False, True)
             for keep_freed in (False, True)
         }
-    text = json.dumps(result, indent=None if arguments.in_this_process else 2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output, indent=None if arguments.in_this_process else 2)
     return result
 
 

@@ -11,7 +11,6 @@ model whose time goes into matrix products. Run it on an otherwise idle machine 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import report
 from megatron_bagel.cli.data import sample as make_sample_data
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
@@ -101,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("layouts", nargs="*", metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)} (default: one dp2 pp2)")
     parser.add_argument("--steps", type=int, default=4, help="measured steps; medians are reported (default 4)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the measured ones (default 1)")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     arguments.layouts = arguments.layouts or ["one", "dp2", "pp2"]
     if unknown := [name for name in arguments.layouts if name not in LAYOUTS]:
@@ -121,10 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for numbers in measured.values():
             numbers["speedup"] = numbers["tokens_per_s"] / measured["one"]["tokens_per_s"]
     result = {"torch": torch.__version__, "cores": os.cpu_count(), "packs_per_step": GLOBAL_BATCH, "layouts": measured}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output)
     return result
 
 

@@ -11,7 +11,6 @@ Run it on an otherwise idle machine, one measurement per process: peak memory is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ platform.install()
 from benchmarks.layers import compare_layers  # noqa: E402
 from benchmarks.measure import matmul_gflops  # noqa: E402
 from benchmarks.named_configs import CONFIGS  # noqa: E402
+from benchmarks.record import report  # noqa: E402
 from benchmarks.step import measure_step  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512, help="layers: hidden size")
     parser.add_argument("--layers", type=int, default=8, help="layers: number of layers")
     parser.add_argument("--tokens", type=int, default=2048, help="layers: tokens, half of them generation tokens")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1 or arguments.warmup < 0:
         parser.error("--rounds must be at least 1 and --warmup at least 0")
@@ -81,10 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         llm = CONFIGS[arguments.config].arch.llm
         result["matmul_gflops"] = matmul_gflops(1024, llm.hidden_size, 2 * llm.intermediate_size)
     shutdown_distributed()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    report(result, arguments.output)
     return result
 
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.parallel_step import main
+from benchmarks.record import read_record
 
 
 @pytest.mark.slow
@@ -16,7 +16,7 @@ from benchmarks.parallel_step import main
 def test_layouts_train_the_same(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     main(["one", "dp2", "pp2", "--steps", "1", "--warmup", "1", "--output", str(out)])
-    layouts = json.loads(out.read_text())["layouts"]
+    layouts = read_record(out).figures["layouts"]
     assert [layouts[name]["processes"] for name in ("one", "dp2", "pp2")] == [1, 2, 2]
     for name in ("dp2", "pp2"):
         assert layouts[name]["loss"] == pytest.approx(layouts["one"]["loss"], rel=1e-4)

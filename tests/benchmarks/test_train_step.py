@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from benchmarks.layers import _stacks, compare_layers, half_generation_pack
 from benchmarks.measure import count_operators
 from benchmarks.named_configs import CONFIGS, bench_pack
+from benchmarks.record import read_record
 from benchmarks.train_step import main
 from megatron_bagel.layout.mask import PackMask
 
@@ -53,7 +53,7 @@ def test_counter_sees_kernels_and_views() -> None:
 def test_json(tmp_path: Path, layers: int, recomputed: int) -> None:
     out = tmp_path / "result.json"
     main(["step", "--config", "bench-tiny", "--rounds", "1", "--recompute-layers", str(layers), "--output", str(out)])
-    result = json.loads(out.read_text())
+    result = read_record(out).figures
     assert result["tokens_per_s"] > 0 and result["peak_mem_bytes"] > 0 and result["recompute_layers"] == recomputed
     assert result["last_loss"] < result["first_loss"]
     assert sum(result["parts_s"].values()) == pytest.approx(result["step_s"], rel=0.01)
