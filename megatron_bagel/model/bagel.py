@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -28,6 +27,7 @@ from torch import nn
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.parallel_sizes import padded_vocabulary
 from megatron_bagel.model.batch import MicroBatch
+from megatron_bagel.model.cross_entropy import VocabularyShard, chunked_cross_entropy, cross_entropy
 from megatron_bagel.model.embedders import TimestepEmbedder
 from megatron_bagel.model.experts import ExpertPair, join, per_expert
 from megatron_bagel.model.flow import interpolate, target_velocity
@@ -54,10 +54,11 @@ class BagelModel(MegatronModule):
         vp_stage: int | None = None,
         freeze_und: bool = False,
         vocab_divisor: int = 1,
+        ce_chunk_tokens: int = 0,
     ) -> None:
         super().__init__(config=config)
         self.arch, self.freeze_und, self.vp_stage = arch, freeze_und, vp_stage
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process, self.post_process, self.ce_chunk_tokens = pre_process, post_process, ce_chunk_tokens
         self.share_embeddings_and_output_weights = arch.llm.tie_word_embeddings
         hidden, has_latents = config.hidden_size, arch.autoencoder is not None
         self.vocab_rows = padded_vocabulary(arch.llm.vocab_size, config.tensor_model_parallel_size, vocab_divisor)
@@ -216,8 +217,8 @@ class BagelModel(MegatronModule):
         Without loss tokens the results are empty but stay connected to the heads. Every parameter then gets a (zero) gradient
         on every rank, which overlapped gradient reduction waits for.
         """
-        logits, predicted = self.predictions(hidden, batch)
-        ce = cross_entropy(logits, batch.labels)
+        normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
+        ce, predicted = self._text_losses(normed.index_select(0, batch.ce_slots), batch.labels), self._velocities(normed, batch)
         if self.arch.autoencoder is None:
             return ce, predicted
         target = target_velocity(batch.latents, batch.noise).index_select(0, batch.mse_rows)
@@ -226,10 +227,24 @@ class BagelModel(MegatronModule):
     def predictions(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [n_ce, V / tp] and velocities [n_mse, p * p * z] of the loss tokens, both fp32."""
         normed = self.final_norm(hidden, batch.n_und, batch.n_vae)
-        logits = self.text_logits(normed.index_select(0, batch.ce_slots)).float()
+        return self.text_logits(normed.index_select(0, batch.ce_slots)).float(), self._velocities(normed, batch)
+
+    def _velocities(self, normed: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         if self.arch.autoencoder is None:
-            return logits, normed.new_zeros((0, 1), dtype=torch.float32)
-        return logits, self.velocity(normed.index_select(0, batch.mse_slots)).float()
+            return normed.new_zeros((0, 1), dtype=torch.float32)
+        return self.velocity(normed.index_select(0, batch.mse_slots)).float()
+
+    def _text_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the unreduced cross entropy [n] of the loss tokens [n, h]."""
+        if not self.ce_chunk_tokens:
+            return cross_entropy(self.text_logits(hidden).float(), labels)
+        with torch.no_grad():
+            # Called only for its hooks: overlapped parameter gathering waits there for the weight that is read next.
+            self.text_logits(hidden[:0])
+        weight, tied = self.shared_embedding_or_output_weight(), self.share_embeddings_and_output_weights
+        weight = self.output_layer.weight if weight is None else weight
+        shard = VocabularyShard.of(self.arch.llm.vocab_size, weight.shape[0])
+        return chunked_cross_entropy(hidden, weight, labels, shard, self.ce_chunk_tokens, tied)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return losses (or predictions) on the last stage, and hidden states [length, 1, h] on the others."""
@@ -253,10 +268,3 @@ class BagelModel(MegatronModule):
             # With tied embeddings the first stage's copy is saved, and this copy on the last stage is a replica.
             state[key] = replace(state[key], replica_id=(1, *state[key].replica_id[1:]))
         return state
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the unreduced cross entropy [n] of fp32 logits [n, V / tp]."""
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return F.cross_entropy(logits, labels, reduction="none")
-    return vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)).squeeze(1)

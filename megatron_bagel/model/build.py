@@ -22,13 +22,14 @@ def build_decoder(
     transformer_impl: str = "local",
     vocab_divisor: int = 1,
     lora: LoraSettings | None = None,
+    ce_chunk_tokens: int = 0,
 ) -> BagelModel:
     """Build one pipeline stage with Megatron's random weights, and adapters where ``lora`` asks for them.
 
-    ``padded_vocabulary`` explains ``vocab_divisor``.
+    ``padded_vocabulary`` explains ``vocab_divisor``, and ``cross_entropy.py`` explains ``ce_chunk_tokens`` (0: all loss tokens together).
     """
     spec = layer_spec(arch.llm, spec_modules(transformer_impl), freeze_und, lora)
-    model = BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor)
+    model = BagelModel(config, arch, spec, pre_process, post_process, vp_stage, freeze_und, vocab_divisor, ce_chunk_tokens)
     if lora is not None:
         adapt_plain_linears(model, lora)
         set_draw_keys(model.decoder.layers)
