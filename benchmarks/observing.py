@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = CONFIGS[arguments.config]
     pack = bench_pack(config)
-    step, watch = BenchStep(config.arch, pack, 0), Stopwatch(0)
+    step, watch = BenchStep(config.arch, pack), Stopwatch(0)
     step.run(watch)
     step_s = processor_time(lambda: step.run(watch), arguments.steps)
     costs = observing_costs(pack, arguments.rounds)

@@ -68,7 +68,7 @@ def cpu_seconds(work: Callable[[], object], calls: int) -> float:
 
 def step_seconds(name: str, steps: int) -> tuple[float, float]:
     """(CPU, wall) seconds of a training step, medians after one step of warm-up."""
-    step, watch = BenchStep(CONFIGS[name].arch, bench_pack(CONFIGS[name]), 0), Stopwatch(0)
+    step, watch = BenchStep(CONFIGS[name].arch, bench_pack(CONFIGS[name])), Stopwatch(0)
     step.run(watch)
     taken = []
     for _ in range(steps):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from benchmarks.named_configs import CONFIGS, SEED, bench_pack, megatron_config
 from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.costs.flops import StepWork, mfu_flops, work_flops
-from megatron_bagel.encoders.autoencoder import AutoEncoder
-from megatron_bagel.encoders.image_encoding import encode_latents
+from megatron_bagel.encoders.autoencoder import AutoEncoder, VaeKernels
+from megatron_bagel.encoders.image_encoding import encode_latents, patch_values, tower_images
+from megatron_bagel.encoders.tower_pass import tower_pass
 from megatron_bagel.encoders.vision_tower import VisionTower
 from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack
@@ -28,7 +30,7 @@ from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_opt
 
 @dataclass
 class Inputs:
-    """What the loader and the keyed generators would hand to the step."""
+    """What the loader and the keyed generators would hand to the step. Patches stay on the host, as the vision tower takes them there."""
 
     images: list[Tensor]
     patches: Tensor
@@ -48,28 +50,51 @@ def random_inputs(pack: Pack, arch: BagelArch) -> Inputs:
     timesteps = torch.cat([t.expand(image.tokens) for t, image in zip(per_image, vae, strict=True)])
     patches = torch.rand(len(pack.vit_positions), 3 * 14 * 14, generator=generator) * 2 - 1
     noise = torch.randn(len(pack.vae_positions), arch.latent_token_dim, generator=generator)
-    return Inputs(
-        [x.to(device) for x in images], patches.to(device), [x.to(device) for x in posterior], noise.to(device), timesteps.to(device)
-    )
+    return Inputs([x.to(device) for x in images], patches, [x.to(device) for x in posterior], noise.to(device), timesteps.to(device))
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a measured step may change. The defaults are those of a run.
+
+    Attributes:
+        recompute_layers: Activation checkpointing of the first layers of the decoder, and of the ViT if it is not 0.
+        backend: The attention; None is flex on a GPU and sdpa on a CPU.
+        transformer_impl: The implementation of the decoder's modules.
+        vae_bf16: Whether the autoencoder runs under bf16 autocast.
+        vae_kernels: How the autoencoder encodes.
+        stored_latents: Whether latents come from a cache, so that the autoencoder does not run.
+        vit_chunk_tokens: The ViT tokens whose activations exist at one time; None keeps those of the step.
+        ce_chunk_tokens: The loss tokens whose logits exist at one time; 0 keeps all.
+    """
+
+    recompute_layers: int = 0
+    backend: str | None = None
+    transformer_impl: str = "local"
+    vae_bf16: bool = False
+    vae_kernels: VaeKernels = "plain"
+    stored_latents: bool = False
+    vit_chunk_tokens: int | None = None
+    ce_chunk_tokens: int = 0
 
 
 class BenchStep:
     """Model, optimizer and EMA of a config on its pack, with the parts of a training step as methods."""
 
-    def __init__(
-        self, arch: BagelArch, pack: Pack, recompute_layers: int, backend: str | None = None, transformer_impl: str = "local",
-        vae_bf16: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, arch: BagelArch, pack: Pack, options: StepOptions = StepOptions()) -> None:
         device, bf16 = platform.device(), platform.has_gpu()
         dtype = torch.bfloat16 if bf16 else torch.float32
-        config = megatron_config(arch, recompute_layers, bf16)
+        config = megatron_config(arch, options.recompute_layers, bf16)
         self.arch, self.pack, self.inputs = arch, pack, random_inputs(pack, arch)
-        self.vae_bf16 = vae_bf16
-        self.backend = backend or ("flex" if platform.has_gpu() else "sdpa")
-        self.vae = AutoEncoder(arch.autoencoder).to(device).requires_grad_(False)
-        vision = VisionTower(arch, recompute_layers > 0)
+        self.options = options
+        self.images = tower_images(pack, self.inputs.patches.split([image.tokens for image in pack.images_of("vit")]))
+        self.backend = options.backend or ("flex" if platform.has_gpu() else "sdpa")
+        self.vae = AutoEncoder(arch.autoencoder).use_kernels(options.vae_kernels).to(device).requires_grad_(False)
+        self.tower_pass = tower_pass(device, options.vit_chunk_tokens)
+        vision = VisionTower(arch, options.recompute_layers > 0)
         vision.reset_parameters(torch.Generator().manual_seed(SEED))
-        decoder = build_decoder(arch, config, transformer_impl=transformer_impl)
+        kernels = {"transformer_impl": options.transformer_impl, "ce_chunk_tokens": options.ce_chunk_tokens}
+        decoder = build_decoder(arch, config, **kernels)
         # The head starts at zero, which would leave the decoder without a gradient from the images.
         torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
         settings = OptimizerSettings(lr=1e-4, bf16=bf16)
@@ -78,6 +103,16 @@ class BenchStep:
         self.ema = ShardedEma(dict(zip(("decoder", "vision"), self.modules, strict=True)), self.optimizer, 0.9999)
         self.totals = LossTotals.of([pack])
         self.parameters = sum(p.numel() for module in self.modules for p in module.parameters())
+        self.stored: Tensor | None = None
+        if options.stored_latents:
+            self.stored = self.latents()
+
+    def latents(self) -> Tensor:
+        """The latents of the step: encoded, or as a cache would hand them out."""
+        if self.stored is not None:
+            return self.stored
+        with torch.autocast(platform.device().type, torch.bfloat16, enabled=self.options.vae_bf16):
+            return encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
 
     def run(self, watch: Stopwatch) -> float:
         """One step; returns its loss."""
@@ -86,12 +121,10 @@ class BenchStep:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         watch.lap("zero_grad")
-        with torch.autocast(platform.device().type, torch.bfloat16, enabled=self.vae_bf16):
-            latents = encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
+        latents = self.latents()
         watch.lap("autoencoder")
         device, pack = latents.device, self.pack
-        position_ids = torch.from_numpy(pack.vit_position_ids).to(device)
-        features = self.modules[1](self.inputs.patches, position_ids, [image.tokens for image in pack.images_of("vit")])
+        features = self.tower_pass.encode(self.modules[1], self.images, patch_values(self.arch.vit)).requires_grad_()
         watch.lap("vit_forward")
         whole = Features(features, latents, self.inputs.noise, self.inputs.timesteps)
         batch = make_microbatch(pack, expert_order(pack), whole, self.backend, device)
@@ -100,6 +133,7 @@ class BenchStep:
         loss, _ = microbatch_loss(ce, mse, batch.ce_weights, self.totals, LossWeights())
         watch.lap("decoder_forward")
         loss.backward()
+        self.tower_pass.backward(features.grad)
         watch.lap("backward")
         finalize_gradients(self.modules)
         optimizer_step(self.optimizer)
@@ -109,28 +143,32 @@ class BenchStep:
         return loss.item()
 
 
-def measure_step(
-    name: str, recompute_layers: int, rounds: int, warmup: int, backend: str | None = None, transformer_impl: str = "local",
-    vae_bf16: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+def measure_step(name: str, rounds: int, warmup: int, options: StepOptions = StepOptions(), pack: Pack | None = None) -> dict[str, Any]:
     """Medians over ``rounds`` steps after ``warmup`` ones, tokens per second, peak memory, and the rate against plain matrix products."""
     arch = CONFIGS[name].arch
-    pack = bench_pack(CONFIGS[name])
-    step, watch = BenchStep(arch, pack, recompute_layers, backend, transformer_impl, vae_bf16), Stopwatch(warmup)
+    pack = pack or bench_pack(CONFIGS[name])
+    step, watch = BenchStep(arch, pack, options), Stopwatch(warmup)
     losses = [step.run(watch) for _ in range(warmup + rounds)]
+    return {"config": name, **step_figures(step, watch, losses)}
+
+
+def step_figures(step: BenchStep, watch: Stopwatch, losses: Sequence[float]) -> dict[str, Any]:
+    """The figures of a step that was run: medians, tokens per second, peak memory, and the rate against plain matrix products."""
+    arch, pack, options = step.arch, step.pack, step.options
     work = StepWork.of(pack)
     parts = work_flops(arch, work)
-    parts_s = watch.medians()
-    seconds = sorted(watch.rounds())[rounds // 2]
+    if options.stored_latents:
+        parts = replace(parts, autoencoder=0.0)
+    parts_s, rounds = watch.medians(), watch.rounds()
+    seconds = sorted(rounds)[len(rounds) // 2]
     dtype = torch.bfloat16 if platform.has_gpu() else torch.float32
     gflops = matmul_gflops(work.tokens // 2, arch.llm.hidden_size, 2 * arch.llm.intermediate_size, dtype=dtype)
     return {
-        "config": name,
         "attention_backend": step.backend,
-        "transformer_impl": transformer_impl,
-        "vae_encode_bf16": vae_bf16,
+        "transformer_impl": options.transformer_impl,
+        "vae_encode_bf16": options.vae_bf16,
         "dtype": str(dtype).removeprefix("torch."),
-        "recompute_layers": recompute_layers,
+        "recompute_layers": options.recompute_layers,
         "parameters": step.parameters,
         "samples": len(pack.samples),
         "images": {kind: len(pack.images_of(kind)) for kind in ("vit", "vae")},

@@ -28,7 +28,7 @@ from benchmarks.layers import compare_layers  # noqa: E402
 from benchmarks.measure import matmul_gflops  # noqa: E402
 from benchmarks.named_configs import CONFIGS  # noqa: E402
 from benchmarks.record import report  # noqa: E402
-from benchmarks.step import measure_step  # noqa: E402
+from benchmarks.step import StepOptions, measure_step  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not -1 <= arguments.recompute_layers <= layers:
             raise SystemExit(f"--recompute-layers is -1 (all) to {layers}, the layers of {arguments.config}")
         recomputed = layers if arguments.recompute_layers == -1 else arguments.recompute_layers
-        implementation = arguments.attention_backend, arguments.transformer_impl, arguments.vae_encode_bf16
-        result |= measure_step(arguments.config, recomputed, arguments.rounds, arguments.warmup, *implementation)
+        options = StepOptions(recomputed, arguments.attention_backend, arguments.transformer_impl, arguments.vae_encode_bf16)
+        result |= measure_step(arguments.config, arguments.rounds, arguments.warmup, options)
     elif arguments.what == "layers":
         result |= compare_layers(arguments.hidden, arguments.layers, arguments.tokens, arguments.rounds)
     else:

@@ -19,7 +19,7 @@ from megatron_bagel.config.architecture import AutoencoderArch, BagelArch
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks
 from megatron_bagel.costs.freezing import FreezeSettings, freeze
-from megatron_bagel.encoders.autoencoder import AutoEncoder
+from megatron_bagel.encoders.autoencoder import MAX_PIXELS_PER_CALL, AutoEncoder, VaeKernels
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.vision_tower import VisionTower
@@ -38,12 +38,16 @@ class BuildSettings:
         frozen: What does not train.
         autoencoder: The file of the autoencoder's weights; None if a latent cache replaces the encoder.
         check_weights: How many values of each of its weights are checked to be finite.
+        vae_kernels: How the autoencoder encodes.
+        vae_batch_pixels: The pixels of images of one size that it takes together.
     """
 
     megatron: MegatronArguments
     frozen: FreezeSettings
     autoencoder: Path | None
     check_weights: WeightCheck = "sampled"
+    vae_kernels: VaeKernels = "plain"
+    vae_batch_pixels: int = MAX_PIXELS_PER_CALL
 
 
 @dataclass
@@ -102,7 +106,8 @@ def _autoencoder(settings: BuildSettings, arch: AutoencoderArch) -> AutoEncoder 
     """Return the autoencoder with its weights, or the cached posteriors if a latent cache replaces it."""
     if settings.autoencoder is None:
         return CachedPosterior(arch)
-    return load_autoencoder(settings.autoencoder, arch, check_weights=settings.check_weights)
+    autoencoder = load_autoencoder(settings.autoencoder, arch, check_weights=settings.check_weights)
+    return autoencoder.use_kernels(settings.vae_kernels, settings.vae_batch_pixels)
 
 
 def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConfig, number: int) -> BagelModel:
@@ -119,6 +124,7 @@ def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConf
         transformer_impl=settings.megatron.transformer_impl,
         vocab_divisor=settings.megatron.make_vocab_size_divisible_by,
         lora=settings.frozen.lora,
+        ce_chunk_tokens=settings.megatron.ce_chunk_tokens,
     )
 
 

@@ -46,7 +46,7 @@ def resolve_plan(config: Config, options: PlanArguments) -> PlannedRun:
     def inputs_of(settings: dict[str, Any]) -> CostInputs:
         return cost_inputs(with_sizes(config, options.gpus, settings) if settings else config, arch, options.gpus)
 
-    return PlannedRun(arch, config.data.max_num_tokens, config.training.peak_device_tflops, inputs_of)
+    return PlannedRun(arch, config.data.max_num_tokens, config.training.peak_device_tflops, inputs_of, config.training.save_every)
 
 
 def with_sizes(config: Config, gpus: int, settings: dict[str, Any]) -> Config:

@@ -20,13 +20,17 @@ from megatron_bagel.cli.console import absent_speedups
 from megatron_bagel.cli.cost_settings import freeze_settings
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedSizes, autoencoder_path, resolve, tokenizer_path
 from megatron_bagel.config.validate import validate_architecture
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
 from megatron_bagel.inference.core.guidance import Guidance
 from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.planning.encoder_memory import encoder_memory_of_a_run
+from megatron_bagel.platform.device import device_memory_bytes
 from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
 from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.losses import LossWeights
@@ -57,18 +61,23 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool)
     """
     training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
     tokenizer, grown_arch = tokenizer_and_model(config, arch)
+    costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
+    megatron = encoder_memory_of_a_run(costs, device_memory_bytes())
+    if (config.megatron.encoder_memory, megatron.encoder_memory) == ("auto", "constant"):
+        note = "encoder_memory: constant; the activations of the vision tower for a whole step would not fit (choose with --encoder_memory)"
+        sizes = replace(sizes, notes=(*sizes.notes, note))
     run = ResolvedRun(
         record=record_of(config),
         arch=grown_arch,
         tokenizer=tokenizer,
-        megatron=config.megatron,
+        megatron=megatron,
         sizes=sizes,
         seed=training.global_seed,
         results_dir=Path(training.results_dir),
         data=data_settings(config),
         start=start_settings(config),
         build=build_settings(config),
-        encoding=encoding_settings(config),
+        encoding=encoding_settings(config, megatron),
         optimizer=optimizer_settings(config, sizes),
         schedule=schedule_settings(config),
         ema_decay=training.ema,
@@ -137,13 +146,19 @@ def start_settings(config: Config) -> StartSettings:
 def build_settings(config: Config) -> BuildSettings:
     """Return the settings of building modules."""
     autoencoder_file = autoencoder_path(config) if config.data.latent_cache is None else None
-    return BuildSettings(config.megatron, freeze_settings(config), autoencoder_file, config.training.check_weights)
-
-
-def encoding_settings(config: Config) -> ImageEncoderSettings:
-    """Return the settings of the image encoders."""
     training = config.training
-    return ImageEncoderSettings(training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16)
+    return BuildSettings(
+        config.megatron, freeze_settings(config), autoencoder_file, training.check_weights, training.vae_kernels, training.vae_batch_pixels
+    )
+
+
+def encoding_settings(config: Config, megatron: MegatronArguments) -> ImageEncoderSettings:
+    """Return the settings of the image encoders; ``encoder_memory`` is decided in ``megatron``."""
+    training = config.training
+    chunk_tokens = megatron.encoder_chunk_tokens if megatron.encoder_memory == "constant" else None
+    return ImageEncoderSettings(
+        training.global_seed, training.vae_encode_padded, platform.device(), training.vae_encode_bf16, vit_chunk_tokens=chunk_tokens
+    )
 
 
 def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSettings:

@@ -340,3 +340,15 @@ class TrainingArguments:
     vae_encode_bf16: bool = flag(
         False, "Encode as the original does: run the autoencoder under bf16 autocast. False runs it in fp32.", on_resume=SAID
     )
+    vae_kernels: Literal["plain", "split_norm", "channels_last"] = flag(
+        "plain",
+        "How the autoencoder encodes. split_norm sums the group norms of one image with the whole GPU; channels_last also runs the "
+        "convolutions in that memory format. Latents differ by rounding.",
+        on_resume=SAID,
+    )
+    vae_batch_pixels: int = flag(
+        1048576,
+        "Pixels of images of one size that the autoencoder takes together, which bounds its memory. A larger image runs alone.",
+        minimum=1,
+        on_resume=FREE,
+    )

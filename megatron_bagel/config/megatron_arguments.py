@@ -89,6 +89,26 @@ class MegatronArguments(MoEArguments):
         [], "Modules that selective recomputation covers. Default: core_attn.", choices=("core_attn", "mlp"), on_resume=FREE
     )
     recompute_vit: bool = flag(False, "Recompute the vision tower's layers in the backward pass.", on_resume=FREE)
+    encoder_memory: Literal["auto", "step", "constant"] = flag(
+        "auto",
+        "Activations of the vision tower between its two passes. step keeps those of all images of a step, so memory grows with the packs "
+        "per replica. constant keeps those of encoder_chunk_tokens tokens, for one more forward pass. auto is constant where a GPU, by the "
+        "formulas of the plan, has no room for step, and step elsewhere.",
+        on_resume=FREE,
+    )
+    encoder_chunk_tokens: int = flag(
+        16384,
+        "ViT tokens that run through the tower together with encoder_memory constant. An image is never divided.",
+        minimum=1,
+        on_resume=FREE,
+    )
+    ce_chunk_tokens: int = flag(
+        0,
+        "Loss tokens whose logits exist at one time. The backward pass computes them again, which saves the memory of the logits of "
+        "large vocabularies and costs one more pass of the output layer. 0 keeps the logits of all loss tokens.",
+        minimum=0,
+        on_resume=FREE,
+    )
     attention_backend: Literal["auto", "sdpa", "flex", "dense"] = megatron_flag(
         "auto", "auto uses flex on CUDA (unless use_flex is False) and sdpa on CPU. dense is a slow reference for tests.", on_resume=SAID
     )

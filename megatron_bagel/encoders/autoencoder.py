@@ -8,6 +8,7 @@ common size would change the latents through GroupNorm, the attention and the bo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder_blocks import Decoder, Encoder
+from megatron_bagel.encoders.group_norm import GroupNorm
 
 # Pixels in one batched call of ``encode_many``; the widest activation of the released size (ch 128) then stays within about 0.5 GB.
 MAX_PIXELS_PER_CALL = 1 << 20
+#: How the encoder computes: as torch does it; with norms whose sums use a whole GPU for one image; and with these in channels-last format.
+VaeKernels = Literal["plain", "split_norm", "channels_last"]
 
 
 class AutoEncoder(nn.Module):
     """FLUX's autoencoder of any width, with the parameter names of the released ``ae.safetensors``.
 
-    It runs in the contiguous memory format. On CPUs torch computes the variance of a channels_last GroupNorm as
-    E[x^2] - E[x]^2, which cost two digits of the latents, and the convolutions were only 10 % faster. Images are [b, 3, H, W] in
+    It runs in the contiguous memory format unless ``use_kernels`` says otherwise. Images are [b, 3, H, W] in
     [-1, 1] with H and W multiples of ``arch.downsample``; latents are [b, z_channels, H/downsample, W/downsample].
     """
 
@@ -34,6 +37,17 @@ class AutoEncoder(nn.Module):
         mult = tuple(arch.ch_mult)
         self.encoder = Encoder(arch.ch, mult, arch.num_res_blocks, arch.in_channels, arch.z_channels)
         self.decoder = Decoder(arch.ch, mult, arch.num_res_blocks, arch.out_ch, arch.z_channels)
+        self.memory_format, self.max_pixels_per_call = torch.contiguous_format, MAX_PIXELS_PER_CALL
+
+    def use_kernels(self, kernels: VaeKernels, max_pixels_per_call: int = MAX_PIXELS_PER_CALL) -> AutoEncoder:
+        """Choose how the encoder computes, and how many pixels of images of one size it takes at a time. The decoder does not change."""
+        for module in self.encoder.modules():
+            if isinstance(module, GroupNorm):
+                module.split = kernels != "plain"
+        self.memory_format = torch.channels_last if kernels == "channels_last" else torch.contiguous_format
+        self.encoder.to(memory_format=self.memory_format)
+        self.max_pixels_per_call = max_pixels_per_call
+        return self
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the unscaled posterior mean and log variance, each [b, z, h, w].
@@ -48,7 +62,7 @@ class AutoEncoder(nn.Module):
                 f"autoencoder: image of {height}x{width} pixels (height x width) is not a multiple of the downsampling factor "
                 f"{factor}; set image_stride of the VAE transform to a multiple of {factor}"
             )
-        mean, logvar = self.encoder(images).chunk(2, dim=1)
+        mean, logvar = self.encoder(images.contiguous(memory_format=self.memory_format)).chunk(2, dim=1)
         return mean, logvar
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -70,7 +84,7 @@ class AutoEncoder(nn.Module):
             by_size.setdefault((image.shape[-2], image.shape[-1]), []).append(i)
         moments: list[tuple[Tensor, Tensor] | None] = [None] * len(images)
         for (height, width), members in by_size.items():
-            per_call = max(1, MAX_PIXELS_PER_CALL // (height * width))
+            per_call = max(1, self.max_pixels_per_call // (height * width))
             for start in range(0, len(members), per_call):
                 chunk = members[start : start + per_call]
                 mean, logvar = self.encode_moments(torch.stack([images[i] for i in chunk]))

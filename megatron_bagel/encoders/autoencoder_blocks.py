@@ -7,19 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_bagel.encoders.group_norm import GroupNorm
+
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
 def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def _norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
     """Return SiLU(GroupNorm(x)). Without gradients the activation overwrites the norm's output, which saves a pass over memory."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image encoder: pixels become features before the pipeline schedule starts, and ViT gradients return after it.
 
-All images of a rank's microbatches are encoded together, each at its own size. The schedule sees ViT features as leaves. When all
-microbatches are done, the gradient of these leaves goes through the vision tower once. The autoencoder is frozen.
+All images of a rank's microbatches are encoded before the schedule, each at its own size. The schedule sees ViT features as leaves. When
+all microbatches are done, the gradient of these leaves goes through the vision tower (``tower_pass.py``). The autoencoder is frozen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import BagelArch, ViTArch
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
+from megatron_bagel.encoders.tower_pass import TowerImage, tower_pass
 from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.batch import Features
 from megatron_bagel.model.flow import patchify, shift_timesteps
@@ -27,13 +28,15 @@ class ImageEncoderSettings:
     """Settings of the image encoder.
 
     ``seed`` keys all noise. ``pad_images`` pads each pack's images to their largest size before encoding, and ``bf16`` runs the
-    autoencoder under bf16 autocast; the original does both.
+    autoencoder under bf16 autocast; the original does both. ``vit_chunk_tokens`` bounds the ViT tokens whose activations exist at one time;
+    None keeps those of all images of a step.
     """
 
     seed: int
     pad_images: bool = False
     device: torch.device | str = "cpu"
     bf16: bool = False
+    vit_chunk_tokens: int | None = None
 
 
 class ImageEncoder:
@@ -51,7 +54,7 @@ class ImageEncoder:
         settings: ImageEncoderSettings,
     ) -> None:
         self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
-        self._output: torch.Tensor | None = None
+        self._tower_pass = tower_pass(settings.device, settings.vit_chunk_tokens)
         self._leaf: torch.Tensor | None = None
 
     def encode(self, packs: Sequence[LoadedPack]) -> list[Features]:
@@ -63,10 +66,9 @@ class ImageEncoder:
 
     def backward(self) -> None:
         """Send the gradient that the schedule left in the ViT features through the tower, if there is one."""
-        output, leaf = self._output, self._leaf
-        self._output = self._leaf = None
-        if output is not None and leaf is not None and leaf.grad is not None:
-            torch.autograd.backward(output, leaf.grad)
+        leaf, self._leaf = self._leaf, None
+        if self._tower_pass.waits_for_gradient and leaf is not None and leaf.grad is not None:
+            self._tower_pass.backward(leaf.grad)
 
     def flow_noise(self, pack: Pack) -> torch.Tensor:
         """Return the noise of every VAE token, [n_vae, channels]. Override this and ``posterior_noise`` to replay recorded noise."""
@@ -80,18 +82,14 @@ class ImageEncoder:
         return posterior_noise(pack, self.settings.seed, ae.z_channels, ae.downsample, images)
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
-        if self.tower is None:
+        if self.tower is None or self.arch.vit is None:
             return None
-        device = self.settings.device
-        patches = torch.cat([pack.vit_patches for pack in packs]).to(device)
-        ids = torch.cat([torch.from_numpy(pack.pack.vit_position_ids) for pack in packs]).to(device)
-        lengths = [image.tokens for pack in packs for image in pack.pack.images_of("vit")]
-        output = self.tower(patches, ids, lengths)
-        if output.requires_grad:
+        images = [image for pack in packs for image in tower_images(pack.pack, pack.vit_images())]
+        features = self._tower_pass.encode(self.tower, images, patch_values(self.arch.vit))
+        if self._tower_pass.waits_for_gradient:
             # Each microbatch's backward pass ends at this leaf, so the tower runs backward only once.
-            self._output, output = output, output.detach().requires_grad_()
-            self._leaf = output
-        return torch.split(output, [len(pack.pack.vit_positions) for pack in packs])
+            self._leaf = features.requires_grad_()
+        return torch.split(features, [len(pack.pack.vit_positions) for pack in packs])
 
     def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         """Return the latents of each pack, [n_vae, channels], or None without an autoencoder."""
@@ -132,6 +130,17 @@ class ImageEncoder:
             noise=self.flow_noise(pack).to(device),
             timesteps=shift_timesteps(raw, self.arch.timestep_shift).to(device),
         )
+
+
+def patch_values(vit: ViTArch) -> int:
+    """Return the numbers of a flattened patch."""
+    return vit.num_channels * vit.patch_size**2
+
+
+def tower_images(pack: Pack, pixels: Sequence[torch.Tensor]) -> list[TowerImage]:
+    """Return the ViT images of a pack, in sequence order, with the pixels of each, [tokens, patch * patch * 3]."""
+    ids = torch.from_numpy(pack.vit_position_ids).split([image.tokens for image in pack.images_of("vit")])
+    return [TowerImage(*image) for image in zip(pixels, ids, strict=True)]
 
 
 @torch.no_grad()

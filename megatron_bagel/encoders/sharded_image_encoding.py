@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_bagel.config.architecture import BagelArch, ViTArch
+from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
-from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
+from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings, patch_values
+from megatron_bagel.encoders.tower_pass import TowerImage
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
 
@@ -60,49 +61,48 @@ class ShardedImageEncoder(ImageEncoder):
         super().__init__(arch, tower, autoencoder, settings)
         self.replica, self.share = replica, share
         self._vit_route: _Route | None = None
+        self._no_gradient: torch.Tensor | None = None
 
     def backward(self) -> None:
         """Return gradients to the ranks that encoded and send them through their towers. Collective over the replica."""
-        output, leaf, route = self._output, self._leaf, self._vit_route
-        self._output = self._leaf = self._vit_route = None
-        if output is None or route is None:
+        leaf, route, gradient = self._leaf, self._vit_route, self._no_gradient
+        self._leaf = self._vit_route = self._no_gradient = None
+        if route is None or gradient is None:
             return
-        gradient = output.new_zeros((0, output.shape[1]))
         if self.replica.rank in self.replica.first_stage_leads:
             # Tensor-parallel ranks have equal gradients, so only the first of them sends its gradient.
-            gradient = output.new_zeros((sum(route.counts), output.shape[1]))
+            gradient = gradient.new_zeros((sum(route.counts), gradient.shape[1]))
             if leaf is not None and leaf.grad is not None:
                 gradient[route.rows.to(gradient.device)] = leaf.grad
-        torch.autograd.backward(output, return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
+        self._tower_pass.backward(return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.tower is None or self.arch.vit is None:
             return None
         owners = self._owners(packs)
         route = self._route(packs, owners, "vit")
-        local_output = self._local_vit(self.tower, self.arch.vit, packs, owners)
-        received = send_rows(local_output, route.counts, self.replica.first_stage_ranks, self.replica.group)
-        if local_output.requires_grad:
+        local_features = self._tower_pass.encode(self.tower, self._tower_images(packs, owners), patch_values(self.arch.vit))
+        received = send_rows(local_features, route.counts, self.replica.first_stage_ranks, self.replica.group)
+        if self._tower_pass.waits_for_gradient:
             # Every rank runs the tower's backward pass, even without images, because its reductions are collective.
-            self._output, self._vit_route = local_output, route
+            self._vit_route, self._no_gradient = route, local_features.new_zeros((0, local_features.shape[1]))
         if self.replica.rank not in self.replica.first_stage_ranks:
             return None
         features = received[route.rows.to(received.device)]
-        if local_output.requires_grad:
+        if self._tower_pass.waits_for_gradient:
             self._leaf = features.requires_grad_()
         return torch.split(features, [len(loaded.pack.vit_positions) for loaded in packs])
 
-    def _local_vit(self, tower: torch.nn.Module, vit: ViTArch, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> torch.Tensor:
-        """Run this rank's tower on its images; the result is [tokens, h]."""
-        patches, ids, lengths = [torch.zeros(0, 3 * vit.patch_size**2)], [torch.zeros(0, dtype=torch.long)], []
+    def _tower_images(self, packs: Sequence[LoadedPack], owners: Sequence[np.ndarray]) -> list[TowerImage]:
+        """Return the ViT images that this rank encodes."""
+        images = []
         for loaded, ranks in zip(packs, owners, strict=True):
             pack = loaded.pack
             image_ends = np.cumsum([image.tokens for image in pack.images_of("vit")])
             for number, image, pixels in self._local_images(loaded, ranks, "vit"):
-                patches.append(pixels)
-                ids.append(torch.from_numpy(pack.vit_position_ids[image_ends[number] - image.tokens : image_ends[number]]))
-                lengths.append(image.tokens)
-        return tower(torch.cat(patches).to(self.settings.device), torch.cat(ids).to(self.settings.device), lengths)
+                ids = pack.vit_position_ids[image_ends[number] - image.tokens : image_ends[number]]
+                images.append(TowerImage(pixels, torch.from_numpy(ids)))
+        return images
 
     @torch.no_grad()
     def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:

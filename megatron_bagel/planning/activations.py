@@ -195,7 +195,9 @@ class ActivationModel:
         llm, width = self.arch.llm, self.bytes
         vocabulary = padded_vocabulary(llm.vocab_size, self.tp, self.megatron.make_vocab_size_divisible_by) // self.tp
         norm = self.hidden_bytes(tokens) + FP32 * min(tokens.num_tokens, self.rows(tokens))
-        text = tokens.ce * (llm.hidden_size * width + vocabulary * FP32 + 2 * INT64)
+        # The chunked cross entropy saves one number for each token in place of log probabilities.
+        saved_numbers = 1 if self.megatron.ce_chunk_tokens else vocabulary
+        text = tokens.ce * (llm.hidden_size * width + saved_numbers * FP32 + 2 * INT64)
         pictures = 0
         if self.arch.autoencoder is not None:
             pictures = tokens.mse * (llm.hidden_size * width + self.arch.latent_token_dim * FP32 + INT64)

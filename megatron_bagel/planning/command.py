@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.plan_arguments import PlanArguments
+from megatron_bagel.planning.goodput import Goodput, Reliability, goodput
 from megatron_bagel.planning.gpus import assumptions_of, gpu_of
 from megatron_bagel.planning.parallel_plan import ParallelPlan, Problem, make_plan
-from megatron_bagel.planning.report import memory_picture, plan_text, search_text
+from megatron_bagel.planning.report import goodput_text, memory_picture, plan_text, search_text
 from megatron_bagel.planning.search import InputsOf, search
 from megatron_bagel.planning.workload import Mix, typical_pack
 
@@ -25,12 +26,18 @@ class PlannedRun:
         capacity: The capacity of a pack in tokens.
         peak_tflops: The peak rate of a GPU; 0 for the rate in the table.
         inputs_of: Returns the cost inputs of the run, with other settings in place of the flags' if there are any.
+        save_every: The steps between checkpoints.
     """
 
     arch: BagelArch
     capacity: int
     peak_tflops: float
     inputs_of: InputsOf
+    save_every: int = 2000
+
+    def goodput(self, plan: ParallelPlan, arguments: PlanArguments) -> Goodput:
+        """Return the effect of failures on this run with the step time of a plan."""
+        return goodput(plan.estimate.step_time_s, arguments.gpus, self.save_every, Reliability.of(arguments))
 
 
 def problem_of(planned: PlannedRun, arguments: PlanArguments) -> Problem:
@@ -45,18 +52,20 @@ def answer(planned: PlannedRun, arguments: PlanArguments) -> str:
     if arguments.search:
         plans = search(problem, planned.inputs_of)
         best = plans[: arguments.best]
-        text = _json(best, problem) if arguments.json else search_text(best, len(plans), problem)
+        text = _json(best, problem, planned, arguments) if arguments.json else search_text(best, len(plans), problem)
         plan = best[0]
     else:
         plan = make_plan(planned.inputs_of({}), problem)
-        text = _json([plan], problem) if arguments.json else plan_text(plan, problem)
+        text = _json([plan], problem, planned, arguments) if arguments.json else plan_text(plan, problem)
+    if not arguments.json:
+        text += f"\n\n{goodput_text(planned.goodput(plan, arguments), Reliability.of(arguments))}"
     if arguments.png is not None:
         memory_picture(plan, problem, arguments.png)
     return text
 
 
-def _json(plans: list[ParallelPlan], problem: Problem) -> str:
+def _json(plans: list[ParallelPlan], problem: Problem, planned: PlannedRun, arguments: PlanArguments) -> str:
     gpu: dict[str, Any] = {**asdict(problem.gpu), "tflops": problem.gpu.tflops}
-    return json.dumps(
-        {"gpus": problem.gpus, "gpu": gpu, "assumed": asdict(problem.assumptions), "plans": [plan.to_dict() for plan in plans]}, indent=2
-    )
+    assumed = {**asdict(problem.assumptions), **asdict(Reliability.of(arguments))}
+    described = [{**plan.to_dict(), "goodput": planned.goodput(plan, arguments).to_dict()} for plan in plans]
+    return json.dumps({"gpus": problem.gpus, "gpu": gpu, "assumed": assumed, "plans": described}, indent=2)

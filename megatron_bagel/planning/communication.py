@@ -101,7 +101,11 @@ class CommunicationModel:
             yield call("token embeddings", "all_reduce", tokens.text * hidden * width, 1)
         if last:
             yield call("gradient of the head's input", "all_reduce", tokens.ce * hidden * width, 1)
-            yield call("cross entropy", "all_reduce", tokens.ce * FP32, 3)
+            if self.megatron.ce_chunk_tokens:
+                yield call("cross entropy, maxima", "all_reduce", tokens.ce * FP32, 1)
+                yield call("cross entropy", "all_reduce", 2 * tokens.ce * FP32, 1)
+            else:
+                yield call("cross entropy", "all_reduce", tokens.ce * FP32, 3)
         sharing = max(1, self.tp // self.arch.llm.num_key_value_heads)
         if sharing > 1:
             # Columns of a key/value head's group, per expert, forward and backward.

@@ -51,9 +51,16 @@ def recomputed_flops(inputs: CostInputs, work: StepWork, recompute: Recompute) -
         stages, chunks = stage_layers(megatron, llm.num_hidden_layers), virtual_stages(megatron, llm.num_hidden_layers) or 1
         recomputed_layers = sum(chunks * (layers // chunks - recompute.saving_layers(layers // chunks)) for layers in stages)
         extra += (forward + attention) * recomputed_layers / llm.num_hidden_layers
-    if megatron.recompute_vit:
-        extra += flops.vit / 3
-    return extra
+    if megatron.ce_chunk_tokens:
+        extra += 2.0 * llm.vocab_size * llm.hidden_size * work.ce_tokens
+    return extra + recomputed_vit_flops(inputs, flops)
+
+
+def recomputed_vit_flops(inputs: CostInputs, flops: WorkFlops) -> float:
+    """Return the operations of the vision tower's forward pass that are done again: for recomputation, and for constant encoder memory."""
+    megatron = inputs.megatron
+    again = megatron.encoder_memory == "constant" and not inputs.frozen.und
+    return flops.vit / 3 * (megatron.recompute_vit + again)
 
 
 class StepTime:
@@ -103,7 +110,7 @@ class StepTime:
         """Return the seconds of computation of a rank of ``stage``: decoder layers, heads on the last stage, recomputation."""
         layers, peak = stage_layers(self.megatron, self.arch.llm.num_hidden_layers), self.gpu.tflops * 1e12
         share = layers[stage] / sum(layers)
-        recomputed = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - self._recomputed_vit(flops)
+        recomputed = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - recomputed_vit_flops(self.inputs, flops)
         linear = flops.decoder_linear * share + (flops.heads if stage == len(layers) - 1 else 0)
         per_stage = self.sizes.world_size / len(layers)
         assumptions = self.assumptions
@@ -116,12 +123,9 @@ class StepTime:
         )
         return seconds / peak / per_stage
 
-    def _recomputed_vit(self, flops: WorkFlops) -> float:
-        return flops.vit / 3 if self.megatron.recompute_vit else 0.0
-
     def _encode(self, flops: WorkFlops) -> float:
         """Return the seconds of ViT and autoencoder, shared by a replica's ranks or spent by each rank of the first stage."""
-        work = flops.vit + self._recomputed_vit(flops) + flops.autoencoder
+        work = flops.vit + recomputed_vit_flops(self.inputs, flops) + flops.autoencoder
         ranks = self.sizes.world_size if encoders_on_all_ranks(self.megatron) else self.sizes.data_parallel_size
         return work / ranks / (self.gpu.tflops * 1e12 * self.assumptions.encoder_share)
 

@@ -23,8 +23,9 @@ class StageMemory:
         activations: Activations of all microbatches in flight with the chosen recomputation.
         by_mode: The same for each mode of recomputation.
         buffers: Position tables, inputs of all microbatches, hidden states that stages exchange, and the largest temporary tensor.
-        encoders: Weights of the autoencoder and activations of the ViT.
-        encoding: Workspace of the autoencoder. It is free before the decoder has activations, so the peak counts the larger of the two.
+        encoders: Weights of the autoencoder and, unless ``encoder_memory`` is constant, activations of the ViT.
+        encoding: Workspace of the autoencoder or, with constant encoder memory, activations of a chunk of the ViT, whichever is larger.
+            It is free while the decoder has activations, so the peak counts the larger of the two.
     """
 
     stage: int
@@ -61,6 +62,7 @@ class PeakMemory:
     def stage(self, stage: int, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> StageMemory:
         """Return the memory of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
         static, tokens, recompute = self.memory_model.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
+        vit, constant = self._vit_activations(stage, packs), self.megatron.encoder_memory == "constant"
         compared_modes = modes(max(self.activations.chunks(stage)))
         by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared_modes.items()}
         return StageMemory(
@@ -69,8 +71,8 @@ class PeakMemory:
             activations=self._in_flight(stage, tokens, len(packs), recompute),
             by_mode=by_mode,
             buffers=self._buffers(stage, packs, tokens),
-            encoders=static.autoencoder_bytes + self._vit_activations(stage, packs),
-            encoding=self._encoding(packs) if static.autoencoder_bytes else 0,
+            encoders=static.autoencoder_bytes + (0 if constant else vit),
+            encoding=max(self._encoding(packs) if static.autoencoder_bytes else 0, vit if constant else 0),
         )
 
     def stages(self, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> list[StageMemory]:
@@ -103,7 +105,8 @@ class PeakMemory:
         gradient = 2 * model.ffn * tokens.num_tokens * width + 2 * model.hidden_bytes(tokens)
         if stage == stages - 1:
             # The gradient of the log probabilities has their size, in fp32.
-            gradient = max(gradient, tokens.ce * FP32 * -(-arch.llm.vocab_size // model.tp))
+            loss_tokens = min(tokens.ce, self.megatron.ce_chunk_tokens or tokens.ce)
+            gradient = max(gradient, loss_tokens * FP32 * -(-arch.llm.vocab_size // model.tp))
         return buffers + gradient
 
     def _share(self, stage: int) -> float:
@@ -115,11 +118,17 @@ class PeakMemory:
         return 1.0 if stage == 0 else 0.0
 
     def _vit_activations(self, stage: int, packs: Sequence[RankTokens]) -> int:
-        """Return the bytes that the vision tower saves for all images of the step: its backward pass is after the last microbatch's."""
+        """Return the bytes that the vision tower saves.
+
+        Its backward pass is after the last microbatch's, so it saves them for all images of the step, or for one chunk of them.
+        """
         vit, share = self.arch.vit, self._share(stage)
-        tokens = sum(image.tokens for pack in packs for image in pack.images if image.kind == "vit")
-        if vit is None or not tokens or not share:
+        sizes = [image.tokens for pack in packs for image in pack.images if image.kind == "vit"]
+        if vit is None or not sizes or not share:
             return 0
+        tokens = sum(sizes) * share
+        if self.megatron.encoder_memory == "constant":
+            tokens = min(tokens, max(self.megatron.encoder_chunk_tokens, *sizes))
         width, v, h = self.activations.bytes, vit.hidden_size, self.arch.llm.hidden_size
         patches = vit.num_channels * vit.patch_size**2 * width
         statistics = 4 * FP32 + FP32 * vit.num_attention_heads
@@ -127,10 +136,10 @@ class PeakMemory:
         layer = (9 * v + 2 * vit.intermediate_size) * width + statistics
         connector = (2 * v + 2 * h) * width
         if not self.frozen.tower_backward:
-            return round(tokens * share * (v * width + 2 * h * width))
+            return round(tokens * (v * width + 2 * h * width))
         if self.megatron.recompute_vit:
-            return round(tokens * share * (patches + self.arch.n_vit_layers * v * width + 2 * v * width) + layer * tokens * share)
-        return round(tokens * share * (patches + self.arch.n_vit_layers * layer + connector))
+            return round(tokens * (patches + self.arch.n_vit_layers * v * width + 2 * v * width) + layer * tokens)
+        return round(tokens * (patches + self.arch.n_vit_layers * layer + connector))
 
     def _encoding(self, packs: Sequence[RankTokens]) -> int:
         """Return the workspace of the autoencoder: four tensors in a residual block of the largest image at full resolution."""

@@ -16,6 +16,7 @@ from megatron_bagel.costs.memory import MemoryModel
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.communication import Collective, CommunicationModel, sent_by_axis
+from megatron_bagel.planning.encoder_memory import with_encoder_memory
 from megatron_bagel.planning.estimate import StepEstimate, StepTime, recomputed_flops
 from megatron_bagel.planning.gpus import Assumptions, Gpu
 from megatron_bagel.planning.memory import PeakMemory, StageMemory
@@ -103,6 +104,7 @@ class ParallelPlan:
                 "pipeline": megatron.pipeline_model_parallel_size, "virtual": megatron.virtual_pipeline_model_parallel_size,
                 "context": megatron.context_parallel_size, "data": self.sizes.data_parallel_size,
                 "global_batch_size": self.sizes.global_batch_size, "packs_per_replica": self.sizes.num_microbatches,
+                "encoder_memory": megatron.encoder_memory,
             },
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
@@ -132,6 +134,7 @@ def make_plan(inputs: CostInputs, problem: Problem, tokens_of: TokensOf | None =
         megatron.cp_comm_type == "a2a",
     )
     packs = [tokens] * sizes.num_microbatches
+    inputs = with_encoder_memory(inputs, packs, problem.memory_bytes)
     memory_model = MemoryModel(inputs)
     memory = PeakMemory(inputs, memory_model).stages(packs)
     traffic = CommunicationModel(inputs, memory_model)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bagel.planning.communication import sent_by_axis
+from megatron_bagel.planning.goodput import Goodput, Reliability
 from megatron_bagel.planning.gpus import GPUS
 from megatron_bagel.planning.memory import StageMemory
 from megatron_bagel.planning.models import MODELS, parameters
@@ -48,7 +50,7 @@ def plan_text(plan: ParallelPlan, problem: Problem) -> str:
     head = (
         f"{plan.name} on {problem.gpus} x {problem.gpu.name}; {sizes.global_batch_size} packs per step, {sizes.num_microbatches} per "
         f"replica, {problem.pack.sequence_length} tokens each ({_mix(problem)}); {'bf16' if sizes.bf16 else 'fp32'}, "
-        f"attention {sizes.attention_backend}"
+        f"attention {sizes.attention_backend}, encoder memory {plan.inputs.megatron.encoder_memory}"
     )
     verdict = (
         f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumptions.reserved_gib:g} GiB are reserved): "
@@ -112,6 +114,18 @@ def time_text(plan: ParallelPlan, problem: Problem) -> str:
         f"{estimate.work_mfu:.1%} by work done",
         f"assumed: {gpu.tflops:g} TFLOP/s, {gpu.link_gbs:g} GB/s inside a node of {gpu.gpus_per_node}, {gpu.network_gbs:g} GB/s between "
         f"nodes ({gpu.source}); {assumptions}. Not measured on any GPU.",
+    ])  # fmt: skip
+
+
+def goodput_text(goodput: Goodput, reliability: Reliability) -> str:
+    """Return what failures and saves cost a long run, with the assumptions."""
+    if math.isinf(goodput.hours_between_failures):
+        return f"without failures saves leave {goodput.ettr:.2%} of the time for training (every {goodput.save_every} steps)"
+    return "\n".join([
+        f"long runs: a failure every {goodput.hours_between_failures:,.1f} hours; {goodput.ettr:.1%} of the time trains with a save every "
+        f"{goodput.save_every} steps, {goodput.best_ettr:.1%} with one every {goodput.best_save_every} steps, which is best",
+        f"assumed: {reliability.failures_per_gpu_day:g} failures per GPU and day, {reliability.restart_seconds / 60:g} minutes for a "
+        f"restart, {reliability.save_seconds:g} s for a save, {reliability.straggler_share:.0%} of a step waiting for the slowest rank",
     ])  # fmt: skip
 
 

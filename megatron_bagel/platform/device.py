@@ -74,6 +74,17 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def device_memory_bytes() -> int | None:
+    """Return the memory of the GPU of this process, or None without a GPU."""
+    return int(torch.cuda.get_device_properties(device()).total_memory) if has_gpu() else None
+
+
+def reset_peak_memory() -> None:
+    """Forget the largest memory so far. On CPUs the kernel remembers it for the life of the process."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def resident_memory_bytes() -> int:
     """Return the host memory of this process now (Linux; elsewhere the largest so far). Data workers are separate processes."""
     try:

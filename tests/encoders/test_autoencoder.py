@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder, save_autoencoder
+from megatron_bagel.encoders.group_norm import split_group_norm
 from tests.encoders.helpers import small_autoencoder
 
 
@@ -129,11 +131,11 @@ def test_an_image_is_encoded_as_if_alone(sizes: list[tuple[int, int]]) -> None:
             torch.testing.assert_close(got, expected[0], atol=1e-5, rtol=1e-5)
 
 
-def test_large_images_are_split_into_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_split_into_several_calls() -> None:
     model = small_autoencoder()
     images = list(torch.randn(5, 3, 8, 8))
     expected = model.encode_many(images)
-    monkeypatch.setattr("megatron_bagel.encoders.autoencoder.MAX_PIXELS_PER_CALL", 130)
+    model.use_kernels("plain", 130)
     calls: list[int] = []
     model.encoder.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
     for got, want in zip(model.encode_many(images), expected, strict=True):
@@ -190,3 +192,26 @@ def test_path_that_is_no_weight_file_is_named_with_its_flag(tmp_path: Path, cont
         path.write_bytes(content)
     with pytest.raises(ValueError, match="--vae_path .*ae.safetensors"):
         load_autoencoder(path)
+
+
+@pytest.mark.parametrize("kernels", ["split_norm", "channels_last"])
+def test_kernels_change_nothing_but_rounding(kernels: str) -> None:
+    """Single images and batches, also with a mean far from zero, which costs a careless variance its digits."""
+    plain = small_autoencoder()
+    other = copy.deepcopy(plain).use_kernels(kernels)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=generator) * 2 - 1 for size in [(32, 48), (64, 64), (32, 48), (16, 16)]]
+    images.append(images[0] * 0.01 + 0.9)
+    for ours, theirs in zip(other.encode_many(images), plain.encode_many(images), strict=True):
+        for one, two in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * float(two.abs().max()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_norm_is_torchs(memory_format: torch.memory_format) -> None:
+    norm = torch.nn.GroupNorm(32, 64)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(3, 64, 9, 7, generator=torch.Generator().manual_seed(1)) + 5).contiguous(memory_format=memory_format)
+    result = split_group_norm(x, 32, norm.weight, norm.bias, norm.eps)
+    assert result.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(result, norm(x.contiguous()), rtol=1e-5, atol=1e-5)

@@ -90,6 +90,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "block": (1, {**FULL, "recompute_method": "block", "recompute_num_layers": 1}),
     "bf16": (1, {"bf16": True}),
     "moe": (1, {"layer_module": "Qwen2MoEDecoderLayer"}),
+    "chunked-cross-entropy": (1, {"ce_chunk_tokens": 16}),
     "no-qk-norm": (1, {"llm_qk_norm": False}),
     "no-qk-norm-selective": (1, {"llm_qk_norm": False, **SELECTIVE}),
     "freeze-und": (1, {"freeze_und": True}),

@@ -58,6 +58,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2-selective": (2, {CP: 2, "recompute_granularity": "selective"}),
     "cp2-a2a": (2, {CP: 2, COMM: "a2a"}),
     "first-stage": (4, {TP: 2, PP: 2, "encoder_placement": "first_stage"}),
+    "tp2-chunked-cross-entropy": (2, {TP: 2, "ce_chunk_tokens": 16}),
     "tp2-sp-pp2-cp2": (8, {**SP_TP2, PP: 2, CP: 2}),
 }
 

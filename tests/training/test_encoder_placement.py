@@ -20,6 +20,8 @@ from tests.training.equal_runs import CP, OVERLAP, PP, SETTINGS, SP_TP2, TP, VPP
 pytestmark = pytest.mark.distributed
 
 FIRST = {"encoder_placement": "first_stage"}
+#: Few images at a time.
+CONSTANT = {"encoder_memory": "constant", "encoder_chunk_tokens": 30}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,14 @@ LAYOUTS = {
     "tp2-sp-dp2-two-instances-overlap": (4, {**SP_TP2, **OVERLAP, "num_distributed_optimizer_instances": 2}),
     "pp2-vpp2-dp2-whole-optimizer": (4, {PP: 2, VPP: 2, "use_distributed_optimizer": False}),
     "recompute": (4, {TP: 2, PP: 2, "recompute_vit": True}),
+    "constant-memory-pp2-overlap": (2, {PP: 2, **OVERLAP, **CONSTANT}),
+    "constant-memory-first-stage-tp2": (2, {TP: 2, **FIRST, **CONSTANT}),
+    "constant-memory-recompute-dp2-overlap": (2, {**OVERLAP, **CONSTANT, "recompute_vit": True}),
+    "constant-memory-one-process": (1, CONSTANT),
 }
 
 
-@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2-workers"))
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2-workers", "constant-memory-pp2-overlap"))
 def test_placements_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     """Whatever the process-wide generators hold, which the ranks inherit: nothing of a run may be drawn from them."""
     # What a checkpoint stores of the optimizer depends on its kind.

@@ -65,13 +65,16 @@ LAYOUTS = {
     "pp2-vpp2-dp2-overlap": (4, {PP: 2, VPP: 2, **OVERLAP}),
     "recompute-uniform": (4, {**SP_TP2, PP: 2, "recompute_granularity": "full", "recompute_num_layers": 2, "recompute_vit": True}),
     "recompute-block": (2, {PP: 2, "recompute_granularity": "full", "recompute_method": "block"}),
+    "chunked-cross-entropy": (2, {**SP_TP2, "ce_chunk_tokens": 16}),
+    "chunked-cross-entropy-dp2-overlap": (2, {"ce_chunk_tokens": 16, **OVERLAP}),
     "recompute-attention": (2, {**SP_TP2, "recompute_granularity": "selective"}),
     "recompute-attention-mlp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"], **OVERLAP}),
 }
 
 
 @pytest.mark.parametrize(
-    ("ranks", "flags"), cases(LAYOUTS, "tp4-two-kv-heads", "dp4-two-instances", "pp2-vpp2-dp2-overlap", "recompute-uniform")
+    ("ranks", "flags"),
+    cases(LAYOUTS, "tp4-two-kv-heads", "dp4-two-instances", "pp2-vpp2-dp2-overlap", "recompute-uniform", "chunked-cross-entropy"),
 )
 def test_layouts_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
@@ -106,6 +109,7 @@ MODELS = {
     "dense": (4, {**SP_TP2, PP: 2}, {"layer_module": "Qwen2DecoderLayer"}),
     "no-qk-norm": (2, {TP: 2}, {"llm_qk_norm": False}),
     "tied": (4, {PP: 2}, TIED),
+    "tied-chunked-cross-entropy": (2, {PP: 2, "ce_chunk_tokens": 16}, TIED),
     "tied-freeze-und": (4, {PP: 2, **OVERLAP}, {**TIED, "freeze_und": True}),
     "tied-tp2": (2, {TP: 2}, TIED),
     "freeze-llm": (4, {PP: 4}, {"freeze_llm": True}),

@@ -35,4 +35,7 @@ def assign_packs(packs: Sequence[PackPlan], replicas: int) -> list[list[PackPlan
         )
     in_order = sorted(packs, key=lambda pack: pack.number)
     owners = longest_first([pack.cost for pack in in_order], replicas, room=len(packs) // replicas)
-    return [[pack for pack, owner in zip(in_order, owners, strict=True) if owner == replica] for replica in range(replicas)]
+    assigned: list[list[PackPlan]] = [[] for _ in range(replicas)]
+    for pack, owner in zip(in_order, owners, strict=True):
+        assigned[owner].append(pack)
+    return assigned

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a GPU's day, most valuable first, at full size and at a size that a CPU finishes in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement or check.
+
+    Attributes:
+        name: Its name, which is part of the record's.
+        seconds: Its limit. A part that takes longer is stopped, and its record keeps what it had written.
+        command: What follows ``python``. A command with ``--output`` in its interface writes its own record.
+        records: Whether the command takes ``--output``. Otherwise the record holds its exit status and the end of what it printed.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    records: bool = True
+
+
+def _benchmark(name: str, *flags: str) -> tuple[str, ...]:
+    return ("-m", f"benchmarks.{name}", *flags)
+
+
+_STEP = ("step_variants", "--config", "bench-7b-seventh")
+PARTS = (
+    # First whether the numbers are right, then how fast the step is and where its time goes.
+    Part("goldens", 120, ("tools/verify_golden.py",), records=False),
+    Part("step", 420, _benchmark(*_STEP, "--rounds", "6", "--warmup", "3", "--profile")),
+    Part("matmul", 60, _benchmark("train_step", "rate", "--config", "bench-7b-seventh")),
+    Part("goldens-flex", 180, ("tools/verify_golden.py", "--attention-backend", "flex"), records=False),
+    Part("step-long", 300, _benchmark(*_STEP, "--long", "36864", "--variants", "plain,chunked_ce,constant_encoder,all", "--rounds", "4")),
+    Part("autoencoder", 180, _benchmark("autoencoder", "--rounds", "3")),
+    Part("autoencoder-bf16", 180, _benchmark("autoencoder", "--rounds", "3", "--bf16", "--compile")),
+    Part("generation", 300, _benchmark("generate", "--config", "bagel-7b", "--side", "1024", "--steps", "10", "--tokens", "64")),
+    Part("tests-training", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_training.py"), records=False),
+    Part("tests-attention", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_attention.py"), records=False),
+    Part("tests-te", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_transformer_engine.py"), records=False),
+    Part("tests-generation", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_generation.py"), records=False),
+    Part("layers", 120, _benchmark("train_step", "layers", "--hidden", "3584", "--layers", "4", "--tokens", "16384")),
+    Part("overhead", 120, _benchmark("overhead", "--config", "bench-53m")),
+)
+
+_TINY_COMMANDS: dict[str, tuple[str, ...]] = {
+    "step": _benchmark("step_variants", "--config", "bench-tiny", "--rounds", "1", "--warmup", "1", "--profile"),
+    "step-long": _benchmark("step_variants", "--config", "bench-tiny", "--long", "600", "--variants", "plain,chunked_ce", "--rounds", "1"),
+    "matmul": _benchmark("train_step", "rate", "--config", "bench-tiny"),
+    "autoencoder": _benchmark("autoencoder", "--width", "32", "--side", "32", "--images", "4", "--rounds", "1"),
+    "autoencoder-bf16": _benchmark("autoencoder", "--width", "32", "--side", "32", "--images", "4", "--rounds", "1", "--bf16"),
+    "generation": _benchmark("generate", "--config", "bench-tiny", "--side", "32", "--steps", "2", "--tokens", "2"),
+    "layers": _benchmark("train_step", "layers", "--hidden", "128", "--layers", "1", "--tokens", "128", "--rounds", "1"),
+    "overhead": _benchmark("overhead", "--config", "bench-tiny", "--steps", "1", "--calls", "5"),
+}
+#: The parts with tiny sizes, without the two whose only size is the full one (the goldens by FlexAttention, and tests that need a GPU).
+TINY = tuple(
+    Part(part.name, 300, _TINY_COMMANDS.get(part.name, part.command), part.records)
+    for part in PARTS
+    if part.name in _TINY_COMMANDS or part.name == "goldens"
+)

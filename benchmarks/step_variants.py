@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step under every option, each beside the plain step in the same process.
+
+    python -m benchmarks.step_variants --config bench-7b-seventh
+    python -m benchmarks.step_variants --config bench-7b-seventh --long 36864 --variants plain,chunked_ce
+    python -m benchmarks.step_variants --config bench-tiny --profile
+
+The plain step is measured first and last, so that a change of the machine shows. ``memory`` compares the peak with the formulas of
+``megatron_bagel plan``, ``predicted`` the seconds. With ``--profile`` each variant also tells its kernels by time, their launches and the
+share of time in which none ran. A variant that cannot run here has the reason under ``refused``. With ``--output`` the record is written
+after each variant, so that a run which is stopped leaves what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a file too, without installing the benchmarks
+
+import torch
+
+from megatron_bagel import platform
+
+platform.install()
+
+from benchmarks.kernels import kernel_profile  # noqa: E402
+from benchmarks.measure import Stopwatch  # noqa: E402
+from benchmarks.named_configs import CONFIGS, BenchConfig, bench_pack, filled_pack  # noqa: E402
+from benchmarks.predicted import predictions  # noqa: E402
+from benchmarks.record import report, write_record  # noqa: E402
+from benchmarks.step import BenchStep, StepOptions, step_figures  # noqa: E402
+from megatron_bagel.layout.pack import Pack  # noqa: E402
+from megatron_bagel.platform.device import device_name, reset_peak_memory  # noqa: E402
+from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
+
+#: What may be changed in a step, by name.
+VARIANTS: dict[str, StepOptions] = {
+    "plain": StepOptions(),
+    "sdpa": StepOptions(backend="sdpa"),
+    "transformer_engine": StepOptions(transformer_impl="transformer_engine"),
+    "stored_latents": StepOptions(stored_latents=True),
+    "vae_bf16": StepOptions(vae_bf16=True),
+    "vae_split_norm": StepOptions(vae_kernels="split_norm"),
+    "vae_channels_last": StepOptions(vae_kernels="channels_last", vae_bf16=True),
+    "chunked_ce": StepOptions(ce_chunk_tokens=1024),
+    "constant_encoder": StepOptions(vit_chunk_tokens=4096),
+    "recompute": StepOptions(recompute_layers=1),
+    "all": StepOptions(
+        transformer_impl="transformer_engine", vae_kernels="channels_last", vae_bf16=True, ce_chunk_tokens=1024, stored_latents=True
+    ),
+}
+
+
+def measured(config: BenchConfig, pack: Pack, options: StepOptions, rounds: int, warmup: int, profiled: bool) -> dict[str, Any]:
+    """The figures of one variant."""
+    reset_peak_memory()
+    torch.manual_seed(1234)  # the same weights for every variant
+    step, watch = BenchStep(config.arch, pack, options), Stopwatch(warmup)
+    losses = [step.run(watch) for _ in range(warmup + rounds)]
+    figures = step_figures(step, watch, losses)
+    figures |= predictions(config.arch, pack, step.backend, options, figures)
+    if profiled:
+        figures["profile"] = kernel_profile(lambda: step.run(Stopwatch(0)))
+    return figures
+
+
+def release_memory() -> None:
+    """Free what the last variant held; its optimizer is part of reference cycles."""
+    gc.collect()
+    if platform.has_gpu():
+        torch.cuda.empty_cache()
+
+
+def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure each variant into ``result``, and write the record after each."""
+    config = CONFIGS[arguments.config]
+    pack = filled_pack(config, arguments.long) if arguments.long else bench_pack(config)
+    result |= {"tokens": pack.sequence_length, "variants": {}}
+    names = [*arguments.variants, *(["plain"] if len(arguments.variants) > 1 and arguments.variants[0] == "plain" else [])]
+    for number, name in enumerate(names):
+        label = "plain, at the end" if number and name == "plain" else name
+        try:
+            figures = measured(config, pack, VARIANTS[name], arguments.rounds, arguments.warmup, arguments.profile and not number)
+        except (ImportError, RuntimeError, ValueError) as error:
+            figures = {"refused": f"{type(error).__name__}: {str(error)[:500]}"}
+        release_memory()
+        plain = result["variants"].get("plain", {}).get("step_s")
+        if plain and "step_s" in figures:
+            figures["times_as_fast_as_plain"] = plain / figures["step_s"]
+        result["variants"][label] = figures
+        if arguments.output:
+            write_record(arguments.output, result)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=sorted(CONFIGS), default="bench-53m")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--long", type=int, default=0, metavar="TOKENS", help="a pack filled to this many tokens instead of the named one")
+    parser.add_argument("--rounds", type=int, default=5, help="measured repetitions; medians are reported")
+    parser.add_argument("--warmup", type=int, default=2, help="repetitions before the measured ones")
+    parser.add_argument("--profile", action="store_true", help="also profile the first variant")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
+    parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
+    arguments = parser.parse_args(argv)
+    arguments.variants = arguments.variants.split(",")
+    if unknown := [name for name in arguments.variants if name not in VARIANTS]:
+        parser.error(f"unknown variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    if arguments.rounds < 1 or arguments.warmup < 0:
+        parser.error("--rounds must be at least 1 and --warmup at least 0")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print one JSON object, and return it."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    init_distributed()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    result: dict[str, Any] = {"config": arguments.config, "device": device_name(), "threads": torch.get_num_threads()}
+    measure(arguments, result)
+    shutdown_distributed()
+    report(result, arguments.output)
+    return result
+
+
+if __name__ == "__main__":
+    main()
