@@ -20,6 +20,7 @@ from megatron_bagel.cli.console import absent_speedups
 from megatron_bagel.cli.cost_settings import freeze_settings
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.fp8 import check_fp8_gpu
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedSizes, autoencoder_path, resolve, tokenizer_path
@@ -30,7 +31,7 @@ from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
 from megatron_bagel.inference.core.guidance import Guidance
 from megatron_bagel.inference.core.image import ImageSampling
 from megatron_bagel.planning.encoder_memory import encoder_memory_of_a_run
-from megatron_bagel.platform.device import device_memory_bytes
+from megatron_bagel.platform.device import compute_capability, device_memory_bytes, device_name
 from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
 from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.losses import LossWeights
@@ -61,6 +62,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool)
     """
     training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
     tokenizer, grown_arch = tokenizer_and_model(config, arch)
+    check_fp8_gpu(config.megatron, compute_capability(), device_name())
     costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
     megatron = encoder_memory_of_a_run(costs, device_memory_bytes())
     if (config.megatron.encoder_memory, megatron.encoder_memory) == ("auto", "constant"):

@@ -115,6 +115,26 @@ class MegatronArguments(MoEArguments):
     transformer_impl: Literal["local", "transformer_engine"] = megatron_flag(
         "local", "Implementation of the decoder's modules: plain PyTorch or Transformer Engine.", on_resume=SAID
     )
+    fp8: Literal["hybrid", "e4m3"] | None = megatron_flag(
+        None,
+        "Run the linears of the decoder's layers in FP8 by Transformer Engine. hybrid has gradients in e5m2, e4m3 has none. Needs "
+        "transformer_impl transformer_engine, bf16 and a GPU from Ada or Hopper on.",
+        on_resume=SAID,
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = megatron_flag(
+        "delayed",
+        "How FP8 values are scaled: by the largest values of earlier steps, of the tensor, or of blocks (Hopper), or as MXFP8 (Blackwell).",
+        on_resume=SAID,
+    )
+    first_last_layers_bf16: bool = megatron_flag(
+        False, "Keep the first and last layers of the decoder in bf16 with fp8. Not with the recipe delayed.", on_resume=SAID
+    )
+    num_layers_at_start_in_bf16: int = megatron_flag(
+        1, "First layers that stay in bf16 with first_last_layers_bf16.", minimum=0, on_resume=SAID
+    )
+    num_layers_at_end_in_bf16: int = megatron_flag(
+        1, "Last layers that stay in bf16 with first_last_layers_bf16.", minimum=0, on_resume=SAID
+    )
     dry_run: bool = flag(
         False,
         "Build one rank's share of a run without memory or other ranks. Report its memory, packs and collectives, then exit.",

@@ -37,6 +37,7 @@ def transformer_config(
         **_pipeline_traffic(megatron, arch.num_hidden_layers),
         **_recompute(megatron),
         **_experts(arch, megatron),
+        **_fp8(megatron),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,
@@ -131,4 +132,16 @@ def _experts(arch: LLMArch, megatron: MegatronArguments) -> dict[str, Any]:
         "moe_token_dispatcher_type": megatron.moe_token_dispatcher_type,
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_size(megatron.tensor_model_parallel_size),
+    }
+
+
+def _fp8(megatron: MegatronArguments) -> dict[str, Any]:
+    if megatron.fp8 is None:
+        return {}
+    return {
+        "fp8": megatron.fp8,
+        "fp8_recipe": megatron.fp8_recipe,
+        "first_last_layers_bf16": megatron.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": megatron.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": megatron.num_layers_at_end_in_bf16,
     }

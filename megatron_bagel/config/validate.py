@@ -6,6 +6,7 @@ from __future__ import annotations
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.flag_rules import check_consistency, check_observing, check_resilience
+from megatron_bagel.config.fp8 import check_fp8_settings, check_fp8_sizes
 from megatron_bagel.config.lora import check_adapted_parts, lora_settings
 from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
@@ -40,6 +41,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     check_resilience(config)
     check_consistency(config)
     check_observing(config, world_size)
+    check_fp8_settings(config.megatron, has_gpu)
     resolve(config, world_size, has_gpu)
 
 
@@ -74,6 +76,7 @@ def validate_architecture(config: Config, arch: BagelArch) -> None:
     lora = lora_settings(config.lora)
     if lora is not None:
         check_adapted_parts(lora, arch)
+    check_fp8_sizes(megatron, llm)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
         raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
     if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:

@@ -23,6 +23,8 @@ from megatron_bagel.model.lora import AdaptedShard
 from megatron_bagel.model.marks import mark
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+#: FP8 products take rows in multiples of this number: 32 for MXFP8, 16 for the other recipes.
+FP8_ROWS = 32
 
 
 def _mark_sharded(weight: torch.Tensor, dim: int, stride: int) -> None:
@@ -31,6 +33,12 @@ def _mark_sharded(weight: torch.Tensor, dim: int, stride: int) -> None:
     Megatron's own function refuses weights that already have marks, and Transformer Engine marks its weights as unsharded.
     """
     mark(weight, tensor_model_parallel=True, partition_dim=dim, partition_stride=stride)
+
+
+def padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Return rows with rows of zeros behind them, up to a multiple; at least one multiple, because FP8 products refuse no rows."""
+    missing = -len(rows) % multiple if len(rows) else multiple
+    return torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))]) if missing and multiple > 1 else rows
 
 
 class TELinear(te.Linear):
@@ -54,13 +62,16 @@ class TELinear(te.Linear):
         super().__init__(
             sizes[1], sizes[0], bias=bias, init_method=init_method, params_dtype=config.params_dtype, parallel_mode=None,
         )  # fmt: skip
+        self.row_multiple = FP8_ROWS if config.fp8 else 1
         _mark_sharded(self.weight, self.partition_dim, stride)
         if bias:
             _mark_sharded(self.bias, 0, stride)
 
     def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
         """Return the product with the weight, or ``product(x)``, after this module's hooks have run."""
-        return super().forward(x) if product is None else product(x)
+        if product is not None:
+            return product(x)
+        return super().forward(padded(x, self.row_multiple))[: len(x)]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -137,10 +148,13 @@ class TELinearPair(LinearPair):
             for name, parameter in linear.named_parameters(recurse=False):
                 if getattr(grouped, f"{name}{number}") is not parameter:
                     setattr(grouped, f"{name}{number}", parameter)
+        lengths = [len(und), len(gen)]
+        und, gen = (padded(part, self.und.row_multiple) for part in (und, gen))
         rows = [len(und), len(gen)]
 
         def with_gen(und: torch.Tensor) -> torch.Tensor:
             return self.gen(gen, lambda gen: grouped(torch.cat([und, gen]), rows))
 
         # The call goes through both modules because Megatron's overlap waits for gathered weights in the hooks of their owners.
-        return self.und(und, with_gen).split(rows)
+        parts = self.und(und, with_gen).split(rows)
+        return [part[:length] for part, length in zip(parts, lengths, strict=True)]

@@ -60,6 +60,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device()) if has_gpu() else "cpu"
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the GPU, such as (9, 0), or None without a GPU."""
+    return torch.cuda.get_device_capability(device()) if has_gpu() else None
+
+
 def synchronize() -> None:
     """Wait for issued work, before the program reads a clock."""
     if has_gpu():

@@ -132,6 +132,21 @@ def test_hooks_of_both_owners_run_before_their_weights_are_used() -> None:
     assert waited == [(linear.format(expert), number) for number, linear in enumerate(linears) for expert in ("und", "gen")]
 
 
+@pytest.mark.usefixtures("single_rank", "stand_in")
+@pytest.mark.parametrize(("n_und", "n_gen", "rows"), [(5, 4, [32, 32]), (33, 0, [64, 32]), (32, 64, [32, 64])])
+def test_fp8_products_get_whole_multiples_of_rows(n_und: int, n_gen: int, rows: list[int]) -> None:
+    """Rows of zeros, which leave results and gradients as they are."""
+    arch = tiny_arch("Qwen2MoTDecoderLayer")
+    config = tiny_config(arch)
+    local = build_module(layer_spec(arch.llm, LOCAL), config=config)
+    config.fp8 = "hybrid"  # the context of FP8 arithmetic is Megatron-Core's TransformerBlock's, not the layer's
+    engine = build_module(layer_spec(arch.llm, spec_modules("transformer_engine")), config=config)
+    engine.load_state_dict({name: value for name, value in local.state_dict().items() if value is not None}, strict=False)
+    ours, theirs = (_run(layer, *random_context(arch, n_und, n_gen)) for layer in (local, engine))
+    torch.testing.assert_close(theirs, ours)
+    assert _GroupedLinear.calls == [rows] * 4
+
+
 def test_absent_engine_is_named() -> None:
     if "transformer_engine" in sys.modules:
         pytest.skip("Transformer Engine is installed")
