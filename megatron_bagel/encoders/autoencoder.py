@@ -45,7 +45,8 @@ class AutoEncoder(nn.Module):
             if isinstance(module, GroupNorm):
                 module.split = kernels != "plain"
         self.memory_format = torch.channels_last if kernels == "channels_last" else torch.contiguous_format
-        self.encoder.to(memory_format=self.memory_format)
+        for weight in self.encoder.parameters():
+            weight.data = weight.data.contiguous(memory_format=self.memory_format if weight.dim() == 4 else torch.contiguous_format)
         self.max_pixels_per_call = max_pixels_per_call
         return self
 
