@@ -36,13 +36,18 @@ INSTALL_REQUIRES = [
 ]
 
 # Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. On 3.12 megatron-core is 0.19, which asks the package for a
-# __version__ that 0.4.1 does not have, and so cannot be imported beside it. It brings no CUDA build of torch.
+# __version__ that 0.4.1 does not have, and so cannot be imported beside it; wheels from 0.6 on have it, and need glibc 2.39 (Ubuntu 24.04,
+# Debian 13). The tests take only what older systems install too. It brings no CUDA build of torch.
 RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.5; sys_platform == 'linux' and python_version < '3.12'"
+RESILIENCY_NEWER = "nvidia-resiliency-ext>=0.6,<0.8; sys_platform == 'linux' and python_version == '3.12'"
 
 EXTRAS_REQUIRE = {
     # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.
     "cuda": ["transformer-engine[pytorch]>=2.0"],
     "logging": ["wandb>=0.16"],
+    "mlflow": ["mlflow-skinny>=2.16"],
+    # Not among the test packages: it wants Pillow below 13, as gradio does.
+    "trackio": ["trackio>=0.20"],
     "video": ["av>=11"],
     # WebDataset shards (docs/data.md).
     "data": ["webdataset>=0.2.86"],
@@ -52,7 +57,7 @@ EXTRAS_REQUIRE = {
     # The site of the documentation (tests/site.sh), in an environment of its own.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2", "ruff>=0.6"],
     # ft_launcher and local checkpoints (docs/operations.md).
-    "resiliency": [RESILIENCY],
+    "resiliency": [RESILIENCY, RESILIENCY_NEWER],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.2",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds sdist and wheel, installs the wheel into a fresh environment, and uses it from an empty folder: every command answers, and the path
-# from sample data to a picture works without the repository.
+# Builds sdist and wheel, installs the wheel into a fresh environment, and uses it from an empty folder: every command answers, the path from
+# sample data to a picture works without the repository, and so do the commands of README and getting started.
 #
 #   bash tests/wheel.sh
 #
@@ -59,3 +59,5 @@ megatron-bagel convert megatron-to-hf --checkpoint first/checkpoints --output fi
 megatron-bagel generate --model first/model --prompt "a red circle" --image-size 64x64 --num-timesteps 2 --out first/pictures
 test -n "$(find first/pictures -name '*.png')"
 echo "the wheel works from an empty folder"
+cd "$root"
+MEGATRON_BAGEL_WHEEL=$work/venv "$base/bin/python" -m pytest -q -m slow tests/docs/test_wheel_commands.py

@@ -37,6 +37,7 @@ from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.losses import LossWeights
 from megatron_bagel.training.observability.logging_sinks import WandbSettings
 from megatron_bagel.training.observability.step_log import StepLogSettings
+from megatron_bagel.training.observability.trackers import TrackerSettings
 from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings
 from megatron_bagel.training.resilience.bad_steps import BadStepSettings
@@ -116,6 +117,7 @@ def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:
         local_checkpoints=local_checkpoint_settings(config),
         evaluation=evaluation_settings(config) if config.training.eval_every else None,
         wandb=wandb_settings(config) if run.sizes.use_wandb else None,
+        trackers=tracker_settings(config),
     )
 
 
@@ -268,3 +270,9 @@ def wandb_settings(config: Config) -> WandbSettings:
     """Return the run's name and project on W&B."""
     training = config.training
     return WandbSettings(training.wandb_project, training.wandb_name, training.wandb_runid, training.wandb_resume, training.wandb_offline)
+
+
+def tracker_settings(config: Config) -> TrackerSettings:
+    """Return the settings of MLflow and trackio."""
+    observing = config.observing
+    return TrackerSettings(observing.mlflow_uri, observing.mlflow_experiment, observing.trackio_project)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of what shows a run besides its log lines: timers, a profiler's trace, a file for Prometheus."""
+"""Flags of what shows a run besides its log lines: timers, a profiler's trace, a file for Prometheus, experiment trackers."""
 
 from __future__ import annotations
 
@@ -30,5 +30,16 @@ class ObservingArguments:
     prometheus_file: str | None = flag(
         None,
         "Write the newest metrics to this .prom file. The textfile collector of node_exporter reads it on the node of rank 0.",
+        on_resume=FREE,
+    )
+    mlflow_uri: str | None = flag(
+        None,
+        "Log to MLflow: a server's URL, sqlite:///FILE, or file:///FOLDER. Needs the extra mlflow. A resumed run continues its entry.",
+        on_resume=FREE,
+    )
+    mlflow_experiment: str = flag("bagel", "MLflow experiment, with mlflow_uri. It is made if it does not exist.", on_resume=FREE)
+    trackio_project: str | None = flag(
+        None,
+        "Log to this project of trackio. Needs the extra trackio. Its own variable TRACKIO_DIR names the folder of its store.",
         on_resume=FREE,
     )

@@ -26,6 +26,7 @@ from megatron_bagel.training.evaluation.evaluator import EvaluationSettings
 from megatron_bagel.training.loop import LoopSettings
 from megatron_bagel.training.observability.logging_sinks import WandbSettings
 from megatron_bagel.training.observability.step_log import StepLogSettings
+from megatron_bagel.training.observability.trackers import TrackerSettings
 from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings
 from megatron_bagel.training.resilience.run_monitors import ResilienceSettings
@@ -63,6 +64,7 @@ class ResolvedRun:
         local_checkpoints: The settings of local checkpoints, or None without them.
         evaluation: The settings of evaluations, or None for a run without them.
         wandb: The settings of W&B, or None without it.
+        trackers: The settings of MLflow and trackio.
     """
 
     record: Mapping[str, Any]
@@ -90,6 +92,7 @@ class ResolvedRun:
     local_checkpoints: LocalCheckpointSettings | None = None
     evaluation: EvaluationSettings | None = None
     wandb: WandbSettings | None = None
+    trackers: TrackerSettings = TrackerSettings()
 
     @property
     def costs(self) -> CostInputs:

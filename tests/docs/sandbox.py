@@ -44,7 +44,7 @@ FITTINGS: dict[str, Fitting] = {
     "small_world/layouts.sh": Fitting("--total_steps 2 --warmup_steps 1 --save_every 2"),
     "--profile_step_start 2": Fitting(),
     "-m megatron_bagel.train": Fitting(_STEPS),
-    "make_sample_data.py first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
+    "data sample first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
     "evaluate geneval": Fitting("--image-size 64x64 --num-timesteps 2 --limit 1 --num-samples 1"),
     "evaluate mme": Fitting("--max-length 4 --vit-transform 140 140"),
     "--model my_model --prompt": Fitting(f"{_QUICK} --image-size 64x64"),
@@ -121,10 +121,14 @@ def make_shared(folder: Path) -> Path:
     return folder
 
 
-def page_folder(shared: Path, folder: Path) -> Path:
-    """A folder of its own for the commands of one page, so that what one page writes is not in another one's way."""
+def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
+    """A folder of its own for the commands of one page, so that what one page writes is not in another one's way.
+
+    With ``wheel``, an environment that has the package from its wheel, the folder has nothing of the repository, and the environment's own
+    programs run.
+    """
     folder.mkdir()
-    for name in LINKED:
+    for name in LINKED if wheel is None else ():
         (folder / name).symlink_to(ROOT / name)
     world = shared / "quickstart_output"
     shutil.copytree(world, folder / "quickstart_output")
@@ -141,18 +145,24 @@ def page_folder(shared: Path, folder: Path) -> Path:
     shutil.copytree(world / "checkpoints", folder / "results/checkpoints")
     shutil.copytree(world / "checkpoints", folder / "other/checkpoints")
     (folder / "bin").mkdir()
+    if wheel is not None:
+        for name in ("python", "torchrun", "megatron-bagel"):  # a link to an interpreter would not find its environment
+            (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{wheel}/bin/{name}" "$@"\n')
+            (folder / "bin" / name).chmod(0o755)
+        return folder
     for name, words in {"python": "", "torchrun": "-m torch.distributed.run ", "megatron-bagel": "-m megatron_bagel "}.items():
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         (folder / "bin" / name).chmod(0o755)
     return folder
 
 
-def run_in(folder: Path, command: Command) -> None:
-    """Run a command with its fitting. Raises AssertionError with what it printed when it fails."""
+def run_in(folder: Path, command: Command, wheel: bool = False) -> None:
+    """Run a command with its fitting. Raises AssertionError with what it printed when it fails. With ``wheel`` the repository is not on the
+    path of modules."""
     fit = fitting_of(command)
     text = f"{fit.first} && {command.text.split(' #')[0].rstrip()} {fit.more}"
     environment = {
-        **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+        **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": "" if wheel else str(ROOT),
         "OMP_NUM_THREADS": "1", "model_path": "hf/BAGEL-7B-MoT", "ckpt_path": "results/checkpoints", **fit.variables,
     }  # fmt: skip
     done = subprocess.run(["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False)

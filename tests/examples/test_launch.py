@@ -19,6 +19,7 @@ import yaml
 
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.validate import validate
+from tests.examples.kubeflow_fields import SPECS, wrong_fields
 from tests.examples.launch_models import make_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +203,63 @@ def test_the_kubernetes_manifest_runs_a_recipe_on_as_many_nodes_as_it_asks_for(m
         del settings["index_dir"]
         launch, _ = accepted(dry_run(words, **settings))
         assert bash == "bash" and launch.nnodes == "4" and launch.rdzv_endpoint == "bagel-master-0:23456"
+
+
+def test_the_train_job_is_what_a_server_takes_and_runs_a_recipe_on_its_nodes(models: dict[str, str]) -> None:
+    documents = list(yaml.safe_load_all((EXAMPLES / "kubernetes/trainjob.yaml").read_text()))
+    runtime, job = documents
+    for document in documents:
+        assert document["apiVersion"] == "trainer.kubeflow.org/v1alpha1" and set(document) == {"apiVersion", "kind", "metadata", "spec"}
+        assert not wrong_fields(document["spec"], SPECS[document["kind"]])
+    assert job["spec"]["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org", "kind": runtime["kind"], "name": runtime["metadata"]["name"],
+    }  # fmt: skip
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    trainer = job["spec"]["trainer"]
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"]
+    variables = {entry["name"]: entry["value"] for entry in trainer["env"] if entry["name"] != "index_dir"}
+    injected = {
+        "PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]), "PET_MASTER_ADDR": "bagel-node-0-0",
+        "PET_MASTER_PORT": "29500",
+    }  # fmt: skip
+    bash, *words = trainer["command"]
+    launch, _ = accepted(dry_run(words, **{**variables, **models, **injected}))
+    assert bash == "bash" and (launch.nnodes, launch.nproc_per_node) == ("4", "8") and launch.rdzv_endpoint == "bagel-node-0-0:29500"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("numNodes", "4", "spec.trainer.numNodes: '4' is no integer"),
+        ("numNode", 4, "spec.trainer.numNode: unknown"),
+        ("env", [{"value": "x"}], "spec.trainer.env[0].name: missing"),
+    ],
+)
+def test_a_wrong_field_of_a_train_job_is_noticed(field: str, value: Any, problem: str) -> None:
+    spec = {"runtimeRef": {"name": "bagel"}, "trainer": {field: value}}
+    assert wrong_fields(spec, SPECS["TrainJob"]) == [problem]
+
+
+def test_the_skypilot_file_runs_a_recipe_on_its_nodes(models: dict[str, str], tmp_path: Path) -> None:
+    task = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+    # Fields of SkyPilot's YAML specification; what it does not know it refuses.
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "setup", "run"}
+    assert set(task["resources"]) == {"accelerators", "disk_size", "network_tier"} and task["resources"]["accelerators"].endswith(":8")
+    assert set(task["file_mounts"]["/data"]) == {"source", "mode"}
+    assert "examples/setup_env.sh" in task["setup"] and ".[cuda]" in task["setup"]
+    given = {
+        "SKYPILOT_NUM_NODES": str(task["num_nodes"]), "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        "SKYPILOT_TASK_ID": "sky-4711",
+    }  # fmt: skip
+    # A recipe takes an index that exists; what this one names lies in the bucket.
+    text = task["run"].replace("index_dir=/data/index ", "").replace("/data/dataset.yaml", models["dataset_config_file"])
+    text = text.replace("TORCHRUN=.venv/bin/torchrun ", "")
+    launch, _ = accepted(dry_run(["-c", text], **{**task["envs"], "MODEL": models["model_path"], **given}))
+    assert (launch.nnodes, launch.rdzv_endpoint, launch.rdzv_id) == ("2", "10.0.0.7:29500", "sky-4711")
 
 
 def test_the_container_copies_what_exists_and_installs_what_setup_offers() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a run's numbers and pictures on rank 0: console and ``log.txt``, ``metrics.jsonl``, TensorBoard and, on request, W&B, Prometheus.
+"""Writes a run's numbers and pictures on rank 0: console and ``log.txt``, ``metrics.jsonl``, TensorBoard and, on request, W&B and others.
 
 Other ranks have a ``RunLog`` too and call the same methods, which do nothing there, so the loop need not test the rank.
 """
@@ -25,6 +25,7 @@ from megatron_bagel.training.observability.metrics import StepMetrics, jsonable,
 from megatron_bagel.training.observability.metrics_file import MetricsFile, read_history
 from megatron_bagel.training.observability.plots import plot_losses
 from megatron_bagel.training.observability.prometheus import PrometheusSink
+from megatron_bagel.training.observability.trackers import Tracker, TrackerSettings, open_trackers
 
 _LINE = logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 _MEBIBYTE = 1024 * 1024
@@ -143,11 +144,12 @@ class RunLog:
         tensorboard: bool = True,
         wandb: WandbSettings | None = None,
         prometheus: str | None = None,
+        trackers: TrackerSettings | None = None,
         run_id: str = "",
     ) -> None:
         self.results_dir = Path(results_dir)
         self._active = rank == 0
-        self._sinks: list[TensorBoardSink | WandbSink | PrometheusSink] = []
+        self._sinks: list[Tracker] = []
         if not self._active:
             return
         self.results_dir.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,8 @@ class RunLog:
             self._sinks.append(WandbSink(wandb, self.results_dir, run_config or {}))
         if prometheus is not None:
             self._sinks.append(PrometheusSink(prometheus, self.results_dir))
+        if trackers is not None:
+            self._sinks += open_trackers(trackers, self.results_dir, run_id, run_config or {})
 
     def info(self, text: str) -> None:
         """Write one line with the time to the console and ``log.txt``."""

@@ -126,7 +126,7 @@ def _assemble(
     observing = resolved.observing
     log = RunLog(
         resolved.results_dir, dist.get_rank(), counters.steps, resolved.record, wandb=resolved.wandb, prometheus=observing.prometheus_file,
-        run_id=folders.run_id,
+        trackers=resolved.trackers, run_id=folders.run_id,
     )  # fmt: skip
     timers, saving = Timers(observing.barrier_timers), Saving(resolved.saving, folders.run_id, folders.check)
     return Run(
