@@ -13,6 +13,8 @@ from typing import Any
 
 from megatron_bagel import platform
 from megatron_bagel.common.json_files import json_lines
+from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import writing_to
 from megatron_bagel.inference.batch.arguments import build_parser as generation_parser
 from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
 from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
@@ -34,7 +36,7 @@ def build_parser(prog: str = _PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "benchmark", choices=sorted(BENCHMARKS), help="name of the benchmark, which sets the formats of QUESTIONS and of the scorer's input"
     )
-    parser.add_argument("questions", type=Path, metavar="QUESTIONS", help="file of the benchmark, or folder of files")
+    parser.add_argument("questions", type=path_flag, metavar="QUESTIONS", help="file of the benchmark, or folder of files")
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
     parser.set_defaults(out="evaluation")
     return parser
@@ -58,15 +60,17 @@ def run(args: Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1")
     out = Path(args.out)
-    items = read_benchmark(args.benchmark, args.questions, out / "pictures")[: args.limit]
+    with writing_to(out, "--out"):
+        items = read_benchmark(args.benchmark, args.questions, out / "pictures")[: args.limit]
     size = parse_size(args.image_size) if args.image_size else None
     options = Namespace(**{name: value for name, value in vars(args).items() if name not in ("benchmark", "questions", "limit")})
     options.out = str(out / "answers")
     count = run_prompts(options, [_with_options(item.prompt, args, size) for item in items])
     if launched_rank() == 0:
-        (out / "scored").mkdir(parents=True, exist_ok=True)
         answers = _answers(items, out / "answers", args.num_samples)
-        BENCHMARKS[args.benchmark].write(items, answers, out / "answers", out / "scored")
+        with writing_to(out, "--out"):
+            (out / "scored").mkdir(parents=True, exist_ok=True)
+            BENCHMARKS[args.benchmark].write(items, answers, out / "answers", out / "scored")
         print(f"{count} answers to {len(items)} questions of {args.benchmark}: {out / 'scored'}")
     return count
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from megatron_bagel.cli.hub_models import needs, with_hub_folders, with_local_folders
 from megatron_bagel.cli.usage import short_name
+from megatron_bagel.common.writable import check_writable_file
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.parser import parse_with
 from megatron_bagel.config.plan_arguments import PlanArguments
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
             check_values(options)
             print(resolved_yaml(config, options.gpus, has_gpu=True), end="")
             return 0
+        if options.png is not None:
+            check_writable_file(options.png, "--png")
         # Training's accounting is imported late: its packages take seconds, and --help needs none of them.
         from megatron_bagel.cli.resolve_plan import resolve_plan
         from megatron_bagel.planning.command import answer
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
             return 0
         config, options = with_hub_folders(config, weights=False), with_hub_model(options)
         print(answer(resolve_plan(config, options), options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{short_name(prog)}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.paths import path_flag
 from megatron_bagel.sample_world.quickstart.commands import CommandFailedError
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
 from megatron_bagel.sample_world.quickstart.report import mark_lines, read_marks, write_report
@@ -27,7 +28,9 @@ from megatron_bagel.sample_world.quickstart.stages import DRAWING, Quickstart, Q
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command's own flags; others are flags of training."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("quickstart_output"), metavar="OUT", help="folder (default: %(default)s)")
+    parser.add_argument(
+        "out", nargs="?", type=path_flag, default=Path("quickstart_output"), metavar="OUT", help="folder (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     parser.add_argument("--processes", type=int, metavar="N", help="that train (default: one for each GPU, at most 2; 2 without a GPU)")
     return parser

@@ -41,7 +41,7 @@ from megatron_bagel.training.observability.trackers import TrackerSettings
 from megatron_bagel.training.optim.lr_schedule import ScheduleSettings
 from megatron_bagel.training.optim.optimizer import OptimizerSettings
 from megatron_bagel.training.resilience.bad_steps import BadStepSettings
-from megatron_bagel.training.resilience.hang_watchdog import Limits
+from megatron_bagel.training.resilience.hang_watchdog import COMMAND, Limits
 from megatron_bagel.training.resilience.run_monitors import ResilienceSettings
 from megatron_bagel.training.resilience.stragglers import StragglerSettings
 from megatron_bagel.training.resolved_run import ResolvedRun
@@ -49,7 +49,7 @@ from megatron_bagel.training.saving import SavingSettings
 from megatron_bagel.training.step import StepSettings
 
 
-def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool) -> ResolvedRun:
+def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool, command: str = COMMAND) -> ResolvedRun:
     """Return the settings of every component of a run.
 
     Args:
@@ -57,6 +57,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool)
         arch: The model that ``validate`` read.
         world_size: Number of ranks.
         has_gpu: Whether the run uses GPUs.
+        command: Name of the command in its messages.
 
     Raises:
         ValueError: if the tokenizer cannot be read, or tensor parallelism cannot divide the model with its vocabulary.
@@ -90,7 +91,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool)
         max_skipped_share=config.data.max_skipped_share,
         peak_device_tflops=training.peak_device_tflops,
         saving=saving_settings(config),
-        resilience=resilience_settings(config),
+        resilience=resilience_settings(config, command),
         observing=config.observing,
     )
     return with_optional_components(run, config)
@@ -237,7 +238,7 @@ def local_checkpoint_settings(config: Config) -> LocalCheckpointSettings | None:
     return LocalCheckpointSettings(resilience.local_checkpoint_dir, resilience.save_local_every)
 
 
-def resilience_settings(config: Config) -> ResilienceSettings:
+def resilience_settings(config: Config, command: str) -> ResilienceSettings:
     """Return the settings of what the run does when something goes wrong. The watchdog acts before collectives give up."""
     resilience, collective_minutes = config.resilience, config.megatron.distributed_timeout_minutes
     step_minutes = min(resilience.hang_timeout_minutes, 0.8 * collective_minutes)
@@ -250,6 +251,7 @@ def resilience_settings(config: Config) -> ResilienceSettings:
         stragglers=StragglerSettings(resilience.straggler_every, resilience.straggler_factor),
         heartbeats=resilience.ft_heartbeats,
         grace_seconds=resilience.preemption_grace_seconds,
+        command=command,
     )
 
 

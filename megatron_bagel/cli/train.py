@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m megatron
     from megatron_bagel.platform.launch.inprocess_restart import restart_in_process
 
     try:
-        restart_in_process(lambda store: attempt(config, arch, prog, store), restarts, longest_wait(config))
+        restart_in_process(lambda store: attempt(config, arch, prog, store), restarts, longest_wait(config), short_name(prog))
     except ValueError as error:
         return refuse(error, prog)
     return 0
@@ -123,7 +123,7 @@ def attempt(config: Config, arch: BagelArch | None, prog: str, store: dist.Store
             if arch is None:
                 config = with_hub_folders(config)
                 arch = validate(config, world_size, has_gpu)
-            setup.execute(resolve_run(config, arch, world_size, has_gpu))
+            setup.execute(resolve_run(config, arch, world_size, has_gpu, short_name(prog)))
     finally:
         shutdown_distributed()
 

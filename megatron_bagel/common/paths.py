@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
@@ -26,6 +28,19 @@ def expanded_path(text: str, setting: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{setting} {text}: there is no home folder {expanded.split('/', 1)[0]}; write the path out, or begin it with ./")
     return expanded
+
+
+def location_flag(text: str) -> str:
+    """Return the path or URL that a word of a command line means. This is the argparse type of flags that take either."""
+    try:
+        return expanded_path(text, "path")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_flag(text: str) -> Path:
+    """Return the path that a word of a command line means. This is the argparse type of every flag that takes a file or a folder."""
+    return Path(location_flag(text))
 
 
 def absolute_path(text: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.config.arguments import DataArguments, ModelArguments, TrainingArguments
 from megatron_bagel.config.flag import default_of
@@ -18,7 +19,7 @@ from megatron_bagel.config.flag_parser import build_parser, resolve_aliases, unk
 from megatron_bagel.config.lora_arguments import LoraArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.observing_arguments import ObservingArguments
-from megatron_bagel.config.paths import TYPED, expand_paths, with_absolute_paths, with_hub_names
+from megatron_bagel.config.paths import COMMAND_PATHS, TYPED, expand_paths, with_absolute_paths, with_hub_names
 from megatron_bagel.config.record import write_record
 from megatron_bagel.config.resilience_arguments import ResilienceArguments
 from megatron_bagel.config.sections import ALIASES, SECTION_OF, SECTIONS, SETTINGS
@@ -96,12 +97,12 @@ def parse_with(
     command_class: type = command_flags
     values = build_parser(command_class, prog).given_values(arguments, "command line")
     command_values = {setting.name: values.pop(setting.name) for setting in fields(command_class) if setting.name in values}
-    return _with_file(values), command_flags(**command_values)
+    return _with_file(values), command_flags(**expand_paths(command_values, COMMAND_PATHS))
 
 
 def _with_file(values: dict[str, Any]) -> Config:
     path = values.pop("config", None)
-    file_values = _file_values(Path(path)) if path is not None else {}
+    file_values = _file_values(Path(expanded_path(path, "--config"))) if path is not None else {}
     return Config.from_values(expand_paths({**file_values, **values}))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ PATHS = (
 )  # fmt: skip
 #: Those of them that also take a model on a hub, ``owner/name[@revision]``.
 HUB_SETTINGS = ("model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "resume_from")
+#: Of the flags that commands have besides those of training, those that hold a file or a folder.
+COMMAND_PATHS = ("model", "png")
 #: Section of a record with the paths as they were typed, where the record's own are different.
 TYPED = "typed"
 
 
-def expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def expand_paths(values: Mapping[str, Any], names: Collection[str] = PATHS) -> dict[str, Any]:
     """Return settings by name with ``~`` and ``$VAR`` of their paths replaced. Raises ValueError naming a flag that cannot be expanded."""
-    return {name: expanded_path(value, f"--{name}") if name in PATHS and value is not None else value for name, value in values.items()}
+    return {name: expanded_path(value, f"--{name}") if name in names and value is not None else value for name, value in values.items()}
 
 
 def with_absolute_paths(record: Mapping[str, Any], hub_names: Mapping[str, str] | None = None) -> dict[str, Any]:

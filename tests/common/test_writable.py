@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, megatron_to_hf
 from megatron_bagel.cli.data import build, latents, merge, sample, tokenizer
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.writable import check_writable, check_writable_file, writing_to
 
 #: A file system that takes no new file from anybody, the superuser included.
 CLOSED = Path("/sys")
@@ -29,6 +31,31 @@ def test_a_closed_folder_and_a_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--output .*file/out cannot be written: .*file is not a folder"):
         check_writable(tmp_path / "file/out", "--output")
+
+
+def test_a_file_is_checked_and_left_as_it_was(tmp_path: Path) -> None:
+    check_writable_file(tmp_path / "new.png", "--png")
+    (tmp_path / "old.png").write_text("old")
+    check_writable_file(tmp_path / "old.png", "--png")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_text() == "old"
+    with pytest.raises(ValueError, match="--png .*gone/x.png cannot be written: there is no folder .*gone; make it"):
+        check_writable_file(tmp_path / "gone/x.png", "--png")
+    with pytest.raises(ValueError, match="--png .* cannot be written: it is a folder; name a file"):
+        check_writable_file(tmp_path, "--png")
+    with pytest.raises(ValueError, match=r"--png /sys/x.png: the folder /sys cannot be written \("):
+        check_writable_file("/sys/x.png", "--png")
+
+
+def test_a_disk_that_becomes_full_is_a_sentence_that_names_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^--output /x cannot be written \(No space left on device\); make room"),
+        writing_to("/x", "--output"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it
+    with pytest.raises(ValueError, match=r"^--output /x: /sys/y cannot be written \("), writing_to("/x", "--output"):
+        Path("/sys/y").write_text("")
+    with pytest.raises(FileNotFoundError), writing_to("/x", "--output"):
+        (tmp_path / "gone").read_text()
 
 
 @pytest.mark.parametrize(

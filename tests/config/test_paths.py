@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from megatron_bagel.checkpoint.convert import companions_of
-from megatron_bagel.config.parser import Config, parse_config
+from megatron_bagel.config.parser import Config, parse_config, parse_with
 from megatron_bagel.config.paths import PATHS, TYPED
+from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.config.sections import SETTINGS
 from megatron_bagel.data.sources.dataset_config import load_groups
 
@@ -75,3 +76,13 @@ def test_a_record_means_the_same_from_any_folder(home: Path, monkeypatch: pytest
     again = parse_config(["--config", str(home / "config.yaml")])
     assert again.training.results_dir == f"{home}/out" and again.to_record()["model"] == record["model"]
     assert Config.from_dict(record).value_of("vae_path") == f"{home}/parts/ae.safetensors"
+
+
+def test_home_and_variables_of_a_plan_and_of_the_file_itself(home: Path) -> None:
+    (home / "home").mkdir()
+    (home / "home/run.yaml").write_text("results_dir: ~/first\n")
+    config, options = parse_with(PlanArguments, ["--config=~/run.yaml", "--png=$RUNS/x.png", "--model=~/hf"])
+    assert config.training.results_dir == f"{home}/home/first"
+    assert (options.png, options.model) == (f"{home}/runs/x.png", f"{home}/home/hf")
+    with pytest.raises(ValueError, match=r"^--config \$NO_SUCH_PLACE/run.yaml: .*no variable NO_SUCH_PLACE"):
+        parse_config(["--config=$NO_SUCH_PLACE/run.yaml"])

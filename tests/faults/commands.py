@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -49,12 +50,19 @@ class Command:
         return self._status is None
 
     def wait(self) -> Ended:
-        """Wait for its end; SIGKILL at the limit."""
-        while self.alive() and time.monotonic() < self.started + self.limit:
+        """Wait for its end; SIGKILL at the limit, which does not count the time that other programs of the machine took from it."""
+        while self.alive() and time.monotonic() < self.started + self.limit + self._seconds_in_queue():
             time.sleep(0.02)
         status = self._status
         self.kill()
         return Ended(status, *(self.log.with_suffix(f".{name}").read_text(errors="replace") for name in ("out", "err")))
+
+    def _seconds_in_queue(self) -> float:
+        """Seconds that its main thread was ready to run and got no processor; 0 where the kernel does not count them."""
+        try:
+            return int(Path(f"/proc/{self.process_id}/schedstat").read_text().split()[1]) / 1e9
+        except (OSError, IndexError):
+            return 0.0
 
     def kill(self) -> None:
         """SIGKILL to it and to all that it started."""
@@ -71,8 +79,9 @@ class Command:
 
 
 def start(
-    words: Sequence[str], log: Path, limit: float, environment: Mapping[str, str] | None = None, largest_file: int | None = None
-) -> Command:
+    words: Sequence[str], log: Path, limit: float, environment: Mapping[str, str] | None = None, largest_file: int | None = None,
+    shared_memory: int | None = None, new_interpreter: bool = False,
+) -> Command:  # fmt: skip
     """Start ``megatron-bagel WORDS``. Its output goes to ``log`` with the endings .out and .err.
 
     Args:
@@ -81,6 +90,8 @@ def start(
         limit: Seconds until ``wait`` kills it.
         environment: Variables besides this process's.
         largest_file: Bytes that it may write to any one file; a write beyond fails as on a full disk.
+        shared_memory: Bytes of a ``/dev/shm`` of its own, which needs root.
+        new_interpreter: Whether the interpreter starts anew, as a shell starts it, so that variables for the loader count.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -97,12 +108,31 @@ def start(
         os.environ.update(environment or {})
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        if shared_memory is not None:
+            mount_shared_memory(shared_memory)
+        if new_interpreter:
+            os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+            os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "megatron_bagel", *words])
         gc.freeze()
         status = _run(words)
+    except OSError as error:
+        print(error, file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def mount_shared_memory(size: int) -> None:
+    """Give this process a ``/dev/shm`` of ``size`` bytes. Raises OSError where that is not permitted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private = 0x00020000, 1 << 18 | 1 << 14
+    if (
+        libc.unshare(new_mounts)
+        or libc.mount(b"none", b"/", None, private, None)
+        or libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode())
+    ):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "/dev/shm")
 
 
 def _run(words: Sequence[str]) -> int:

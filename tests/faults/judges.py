@@ -22,8 +22,12 @@ REFUSALS = {"export": {1}, "convert": {1}, "verify": {1, 2}}
 WATCHDOG = 18
 
 
+class NotHere(Exception):
+    """This machine cannot do the fault; the text says why."""
+
+
 def judge(fault: Fault, world: World, scratch: Path) -> list[str]:
-    """Do a fault in the folder ``scratch`` and return what was wrong."""
+    """Do a fault in the folder ``scratch`` and return what was wrong. Raises NotHere where it cannot be done."""
     return _JUDGES[fault.kind](fault, world, scratch)
 
 
@@ -85,7 +89,7 @@ def damage(fault: Fault, world: World, scratch: Path) -> list[str]:
         shutil.copytree(source, copy)
     files = sorted(path for path in copy.glob(kind.pattern) if path.is_file() and path.stat().st_size)
     if not files:
-        return []  # this version of Megatron-Core has no such file
+        raise NotHere(f"this version of Megatron-Core writes no {kind.pattern}")
     path = files[fault.choice % len(files)]
     damage_file(path, fault.how, fault.position)
     ended = replace(world, **{kind.artefact: copy}).run(kind.reader, output, scratch / "reader")
@@ -125,7 +129,7 @@ def read_only(fault: Fault, world: World, scratch: Path) -> list[str]:
     """The output's file system cannot be written; then it can."""
     with SmallDisk(scratch / "disk", 64 << 20) as disk:
         if not disk.mounted:
-            return []  # no other way to stop root from writing
+            raise NotHere("no file system can be mounted, and nothing else stops root from writing")
         disk.protect()
         output = disk.folder / "output"
         faults = refusal(world.run(fault.where, output, scratch / "protected"), fault.where, [str(disk.folder)])
@@ -140,6 +144,8 @@ def stopped(fault: Fault, world: World, scratch: Path) -> list[str]:
     faults = [text for ended in results[:1] for text in clean(ended)]
     if results[0].status != WATCHDOG:
         faults.append(f"exit status {results[0].status}, not {WATCHDOG}: {_last_line(results[0])}")
+    if "megatron-bagel train: hang: " not in results[0].errors:
+        faults.append(f"the report does not begin with the command's name: {_last_line(results[0])}")
     if "rank 1" not in results[0].text:
         faults.append(f"the rank that stopped is not named: {_last_line(results[0])}")
     again = two_ranks(world, scratch / "output", scratch, None)
@@ -191,6 +197,54 @@ def twins(fault: Fault, world: World, scratch: Path) -> list[str]:
     return faults + world.differences("train", output)
 
 
+def small_shm(fault: Fault, world: World, scratch: Path) -> list[str]:
+    """A ``/dev/shm`` of a few pages, as containers have it, and processes that read: the run is as if it were large."""
+    size = 4096 << int(6 * fault.position)
+    probe = start(["--version"], scratch / "probe", LIMIT, shared_memory=size).wait()
+    if probe.status != 0:
+        raise NotHere(f"no file system can be mounted on /dev/shm: {_last_line(probe)}")
+    output = scratch / "output"
+    words = [*world.words("train", output), "--num_workers", "2"]
+    ended = start(words, scratch / "small", LIMIT, shared_memory=size).wait()
+    faults = clean(ended)
+    if ended.status != 0:
+        return [*faults, f"exit status {ended.status}: {_last_line(ended)}"]
+    return faults + world.differences("train", output)
+
+
+def clock(fault: Fault, world: World, scratch: Path) -> list[str]:
+    """The clock of the machine jumps by an hour, forwards or backwards, while a run trains: it goes on as if it had not."""
+    library = faketime_library()
+    if library is None:
+        raise NotHere("libfaketime is not installed; FAKETIME_LIBRARY names it elsewhere than in the system's folders")
+    output, wall_clock = scratch / "output", scratch / "clock"
+    wall_clock.write_text("+0\n")
+    stepped = scratch / "stepped"
+    stepped.write_text("+3600\n" if fault.choice % 2 else "-3600\n")
+    variables = {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(wall_clock), "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    command = start(world.words("train", output), scratch / "clock-run", LIMIT, variables, new_interpreter=True)
+    metrics = output / "metrics.jsonl"
+    while command.alive() and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.005)
+    time.sleep(0.5 * fault.position)
+    stepped.replace(wall_clock)  # whole: the library reads it at any moment
+    ended = command.wait()
+    faults = clean(ended)
+    if ended.status != 0:
+        return [*faults, f"exit status {ended.status}: {_last_line(ended)}"]
+    return faults + world.differences("train", output)
+
+
+def faketime_library() -> str | None:
+    """Where libfaketime is: what FAKETIME_LIBRARY names, or the library of the system's package."""
+    named = os.environ.get("FAKETIME_LIBRARY")
+    found = sorted(Path("/usr").glob("lib/**/faketime/libfaketimeMT.so.1")) if named is None else [Path(named)]
+    return str(found[0]) if found else None
+
+
 def _steps(output: Path) -> set[int]:
     folder = output / "checkpoints"
     names = os.listdir(folder) if folder.is_dir() else []
@@ -203,5 +257,6 @@ def _last_line(ended: Ended) -> str:
 
 
 _JUDGES: dict[str, Callable[[Fault, World, Path], list[str]]] = {
-    "kill": kill, "damage": damage, "full": full, "read-only": read_only, "stopped": stopped, "twins": twins,
+    "kill": kill, "damage": damage, "full": full, "read-only": read_only, "stopped": stopped, "twins": twins, "small-shm": small_shm,
+    "clock": clock,
 }  # fmt: skip

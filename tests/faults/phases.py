@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from tools.compare_runs import compare
 from tools.compare_values import Rule
 
 STEPS = 4
+SECONDS = "seconds.json"  # of each phase, undisturbed; written last
 LIMIT = 180.0  # seconds: a command that takes longer hangs
 TRAINING = {
     "init_random": True, "vit_max_num_patch_per_side": 10, "max_latent_size": 4, "max_num_tokens": 320, "expected_num_tokens": 256,
@@ -67,6 +70,17 @@ class World:
         return [tally.sentence(rule) for tally in tallies if not tally.equal]
 
 
+def open_world(folder: Path) -> World:
+    """Return the world below a folder, which is made there if there is none."""
+    noted = folder / SECONDS
+    if not noted.is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # the beginning of one whose making was interrupted
+        return make_world(folder)
+    world = World.of(folder)
+    world.seconds |= json.loads(noted.read_text())
+    return world
+
+
 def make_world(folder: Path) -> World:
     """Make the world and run every phase once, undisturbed."""
     world = World.of(folder)
@@ -80,6 +94,7 @@ def make_world(folder: Path) -> World:
         output = world.undisturbed / phase
         expect_success(world.run(phase, output, folder / phase), phase)
         world.seconds[phase] = time.monotonic() - begin
+    (folder / SECONDS).write_text(json.dumps(world.seconds))
     return world
 
 

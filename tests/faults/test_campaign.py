@@ -10,7 +10,7 @@ import pytest
 from tests.faults import draws
 from tests.faults.campaign import main
 from tests.faults.commands import Ended
-from tests.faults.judges import clean, damage_file, judge, refusal
+from tests.faults.judges import NotHere, clean, damage_file, judge, refusal
 from tests.faults.phases import World, make_world
 
 SEED = 1
@@ -29,13 +29,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.parametrize("number", [pytest.param(n, marks=() if n in SHORT else pytest.mark.slow) for n in LONG])
 def test_a_fault_is_answered_well(undisturbed: World, tmp_path: Path, number: int) -> None:
     fault = draws.draw(SEED, number)
-    assert judge(fault, undisturbed, tmp_path) == [], fault
+    try:
+        assert judge(fault, undisturbed, tmp_path) == [], fault
+    except NotHere as reason:
+        pytest.skip(str(reason))
 
 
 def test_draws_depend_on_seed_and_number_alone() -> None:
     faults = [draws.draw(SEED, number) for number in range(300)]
     assert faults == [draws.draw(SEED, number) for number in range(300)] and faults != [draws.draw(2, number) for number in range(300)]
-    assert {fault.kind for fault in faults} == set(draws.KINDS)
+    assert {fault.kind for fault in faults} == set(draws.ALL_KINDS)
     assert {fault.where for fault in faults if fault.kind == "damage"} == set(draws.FILES)
 
 

@@ -42,7 +42,7 @@ def test_an_error_of_all_ranks_starts_them_again_in_the_same_processes(world: Pa
     ranks = start_ranks(config, 2, fault=_errors(3))
     assert ranks.wait(150) == [0, 0], ranks.printed()
     assert f"continuing from {tmp_path / 'checkpoints'}/0000002" in ranks.printed()
-    assert "done after 1 restarts in the same processes" in ranks.printed()
+    assert "megatron_bagel.train: done after 1 restarts in the same processes" in ranks.printed()
     (report,) = reports(config)
     assert "made up, in computation 3" in report.splitlines()[0]
     assert run_numbers(config) == straight

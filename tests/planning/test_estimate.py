@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_the_command_answers_in_tables_json_and_a_picture(tmp_path: Path, capsys
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert plan["layout"]["pipeline"] == 2 and len(plan["stages"]) == 2
     assert plan["peak_bytes"] == max(stage["peak_bytes"] for stage in plan["stages"])
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("gone/memory.png", "there is no folder .*gone; make it"), ("", "it is a folder; name a file"), ("/sys/x.png", "cannot be written")],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plan(
+    target: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["--model", "no-such-model", "--png", str(tmp_path / target)]) == 2
+    assert re.search(f"^megatron_bagel.plan: error: --png .*{reason}", capsys.readouterr().err)
 
 
 @pytest.mark.filterwarnings("ignore")

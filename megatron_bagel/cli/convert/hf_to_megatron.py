@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
@@ -19,10 +19,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--model",
         required=True,
-        type=Path,
+        type=path_flag,
         help="folder with llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, or a model on a hub: owner/name[@revision]",
     )
-    arguments.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
+    arguments.add_argument("--output", required=True, type=path_flag, help="checkpoint folder; the step folder 0000000 is made inside it")
     arguments.add_argument(
         "--weights",
         choices=command.WEIGHTS,
@@ -33,11 +33,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--weights-name", "--weights_name", metavar="NAME", help="weight file with another name, such as ema_bf16.safetensors"
     )
     arguments.add_argument(
-        "--llm-path", "--llm_path", type=Path, metavar="DIR",
+        "--llm-path", "--llm_path", type=path_flag, metavar="DIR",
         help="config.json and tokenizer of the pretrained decoder, for a folder without llm_config.json, as the original trainer saves",
     )  # fmt: skip
     arguments.add_argument(
-        "--vit-path", "--vit_path", type=Path, metavar="DIR", help="config.json of the SigLIP tower, for a folder without vit_config.json"
+        "--vit-path",
+        "--vit_path",
+        type=path_flag,
+        metavar="DIR",
+        help="config.json of the SigLIP tower, for a folder without vit_config.json",
     )
     arguments.add_argument("--max-latent-size", type=int, help="side of the latent grid; default: that of the stored position table")
     arguments.add_argument(
@@ -45,7 +49,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="weights that the folder may lack, as shell patterns of their names; they get seeded values and are listed",
     )  # fmt: skip
     arguments.add_argument(
-        "--autoencoder-config", type=Path, help="JSON file with the shape of an autoencoder that is not FLUX's and has no ae_config.json"
+        "--autoencoder-config",
+        type=path_flag,
+        help="JSON file with the shape of an autoencoder that is not FLUX's and has no ae_config.json",
     )
     return arguments
 

@@ -11,22 +11,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arguments = command_parser(__doc__, prog)
-    arguments.add_argument("--llm", required=True, type=Path, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
-    arguments.add_argument("--vit", type=Path, help="SigLIP folder; without it the model cannot understand images")
-    arguments.add_argument("--vae", type=Path, help="ae.safetensors; without it the model cannot generate images")
-    arguments.add_argument("--output", required=True, type=Path, help="checkpoint folder; the step folder 0000000 is made inside it")
-    arguments.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the LLM's")
+    arguments.add_argument("--llm", required=True, type=path_flag, help="Qwen2.5 or Qwen3 folder: config.json, weights, tokenizer")
+    arguments.add_argument("--vit", type=path_flag, help="SigLIP folder; without it the model cannot understand images")
+    arguments.add_argument("--vae", type=path_flag, help="ae.safetensors; without it the model cannot generate images")
+    arguments.add_argument("--output", required=True, type=path_flag, help="checkpoint folder; the step folder 0000000 is made inside it")
+    arguments.add_argument("--tokenizer", type=path_flag, help="tokenizer folder or SentencePiece .model file; default: the LLM's")
     arguments.add_argument(
         "--layer-module", default="Qwen2MoTDecoderLayer", help="Qwen2MoTDecoderLayer, Qwen2MoEDecoderLayer or Qwen2DecoderLayer"
     )

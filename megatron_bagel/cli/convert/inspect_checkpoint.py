@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.paths import path_flag
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -33,8 +33,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     verify = modes.add_parser("verify", help="compare all files with their checksums")
     for mode in (show, compare, verify):
-        mode.add_argument("checkpoint", type=Path, help="a step folder, or the folder above it")
-    compare.add_argument("other", type=Path, help="another checkpoint")
+        mode.add_argument("checkpoint", type=path_flag, help="a step folder, or the folder above it")
+    compare.add_argument("other", type=path_flag, help="another checkpoint")
     return arguments
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
@@ -17,9 +17,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
     arguments.add_argument(
-        "--checkpoint", required=True, type=Path, help="step folder, or the folder above it, which means its newest complete step"
+        "--checkpoint", required=True, type=path_flag, help="step folder, or the folder above it, which means its newest complete step"
     )
-    arguments.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist or be empty")
+    arguments.add_argument("--output", required=True, type=path_flag, help="folder to write; it must not exist or be empty")
     arguments.add_argument(
         "--weights", choices=command.WEIGHTS, default="ema", help="weights to write; the released model is an average (ema)"
     )
@@ -31,11 +31,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--shard-size", type=command.size, help="split weight files into parts of at most this size (5GB, 200MB), with an index"
     )
     arguments.add_argument(
-        "--untrained-from", type=Path, metavar="FOLDER",
+        "--untrained-from", type=path_flag, metavar="FOLDER",
         help="model folder with the parts that the run was trained without: vision tower, image generation, autoencoder",
     )  # fmt: skip
-    arguments.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file; default: the run's")
-    arguments.add_argument("--autoencoder", type=Path, help="ae.safetensors to copy; default: the run's")
+    arguments.add_argument("--tokenizer", type=path_flag, help="tokenizer folder or SentencePiece .model file; default: the run's")
+    arguments.add_argument("--autoencoder", type=path_flag, help="ae.safetensors to copy; default: the run's")
     return arguments
 
 

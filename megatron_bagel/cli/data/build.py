@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.paths import location_flag, path_flag
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
@@ -37,12 +37,14 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     def flag(name: str, **settings: Any) -> None:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
-    flag("dataset_config_file", required=True, type=Path, metavar="YAML", help="the dataset YAML that training reads too")
-    flag("data_root", metavar="DIR", help="folder or URL with the guide's folders (t2i/, editing/, vlm/, text/); not needed if the "
-         "YAML's dataset_info says where each dataset is")  # fmt: skip
-    parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=Path, metavar="PATH",
+    flag("dataset_config_file", required=True, type=path_flag, metavar="YAML", help="the dataset YAML that training reads too")
+    flag("data_root", type=location_flag, metavar="DIR", help="folder or URL with the guide's folders (t2i/, editing/, vlm/, text/); "
+         "not needed if the YAML's dataset_info says where each dataset is")  # fmt: skip
+    parser.add_argument("--tokenizer", "--tokenizer_path", "--tokenizer-path", required=True, type=path_flag, metavar="PATH",
                         help="Hugging Face folder or SentencePiece .model file; training must use the same one")  # fmt: skip
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the index, which appears when it is complete")
+    parser.add_argument(
+        "--output", required=True, type=path_flag, metavar="DIR", help="folder of the index, which appears when it is complete"
+    )
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 builds in this one (default)")
     flag("rows_per_shard", type=int, default=ROWS_PER_SHARD, help="approximate number of samples per set of files (default %(default)s)")
     flag("check_images", choices=IMAGE_CHECKS, default="structure", help="leave out truncated images and wrong checksums (structure, "
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
             num_jobs=args.num_jobs, job_index=args.job_index,
         )  # fmt: skip
         args, _ = with_local_folders(args, {"tokenizer": needs("--tokenizer")})
-        manifest = build_index(groups, args.tokenizer, args.output, options)
+        with writing_to(args.output.parent, "--output: the folder"):
+            manifest = build_index(groups, args.tokenizer, args.output, options)
     except ValueError as error:
         report_error(prog, error)
         return 2

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import check_writable, check_writable_file
 from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.resolve import architecture
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
@@ -37,17 +39,17 @@ Section = tuple[str, Callable[[], Figure]]  # text, and the function that draws 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the command line's values."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("index", type=Path, help="folder of an index")
+    parser.add_argument("index", type=path_flag, help="folder of an index")
     parser.add_argument("--dataset", metavar="GROUP/NAME", help="one dataset instead of all")
     parser.add_argument("--sample", type=int, metavar="N", help="show sample N of --dataset")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="config.yaml of a run (in its results_dir), which --pack needs")
+    parser.add_argument("--config", type=path_flag, metavar="YAML", help="config.yaml of a run (in its results_dir), which --pack needs")
     parser.add_argument("--pack", type=int, metavar="N", help="show pack N of the run's order")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="tokenizer that decodes texts (default: the one that built the index)"
+        "--tokenizer", type=path_flag, metavar="PATH", help="tokenizer that decodes texts (default: the one that built the index)"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="write the sample's pictures to this folder as PNG")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last thing shown: pack, sample or histograms")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write text and figures of everything shown to one file")
+    parser.add_argument("--images", type=path_flag, metavar="DIR", help="write the sample's pictures to this folder as PNG")
+    parser.add_argument("--png", type=path_flag, metavar="FILE", help="draw the last thing shown: pack, sample or histograms")
+    parser.add_argument("--html", type=path_flag, metavar="FILE", help="write text and figures of everything shown to one file")
     return parser.parse_args(argv)
 
 
@@ -105,10 +107,20 @@ def write_html(path: Path, title: str, sections: Sequence[Section]) -> None:
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
+def check_targets(args: argparse.Namespace) -> None:
+    """Raise ValueError for a file or a folder that cannot be written, before anything is read and drawn for it."""
+    if args.images is not None:
+        check_writable(args.images, "--images")
+    for path, flag in ((args.png, "--png"), (args.html, "--html")):
+        if path is not None:
+            check_writable_file(path, flag)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data inspect") -> int:
     """Print and draw the requested sections. Returns the exit status."""
     args = parse_arguments(argv, prog)
     try:
+        check_targets(args)
         index = IndexedSamples.open(args.index)
         if args.dataset is not None and args.dataset not in index.datasets:
             raise ValueError(f"--dataset {args.dataset} is not in the index; it has {', '.join(index.datasets)}")

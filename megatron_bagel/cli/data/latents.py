@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_bagel import platform
 from megatron_bagel.cli.usage import command_parser, report_error
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.index.latent_cache import DTYPES
 from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.sources.dataset_config import load_groups
@@ -30,13 +30,13 @@ from megatron_bagel.encoders.latent_writer import CacheOptions, clear_latent_cac
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the command line's values."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("index", type=Path, help="folder of an index")
-    parser.add_argument("--dataset_config_file", "--dataset-config-file", required=True, type=Path, metavar="YAML",
+    parser.add_argument("index", type=path_flag, help="folder of an index")
+    parser.add_argument("--dataset_config_file", "--dataset-config-file", required=True, type=path_flag, metavar="YAML",
                         help="the dataset YAML that training reads too: its image_transform_args are applied")  # fmt: skip
     parser.add_argument(
-        "--vae", "--vae_path", "--vae-path", required=True, type=Path, metavar="FILE", help="file of the autoencoder's weights"
+        "--vae", "--vae_path", "--vae-path", required=True, type=path_flag, metavar="FILE", help="file of the autoencoder's weights"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the cache")
+    parser.add_argument("--output", required=True, type=path_flag, metavar="DIR", help="folder of the cache")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="float32 (default) keeps the losses of encoding; "
                         "bfloat16 halves the size and rounds")  # fmt: skip
     parser.add_argument("--num_jobs", "--num-jobs", type=int, default=1, help="number of jobs that share the cache (default 1)")
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data lat
             clear_latent_cache(args.output)
         autoencoder = load_autoencoder(args.vae, flag="--vae").to(options.device)
         images = total_images(index.manifest, groups) // args.num_jobs
-        with tqdm(total=images, unit="image", desc="latents", mininterval=0.1 if sys.stderr.isatty() else 30.0) as progress_bar:
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        with writing_to(args.output, "--output"), tqdm(total=images, unit="image", desc="latents", mininterval=interval) as progress_bar:
             complete = write_latent_cache(index, groups, args.vae, autoencoder, args.output, options, progress_bar.update)
     except (ValueError, OSError) as error:
         report_error(prog, error)

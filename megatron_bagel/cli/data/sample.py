@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec
 from megatron_bagel.sample_world.text import EDITS, draw_edit
@@ -26,7 +26,7 @@ from megatron_bagel.sample_world.world import SHAPES, SIZES, World, draw_scene, 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist yet, or be empty")
+    parser.add_argument("out", type=path_flag, metavar="OUT", help="folder to make; must not exist yet, or be empty")
     parser.add_argument("--t2i", type=int, default=1000, metavar="N", help="pictures with captions (default 1000)")
     parser.add_argument("--edit", type=int, default=1000, metavar="N", help="editing examples (default 1000)")
     parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sam
     try:
         spec = spec_of(args)
         check_writable(args.out, "OUT")
-        tokens = make_training_set(args.out, spec, args.vocab_size, llm, vit)
+        with writing_to(args.out, "OUT"):
+            tokens = make_training_set(args.out, spec, args.vocab_size, llm, vit)
     except ValueError as error:
         parser.error(str(error))
     counts = f"{spec.t2i} t2i, {spec.edit} edit, {spec.vlm} vlm, {spec.text} text samples"

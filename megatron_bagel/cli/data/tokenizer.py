@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.json_text import check_encodable, decode, head_of, parse_json, wrong_container
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 
 
@@ -49,13 +50,14 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data tokenizer") -> int:
     """Train the tokenizer. Errors of the input end with one line and exit status 2."""
     parser = command_parser(__doc__, prog)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the tokenizer's files")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text files or .jsonl")
+    parser.add_argument("out", type=path_flag, metavar="OUT", help="folder for the tokenizer's files")
+    parser.add_argument("--text", type=path_flag, nargs="+", required=True, metavar="FILE", help="plain text files or .jsonl")
     parser.add_argument("--vocab-size", type=int, default=8192, help="largest number of tokens, including special tokens (default 8192)")
     args = parser.parse_args(argv)
     try:
         check_writable(args.out, "OUT")
-        size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)
+        with writing_to(args.out, "OUT"):
+            size = train_tokenizer(read_texts(args.text), args.out, args.vocab_size)
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.out}: {size} tokens")

@@ -7,6 +7,7 @@ continues with its unfinished shards.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -158,6 +159,9 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
 
 def _start_worker(row_count: Synchronized[int], parent: int) -> None:
     end_with_parent(parent)
+    # The last thing that a worker does: threads of Arrow and of clients of remote file systems may keep an interpreter from ending,
+    # and the build waits for its workers.
+    atexit.register(os._exit, 0)
     global _shared_row_count
     _shared_row_count = row_count
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per shard; also silences the warning about forks

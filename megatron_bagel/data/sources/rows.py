@@ -103,7 +103,8 @@ def _parquet_cells(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[tup
     while True:
         start = 0
         try:
-            for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
+            # No threads: those of Arrow that read through a Python file can keep a process from ending (apache/arrow#50482).
+            for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns), use_threads=False):
                 arrays = [batch.column(name) for name in columns]
                 for index in range(max(0, num_yielded - start), len(batch)):
                     num_yielded += 1

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bagel.common.paths import location_flag
 from megatron_bagel.data.transforms import EXIF_MODES
 
 _DESCRIPTION = "Pictures from prompts, edited pictures, and answers about pictures, from a trained model."
@@ -51,6 +52,7 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--model",
         required=True,
+        type=location_flag,
         metavar="DIR",
         help="Hugging Face folder, training checkpoint, folder of checkpoints, or owner/name[@revision] on a hub",
     )
@@ -63,12 +65,18 @@ def _add_model(group: Any) -> None:
         help="weight file of a model folder with another name, such as ema_bf16.safetensors",
     )
     group.add_argument(
-        "--llm-path", "--llm_path", metavar="DIR", help="config.json and tokenizer of the decoder, for a folder without llm_config.json"
+        "--llm-path",
+        "--llm_path",
+        type=location_flag,
+        metavar="DIR",
+        help="config.json and tokenizer of the decoder, for a folder without llm_config.json",
     )
-    group.add_argument("--vit-path", "--vit_path", metavar="DIR", help="config.json of the ViT, for a folder without vit_config.json")
+    group.add_argument(
+        "--vit-path", "--vit_path", type=location_flag, metavar="DIR", help="config.json of the ViT, for a folder without vit_config.json"
+    )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    group.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model (default: the model's own)")
-    group.add_argument("--autoencoder", metavar="FILE", help="ae.safetensors (default: the model's own)")
+    group.add_argument("--tokenizer", type=location_flag, metavar="PATH", help="folder or SentencePiece .model (default: the model's own)")
+    group.add_argument("--autoencoder", type=location_flag, metavar="FILE", help="ae.safetensors (default: the model's own)")
     group.add_argument(
         "--check-weights", "--check_weights", choices=("sampled", "full"), default="sampled",
         help="weights must be finite: check some thousand values of each tensor, or all of them (default: sampled)",
@@ -86,10 +94,20 @@ def _add_prompts(group: Any) -> None:
     group.add_argument(
         "--prompt", action=_AppendInOrder, nargs="+", metavar="TEXT", help="texts; each a prompt of its own, except in interleave"
     )
-    group.add_argument("--image", action=_AppendInOrder, nargs="+", metavar="FILE", help="input images, shown before every prompt")
-    group.add_argument("--input", metavar="FILE", help="JSONL with one prompt per line (docs/generation.md lists its keys)")
+    group.add_argument(
+        "--image", action=_AppendInOrder, nargs="+", type=location_flag, metavar="FILE", help="input images, shown before every prompt"
+    )
+    group.add_argument(
+        "--input", type=location_flag, metavar="FILE", help="JSONL with one prompt per line (docs/generation.md lists its keys)"
+    )
     group.add_argument("--output", choices=("image", "text"), help="what interleave produces (default: image)")
-    group.add_argument("--out", default="generated", metavar="DIR", help="folder for results.jsonl and PNG files (default: %(default)s)")
+    group.add_argument(
+        "--out",
+        default="generated",
+        type=location_flag,
+        metavar="DIR",
+        help="folder for results.jsonl and PNG files (default: %(default)s)",
+    )
     group.add_argument("--resume", action="store_true", help="keep the answers that --out already holds and make the others")
     group.add_argument("--seed", type=int, default=0, help="same seed, same answers, whatever the batch (default: %(default)s)")
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers per prompt, seeds counting up (default: 1)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from PIL import Image
@@ -42,8 +43,12 @@ class AnswerWriter:
     def __enter__(self) -> AnswerWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._results_file.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._results_file.close()
+        except OSError:  # a full disk refuses the rest of the line whose error is on its way
+            if error is None:
+                raise
 
     def has(self, name: str, prompt: Prompt, seed: int) -> bool:
         """Return whether ``name`` is answered. Raises ValueError if its answer belongs to another prompt or seed."""

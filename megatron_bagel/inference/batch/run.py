@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.writable import check_writable
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.inference.batch.prompts import Prompt
 from megatron_bagel.inference.batch.requests import Answer, answer
 from megatron_bagel.inference.batch.results import AnswerWriter
@@ -57,7 +57,8 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
 
     def begin() -> set[str]:
         nonlocal writer
-        writer = AnswerWriter(args.out, _answer_settings(args), args.resume)
+        with writing_to(args.out, "--out"):
+            writer = AnswerWriter(args.out, _answer_settings(args), args.resume)
         return {job.name for job in jobs if writer.has(job.name, job.prompt, job.seed)}
 
     answered_names = replicas.agreed(begin)
@@ -71,7 +72,8 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
             answers = replicas.collected(answer(engine, [job.prompt.request(args.exif) for job in local_jobs], noise, text, image))
             if writer is not None:
                 seconds = (time.monotonic() - start_time) / len(round_jobs)
-                _write(writer, round_jobs, answers, seconds, (len(answered_names) + start, len(jobs)))
+                with writing_to(args.out, "--out"):
+                    _write(writer, round_jobs, answers, seconds, (len(answered_names) + start, len(jobs)))
     return len(jobs)
 
 

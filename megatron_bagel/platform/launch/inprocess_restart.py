@@ -27,13 +27,14 @@ _RETRY_CODE = 1
 _ABORT_DELAY = 5.0
 
 
-def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, timeout_minutes: float) -> None:
+def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, timeout_minutes: float, command: str) -> None:
     """Call ``attempt(store)`` on all ranks, and repeat it up to ``restarts`` times while it ends with SystemExit(1) everywhere.
 
     Args:
         attempt: Runs one attempt with a store that no other attempt uses.
         restarts: The largest number of restarts.
         timeout_minutes: The longest time that ranks wait for each other at the start or the end of an attempt.
+        command: Name of the command in its messages.
 
     Raises:
         SystemExit: The exit of the last attempt.
@@ -52,7 +53,7 @@ def restart_in_process(attempt: Callable[[dist.Store], None], restarts: int, tim
             gc.collect()
             raise _AttemptFailed(f"attempt {call.iteration} ended with an error")
         if rank == 0 and call.iteration:
-            print(f"megatron_bagel.train: done after {call.iteration} restarts in the same processes", file=sys.stderr)
+            print(f"{command}: done after {call.iteration} restarts in the same processes", file=sys.stderr)
 
     # The wrapper finds the parameter to fill by this annotation, which must be an object instead of a string.
     run_attempt.__annotations__["call"] = inprocess.CallWrapper

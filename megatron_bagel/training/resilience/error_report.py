@@ -9,7 +9,6 @@ The order of errors is the order of their arrival in the store; clocks are not c
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -24,14 +23,13 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_bagel.common.json_text import parse_json
+from megatron_bagel.common.writable import ABOUT_DISKS
 from megatron_bagel.parallel.rank_coordinates import rank_list
 from megatron_bagel.platform.launch.process_group import side_store
 from megatron_bagel.training.resilience import hang_watchdog
 
 #: Seconds without a new error after which the report is made, and the longest wait for errors.
 QUIET_S, MAX_WAIT_S = 2.0, 20.0
-#: Errors of the system that the user can resolve: a disk is full, or a file or folder is not accessible.
-_ABOUT_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class RankError:
     @classmethod
     def of(cls, rank: int, error: BaseException) -> RankError:
         """Describe the exception ``error`` of ``rank``, which runs on this host."""
-        user = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _ABOUT_DISKS)
+        user = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in ABOUT_DISKS)
         text = str(error) if isinstance(error, (ValueError, FloatingPointError)) else f"{type(error).__name__}: {error}"
         if user and isinstance(error, OSError):
             location = f"{error.filename}: " if error.filename else ""
@@ -62,7 +60,7 @@ class ErrorReport:
     because ranks that end break the connections of others.
     """
 
-    def __init__(self, results_dir: str | Path, command: str = "megatron_bagel.train") -> None:
+    def __init__(self, results_dir: str | Path, command: str = hang_watchdog.COMMAND) -> None:
         self._command = command
         self._store, self._hang, self._folder = side_store("errors"), side_store(hang_watchdog.STORE), Path(results_dir) / "errors"
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()

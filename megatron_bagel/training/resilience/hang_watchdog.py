@@ -30,6 +30,8 @@ from megatron_bagel.parallel.rank_coordinates import rank_list
 
 #: Name of the watchdogs' store, and the key that exists in it once one of them has reported.
 STORE, REPORTED = "watchdog", "reported"
+#: Name of the command in messages of a run that was started without one.
+COMMAND = "megatron_bagel.train"
 EXIT_CODE = 18  # Megatron-Core's rerun state machine ends runs with 16 and 17
 _PACKAGE = os.sep + "megatron_bagel" + os.sep
 _WRAPPERS = os.sep + "platform" + os.sep
@@ -77,10 +79,11 @@ class Watchdog:
     """Watches this process's main thread and, when it hangs, the other ranks. It ends the process by ``end``."""
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, limits: Limits, results_dir: Path, end: Callable[[int], None] = os._exit
-    ) -> None:
+        self, store: dist.Store, rank: int, world_size: int, limits: Limits, results_dir: Path, end: Callable[[int], None] = os._exit,
+        command: str = COMMAND,
+    ) -> None:  # fmt: skip
         self._store, self._rank, self._world_size, self._limits = store, rank, world_size, limits
-        self._results_dir, self._end = results_dir, end
+        self._results_dir, self._end, self._command = results_dir, end, command
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._count, self._step, self._phase = 0, 0, "set-up and first step"
@@ -186,7 +189,7 @@ class Watchdog:
         return beats
 
     def _print(self, text: str) -> None:
-        print(f"megatron_bagel.train: hang: {text}", file=sys.stderr, flush=True)
+        print(f"{self._command}: hang: {text}", file=sys.stderr, flush=True)
 
     def _write(self, text: str) -> None:
         folder = self._results_dir / "errors"
@@ -235,9 +238,9 @@ def hang_report(beats: dict[int, Beat], silent: Sequence[int], idle: float) -> s
 
 
 @contextmanager
-def watching(store: dist.Store, limits: Limits, results_dir: str | Path) -> Iterator[Watchdog]:
+def watching(store: dist.Store, limits: Limits, results_dir: str | Path, command: str = COMMAND) -> Iterator[Watchdog]:
     """Run the watchdog of this rank within the block, unless its limit is 0."""
-    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(), limits, Path(results_dir), os._exit)
+    watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(), limits, Path(results_dir), os._exit, command)
     if not limits.step:
         yield watchdog
         return

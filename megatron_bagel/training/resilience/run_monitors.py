@@ -16,7 +16,7 @@ from megatron_bagel.platform.launch.signals import StopRequest, stop_on_signals
 from megatron_bagel.training.hooks import Pause, StepHook
 from megatron_bagel.training.resilience.bad_steps import BadSteps, BadStepSettings
 from megatron_bagel.training.resilience.events import EventFile
-from megatron_bagel.training.resilience.hang_watchdog import STORE, Limits, Watchdog, watching
+from megatron_bagel.training.resilience.hang_watchdog import COMMAND, STORE, Limits, Watchdog, watching
 from megatron_bagel.training.resilience.preemption import Grace
 from megatron_bagel.training.resilience.stop_agreement import StepAgreement
 from megatron_bagel.training.resilience.stragglers import Stragglers, StragglerSettings
@@ -36,6 +36,7 @@ class ResilienceSettings:
         stragglers: How slow ranks are detected.
         heartbeats: Whether a launcher gets heartbeats; None for yes if it started this process.
         grace_seconds: The time between a scheduler's signal and its SIGKILL; None if unknown.
+        command: Name of the command in its messages.
     """
 
     results_dir: Path
@@ -46,6 +47,7 @@ class ResilienceSettings:
     stragglers: StragglerSettings = field(default_factory=StragglerSettings)
     heartbeats: bool | None = None
     grace_seconds: float | None = None
+    command: str = COMMAND
 
 
 @dataclass
@@ -129,7 +131,7 @@ class CollectiveTimeout(StepHook):
 @contextmanager
 def surviving(settings: ResilienceSettings) -> Iterator[Survival]:
     """Note signals and watch the ranks within the block."""
-    with stop_on_signals() as request, watching(side_store(STORE), settings.limits, settings.results_dir) as watchdog:
+    with stop_on_signals() as request, watching(side_store(STORE), settings.limits, settings.results_dir, settings.command) as watchdog:
         survival = Survival.of(settings, request, watchdog)
         survival.heartbeats.start()
         try:

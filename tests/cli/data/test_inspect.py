@@ -133,3 +133,10 @@ def test_an_interleaved_sample_item_by_item(goldens: Path, tmp_path: Path, capsy
         "item 4 (assistant, learned), n tokens: 'done'",
     ]
     assert "item 4 (assistant, learned)" in page.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--images", "--png", "--html"])
+def test_targets_that_cannot_be_written_are_refused_before_the_index_is_read(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no-such-index", flag, "/sys/megatron_bagel"]) == 2
+    error = capsys.readouterr().err
+    assert f"{flag} /sys/megatron_bagel" in error and "cannot be written" in error and "no-such-index" not in error

@@ -63,4 +63,4 @@ def test_restarts_in_process_need_a_resume_and_a_launcher(monkeypatch: pytest.Mo
         check_resilience(Config.from_values({"inprocess_restarts": 1}))
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="--inprocess_restarts needs ranks that a launcher started"):
-        restart_in_process(lambda store: None, 1, 1.0)
+        restart_in_process(lambda store: None, 1, 1.0, "megatron_bagel.train")
