@@ -7,16 +7,15 @@ continues with its unfinished shards.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -40,7 +39,7 @@ from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bagel.platform.launch.child_processes import end_with_parent
+from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
 _shared_row_count: Synchronized[int]  # in a worker process: rows written by all workers together
@@ -130,19 +129,23 @@ def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: B
             for shard in open_shards:
                 write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
         else:
-            for count in _in_processes(build, open_shards, tokenizer_path, options.workers, spawn=plan.is_remote):
+            for count in _in_processes(build, open_shards, tokenizer_path, options.workers, fresh=plan.is_remote):
                 bar.update(count)
 
 
-def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path, workers: int, spawn: bool) -> Iterator[int]:
+def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path, workers: int, fresh: bool) -> Iterator[int]:
     """Write shards in worker processes and yield the rows written since the last time, about every second.
 
-    ``spawn`` starts fresh processes for remote sources: clients of remote file systems run threads, which do not survive a fork.
+    ``fresh`` processes are for remote sources: clients of remote file systems run threads, which do not survive a fork. They are forks of
+    a server that imports this package once. Started one by one, each of them would import PyTorch, which takes seconds of a processor.
     """
-    context = get_context("spawn" if spawn else "fork")
+    context = get_context("forkserver" if fresh else "fork")
+    if fresh:
+        context.set_forkserver_preload([__name__])
+    start = partial(_start_worker, end_with_client if fresh else partial(end_with_parent, os.getpid()))
     row_count, yielded_rows = context.Value("q"), 0
     try:
-        with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (row_count, os.getpid())) as pool:
+        with ProcessPoolExecutor(min(workers, len(shards)), context, start, (row_count,)) as pool:
             pending = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in shards}
             while pending:
                 finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -157,11 +160,8 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
         ) from error
 
 
-def _start_worker(row_count: Synchronized[int], parent: int) -> None:
-    end_with_parent(parent)
-    # The last thing that a worker does: threads of Arrow and of clients of remote file systems may keep an interpreter from ending,
-    # and the build waits for its workers.
-    atexit.register(os._exit, 0)
+def _start_worker(end_with_builder: Callable[[], None], row_count: Synchronized[int]) -> None:
+    end_with_builder()
     global _shared_row_count
     _shared_row_count = row_count
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per shard; also silences the warning about forks

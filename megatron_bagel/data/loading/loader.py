@@ -20,6 +20,7 @@ from megatron_bagel.data.loading.reading_process import (
     POLL_SECONDS,
     STOP_PATIENCE,
     SendingReader,
+    check_semaphores,
     next_record,
     start_reading_process,
 )
@@ -120,7 +121,9 @@ class PackLoader:
         if not self.num_workers:
             return iter(DataLoader(self.reader, batch_size=None, sampler=sampler))
         reader: SendingReader[StepPlan, LoadedPack] = SendingReader(self.reader.__getitem__)
+        context = reading_context()
         try:
+            check_semaphores(context, self.num_workers)
             return iter(
                 DataLoader(
                     reader,
@@ -129,7 +132,7 @@ class PackLoader:
                     num_workers=self.num_workers,
                     prefetch_factor=self.prefetch_factor,
                     worker_init_fn=start_reading_process,
-                    multiprocessing_context=reading_context(),
+                    multiprocessing_context=context,
                     timeout=POLL_SECONDS,
                 )
             )

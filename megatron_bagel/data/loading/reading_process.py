@@ -13,6 +13,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
 from typing import Generic, TypeVar
 
@@ -62,6 +64,18 @@ class ReadFailure:
         error: Exception = ValueError(self.text) if self.is_user_error else ReadingError(self.text)
         error.__cause__ = ReadingError(f"in the reading process:\n{self.trace}")
         return error
+
+
+def check_semaphores(context: BaseContext | None, processes: int) -> None:
+    """Make and drop the queues that DataLoader makes for its processes.
+
+    Their semaphores lie in ``/dev/shm``. If DataLoader fails between two of them, its half-made iterator prints a traceback of its own.
+
+    Raises:
+        OSError: ``/dev/shm`` has no room for them.
+    """
+    context = context or get_context()
+    _ = [*(context.Queue() for _ in range(processes + 1)), context.Event()]
 
 
 class SendingReader(Dataset[Parcel[_Record] | ReadFailure], Generic[_Request, _Record]):

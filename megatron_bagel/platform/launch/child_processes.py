@@ -11,7 +11,8 @@ import ctypes
 import os
 import signal
 import sys
-from multiprocessing import context, get_start_method, popen_fork
+import threading
+from multiprocessing import context, get_start_method, parent_process, popen_fork
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
@@ -40,7 +41,7 @@ def end_forks_with_this_process() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when ``parent``, the process that started it, ends for any reason. Linux only.
+    """End this process when ``parent``, the process that forked it, ends for any reason. Linux only.
 
     For workers of pools: a pool whose process is killed leaves its workers waiting for work forever.
     """
@@ -49,6 +50,18 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before prctl
         os._exit(1)
+
+
+def end_with_client() -> None:
+    """End this fork of a server when the process that asked for it ends for any reason. The server itself lives as long as its forks."""
+    client = parent_process()
+    assert client is not None, "only a process that multiprocessing started has a client"
+
+    def wait() -> None:
+        client.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with client", daemon=True).start()
 
 
 def reading_context() -> context.BaseContext | None:

@@ -62,6 +62,28 @@ def start(fault: str, steps: int = 10**9, prefix: tuple[str, ...] = ()) -> subpr
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+#: Asks for reading processes with room for 1, 3, ... pages in /dev/shm.
+SHORT_OF_ROOM = """
+import os
+from torch.utils.data import DataLoader
+from megatron_bagel.data.loading.reading_process import check_semaphores
+from megatron_bagel.platform.launch.child_processes import reading_context
+from tests.faults.commands import mount_shared_memory
+
+for pages in range(1, 13, 2):
+    if os.fork():
+        os.wait()
+        continue
+    mount_shared_memory(4096 * pages)
+    try:
+        check_semaphores(reading_context(), 2)
+        iter(DataLoader([1], num_workers=2, multiprocessing_context=reading_context()))
+    except OSError as error:
+        print(f"OSError: {error}", flush=True)
+    os._exit(0)
+"""
+
+
 def end(process: subprocess.Popen) -> tuple[int, list[str]]:
     """The exit status and what was printed. A process that does not end is killed with its children and fails the test."""
     try:
@@ -108,3 +130,13 @@ def test_a_small_dev_shm_is_enough() -> None:
     if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("a small /dev/shm needs a mount namespace, which is not permitted here")
     assert end(start("none", 40, small)) == (0, ["starts", "reads", "done"])
+
+
+def test_a_dev_shm_without_room_for_semaphores_is_one_sentence() -> None:
+    """Whichever semaphore finds no room: nothing is printed by an iterator of DataLoader that was never finished."""
+    if os.geteuid() != 0:
+        pytest.skip("a small /dev/shm needs root")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_ROOM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["OSError: [Errno 28] No space left on device"] * 6

@@ -30,17 +30,24 @@ POOL = """
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from megatron_bagel.platform.launch.child_processes import end_with_parent
+from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, get_context({method!r}), end_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(1, get_context({method!r}), {start}) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         input()
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tell a child of its parent's end")
-@pytest.mark.parametrize("program", [PROGRAM, POOL.format(method="spawn"), POOL.format(method="fork")])
+@pytest.mark.parametrize(
+    "program",
+    [
+        PROGRAM,
+        POOL.format(method="forkserver", start="end_with_client"),
+        POOL.format(method="fork", start="end_with_parent, (os.getpid(),)"),
+    ],
+)
 def test_children_end_with_a_killed_process(program: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
