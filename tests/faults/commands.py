@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -51,18 +52,26 @@ class Command:
 
     def wait(self) -> Ended:
         """Wait for its end; SIGKILL at the limit, which does not count the time that other programs of the machine took from it."""
-        while self.alive() and time.monotonic() < self.started + self.limit + self._seconds_in_queue():
+        while self.alive() and not self._is_late():
             time.sleep(0.02)
         status = self._status
         self.kill()
         return Ended(status, *(self.log.with_suffix(f".{name}").read_text(errors="replace") for name in ("out", "err")))
 
+    def _is_late(self) -> bool:
+        over = time.monotonic() - self.started - self.limit
+        return over > 0 and over > self._seconds_in_queue()
+
     def _seconds_in_queue(self) -> float:
-        """Seconds that its main thread was ready to run and got no processor; 0 where the kernel does not count them."""
-        try:
-            return int(Path(f"/proc/{self.process_id}/schedstat").read_text().split()[1]) / 1e9
-        except (OSError, IndexError):
-            return 0.0
+        """Seconds that its threads were ready to run and got no processor. 0 on a quiet machine, or if the kernel does not count them."""
+        waited = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process_id)
+            for member in (process, *process.children(recursive=True)):
+                for counts in Path(f"/proc/{member.pid}/task").glob("*/schedstat"):
+                    with contextlib.suppress(OSError):  # the thread has ended
+                        waited += int(counts.read_text().split()[1])
+        return waited / 1e9
 
     def kill(self) -> None:
         """SIGKILL to it and to all that it started."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 
 
@@ -22,20 +22,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
     arguments = command_parser(__doc__, prog)
     modes = arguments.add_subparsers(dest="mode", required=True)
     export = modes.add_parser("export", help="write a checkpoint's adapter as a PEFT folder")
-    export.add_argument("--checkpoint", required=True, type=Path, help="step folder of adapters, or the folder above it: its newest step")
+    export.add_argument(
+        "--checkpoint", required=True, type=path_flag, help="step folder of adapters, or the folder above it: its newest step"
+    )
     export.add_argument("--weights", choices=("ema", "model"), help="default: ema, or model if there is no average")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the stored factors (default: %(default)s)")
     imported = modes.add_parser("import", help="write a PEFT folder as a checkpoint of 0 steps, for --resume_model_only True")
-    imported.add_argument("--adapter", required=True, type=Path, help="PEFT folder with released names")
-    imported.add_argument("--base", required=True, type=Path, help="model folder or checkpoint that it belongs to")
+    imported.add_argument("--adapter", required=True, type=path_flag, help="PEFT folder with released names")
+    imported.add_argument("--base", required=True, type=path_flag, help="model folder or checkpoint that it belongs to")
     imported.add_argument("--weights", choices=("ema", "model"), help="weights of the base; default: ema if there are any")
     merge = modes.add_parser("merge", help="write a whole model folder with the adapter merged into its base")
-    merge.add_argument("--adapter", required=True, type=Path, help="PEFT folder, or checkpoint of adapters")
-    merge.add_argument("--base", type=Path, help="model folder or checkpoint that it belongs to; default: the one that it names")
+    merge.add_argument("--adapter", required=True, type=path_flag, help="PEFT folder, or checkpoint of adapters")
+    merge.add_argument("--base", type=path_flag, help="model folder or checkpoint that it belongs to; default: the one that it names")
     merge.add_argument("--weights", choices=("ema", "model"), help="weights of the adapter's checkpoint; default: ema if there are any")
     merge.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the merged weights (default: %(default)s)")
     for mode in (export, imported, merge):
-        mode.add_argument("--output", required=True, type=Path, help="folder to write")
+        mode.add_argument("--output", required=True, type=path_flag, help="folder to write")
     return arguments
 
 

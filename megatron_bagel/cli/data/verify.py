@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_bagel.cli.usage import command_parser, report_error
-from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.paths import location_flag, path_flag
 from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
 from megatron_bagel.data.index.verify import shard_problems
@@ -44,7 +44,9 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("index", type=path_flag, help="folder of an index or of a latent cache, or a file of interleaved rows")
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 checks in this one (default)")
     parser.add_argument("--no-decode", action="store_true", help="do not decode images (several times faster)")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that rows name (default: that of the file)")
+    parser.add_argument(
+        "--images", type=location_flag, metavar="DIR", help="folder of the pictures that rows name (default: that of the file)"
+    )
     parser.add_argument("--form", choices=FORMS, default="items", help="form of the rows, the format of the dataset YAML (default items)")
     return parser.parse_args(argv)
 

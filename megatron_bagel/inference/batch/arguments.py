@@ -57,7 +57,12 @@ def _add_model(group: Any) -> None:
         help="Hugging Face folder, training checkpoint, folder of checkpoints, or owner/name[@revision] on a hub",
     )
     group.add_argument("--weights", choices=("ema", "model"), help="averaged or last weights (default: ema where there is one)")
-    group.add_argument("--adapter", metavar="DIR", help="adapter (LoRA) of the model: a PEFT folder or a training checkpoint of adapters")
+    group.add_argument(
+        "--adapter",
+        type=location_flag,
+        metavar="DIR",
+        help="adapter (LoRA) of the model: a PEFT folder or a training checkpoint of adapters",
+    )
     group.add_argument(
         "--weights-name",
         "--weights_name",
