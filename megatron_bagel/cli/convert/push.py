@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.hub_names import parse_hub_name
+from megatron_bagel.common.paths import path_flag
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arguments = command_parser(__doc__, prog)
-    arguments.add_argument("folder", type=Path, help="exported model folder")
+    arguments.add_argument("folder", type=path_flag, help="exported model folder")
     arguments.add_argument("--to", required=True, metavar="NAME", help="owner/name[@branch]; the model is made if it does not exist")
     arguments.add_argument("--license", required=True, metavar="ID", help="licence of the weights: an identifier of the hub, or other")
     arguments.add_argument("--license-name", metavar="NAME", help="name of the licence, with --license other")
