@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "data merge": Command("data.merge", "Merge the parts that several jobs built into one index."),
     "data verify": Command("data.verify", "Check every byte of an index."),
     "data inspect": Command("data.inspect", "Show an index, one of its samples, or a pack."),
+    "data stats": Command("data.stats", "Count an index, and predict the share of every dataset in both losses."),
     "data sample": Command("data.sample", "Make a small training set from nothing."),
     "data latents": Command("data.latents", "Store the autoencoder's output for every image to generate."),
     "data tokenizer": Command("data.tokenizer", "Train a tokenizer on text files."),

@@ -84,6 +84,11 @@ def test_answer_edit_and_interleave(model: Path, photo: Path, tmp_path: Path) ->
     assert main([*common, str(tmp_path / "c"), *order]) == 0
     (line,) = results(tmp_path / "c")
     assert [list(term) for term in line["terms"]] == [["text"], ["image"], ["text"]]
+    several = [*order, "--output", "text", "image", "text", "--image-size", "16x16"]
+    assert main([*common, str(tmp_path / "d"), *several]) == 0
+    (line,) = results(tmp_path / "d")
+    assert line["output"] == ["text", "image", "text"] and [sorted(item)[-1] for item in line["items"]] == ["text", "image", "text"]
+    assert Image.open(tmp_path / "d" / line["items"][1]["image"]).size == (16, 16)
 
 
 def test_prompts_from_a_file(model: Path, photo: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
     %(prog)s INDEX --workers 8
     %(prog)s LATENTS
+    %(prog)s INDEX --fix CLEAN_INDEX
     %(prog)s rows.jsonl --images images --form thinkmorph
 
 Of a file of interleaved rows (.jsonl, .parquet, .tar) it checks every row against the schema of items. Of a latent cache it checks sizes,
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import location_flag, path_flag
+from megatron_bagel.data.index.clean_copy import write_clean_copy
 from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
 from megatron_bagel.data.index.verify import shard_problems
@@ -44,6 +46,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("index", type=path_flag, help="folder of an index or of a latent cache, or a file of interleaved rows")
     parser.add_argument("--workers", type=int, default=0, help="number of processes; 0 checks in this one (default)")
     parser.add_argument("--no-decode", action="store_true", help="do not decode images (several times faster)")
+    parser.add_argument("--fix", type=path_flag, metavar="DIR", help="write a copy of the index without the samples that have a problem")
     parser.add_argument(
         "--images", type=location_flag, metavar="DIR", help="folder of the pictures that rows name (default: that of the file)"
     )
@@ -106,6 +109,14 @@ def verify_rows(path: Path, form: str, images: str | None, check_images: bool) -
     return 1 if told else 0
 
 
+def write_fixed(index: Path, manifest: Manifest, output: Path, decode: bool) -> int:
+    """Write a copy of an index without its broken samples. Returns the exit status; raises ValueError if that cannot be done."""
+    with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as progress_bar:
+        left_out = write_clean_copy(index, manifest, output, decode, progress_bar.update)
+    print(f"{output}: a copy of {index} without {left_out} sample(s)")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
     """Print the problems of an index or a latent cache. Returns the exit status."""
     args = parse_arguments(argv, prog)
@@ -115,6 +126,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data ver
         if (args.index / CACHE_MANIFEST).is_file():
             return verify_latents(args.index, args.workers)
         manifest = read_manifest(args.index)
+        if args.fix is not None:
+            return write_fixed(args.index, manifest, args.fix, not args.no_decode)
     except (ValueError, OSError) as error:
         report_error(prog, error)
         return 2

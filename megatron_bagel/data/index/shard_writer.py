@@ -29,6 +29,7 @@ from megatron_bagel.data.index.plan import ImageChecks, ShardPlan
 from megatron_bagel.data.index.publish import INDEX, STATE, short_reason, skipped_line
 from megatron_bagel.data.index.sequences import write_checksums
 from megatron_bagel.data.index.source_contents import source_checksums
+from megatron_bagel.data.index.write_arrow import write_planning_batch
 from megatron_bagel.data.sources.dataset_config import INTERLEAVED, TEXT, VLM
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.rows import read_unit
@@ -50,9 +51,7 @@ class _Columns:
             column.append(value)
 
     def write(self, path: Path) -> None:
-        batch = pa.RecordBatch.from_pydict(self.rows, schema=PLANNING_SCHEMA)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, PLANNING_SCHEMA) as writer:
-            writer.write_batch(batch)
+        write_planning_batch(path, pa.RecordBatch.from_pydict(self.rows, schema=PLANNING_SCHEMA))
 
 
 def image_size(data: bytes, checks: ImageChecks) -> tuple[int, int]:

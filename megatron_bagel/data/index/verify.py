@@ -40,13 +40,27 @@ def shard_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard:
     if differing:
         yield f"{label}: the columns hold {differing}, the manifest says { ({name: getattr(shard, name) for name in differing}) }"
         return
+    for row, problem in _row_problems(data, dataset, shard, manifest, decode):
+        source = dataset.sources[int(data.source_file[row])].path
+        yield f"{label} sample {row} ({source}, row {int(data.source_row[row])}): {problem}"
+
+
+def sample_problems(index: Path, manifest: Manifest, dataset: DatasetInfo, shard: ShardInfo, decode: bool) -> Iterator[tuple[int, str]]:
+    """Yield (row of the shard, problem) of its samples.
+
+    Raises ValueError or OSError if the planning columns or the table of offsets are damaged.
+    """
+    data = Shard(dataset_folder(index, dataset.group, dataset.name), shard, check_all=True)
+    _ = data.sequences
+    yield from _row_problems(data, dataset, shard, manifest, decode)
+
+
+def _row_problems(data: Shard, dataset: DatasetInfo, shard: ShardInfo, manifest: Manifest, decode: bool) -> Iterator[tuple[int, str]]:
     sequence = 0
     for row in range(shard.samples):
-        texts, images = len(data.text_tokens[row]), len(data.width[row])
         for problem in _sample_problems(data, row, sequence, dataset.group, manifest, decode):
-            source = dataset.sources[int(data.source_file[row])].path
-            yield f"{label} sample {row} ({source}, row {int(data.source_row[row])}): {problem}"
-        sequence += texts + images
+            yield row, problem
+        sequence += len(data.text_tokens[row]) + len(data.width[row])
 
 
 def _sample_problems(data: Shard, row: int, sequence: int, group: str, manifest: Manifest, decode: bool) -> Iterator[str]:

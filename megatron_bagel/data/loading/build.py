@@ -136,5 +136,6 @@ def open_loader(
     sources, reading = training_sources(settings, arch, tokenizer), settings.reader
     posterior = stored_posterior(settings, arch)
     reader = PackReader(sources, layout_spec(arch, tokenizer), settings.seed, posterior, share, reading.decode_threads)
-    planner = Planner(sources, replace(settings.packs, global_batch_size=sizes.final))
+    mix = {source.name: rule for source in sources if (rule := source.rule) is not None}
+    planner = Planner(sources, replace(settings.packs, global_batch_size=sizes.final, mix=mix))
     return PackLoader(planner, reader, replica, replicas, reading.num_workers, reading.prefetch_factor, sizes)

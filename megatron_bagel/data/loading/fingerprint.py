@@ -20,7 +20,7 @@ from megatron_bagel.data.sources.files import absolute, last_parts
 #: Settings of a group that say where its data are, or that are described otherwise.
 _DESCRIBED_APART = ("name", "datasets", "resume_data_status")
 #: Settings that checkpoints of earlier versions do not have, with the value that leaves everything as it was then.
-_LATER_DEFAULTS = {"share_max_pixels": False}
+_LATER_DEFAULTS: dict[str, Any] = {"share_max_pixels": False, "weight_points": (), "dataset_weights": (), "max_epochs": (), "part": ""}
 
 
 def data_fingerprint(sources: Sequence[ReadableSource]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megatron_bagel.data.planner.stream import COLUMNS, COST, EPOCH, SOURCE, TOK
 AGE = COLUMNS  # column of a waiting candidate: blocks it has waited
 _MAX_WAIT = 4  # blocks a candidate may wait before it is assigned ahead of all others
 _MAX_REFUSALS = 32  # packs that may refuse a candidate once it goes first
-_MAX_PACKS = 1024
+MAX_PACKS = 1024
 _MAX_CANDIDATES = 1 << 15
 _EPOCH_SHARE = 8  # a block takes at most one eighth of a group's epoch, if the window permits
 _SLACK = 32  # candidates beyond the packs' tokens, as one part in this many; the packs are filled from them
@@ -31,12 +31,16 @@ _SAME_COST = 0.01  # packs whose costs differ by less than this share stay in ra
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """``capacity`` and ``expected`` are tokens of a pack; at least ``window`` candidates stay to choose from."""
+    """``capacity`` and ``expected`` are tokens of a pack; at least ``window`` candidates stay to choose from.
+
+    ``max_packs`` limits the length of a block.
+    """
 
     capacity: int
     expected: int
     window: int
     seed: int
+    max_packs: int = MAX_PACKS
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def plan_block(stream: CandidateStream, waiting: np.ndarray, number: int, settin
     tokens = waiting[:, TOKENS]
     count = int((tokens.sum() - _reserve(tokens, settings)) // settings.capacity)
     limits = [len(stream.sources[source]) // _EPOCH_SHARE for source in mandatory]
-    count = max(1, min(count, _MAX_PACKS, *limits))
+    count = max(1, min(count, settings.max_packs, *limits))
     mandatory_rows, returned = _mandatory_rows(stream, mandatory, count, settings)
     waiting = np.concatenate([waiting, returned])
     packing = _pack(stream, waiting, mandatory_rows, count, settings)
@@ -89,7 +93,7 @@ def plan_block(stream: CandidateStream, waiting: np.ndarray, number: int, settin
 def _draw_candidates(stream: CandidateStream, waiting: np.ndarray, settings: BlockSettings) -> np.ndarray:
     """Draw until candidates for a block wait, and in any case for one pack beyond the reserve."""
     min_count = min(_MAX_CANDIDATES, max(settings.window, _epoch_part(stream)))
-    max_total = int(_MAX_PACKS * (1 + 1 / _SLACK) + 1) * settings.capacity
+    max_total = int(settings.max_packs * (1 + 1 / _SLACK) + 1) * settings.capacity
     while True:
         count, total = len(waiting), int(waiting[:, TOKENS].sum())
         missing_tokens = settings.capacity + _reserve(waiting[:, TOKENS], settings) - total
@@ -107,8 +111,9 @@ def _with_age_zero(rows: np.ndarray) -> np.ndarray:
 
 def _epoch_part(stream: CandidateStream) -> int:
     """Return the number of candidates in which no group goes through more than its share of an epoch."""
-    weights = sum(source.weight for source in stream.sources)
-    return int(min(len(s) * weights / s.weight for s in stream.sources if s.weight > 0)) // _EPOCH_SHARE
+    weights = stream.weights
+    candidates = (len(source) * sum(weights) / weight for source, weight in zip(stream.sources, weights, strict=True) if weight > 0)
+    return int(min(candidates, default=0)) // _EPOCH_SHARE
 
 
 def _reserve(tokens: np.ndarray, settings: BlockSettings) -> int:

@@ -15,6 +15,7 @@ from megatron_bagel.data.index.latent_cache import LatentCache
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples, Rows
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValSplit
 from megatron_bagel.data.planner.cost_model import Measures
+from megatron_bagel.data.planner.mix import SourceRule
 from megatron_bagel.data.planner.planned_item import KeyedDraws
 from megatron_bagel.data.planner.sample_lengths import measure_rows
 from megatron_bagel.data.planner.sample_plan import (
@@ -69,7 +70,7 @@ class GroupSource:
         """
         check_image_limits(group, settings.layout, settings.visual_und)
         self.group, self.settings, self.latents = group, settings, latents
-        self.name, self.weight, self.is_mandatory = group.name, group.weight, group.is_mandatory
+        self.name, self.weight, self.is_mandatory = group.source_name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
         self._last_picture = _LastPicture()
         self._passes: list[_Pass] = []
@@ -88,6 +89,12 @@ class GroupSource:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def rule(self) -> SourceRule | None:
+        """Return how often it is drawn where that is more than a constant weight."""
+        limit = self.group.max_epochs[0] if self.group.max_epochs else None
+        return SourceRule(self.group.points, limit) if self.group.weight_points or limit is not None else None
 
     def datasets(self) -> dict[str, range]:
         """Return each dataset's name and the group's indexes of its first pass, which has each of its rows once."""
@@ -193,7 +200,12 @@ def open_sources(
     groups: Sequence[GroupConfig], index: IndexedSamples, settings: PlanSettings, train_val_split: TrainValSplit = ALL_ROWS,
     latents: LatentCache | None = None,
 ) -> list[GroupSource]:  # fmt: skip
-    """Open one source per group, in the order of the config. Raises ValueError for a dataset that the index lacks."""
+    """Open one source per group, or per dataset where datasets have weights, in the order of the config.
+
+    Raises ValueError for a dataset that the index lacks.
+    """
     return [
-        GroupSource(group, [index.reader(group, entry) for entry in group.datasets], settings, train_val_split, latents) for group in groups
+        GroupSource(part, [index.reader(part, entry) for entry in part.datasets], settings, train_val_split, latents)
+        for group in groups
+        for part in group.parts()
     ]

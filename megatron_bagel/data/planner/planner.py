@@ -12,20 +12,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_bagel.data.planner.assign import PackPlan
-from megatron_bagel.data.planner.block import AGE, Block, BlockSettings, no_candidates, picks, plan_block
+from megatron_bagel.data.planner.block import AGE, MAX_PACKS, Block, BlockSettings, no_candidates, picks, plan_block
 from megatron_bagel.data.planner.cost_model import COST_UNIT, SampleSource
+from megatron_bagel.data.planner.mix import SourceRule
 from megatron_bagel.data.planner.stream import TOKENS, CandidateStream, Skips
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED_PACKS = 4096  # packs behind the newest whose state is available without planning again
+_BLOCKS_PER_SPAN = 16  # blocks at least between two points of a schedule of weights
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PlannerConfig:
     ``max_num_tokens`` is a pack's capacity. A pack is filled in stream order up to ``expected_num_tokens``, and beyond by best fit.
     At least ``window`` candidates stay waiting (the original's ``max_buffer_size``). A larger window fills packs better and moves
     samples further from their position in the stream. Samples longer than ``max_num_tokens_per_sample`` are skipped, counted and
-    listed.
+    listed. ``mix`` gives sources, by name, weights that change over steps and a limit of epochs; a step is ``global_batch_size`` packs.
     """
 
     max_num_tokens: int = 36864
@@ -44,6 +46,7 @@ class PlannerConfig:
     window: int = 50
     seed: int = 42
     global_batch_size: int = 1
+    mix: Mapping[str, SourceRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_num_tokens", "expected_num_tokens", "max_num_tokens_per_sample", "global_batch_size"):
@@ -66,13 +69,19 @@ class _PlannedBlock:
         return self.first_pack + len(self.block)
 
 
+def _max_packs(config: PlannerConfig) -> int:
+    """Return the packs of the longest block: its weights are those of its first step, so a schedule cuts its spans into several blocks."""
+    steps = [step for rule in config.mix.values() for step in rule.span_lengths()]
+    return min([MAX_PACKS, *(max(1, step * config.global_batch_size // _BLOCKS_PER_SPAN) for step in steps)])
+
+
 class Planner:
     """The sequence of packs over ``sources`` (one per dataset group, in the order of the configuration)."""
 
     def __init__(self, sources: Sequence[SampleSource], config: PlannerConfig) -> None:
         self.config = config
-        self.stream = CandidateStream(sources, config.seed, min(config.max_num_tokens_per_sample, config.max_num_tokens))
-        self._settings = BlockSettings(config.max_num_tokens, config.expected_num_tokens, config.window, config.seed)
+        self.stream = CandidateStream(sources, config.seed, min(config.max_num_tokens_per_sample, config.max_num_tokens), config.mix)
+        self._settings = BlockSettings(config.max_num_tokens, config.expected_num_tokens, config.window, config.seed, _max_packs(config))
         self._restart()
 
     @property
@@ -231,6 +240,7 @@ class Planner:
     def _plan_block(self) -> None:
         last_block = self._blocks[-1]
         number = last_block.counters["blocks"]
+        self.stream.step = last_block.end / self.config.global_batch_size
         block = plan_block(self.stream, last_block.block.waiting, number, self._settings)
         self._blocks.append(_PlannedBlock(last_block.end, block, self._counters(number + 1)))
         remembered = max(_REMEMBERED_PACKS, 32 * self.config.global_batch_size)

@@ -7,13 +7,14 @@ group and one for the draws. Candidates are rows of an int64 array with the colu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_bagel.data.keyed_random import keyed_uniform
 from megatron_bagel.data.planner.cost_model import SampleSource
+from megatron_bagel.data.planner.mix import SourceRule, weights_now
 from megatron_bagel.data.planner.permutation import permuted
 
 SOURCE, INDEX, EPOCH, TOKENS, FULL_TOKENS, COST = range(6)
@@ -41,8 +42,12 @@ class Skips:
 class CandidateStream:
     """Weighted draws over sources. ``draws`` and ``positions`` (one per source) are the state."""
 
-    def __init__(self, sources: Sequence[SampleSource], seed: int, max_tokens_per_sample: int) -> None:
+    def __init__(
+        self, sources: Sequence[SampleSource], seed: int, max_tokens_per_sample: int, rules: Mapping[str, SourceRule] | None = None
+    ) -> None:
         """Start the stream at the first draw; samples of more than ``max_tokens_per_sample`` tokens are skipped.
+
+        ``rules`` by source name replace constant weights.
 
         Raises ValueError if there is no sample at all, or no positive weight.
         """
@@ -51,8 +56,8 @@ class CandidateStream:
                 raise ValueError(f"dataset group {source.name!r} has no sample; build its index, or remove the group from the config")
             if source.weight < 0:
                 raise ValueError(f"dataset group {source.name!r} has weight {source.weight}; weights are 0 or more")
-        total = sum(source.weight for source in sources)
-        if total <= 0:
+        self.rules = [(rules or {}).get(source.name, SourceRule(((0, source.weight),))) for source in sources]
+        if sum(source.weight for source in sources) <= 0:
             raise ValueError(
                 "there is nothing to draw samples from: "
                 + (f"give one of the groups {[s.name for s in sources]} a weight above 0" if sources else "no dataset group is configured")
@@ -60,9 +65,9 @@ class CandidateStream:
         self.sources = list(sources)
         self.seed = seed
         self.limit = max_tokens_per_sample
-        self._cumulative = np.cumsum([source.weight for source in sources]) / total
         self._chunks: dict[int, tuple[int, np.ndarray]] = {}
-        self._draw_cache: tuple[int, np.ndarray] | None = None
+        self._draw_cache: tuple[int, list[float], np.ndarray] | None = None
+        self.step = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -72,19 +77,24 @@ class CandidateStream:
         self.streaks = [0] * len(self.sources)  # samples skipped in a row
         self.skips = Skips([0] * len(self.sources))
 
+    @property
+    def weights(self) -> list[float]:
+        """Return the weight of every source at ``step``, the step that the next candidates are planned for; 0 if it is used up."""
+        return weights_now(self.rules, self.step, self.positions, [len(source) for source in self.sources])
+
     def draw(self, count: int) -> np.ndarray:
         """Return up to ``count`` candidates of groups drawn by weight, [n, COLUMNS]; skipped ones are left out, so n may be 0."""
         source_numbers = self._draw_sources(count)
         if (source_numbers == source_numbers[0]).all():
             rows = self._advance(int(source_numbers[0]), count)
-            usable = self._usable(rows)
+            usable = self._usable(rows) & self._is_wanted(rows)
             return rows if usable.all() else rows[usable]
         rows = np.empty((count, COLUMNS), dtype=np.int64)
         for number in range(len(self.sources)):
             is_source = source_numbers == number
             if hits := int(np.count_nonzero(is_source)):
                 rows[is_source] = self._advance(number, hits)
-        return rows[self._usable(rows)]
+        return rows[self._usable(rows) & self._is_wanted(rows)]
 
     def next_of(self, number: int) -> np.ndarray:
         """Return the next usable candidate of one source, [COLUMNS]."""
@@ -108,7 +118,13 @@ class CandidateStream:
     def _draw_sources(self, count: int) -> np.ndarray:
         """Return the source numbers of the next ``count`` draws."""
         begin, self.draws = self.draws, self.draws + count
-        return _slices(self._draw_chunk, begin, self.draws, _DRAW_BITS)
+        weights = self.weights
+        if sum(weights) <= 0:
+            raise ValueError(
+                f"no sample is left to draw at step {self.step:.0f}: every dataset has weight 0 or has reached its max_epochs; raise them, "
+                "or end the run earlier (--train_iters)"
+            )
+        return _slices(lambda chunk: self._draw_chunk(chunk, weights), begin, self.draws, _DRAW_BITS)
 
     def _advance(self, number: int, count: int) -> np.ndarray:
         """Return the next ``count`` rows of a source's order, usable or not."""
@@ -116,13 +132,15 @@ class CandidateStream:
         begin, self.positions[number] = self.positions[number], self.positions[number] + count
         return _slices(lambda chunk: self._chunk(number, chunk, bits), begin, self.positions[number], bits)
 
-    def _draw_chunk(self, chunk: int) -> np.ndarray:
+    def _draw_chunk(self, chunk: int, weights: list[float]) -> np.ndarray:
         """Return the source numbers of draws [chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS). The latest run is cached."""
-        if self._draw_cache is None or self._draw_cache[0] != chunk:
+        if self._draw_cache is None or self._draw_cache[:2] != (chunk, weights):
             uniforms = keyed_uniform(self.seed, "group", np.arange(chunk << _DRAW_BITS, (chunk + 1) << _DRAW_BITS))
-            source_numbers = np.searchsorted(self._cumulative, uniforms, side="right").clip(max=len(self.sources) - 1)
-            self._draw_cache = chunk, source_numbers
-        return self._draw_cache[1]
+            cumulative = np.cumsum(weights) / sum(weights)
+            last = max(number for number, weight in enumerate(weights) if weight > 0)
+            source_numbers = np.searchsorted(cumulative, uniforms, side="right").clip(max=last)
+            self._draw_cache = chunk, weights, source_numbers
+        return self._draw_cache[2]
 
     def _chunk(self, number: int, chunk: int, bits: int) -> np.ndarray:
         """Return measured candidates at positions [chunk << bits, (chunk + 1) << bits) of a source. The latest run is cached."""
@@ -139,6 +157,12 @@ class CandidateStream:
         rows = self.measure_picks(picks)
         self._chunks[number] = chunk, rows
         return rows
+
+    def _is_wanted(self, rows: np.ndarray) -> np.ndarray:
+        """Return which rows are within the epochs of their source, [n] bool."""
+        limits = np.array([np.iinfo(np.int64).max if rule.max_epochs is None else rule.max_epochs for rule in self.rules])
+        is_wanted: np.ndarray = rows[:, EPOCH] < limits[rows[:, SOURCE]]
+        return is_wanted
 
     def _usable(self, rows: np.ndarray) -> np.ndarray:
         """Return which rows are short enough (and not empty), [n] bool. Counts the others and raises ValueError if none comes."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
+from megatron_bagel.data.sources.mix_settings import Points, parse_dataset_weights, parse_max_epochs, parse_weight, product, shares
 from megatron_bagel.data.sources.row_settings import parse_columns, parse_form, per_dataset
 from megatron_bagel.data.sources.video import FrameSampler
 from megatron_bagel.data.transforms import TransformArgs
@@ -25,7 +26,7 @@ GROUPS = (T2I, EDIT, VLM, TEXT, INTERLEAVED)
 _GROUP_KEYS = (
     "dataset_names", "weight", "is_mandatory", "num_used_data", "image_transform_args", "vit_image_transform_args",
     "frame_sampler_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "data_dir", "jsonl_path", "parquet_info_path",
-    "format", "columns", "share_max_pixels",
+    "format", "columns", "share_max_pixels", "dataset_weights", "max_epochs",
 )  # fmt: skip
 _LOCATION_KEYS = ("data_dir", "jsonl_path", "parquet_info_path")
 # The original's Python table also carries these unused counts; they may stay when the table is copied.
@@ -66,6 +67,9 @@ class GroupConfig:
     ``vit_image_transform`` is for the ViT in the editing and interleaved groups. ``share_max_pixels`` lets the ViT pictures of an
     interleaved sample share ``max_pixels``, as those of the VLM group do. ``shuffle_lines`` and ``shuffle_seed`` choose the lines that
     ``num_used_data`` selects.
+
+    ``weight_points`` are (step, weight) of a weight that changes over steps; ``weight`` is then the largest. ``dataset_weights`` gives each
+    dataset a stream of its own, and ``max_epochs`` limits the epochs of the streams.
     ``frame_sampler`` chooses the frames of videos in the index (VLM group). ``resume_data_status`` False restarts the group's data
     when a run resumes.
     """
@@ -81,6 +85,36 @@ class GroupConfig:
     shuffle_seed: int = 0
     resume_data_status: bool = True
     share_max_pixels: bool = False
+    weight_points: Points = ()
+    dataset_weights: tuple[Points, ...] = ()
+    max_epochs: tuple[int | None, ...] = ()
+    part: str = ""
+
+    @property
+    def source_name(self) -> str:
+        """Return the name of its stream of samples: that of the group, and of the dataset where each has a stream of its own."""
+        return f"{self.name}/{self.part}" if self.part else self.name
+
+    @property
+    def points(self) -> Points:
+        """Return its weight as points (step, weight)."""
+        return self.weight_points or ((0, self.weight),)
+
+    def parts(self) -> list[GroupConfig]:
+        """Return the groups of one stream each: the group itself, or one per dataset where datasets have weights."""
+        if not self.dataset_weights:
+            return [self]
+        limits = self.max_epochs or (None,) * len(self.datasets)
+        parts = []
+        for entry, share, limit in zip(self.datasets, shares(self.dataset_weights), limits, strict=True):
+            points = product(self.points, share)
+            weight = max(value for _, value in points)
+            parts.append(
+                replace(
+                    self, datasets=(entry,), part=entry.name, weight=weight, weight_points=points, dataset_weights=(), max_epochs=(limit,)
+                )
+            )  # fmt: skip
+        return parts
 
     @property
     def makes_images(self) -> bool:
@@ -134,13 +168,20 @@ def _parse_group(name: str, keys: Any, info: Mapping[str, Any], label: str, base
     num_used = _num_used_data(keys.get("num_used_data"), names, label)
     locations = _dataset_locations(name, names, keys, info, label, base, data_root)
     forms, columns = _row_settings(name, names, keys, info, label)
+    points = parse_weight(keys.get("weight", 0.0), f"{label}: weight")
+    dataset_weights = parse_dataset_weights(keys.get("dataset_weights"), names, label)
+    if keys.get("is_mandatory") and (dataset_weights or keys.get("max_epochs") is not None):
+        raise ValueError(f"{label}: a mandatory group is in every pack, so it has neither dataset_weights nor max_epochs; remove a key")
     needs_vae, needs_vit = name in (T2I, EDIT, VLM), name == EDIT
     if "share_max_pixels" in keys and name != INTERLEAVED:
         raise ValueError(f"{label}: share_max_pixels belongs to the group {INTERLEAVED}; remove the key")
     return GroupConfig(
         name=name,
         datasets=tuple(DatasetEntry(*entry) for entry in zip(names, num_used, locations, forms, columns, strict=True)),
-        weight=_number(keys.get("weight", 0.0), f"{label}: weight"),
+        weight=max(weight for _, weight in points),
+        weight_points=points if len(points) > 1 else (),
+        dataset_weights=dataset_weights,
+        max_epochs=parse_max_epochs(keys.get("max_epochs"), names, bool(dataset_weights), label),
         is_mandatory=_boolean(keys.get("is_mandatory", False), f"{label}: is_mandatory"),
         image_transform=_transform(keys, "image_transform_args", needs_vae, label),
         vit_image_transform=_transform(keys, "vit_image_transform_args", needs_vit, label),

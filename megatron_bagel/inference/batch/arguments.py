@@ -105,7 +105,13 @@ def _add_prompts(group: Any) -> None:
     group.add_argument(
         "--input", type=location_flag, metavar="FILE", help="JSONL with one prompt per line (docs/generation.md lists its keys)"
     )
-    group.add_argument("--output", choices=("image", "text"), help="what interleave produces (default: image)")
+    group.add_argument(
+        "--output",
+        choices=("image", "text"),
+        nargs="+",
+        metavar="KIND",
+        help="what interleave produces: image (default), text, or several in order",
+    )
     group.add_argument(
         "--out",
         default="generated",

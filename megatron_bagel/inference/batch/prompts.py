@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.common.json_text import check_encodable
 from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
-from megatron_bagel.inference.batch.requests import Request
+from megatron_bagel.inference.batch.requests import OUTPUTS, Request
 
 MAX_PROMPT_CHARACTERS = 1 << 20  # a tokenizer takes seconds and hundreds of megabytes for as many
 _SHOWN_NAME = 200  # characters of a file name in a message
@@ -24,7 +24,10 @@ _KEYS = ("id", "task", "prompt", "image", "terms", "output", "think", "size", "s
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt before its images are read. ``terms`` are ("text", text) and ("image", path) in order."""
+    """One prompt before its images are read. ``terms`` are ("text", text) and ("image", path) in order.
+
+    ``outputs`` are the kinds of several items to make in order; empty for one answer of the kind ``output``.
+    """
 
     name: str
     task: str
@@ -34,11 +37,12 @@ class Prompt:
     system_prompt: str | None = None
     size: tuple[int, int] | None = None
     seed: int | None = None
+    outputs: tuple[str, ...] = ()
 
     def request(self, exif: str = EXIF_MODES[0]) -> Request:
         """Return the request with its images read as RGB. Raises ValueError naming a file that is no readable image."""
         terms = tuple(read_image(value, exif) if kind == "image" else value for kind, value in self.terms)
-        return Request(terms, self.output, self.think, self.system_prompt, self.size)
+        return Request(terms, self.output, self.think, self.system_prompt, self.size, self.outputs)
 
     def check_files(self) -> None:
         """Check that all images exist, before a model is loaded for them. Raises ValueError naming an absent one."""
@@ -48,7 +52,8 @@ class Prompt:
 
     def record(self) -> dict[str, Any]:
         """Return the part of the prompt that the results file repeats."""
-        return {"id": self.name, "task": self.task, "terms": [{kind: value} for kind, value in self.terms]}
+        record = {"id": self.name, "task": self.task, "terms": [{kind: value} for kind, value in self.terms]}
+        return {**record, "output": list(self.outputs)} if self.outputs else record
 
 
 def _is_file(path: str) -> bool:
@@ -72,10 +77,12 @@ def make_prompt(
     texts: Sequence[str],
     images: Sequence[str],
     terms: Sequence[tuple[str, str]] = (),
-    output: str | None = None,
+    output: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Prompt:
     """Make a prompt after checking the rules of its task: images come first, then texts; ``interleave`` keeps ``terms`` in order.
+
+    A list as ``output`` asks for several items in order, which only ``interleave`` makes.
 
     Raises ValueError with a message that begins with ``name``.
     """
@@ -86,8 +93,12 @@ def make_prompt(
     if task == "interleave":
         if not terms:
             raise ValueError(f"{name}: task interleave needs terms, texts and images in their order")
-        return Prompt(name, task, tuple(terms), output or "image", **options)
+        outputs = _outputs(output, name)
+        if len(outputs) > 1 and options.get("think"):
+            raise ValueError(f"{name}: think and several outputs exclude each other; ask for a text before the picture instead")
+        return Prompt(name, task, tuple(terms), outputs[0], outputs=outputs if len(outputs) > 1 else (), **options)
     task_output = "text" if task == "understand" else "image"
+    output = output[0] if isinstance(output, list | tuple) and len(output) == 1 else output
     if output not in (None, task_output):
         raise ValueError(f"{name}: task {task} gives {task_output}, not {output}; use task interleave to choose")
     if terms:
@@ -100,6 +111,14 @@ def make_prompt(
         raise ValueError(f"{name}: task edit needs an image to change")
     ordered_terms = [("image", str(image)) for image in images] + [("text", text) for text in texts]
     return Prompt(name, task, tuple(ordered_terms), task_output, **options)
+
+
+def _outputs(output: Any, name: str) -> tuple[str, ...]:
+    """Return the kinds of the items to make: one, or several in order. Raises ValueError naming the prompt for an unknown one."""
+    outputs = (output or "image",) if isinstance(output, str | None) else tuple(output) if isinstance(output, list | tuple) else ()
+    if not outputs or any(kind not in OUTPUTS for kind in outputs):
+        raise ValueError(f"{name}: output {output!r} is unknown; choose one of {', '.join(OUTPUTS)}, or a list of them")
+    return outputs
 
 
 def check_prompt_text(text: Any, label: str) -> None:
@@ -119,7 +138,8 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
 
     A line is an object with ``prompt`` and optionally ``image`` (a path or a list of paths, relative to the file), ``task``, ``id``,
     ``think``, ``size`` ([height, width]), ``seed`` and ``system_prompt``. For task interleave it has ``terms`` ([{"text": ...},
-    {"image": ...}]) and ``output`` instead of prompt and image. ``task`` and ``defaults`` apply to lines without these keys.
+    {"image": ...}]) and ``output`` (image, text,
+    or a list of them to make in order) instead of prompt and image. ``task`` and ``defaults`` apply to lines without these keys.
 
     Raises:
         ValueError: Naming file and line.

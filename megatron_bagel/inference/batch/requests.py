@@ -35,7 +35,8 @@ class Request:
 
     A term is a text, its token ids, or an RGB image. ``think`` puts ``system_prompt`` first (a text or its ids; ``None`` means the
     project's wording), and for an image lets the model write a plan before drawing. ``size`` is the (height, width) in pixels of the
-    picture; ``None`` means the last input image's size, or ``default_size`` without one.
+    picture; ``None`` means the last input image's size, or ``default_size`` without one. ``outputs`` are the kinds of several items to make
+    in order (in_order.py). ``sees_latents`` reads images through the autoencoder also for a text, as interleaved data do.
     """
 
     terms: tuple[Term, ...]
@@ -43,22 +44,29 @@ class Request:
     think: bool = False
     system_prompt: str | Sequence[int] | None = None
     size: tuple[int, int] | None = None
+    outputs: tuple[str, ...] = ()
+    sees_latents: bool = False
 
     def __post_init__(self) -> None:
-        if self.output not in OUTPUTS:
-            raise ValueError(f"output '{self.output}' is unknown; choose one of {', '.join(OUTPUTS)}")
+        for output in (self.output, *self.outputs):
+            if output not in OUTPUTS:
+                raise ValueError(f"output '{output}' is unknown; choose one of {', '.join(OUTPUTS)}")
         if not self.terms:
             raise ValueError("a prompt needs at least one text or image")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a request; ``image`` is uint8 [H, W, 3], ``latents`` [tokens, channels] are before decoding."""
+    """The result of a request; ``image`` is uint8 [H, W, 3], ``latents`` [tokens, channels] are before decoding.
+
+    ``items`` are the results of a request with ``outputs``, in order.
+    """
 
     text: GeneratedText | None = None
     thought: GeneratedText | None = None
     image: np.ndarray | None = None
     latents: Tensor | None = None
+    items: tuple[Answer, ...] = ()
 
 
 @dataclass
@@ -137,7 +145,7 @@ def _read_images(engine: Engine, conversations: Sequence[Conversation], term_ind
     for conversation in conversations:
         width, height = images[id(conversation)].size
         conversation.last_image_size = (height, width)
-    drawing = [c for c in conversations if c.draws]
+    drawing = [c for c in conversations if c.draws or (c.request.sees_latents and engine.autoencoder is not None)]
     noise = [c.noise.posterior(engine.posterior_shape(images[id(c)])) for c in drawing]
     _extend(drawing, "main", lambda contexts: engine.add_latents(contexts, [images[id(c)] for c in drawing], noise))
     if engine.vision_tower is not None or len(drawing) < len(conversations):

@@ -65,15 +65,23 @@ class AnswerWriter:
     def write(self, name: str, prompt: Prompt, seed: int, answer: Answer) -> dict[str, Any]:
         """Save one answer under ``name`` and return the written record."""
         record = {**prompt.record(), "id": name, "seed": seed}
+        if answer.items:
+            record["items"] = [self._item(f"{name}-{number}", item) for number, item in enumerate(answer.items)]
         if answer.thought is not None:
             record["thought"] = answer.thought.text
+        record |= self._item(name, answer)
+        self._results_file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._results_file.flush()
+        return record
+
+    def _item(self, name: str, answer: Answer) -> dict[str, Any]:
+        """Return the record of a text or a picture, and save the picture under ``name``."""
+        record: dict[str, Any] = {}
         if answer.text is not None:
             record |= {"text": answer.text.text, "finished": answer.text.finished}
         if answer.image is not None:
             record["image"] = f"{name}.png"
             Image.fromarray(answer.image).save(self.folder / record["image"])
-        self._results_file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._results_file.flush()
         return record
 
 

@@ -8,12 +8,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_bagel.common.writable import check_writable, writing_to
+from megatron_bagel.inference.batch.in_order import answer_in_order
 from megatron_bagel.inference.batch.prompts import Prompt
-from megatron_bagel.inference.batch.requests import Answer, answer
+from megatron_bagel.inference.batch.requests import Answer
 from megatron_bagel.inference.batch.results import AnswerWriter
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
@@ -25,9 +27,10 @@ from megatron_bagel.inference.core.sampling import TextSampling
 def check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
     """Check that this model can do what the prompts ask before the first answer."""
     for prompt in prompts:
-        if prompt.output == "image":
+        outputs = prompt.outputs or (prompt.output,)
+        if "image" in outputs:
             engine.need_autoencoder()
-        if prompt.output == "text" and engine.vision_tower is None and any(kind == "image" for kind, _ in prompt.terms):
+        if "text" in outputs and engine.vision_tower is None and any(kind == "image" for kind, _ in prompt.terms):
             raise ValueError(f"{prompt.name}: this model has no vision tower (visual_und off), it cannot answer about images")
         if prompt.size is not None:
             engine.latent_grid(*prompt.size)
@@ -68,8 +71,9 @@ def run_prompts(args: Namespace, prompts: Sequence[Prompt]) -> int:
         for start in range(0, len(open_jobs), round_size):
             start_time, round_jobs = time.monotonic(), open_jobs[start : start + round_size]
             local_jobs = round_jobs[replicas.number * args.batch_size : (replicas.number + 1) * args.batch_size]
-            noise = [KeyedNoise(job.seed, job.prompt.name) for job in local_jobs]
-            answers = replicas.collected(answer(engine, [job.prompt.request(args.exif) for job in local_jobs], noise, text, image))
+            requests = [job.prompt.request(args.exif) for job in local_jobs]
+            noise_of = partial(_noise, local_jobs)
+            answers = replicas.collected(answer_in_order(engine, requests, noise_of, text, image))
             if writer is not None:
                 seconds = (time.monotonic() - start_time) / len(round_jobs)
                 with writing_to(args.out, "--out"):
@@ -113,6 +117,12 @@ class _Job:
         return cls(prompt.name if args.num_samples == 1 else f"{prompt.name}_{sample}", prompt, seed)
 
 
+def _noise(jobs: Sequence[_Job], row: int, number: int) -> KeyedNoise:
+    """Return the noise of item ``number`` of a job's answer; the only item of an answer has that of the prompt."""
+    prompt = jobs[row].prompt
+    return KeyedNoise(jobs[row].seed, f"{prompt.name}/{number}" if prompt.outputs else prompt.name)
+
+
 def _answer_settings(args: Namespace) -> dict[str, Any]:
     """Return the options that decide an answer, besides the prompt."""
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
@@ -124,6 +134,7 @@ def _write(writer: AnswerWriter, jobs: Sequence[_Job], answers: Sequence[Answer]
     """Write a round's answers and print them; ``progress`` is (earlier answers, all answers), ``seconds`` the time per answer."""
     for row, (job, result) in enumerate(zip(jobs, answers, strict=True)):
         record = writer.write(job.name, job.prompt, job.seed, result)
-        text = " ".join(str(record[key]) for key in ("thought", "text") if key in record)
+        items = [str(item.get("image", item.get("text"))) for item in record.get("items", ())]
+        text = " ".join([str(record[key]) for key in ("thought", "text") if key in record] + items)
         description = f"{writer.folder / record['image']} {text}".strip() if "image" in record else text
         print(f"[{progress[0] + row + 1}/{progress[1]}] {job.name} ({seconds:.1f} s): {description}", flush=True)

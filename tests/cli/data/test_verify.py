@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_bagel.cli.data.verify import main
+from megatron_bagel.data.index.reader import IndexedSamples
+from megatron_bagel.data.tokenizer import load_tokenizer
 from tests.data.golden_index import build_golden_index
 from tests.data.index_files import png, write_lines
 
@@ -61,3 +64,31 @@ def test_rows_are_checked_against_the_schema(tmp_path: Path, capsys: pytest.Capt
     write_lines(tmp_path / "rows.jsonl", rows[:1])
     assert main(arguments) == 0 and "1 row(s), all as they should be" in capsys.readouterr().out
     assert main([str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_a_fixed_copy_has_the_other_samples(whole: Path, goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte of one picture is changed: the copy lacks that sample, lists it, holds the others bit for bit and verifies."""
+    index, clean = tmp_path / "index", tmp_path / "clean"
+    shutil.copytree(whole, index)
+    before = IndexedSamples.open(whole).datasets["t2i_pretrain/t2i"]
+    picture = before.image_bytes(3, 0)
+    (path,) = index.glob("t2i_pretrain/*/*.bin")
+    data = bytearray(path.read_bytes())
+    data[data.index(picture) + len(picture) // 2] ^= 1
+    path.write_bytes(data)
+    assert main([str(index), "--fix", str(clean)]) == 0
+    assert "without 1 sample(s)" in capsys.readouterr().out
+    assert main([str(clean)]) == 0 and "17 samples in 3 shard(s), all as they should be" in capsys.readouterr().out
+    after = IndexedSamples.open(clean, load_tokenizer(goldens / "hf")).datasets["t2i_pretrain/t2i"]
+    rows = [row for row in range(len(before)) if row != 3]
+    assert [after.image_bytes(new, 0) for new in range(7)] == [before.image_bytes(old, 0) for old in rows]
+    assert [after.text_ids(new, 0).tolist() for new in range(7)] == [before.text_ids(old, 0).tolist() for old in rows]
+    assert [after.source(new) for new in range(7)] == [before.source(old) for old in rows]
+    lines = [json.loads(line) for line in (clean / "skipped.jsonl").read_text().splitlines()]
+    assert (lines[-1]["file"], lines[-1]["row"]) == before.source(3) and lines[-1]["reason"].startswith("image 0")
+    other = "vlm_sft/llava_ov/00000.bin"
+    assert (clean / other).read_bytes() == (whole / other).read_bytes()
+    assert main([str(index), "--fix", str(clean)]) == 2 and "exists; give a new folder" in capsys.readouterr().err
+    (broken,) = index.glob("t2i_pretrain/*/*.arrow")
+    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    assert main([str(index), "--fix", str(tmp_path / "other")]) == 2 and ".arrow" in capsys.readouterr().err

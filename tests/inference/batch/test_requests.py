@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_bagel.inference.batch.in_order import answer_in_order
 from megatron_bagel.inference.batch.requests import Answer, Conversation, Request, answer, read_terms
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
@@ -96,3 +97,36 @@ def test_requests_are_checked() -> None:
         Request(("x",), output="sound")
     with pytest.raises(ValueError, match="at least one text or image"):
         Request(())
+
+
+def test_items_in_order_are_read_again(engine: Engine, pictures: list[Image.Image]) -> None:
+    """Text, picture, text: each equals the answer to a prompt that holds the earlier items, whatever else is in the batch."""
+    terms = ("plan", pictures[0], "go")
+    ordered, plain = Request(terms, outputs=("text", "image", "text")), Request(("a red circle",), size=(16, 16))
+
+    def noise(row: int, number: int) -> KeyedNoise:
+        return KeyedNoise(7 + row, f"{number}")
+
+    result, single = answer_in_order(engine, [ordered, plain], noise, TEXT, IMAGE)
+    thought, picture, words = result.items
+    assert thought.text is not None and picture.image is not None and words.text is not None and not single.items
+    seen = [*terms, thought.text.ids[1:]]
+    (again,) = answer(engine, [Request(tuple(seen), sees_latents=True)], [noise(0, 1)], TEXT, IMAGE)
+    assert np.abs(again.image.astype(int) - picture.image).max() <= 1
+    seen.append(Image.fromarray(picture.image))
+    (end,) = answer(engine, [Request(tuple(seen), output="text", sees_latents=True)], [noise(0, 2)], TEXT, IMAGE)
+    assert end.text == words.text
+    (alone,) = answer_in_order(engine, [ordered], noise, TEXT, IMAGE)
+    assert [item.text for item in alone.items] == [item.text for item in result.items]
+    assert answer(engine, [plain], [noise(1, 0)], TEXT, IMAGE)[0].image.shape == single.image.shape
+
+
+def test_a_text_in_order_sees_latents(engine: Engine, pictures: list[Image.Image]) -> None:
+    """As in training, a picture before a text is read through the autoencoder, too."""
+    lengths = []
+    for sees_latents in (False, True):
+        conversation = Conversation(Request((pictures[0],), output="text", sees_latents=sees_latents), KeyedNoise(0))
+        read_terms(engine, [conversation])
+        lengths.append(conversation.views.main.length)
+    rows, columns = engine.latent_grid(*reversed(engine.resize(pictures[0]).size))
+    assert lengths[1] - lengths[0] == rows * columns + 2
