@@ -108,7 +108,7 @@ def _copy(index: Path, output: Path, dataset: DatasetInfo, shard: ShardInfo, bro
         images=int(sum(len(data.width[row]) for row in kept)),
         tokens=int(sum(int(data.text_tokens[row].sum()) for row in kept)),
         skipped=reasons,
-        files={suffix: tuple(digest(Path(f"{stem}.{suffix}"))) for suffix in SHARD_FILES},
+        files={suffix: (file.size, file.sha256) for suffix in SHARD_FILES for file in [digest(Path(f"{stem}.{suffix}"))]},
         samples_per_source={str(number): int(count) for number, count in enumerate(sources) if count},
         arrow_crc32=crc32(Path(f"{stem}.arrow")),
     )
