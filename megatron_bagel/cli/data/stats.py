@@ -20,8 +20,8 @@ from megatron_bagel.config.parser import Config, parse_config
 from megatron_bagel.config.resolve import architecture
 from megatron_bagel.data.index.format import Manifest
 from megatron_bagel.data.index.reader import IndexedSamples
-from megatron_bagel.data.inspect.mix_report import count_packs, share_lines
 from megatron_bagel.data.loading.build import open_loader
+from megatron_bagel.data.loading.mix_report import count_packs, share_lines
 from megatron_bagel.data.tokenizer import load_tokenizer
 
 
