@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.cli.usage import command_parser, report_error
@@ -29,7 +28,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     """Return the command line's values."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("index", type=path_flag, help="folder of an index")
-    parser.add_argument("--config", type=path_flag, metavar="YAML", help="config.yaml of a run (in its results_dir); without it, counts alone")
+    parser.add_argument("--config", type=path_flag, metavar="YAML", help="config.yaml of a run (in its results_dir) for the shares")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="first step that is counted (default 0)")
     parser.add_argument("--packs", type=int, default=64, metavar="N", help="packs that are counted (default 64)")
     return parser.parse_args(argv)
