@@ -71,7 +71,8 @@ class TELinear(te.Linear):
         """Return the product with the weight, or ``product(x)``, after this module's hooks have run."""
         if product is not None:
             return product(x)
-        return super().forward(padded(x, self.row_multiple))[: len(x)]
+        result = super().forward(padded(x, self.row_multiple))
+        return result if len(result) == len(x) else result[: len(x)]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -157,4 +158,5 @@ class TELinearPair(LinearPair):
 
         # The call goes through both modules because Megatron's overlap waits for gathered weights in the hooks of their owners.
         parts = self.und(und, with_gen).split(rows)
-        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+        # A slice of everything would still cost a copy in the backward pass.
+        return parts if rows == lengths else [part[:length] for part, length in zip(parts, lengths, strict=True)]
