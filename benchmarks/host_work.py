@@ -6,7 +6,7 @@
 
 Every rank plans the whole global batch, so this is what grows with the run. It happens in the loader's workers, which run ahead. The
 training process itself does not do it: its own share is the exchange of counts and the layout's tensors, which do not depend on the number
-of ranks. Times are processor seconds of one core, medians over ``--steps`` steps.
+of ranks. Times are processor seconds of one core, means over steps of at least 8,192 packs, because packs are planned in blocks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from megatron_bagel.data.planner.planner import Planner, PlannerConfig  # noqa: 
 from megatron_bagel.layout.cp_partition import context_orders, padded_length  # noqa: E402
 from megatron_bagel.layout.pack import build_pack  # noqa: E402
 
+#: Packs that are planned at least for a size.
+PACKS = 8192
+
 
 def spent(work: Callable[[], Any]) -> tuple[Any, float]:
     """What ``work`` returns, and its processor seconds."""
@@ -40,25 +43,28 @@ def spent(work: Callable[[], Any]) -> tuple[Any, float]:
 def measure(replicas: int, mix: str, steps: int, replica: int = 0) -> dict[str, Any]:
     """Seconds per step of one rank of ``replicas`` data-parallel replicas with a pack each."""
     planner = Planner([Lengths(mix)], PlannerConfig(CAPACITY, EXPECTED, CAPACITY, 50, seed=1, global_batch_size=replicas))
-    samples = image_heavy()
-    planned, divided, laid_out, counts = [], [], [], []
-    for step in range(steps + 1):
+    planned, divided, samples = [], [], []
+    # Packs are planned in blocks, so few steps of few packs would not meet the start of one.
+    for step in range(max(steps, -(-PACKS // replicas))):
         packs, seconds = spent(lambda step=step: planner.batch(step))
         planned.append(seconds)
-        counts.append(sum(len(pack.samples) for pack in packs))
+        samples.append(sum(len(pack.samples) for pack in packs))
         _, seconds = spent(lambda packs=packs: assign_packs(packs, replicas)[replica])
         divided.append(seconds)
-        _, seconds = spent(lambda: context_orders(pack := build_pack(samples, LONG), 2, padded_length(pack.sequence_length, 2, 1)))
-        laid_out.append(seconds)
-    # The first step fills the window of waiting samples too.
+    items = image_heavy()
+    laid_out = [
+        spent(lambda: context_orders(pack := build_pack(items, LONG), 2, padded_length(pack.sequence_length, 2, 1)))[1]
+        for _ in range(steps)
+    ]
     return {
         "packs": replicas,
-        "samples": statistics.median(counts),
-        "first_step_s": planned[0],
-        "plan_s": statistics.median(planned[1:]),
-        "divide_s": statistics.median(divided),
+        "steps": len(planned),
+        "samples": statistics.mean(samples),
+        "plan_s": statistics.mean(planned),
+        "slowest_plan_s": max(planned),
+        "divide_s": statistics.mean(divided),
         "layout_of_one_pack_s": statistics.median(laid_out),
-        "microseconds_per_pack": (statistics.median(planned[1:]) + statistics.median(divided)) / replicas * 1e6,
+        "microseconds_per_pack": (statistics.mean(planned) + statistics.mean(divided)) / replicas * 1e6,
     }
 
 
