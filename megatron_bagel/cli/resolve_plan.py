@@ -13,7 +13,7 @@ from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.config.resolve import architecture
 from megatron_bagel.config.validate import check_consistency, check_numbers, refuse_unsupported_values
-from megatron_bagel.costs.inputs import CostInputs
+from megatron_bagel.costs.inputs import CostInputs, refuse_sparse_experts
 from megatron_bagel.planning.command import PlannedRun
 from megatron_bagel.planning.models import model_named
 
@@ -37,6 +37,7 @@ def resolve_plan(config: Config, options: PlanArguments) -> PlannedRun:
     """
     check_values(options)
     arch = planned_model(options.model, config)
+    refuse_sparse_experts(arch)
     if options.search:
         # The search takes every refusal for a size that does not fit. Refuse first what is wrong with any parallel sizes.
         refuse_unsupported_values(config)

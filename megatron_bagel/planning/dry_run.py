@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_bagel.assembly.meta_init import on_meta
 from megatron_bagel.checkpoint.dist.state import Trained, sharded_state, sharded_tensors
 from megatron_bagel.config.resolve import ResolvedSizes
+from megatron_bagel.costs.inputs import refuse_sparse_experts
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.planner.assign import PackPlan
@@ -119,6 +120,7 @@ def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
         ValueError: The rank is outside of the world, the index is not built yet (a dry run writes nothing), or a run could not start.
     """
     sizes, megatron, settings = resolved.sizes, resolved.megatron, resolved.step
+    refuse_sparse_experts(resolved.arch)
     if not 0 <= rank < sizes.world_size:
         raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {sizes.world_size}")
     if not (resolved.data.index / MANIFEST).is_file():

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
 
 from megatron_bagel.checkpoint.hf.initial_weights import initialise
 from megatron_bagel.checkpoint.hf.load import named_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.costs.freezing import FreezeSettings, freeze
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.model.sparse_mlp import set_global_tokens
@@ -64,6 +68,43 @@ def test_two_ranks_equal_one(single: dict[str, dict[str, torch.Tensor]], dispatc
     for rank in ranks:
         for name, gradient in rank.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def mixed_gradients(frozen: bool) -> dict[str, torch.Tensor]:
+    """Gradients of one pack, on this rank or on both tensor-parallel ranks: sparse generation experts, or sparse frozen understanding."""
+    tensor = dist.get_world_size()
+    arch = sparse_arch(2, sparse_kinds=("und",) if frozen else ("gen",), mlp_only_layers=(1,))
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1} if tensor == 2 else {}
+    model = build_decoder(arch, config_of(arch, **parallel, expert_model_parallel_size=tensor), freeze_und=frozen)
+    initialise([model], WeightMap(arch), 1)
+    freeze(model, None, FreezeSettings(und=frozen))
+    batch = microbatch(MIXED, arch, SPEC, padding=5)
+    if tensor == 2:
+        batch = replace(batch, length=batch.length + batch.length % 2, position_ids=F.pad(batch.position_ids, (0, batch.length % 2)))
+    set_global_tokens(model, batch.n_und, batch.n_vae)
+    ce, mse = model(batch)
+    (ce.sum() + mse.sum()).backward()
+    gradients = {}
+    for name, parameter in sorted(named_weights([model]).items()):
+        if parameter.grad is None:
+            continue
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad)
+        if ".local_experts." in name or not getattr(parameter, "tensor_model_parallel", False):
+            gradients[name] = parameter.grad
+    return gradients
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_sparse_kind_beside_a_dense_one_on_two_tensor_parallel_ranks(frozen: bool) -> None:
+    groups = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    ranks = run_ranks(mixed_gradients, 2, frozen, parallel=groups)
+    expected = run_ranks(mixed_gradients, 1, frozen, parallel={})[0]
+    assert any(".local_experts." in name for name in expected) is not frozen
+    for rank in ranks:
+        assert any(".router." in name for name in rank) is not frozen
+        for name, gradient in rank.items():
+            torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def on_one_rank() -> dict[str, dict[str, torch.Tensor]]:

@@ -112,8 +112,9 @@ class InitialWeights:
         weight_map = WeightMap(self.arch)
         copied = 0
         for name, entry in weight_map.entries.items():
-            twin = weight_map.entries[_und(name)]
-            if twin is not entry and twin.hf[0] in self.pretrained:
+            # Of two MLPs only one may be sparse; the other has no counterpart then and starts from seeded values.
+            twin = weight_map.entries.get(_und(name))
+            if twin is not None and twin is not entry and twin.hf[0] in self.pretrained:
                 copied += 1
                 for gen, und in zip(entry.hf, twin.hf, strict=True):
                     self.pretrained.alias(gen, und)
