@@ -24,7 +24,10 @@ from tests.examples.launch_models import make_models
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-RECIPES = {"pretrain_qwen2.5_0.5b": "qwen0.5b", "pretrain_qwen2.5_7b": "qwen7b", "finetune_bagel_7b": "qwen7b"}
+RECIPES = {
+    "pretrain_qwen2.5_0.5b": "qwen0.5b", "pretrain_qwen2.5_7b": "qwen7b", "finetune_bagel_7b": "qwen7b", "lora_bagel_7b_1gpu": "qwen7b",
+    "lora_bagel_7b_2gpu": "qwen7b", "lora_small_data": "qwen7b",
+}  # fmt: skip
 GUIDE = {
     "pretrain_qwen2.5_0.5b": "--layer_module Qwen2MoTDecoderLayer --use_flex True --max_latent_size 64",
     "finetune_bagel_7b": (
