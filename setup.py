@@ -45,7 +45,7 @@ EXTRAS_REQUIRE = {
     # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.
     "cuda": ["transformer-engine[pytorch]>=2.0"],
     "logging": ["wandb>=0.16"],
-    "mlflow": ["mlflow-skinny>=2.16"],
+    "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2", "alembic>=1.13"],
     # Not among the test packages: it wants Pillow below 13, as gradio does.
     "trackio": ["trackio>=0.20"],
     "video": ["av>=11"],

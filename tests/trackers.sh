@@ -14,7 +14,8 @@ trap 'rm -rf "$beside"' EXIT
 "$python" - > "$beside/wanted.txt" <<'PY'
 from importlib.metadata import requires
 
-print("\n".join(entry.split(";")[0] for entry in requires("megatron-bagel") if entry.startswith(("mlflow", "trackio"))))
+wanted = (entry.split("; ") for entry in requires("megatron-bagel") if "extra" in entry)
+print("\n".join(name for name, condition in wanted if "mlflow" in condition or "trackio" in condition))
 PY
 "$python" -m pip install -q --target "$beside/packages" --constraint "$beside/same.txt" -r "$beside/wanted.txt"
 PYTHONPATH=$beside/packages "$python" -m pytest -q tests/training/observability/test_trackers.py "$@"

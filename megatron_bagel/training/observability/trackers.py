@@ -40,7 +40,7 @@ class TrackerSettings:
     """Where a run is tracked. None leaves a tracker out.
 
     Attributes:
-        mlflow_uri: MLflow's store: a server's URL, ``sqlite:///FILE`` or a folder.
+        mlflow_uri: MLflow's store: a server's URL, or ``sqlite:///FILE``.
         mlflow_experiment: The experiment, which is made if it does not exist.
         trackio_project: trackio's project. The package's own variable TRACKIO_DIR names the folder of its store.
     """

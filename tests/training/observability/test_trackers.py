@@ -43,9 +43,10 @@ def test_other_ranks_open_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyP
     RunLog(tmp_path, rank=1, next_step=0, trackers=TrackerSettings(mlflow_uri="x")).close()
 
 
-def test_mlflow_keeps_one_entry_for_a_run_and_its_resume(tmp_path: Path) -> None:
+def test_mlflow_keeps_one_entry_for_a_run_and_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
-    settings = TrackerSettings(mlflow_uri=(tmp_path / "store").as_uri(), mlflow_experiment="shapes")
+    monkeypatch.chdir(tmp_path)  # a store of its own keeps files in the working folder
+    settings = TrackerSettings(mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db", mlflow_experiment="shapes")
     _write_run(tmp_path / "results", settings, range(3))
     _write_run(tmp_path / "results", settings, range(3, 5))
     _write_run(tmp_path / "results", settings, range(1), run_id="another")
