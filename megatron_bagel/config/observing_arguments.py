@@ -34,7 +34,8 @@ class ObservingArguments:
     )
     mlflow_uri: str | None = flag(
         None,
-        "Log to MLflow: a server's URL, or sqlite:///FILE for a store on this machine. Needs the extra mlflow. A resumed run continues its entry.",
+        "Log to MLflow: a server's URL, or sqlite:///FILE for a store on this machine. Needs the extra mlflow. A resumed run continues "
+        "its entry.",
         on_resume=FREE,
     )
     mlflow_experiment: str = flag("bagel", "MLflow experiment, with mlflow_uri. It is made if it does not exist.", on_resume=FREE)
