@@ -9,12 +9,12 @@ set -euo pipefail
 case ${samples:-1000} in
   # A style or an object: few weights, few steps, a tenth held out, and dropout against learning by heart.
   100) flags=(--lora_rank 8 --lora_alpha 8 --lora_dropout 0.1 --lr 1e-4 --total_steps 200 --warmup_steps 10 --ema 0.98
-    --split 90,10 --eval_every 20 --save_every 20) ;;
+    --split '90,10' --eval_every 20 --save_every 20) ;;
   1000) flags=(--lora_rank 16 --lora_alpha 16 --lora_dropout 0.05 --lr 1e-4 --total_steps 600 --warmup_steps 30 --ema 0.99
-    --split 95,5 --eval_every 60 --save_every 60) ;;
+    --split '95,5' --eval_every 60 --save_every 60) ;;
   # Enough to teach a task: more weights, and no dropout.
   10000) flags=(--lora_rank 64 --lora_alpha 64 --lr 1e-4 --total_steps 3000 --warmup_steps 100 --ema 0.998
-    --split 99,1 --eval_every 200 --save_every 200) ;;
+    --split '99,1' --eval_every 200 --save_every 200) ;;
   *)
     echo "samples=$samples is none of 100, 1000 and 10000: take the nearest" >&2
     exit 2
