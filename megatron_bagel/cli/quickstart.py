@@ -21,8 +21,9 @@ from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.sample_world.quickstart.commands import CommandFailedError
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
-from megatron_bagel.sample_world.quickstart.report import mark_lines, read_marks, write_report
+from megatron_bagel.sample_world.quickstart.report import mark_lines, read_marks, world_line, write_report
 from megatron_bagel.sample_world.quickstart.stages import DRAWING, Quickstart, QuickstartSettings
+from megatron_bagel.sample_world.world import read_world
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -56,11 +57,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron-bagel qui
     minutes = (time.monotonic() - began) / 60
     cores = f"{os.cpu_count()} processor cores ({machine.machine()})"
     facts = [
+        world_line(read_world(folders.data / "world.json")),
         f"{minutes:.1f} minutes on {cores}, {run.settings.processes} process(es), seed {chosen.seed}.",
         "Stages: " + "; ".join(f"{title} {seconds:.0f} s" for title, seconds in run.seconds.items()) + "." if run.seconds else "",
     ]
     write_report(folders, facts, rows, next_steps(folders))
-    print("\n".join(["", *mark_lines(rows), "", f"done in {minutes:.1f} minutes"]))
+    print("\n".join(["", facts[0], "", *mark_lines(rows), "", f"done in {minutes:.1f} minutes"]))
     print(f"report                 {folders.report}: open it in a browser")
     print(f"pictures and answers   {folders.generated}, all pictures at once: {folders.generated / 'grid.png'}")
     print(f"loss curves            {folders.results / 'loss.png'}, numbers in {folders.results / 'metrics.jsonl'}")

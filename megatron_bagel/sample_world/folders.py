@@ -23,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from megatron_bagel.data.keyed_random import keyed_generator
-from megatron_bagel.sample_world.text import captions, draw_edit, questions
+from megatron_bagel.sample_world.text import QUESTION_KINDS, captions, draw_edit, questions
 from megatron_bagel.sample_world.world import World, draw_scene, pick, render, to_png
 
 T2I_SCHEMA = pa.schema([("image", pa.binary()), ("captions", pa.string())])
@@ -52,6 +52,7 @@ class FolderSpec:
     questions_per_image: int = 2
     edit_steps: int = 1
     edit_kinds: tuple[str, ...] | None = None
+    question_kinds: tuple[str, ...] = QUESTION_KINDS
     #: How often each kind is drawn, in the order of WEIGHTS.
     weights: tuple[float, ...] = tuple(WEIGHTS.values())
     #: Longest side at which the vision tower sees pictures; None for their own.
@@ -67,6 +68,12 @@ class FolderSpec:
             raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
         if self.vit_side is not None and self.vit_side < VIT_STRIDE:
             raise ValueError(f"--vit-image-size must be {VIT_STRIDE} or more, one patch of the vision tower, not {self.vit_side}")
+        unknown = [kind for kind in self.question_kinds if kind not in QUESTION_KINDS]
+        if unknown:
+            raise ValueError(f"--question-kinds must be some of {', '.join(QUESTION_KINDS)}; got {', '.join(self.question_kinds)}")
+        scene = draw_scene(self.world, keyed_generator(self.seed, "check"))
+        if not questions(scene, self.world, self.question_kinds):
+            raise ValueError(f"--question-kinds {' '.join(self.question_kinds)}: a world like this one has no such question")
         positive_counts = ("captions_per_image", "questions_per_image", "edit_steps", "rows_per_file", "rows_per_group")
         for name in positive_counts:
             if getattr(self, name) < 1:
@@ -98,7 +105,7 @@ def vlm_row(spec: FolderSpec, i: int) -> tuple[dict[str, Any], np.ndarray]:
     """Return line i of the conversations, and its picture: some questions about it with their answers, each asked once."""
     rng = keyed_generator(spec.seed, "vlm", i)
     scene = draw_scene(spec.world, rng)
-    pairs = questions(scene, spec.world)
+    pairs = questions(scene, spec.world, spec.question_kinds)
     selected_pairs = [pairs[k] for k in rng.permutation(len(pairs))[: spec.questions_per_image]]
     turns = []
     for n, (question, answer) in enumerate(selected_pairs):

@@ -42,17 +42,24 @@ def captions(scene: Scene, world: World) -> list[str]:
     return [f"{shape_list} on a {scene.background} background", f"a picture of {shape_list}, the background is {scene.background}"]
 
 
-def questions(scene: Scene, world: World) -> list[tuple[str, str]]:
-    """Return all (question, answer) pairs about the scene."""
-    pairs = [("what color is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.shapes)])]
+#: What a question may ask for.
+QUESTION_KINDS = ("background", "count", "colour", "shape", "size", "position")
+
+
+def questions(scene: Scene, world: World, kinds: tuple[str, ...] = QUESTION_KINDS) -> list[tuple[str, str]]:
+    """Return all (question, answer) pairs of these ``kinds`` about the scene."""
+    pairs = [
+        ("background", "what color is the background?", scene.background),
+        ("count", "how many shapes are there?", NUMBERS[len(scene.shapes)]),
+    ]
     for shape in scene.shapes:
         subject = "it" if world.max_count == 1 else f"the shape {position_phrase(shape.position)}"
-        pairs += [(f"what color is {subject}?", shape.colour), (f"what shape is {subject}?", shape.shape)]
+        pairs += [("colour", f"what color is {subject}?", shape.colour), ("shape", f"what shape is {subject}?", shape.shape)]
         if len(world.sizes) > 1:
-            pairs.append((f"is {subject} small or large?", shape.size))
+            pairs.append(("size", f"is {subject} small or large?", shape.size))
     if world.max_count == 1:
-        pairs.append(("where is it?", position_phrase(scene.shapes[0].position)))
-    return pairs
+        pairs.append(("position", "where is it?", position_phrase(scene.shapes[0].position)))
+    return [(question, answer) for kind, question, answer in pairs if kind in kinds]
 
 
 def draw_edit(scene: Scene, world: World, rng: np.random.Generator, kinds: tuple[str, ...] | None = None) -> Edit:

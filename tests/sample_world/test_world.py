@@ -76,6 +76,9 @@ def test_captions_and_answers_are_true(seed: int) -> None:
     assert shape.position in answers["where is it?"]
     assert answers["what color is the background?"] == scene.background
     assert answers["how many shapes are there?"] == "one"
+    assert questions(scene, FIRST, ("position", "colour")) == [
+        pair for pair in answers.items() if pair[0] in ("what color is it?", "where is it?")
+    ]
 
 
 @settings(max_examples=50, deadline=None)

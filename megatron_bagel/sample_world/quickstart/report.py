@@ -14,6 +14,7 @@ import numpy as np
 from megatron_bagel.common.files import write_whole
 from megatron_bagel.sample_world.exam import CHANCE, marks, read_lines
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
+from megatron_bagel.sample_world.world import World
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -36,26 +37,45 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Mark:
-    """How many of how many questions of one kind were answered right, and what share guessing would give, if that is known."""
+    """Which questions of one kind were answered right, by "seen" and "held out" pairs, and what share guessing would give, if known."""
 
     title: str
-    right: int
-    asked: int
+    rights: Mapping[str, Sequence[bool]]
     chance: float | None
 
     @property
-    def share(self) -> float:
-        """Right answers over questions."""
-        return self.right / self.asked
+    def right(self) -> int:
+        """Right answers."""
+        return sum(sum(rights) for rights in self.rights.values())
+
+    @property
+    def asked(self) -> int:
+        """Questions."""
+        return sum(len(rights) for rights in self.rights.values())
+
+    @property
+    def cells(self) -> list[str]:
+        """The columns of the table of marks: all, their number, seen pairs, new pairs, chance."""
+        shares = [share(self.rights.get(pairs, ())) for pairs in ("seen", "held out")]
+        return [f"{self.right / self.asked:.0%}", str(self.asked), *shares, f"{self.chance:.0%}" if self.chance else "–"]
+
+
+#: Heads of ``Mark.cells``. A new pair is a colour and a shape that training never showed together.
+_HEADS = ("right", "of", "seen", "new", "chance")
+
+
+def share(rights: Sequence[bool]) -> str:
+    """Return the share of right answers as text."""
+    return f"{sum(rights) / len(rights):.0%}" if rights else "–"
 
 
 def read_marks(folders: QuickstartFolders) -> list[Mark]:
     """Mark the exam's answers. Raises ValueError if one is missing."""
-    table: dict[str, list[bool]] = {}
-    for (name, _), rights in marks(folders.exam, folders.generated).items():
-        table.setdefault(name, []).extend(rights)
+    table: dict[str, dict[str, list[bool]]] = {}
+    for (name, pairs), rights in marks(folders.exam, folders.generated).items():
+        table.setdefault(name, {})[pairs] = rights
     return [
-        Mark(title, sum(table[name]), len(table[name]), CHANCE.get(name.split()[-1]) if not name.startswith("edit") else None)
+        Mark(title, table[name], CHANCE.get(name.split()[-1]) if not name.startswith("edit") else None)
         for name, title in _NAMES.items()
         if name in table
     ]
@@ -63,10 +83,19 @@ def read_marks(folders: QuickstartFolders) -> list[Mark]:
 
 def mark_lines(rows: Sequence[Mark]) -> list[str]:
     """Return the table of marks for a console."""
-    lines = [f"{'':36s}{'right':>7s}{'of':>5s}{'chance':>9s}"]
-    for row in rows:
-        lines.append(f"{row.title:36s}{row.share:>7.0%}{row.asked:>5d}{f'{row.chance:.0%}' if row.chance else '-':>9s}")
-    return lines
+    lines = [(title, cells) for title, cells in [("", _HEADS), *((row.title, row.cells) for row in rows)]]
+    return [f"{title:36s}" + "".join(cell.rjust(8) for cell in cells) for title, cells in lines]
+
+
+def world_line(world: World) -> str:
+    """Return a sentence about the world that the model learnt."""
+    (width, height), *_ = world.picture_sizes
+    pairs = ", ".join(" ".join(pair) for pair in sorted(world.held_out))
+    return (
+        f"The world: pictures of {width} x {height} pixels with one shape of {len(world.shapes)} kinds in {len(world.colours)} colours at "
+        f"{len(world.positions)} places on {len(world.backgrounds)} backgrounds."
+        + (f" Training never showed these pairs, which are half of the exam: {pairs}." if pairs else "")
+    )
 
 
 def write_report(folders: QuickstartFolders, facts: Sequence[str], rows: Sequence[Mark], next_steps: Sequence[tuple[str, str]]) -> None:
@@ -74,7 +103,7 @@ def write_report(folders: QuickstartFolders, facts: Sequence[str], rows: Sequenc
 
     Args:
         folders: What to show.
-        facts: Sentences below the title: steps, minutes, machine.
+        facts: Sentences below the title: the world, minutes, machine.
         rows: The marks.
         next_steps: Pairs of a sentence and a command.
     """
@@ -86,7 +115,8 @@ def write_report(folders: QuickstartFolders, facts: Sequence[str], rows: Sequenc
         _section("Edits: before and after", _edits(folders)),
         _section("Answers", _answers(folders)),
         _section("The same prompts over the steps", "".join(_sheets(folders))),
-        _section("Curves", _wide(folders.results / "loss.png")),
+        _section("Curves", _wide(folders.results / "loss.png", "Losses over the steps.")),
+        _section("Where it lies", _places(folders)),
         _section("What to try next", "".join(f"<p>{html.escape(text)}</p><pre>{html.escape(line)}</pre>" for text, line in next_steps)),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>megatron_bagel quickstart</title><style>{_STYLE}</style>'
@@ -98,11 +128,11 @@ def _section(title: str, content: str) -> str:
 
 
 def _marks_table(rows: Iterable[Mark]) -> str:
-    lines = ["<table><tr><th></th><th>right</th><th>of</th><th>chance</th><th></th></tr>"]
+    heads = "".join(f"<th>{head}</th>" for head in _HEADS)
+    lines = [f"<table><tr><th></th>{heads}<th></th></tr>"]
     for row in rows:
-        chance = f"{row.chance:.0%}" if row.chance else "–"
-        bar = f'<span class="bar" style="width:{8 * row.share:.2f}rem"></span>'
-        numbers = "".join(f'<td class="number">{value}</td>' for value in (f"{row.share:.0%}", row.asked, chance))
+        bar = f'<span class="bar" style="width:{8 * row.right / row.asked:.2f}rem"></span>'
+        numbers = "".join(f'<td class="number">{value}</td>' for value in row.cells)
         lines.append(f"<tr><td>{html.escape(row.title)}</td>{numbers}<td>{bar}</td></tr>")
     return "".join([*lines, "</table>"])
 
@@ -141,7 +171,7 @@ def _answer(folders: QuickstartFolders, row: Mapping[str, str], prompt: Mapping[
 def _sheets(folders: QuickstartFolders) -> Iterable[str]:
     for sheet in sorted((folders.results / "samples").glob("*.png")):
         step, _, group = sheet.stem.partition("_")
-        yield f"<p>After {int(step)} steps, {html.escape(group)}</p>{_wide(sheet)}"
+        yield _wide(sheet, f"After {int(step)} steps, {group}")
 
 
 def _row(figures: Iterable[str]) -> str:
@@ -153,8 +183,18 @@ def _figure(pictures: Sequence[Path], caption: str, more: str = "") -> str:
     return f"<figure>{images}<figcaption>{html.escape(caption)}{more}</figcaption></figure>"
 
 
-def _wide(path: Path) -> str:
-    return f'<img class="wide" src="{_data(path)}" alt="{html.escape(path.stem)}">' if path.is_file() else ""
+def _wide(path: Path, title: str) -> str:
+    return f'<p>{html.escape(title)}</p><img class="wide" src="{_data(path)}" alt="{html.escape(title)}">' if path.is_file() else ""
+
+
+def _places(folders: QuickstartFolders) -> str:
+    places = {
+        "model in BAGEL's released layout": folders.model, "checkpoints, to train on": folders.checkpoints,
+        "pictures and answers of the exam": folders.generated, "its prompts and truths": folders.exam,
+        "every loss of every logged step": folders.results / "metrics.jsonl", "what the commands printed": folders.logs,
+    }  # fmt: skip
+    rows = "".join(f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(str(path))}</code></td></tr>" for name, path in places.items())
+    return f"<table>{rows}</table>"
 
 
 def _data(path: Path) -> str:

@@ -95,6 +95,14 @@ def test_size_at_which_the_tower_sees_pictures(tmp_path: Path, flags: list[str],
     assert latents["image_stride"] == 16 and latents["max_image_size"] == (96 if "--image-size" in flags else 64)
 
 
+def test_conversations_ask_the_given_kinds_of_questions(tmp_path: Path) -> None:
+    make_sample_data(
+        [str(tmp_path / "data"), "--t2i", "0", "--edit", "0", "--vlm", "3", "--questions-per-image", "3", "--question-kinds", "shape"]
+    )
+    for line in (tmp_path / "data/vlm/llava_ov_si.jsonl").read_text().splitlines():
+        assert [turn["value"] for turn in json.loads(line)["conversations"] if turn["from"] == "human"] == ["<image>\nwhat shape is it?"]
+
+
 def test_rows_depend_on_seed_and_number_only(made: Path, tmp_path: Path) -> None:
     make_sample_data([str(tmp_path / "more"), "--t2i", "9", "--edit", "2", "--vlm", "0"])
     make_sample_data([str(tmp_path / "other"), "--t2i", "7", "--edit", "0", "--vlm", "0", "--seed", "1"])
@@ -111,6 +119,8 @@ def test_rows_depend_on_seed_and_number_only(made: Path, tmp_path: Path) -> None
         (["--hold-out", "red"], "colour:shape"),
         (["--image-size", "big"], "'big'"),
         (["--edit-kinds", "explode"], "explode"),
+        (["--question-kinds", "colour", "why"], "--question-kinds"),
+        (["--question-kinds", "size"], "no such question"),
         (["--captions-per-image", "0"], "--captions-per-image"),
     ],
 )

@@ -14,13 +14,15 @@ from PIL import Image
 
 from megatron_bagel.sample_world.exam import Exam, read_lines, to_scene, write_exam
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
-from megatron_bagel.sample_world.quickstart.report import mark_lines, read_marks, write_report
-from megatron_bagel.sample_world.world import World, render
+from megatron_bagel.sample_world.quickstart.report import Mark, mark_lines, read_marks, world_line, write_report
+from megatron_bagel.sample_world.world import World, parse_pairs, render
+
+WORLD = World(held_out=parse_pairs(["red:square", "green:circle"]))
 
 
 def answer_exam(folders: QuickstartFolders, perfect: bool) -> None:
     """Write results and pictures as the generator does."""
-    write_exam(World(), Exam(pictures=6, questions=4, edits=3), folders.exam)
+    write_exam(WORLD, Exam(pictures=6, questions=4, edits=3), folders.exam)
     folders.generated.mkdir(parents=True)
     rows = []
     prompts, truths = (read_lines(folders.exam / f"{name}.jsonl") for name in ("prompts", "truth"))
@@ -43,7 +45,16 @@ def test_marks(tmp_path: Path, perfect: bool) -> None:
     rows = read_marks(folders)
     assert [row.asked for row in rows] == [6, 6, 6, 6, 4, 4, 4, 3]
     assert all(row.right == (row.asked if perfect else 0) for row in rows if "background" not in row.title)
-    assert "100%" in mark_lines(rows)[1] if perfect else "0%" in mark_lines(rows)[1]
+    heads, colour = (line.split() for line in mark_lines(rows)[:2])
+    assert heads == ["right", "of", "seen", "new", "chance"]
+    assert colour[-5:] == [*(["100%", "6", "100%", "100%"] if perfect else ["0%", "6", "0%", "0%"]), "12%"]
+    lopsided = Mark("a", {"seen": [True, True], "held out": [False, True]}, None)
+    assert lopsided.cells == ["75%", "4", "100%", "50%", "–"] and Mark("b", {"seen": [True]}, 0.25).cells[3:] == ["–", "25%"]
+
+
+def test_the_world_is_told() -> None:
+    assert "64 x 64 pixels with one shape of 4 kinds in 8 colours at 9 places on 3 backgrounds" in world_line(WORLD)
+    assert "green circle, red square" in world_line(WORLD) and "never" not in world_line(World())
 
 
 class _Sources(HTMLParser):
@@ -79,6 +90,6 @@ def test_the_page_is_whole_by_itself(tmp_path: Path) -> None:
     # 6 pictures, 3 edits of two pictures, 12 answers, a sheet, a curve.
     assert len(page.sources) == 6 + 6 + 12 + 1 + 1
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "After 500 steps, t2i_pretrain" in text and "3 minutes &amp; more." in text
+    assert "After 500 steps, t2i_pretrain" in text and str(folders.model) in text and "3 minutes &amp; more." in text
     assert "no &lt;idea&gt;" in text and "(it is: " in text and "Draw &lt;one&gt;." in text
     assert not re.search(r"https?://", text)
