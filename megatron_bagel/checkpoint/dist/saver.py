@@ -31,6 +31,7 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
+from megatron_bagel.checkpoint.dist.write_errors import write_reasons
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
@@ -148,10 +149,8 @@ class Saver:
         try:
             yield
         except (CheckpointException, CheckpointingException, OSError) as error:
-            failures = getattr(error, "failures", None) or {}
-            reasons = [str(failure[0] if isinstance(failure, tuple) else failure) for failure in failures.values()]
             newest_folder = step_folders.latest_checkpoint(self.directory)
-            what = f"a checkpoint could not be written into {self.directory} ({'; '.join(reasons) or error}"
+            what = f"a checkpoint could not be written into {self.directory} ({write_reasons(error)}"
             free_bytes = shutil.disk_usage(self.directory).free
             if is_space_short(free_bytes, newest_folder, self.directory, error):
                 what += f"; the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again"

@@ -26,6 +26,7 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.checkpoint.dist.state import provenance
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.checkpoint.dist.write_errors import write_reasons
 from megatron_bagel.config.architecture import BagelArch
 
 _MIN_THREADED_BYTES = 1 << 18  # bytes
@@ -139,7 +140,7 @@ def write_checkpoint(
         (temporary_folder / step_folders.STATE_FILE).write_text(text, encoding="utf-8")
         return step_folders.publish(temporary_folder)
     except (OSError, torch_checkpoint.CheckpointException) as error:
-        raise ValueError(f"cannot write a checkpoint into {directory}: {error}") from error
+        raise ValueError(f"cannot write a checkpoint into {directory} ({write_reasons(error)}); make room, or choose another folder") from error
 
 
 def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], torch.Tensor]) -> None:
