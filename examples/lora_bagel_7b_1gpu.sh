@@ -35,7 +35,7 @@ flags=(
   --eps 1e-8
 
   # Held-out losses show whether training helps, and when the model begins to learn samples by heart.
-  --split 99,1 --eval_every 200
+  --split '99,1' --eval_every 200
   --log_every 1 --save_every 200 --keep_last 3
 )
 if [[ -n ${index_dir:-} ]]; then flags+=(--index_dir "$index_dir"); fi
