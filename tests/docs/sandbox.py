@@ -78,6 +78,7 @@ ELSEWHERE = {
     "--serve": "tests/inference/web/test_server.py, which starts the command and asks the page",
     "ByteDance-Seed/": "tests/cli/test_hub_models.py, with a server on loopback in place of the hub",
     "convert push": "tests/checkpoint/hf/test_hub.py, with a server on loopback in place of the hub",
+    "benchmarks.released_size": "tests/benchmarks/test_released_size.py, where the disk has room",
     "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
 }
 

@@ -11,7 +11,7 @@ import fnmatch
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -142,6 +142,37 @@ def assign(parameter: nn.Parameter, full: torch.Tensor, entry: Entry) -> None:
     parameter.copy_(part)
 
 
+@torch.no_grad()
+def _assign_from(source: TensorSource, parameter: nn.Parameter, entry: Entry) -> None:
+    """Fill ``parameter`` from ``source``. A tensor-parallel rank reads its part of each tensor alone, where the parts lie even."""
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    rank, size = _tensor_parallel_rank_and_size(expert=".local_experts." in entry.name) if sharded else (0, 1)
+    dim = getattr(parameter, "partition_dim", -1)
+    if size == 1 or dim not in (0, 1) or not _reads_parts(entry, dim, size):
+        assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
+        return
+    parts = []
+    for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
+        length = parameter.shape[0] if entry.vocabulary else shape[dim] // size
+        stop = min((rank + 1) * length, shape[dim])
+        parts.append(source.get_slice(name, dim, min(rank * length, stop), stop))
+    part = replace(entry, kv_groups=max(1, entry.kv_groups // size)).fuse(parts)
+    if entry.vocabulary and part.shape[0] < parameter.shape[0]:
+        part = torch.cat([part, part.new_zeros(parameter.shape[0] - part.shape[0], *part.shape[1:])])
+    if part.shape != parameter.shape:
+        raise ValueError(f"parameter {entry.name} has shape {tuple(parameter.shape)} on this rank, its tensor gives {tuple(part.shape)}")
+    parameter.copy_(part)
+
+
+def _reads_parts(entry: Entry, dim: int, size: int) -> bool:
+    """Return whether a rank's part of ``entry`` is the same part of each of its tensors."""
+    if entry.vocabulary:
+        return dim == 0
+    if entry.op == "qkv" and entry.kv_groups % size:
+        return False  # ranks share key/value heads: a part of the fused tensor holds unequal parts of the three
+    return all(shape[dim] % size == 0 for shape in entry.hf_shapes)
+
+
 def load_weights(
     source: TensorSource,
     weight_map: WeightMap,
@@ -168,7 +199,7 @@ def load_weights(
     report = check_against(source, weight_map, allow_missing, allow_unexpected)
     for entry, parameter in entries_of(modules, weight_map):
         if entry.hf[0] in source:
-            assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
+            _assign_from(source, parameter, entry)
             report.loaded += entry.hf
         elif initial_value is not None:
             assign(parameter, initial_value(entry), entry)
