@@ -29,7 +29,9 @@ class HubName:
 def parse_hub_name(text: str) -> HubName | None:
     """Return the name that ``text`` spells, or None if it has another form. Files are not looked at."""
     match = _FORM.fullmatch(text)
-    return HubName(f"{match[1]}/{match[2]}", match[3]) if match else None
+    if match is None or match[2].endswith((".safetensors", ".model", ".json")):
+        return None  # a file beside others
+    return HubName(f"{match[1]}/{match[2]}", match[3])
 
 
 def hub_name(text: str) -> HubName | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.hub_names import hub_name, pinned_hub_name
+from megatron_bagel.common.hub_names import pinned_hub_name
 from megatron_bagel.common.paths import absolute_path, expanded_path
 
 #: Names of the settings that hold a file or a folder.
@@ -45,14 +45,9 @@ def with_absolute_paths(record: Mapping[str, Any], hub_names: Mapping[str, str] 
             value = values.get(name)
             if value and hub_names and name in hub_names:
                 absolute[section][name], typed[name] = absolute_path(value), hub_names[name]
-            elif value and not _names_hub(name, value, record) and absolute_path(value) != value:
+            elif value and absolute_path(value) != value:
                 absolute[section][name], typed[name] = absolute_path(value), value
     return {**absolute, TYPED: typed} if typed else absolute
-
-
-def _names_hub(name: str, value: str, record: Mapping[str, Any]) -> bool:
-    """Return whether a given setting that this run does not read names a model on a hub."""
-    return name in HUB_SETTINGS and name in record.get("given", ()) and hub_name(value) is not None
 
 
 def with_hub_names(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_settings_become_folders_and_the_record_keeps_commits(goldens: Path, tmp
         folder = tmp_path / f"cache/hub/models--owner--bagel/snapshots/{commit}"
         assert Path(model["model_path"]) == Path(resume_from) == folder and again == str(folder)
         assert typed["model_path"] == typed["resume_from"] == f"owner/bagel@{commit}"
-        assert model["llm_path"] == "owner/not-read"
+        assert typed["llm_path"] == "owner/not-read"
         assert {"ae.safetensors", "ema.safetensors"} < set(hub.downloads()) and "model.safetensors" not in hub.downloads()
         shutil.rmtree(tmp_path / "cache")
         lost = subprocess.run([*command, "--allow_missing", "x.*"], env=hub.environment(tmp_path / "other"), capture_output=True, text=True)

@@ -10,7 +10,9 @@ import pytest
 from megatron_bagel.common.hub_names import HubName, hub_hint, hub_name, parse_hub_name, pinned_hub_name
 
 
-@pytest.mark.parametrize("text", ["/a/b", "./a/b", "../b", "a", "a/b/", "a/b/c", "~/b", "s3://a/b", "a/b@", "a b/c", "hf/x/ae.safetensors"])
+@pytest.mark.parametrize(
+    "text", ["/a/b", "./a/b", "../b", "a", "a/b/", "a/b/c", "~/b", "s3://a/b", "a/b@", "a b/c", "hf/x/ae.safetensors", "x/ae.safetensors"]
+)
 def test_paths_of_other_forms_are_no_names(text: str) -> None:
     assert parse_hub_name(text) is None and hub_name(text) is None and hub_hint(text) == ""
 
