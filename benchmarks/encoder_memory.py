@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 
 from benchmarks.record import report  # noqa: E402
 from megatron_bagel.cli.data import sample as make_sample_data  # noqa: E402
+from megatron_bagel.data.index.build import BuildOptions, build_index  # noqa: E402
+from megatron_bagel.data.sources.dataset_config import load_groups  # noqa: E402
 from megatron_bagel.sample_world.assets import TRAIN_CONFIG  # noqa: E402
 from megatron_bagel.training.observability.metrics_file import read_history  # noqa: E402
 
@@ -33,9 +35,11 @@ def make_world(folder: Path, model: Sequence[str]) -> list[str]:
     """Make sample data in ``folder``, with sizes of the model in the flags ``model``; return the flags that all runs share."""
     make_sample_data.main([str(folder / "data"), "--t2i", "400", "--edit", "200", "--vlm", "400", "--captions-per-image", "1", *model])
     data = folder / "data"
+    build_index(load_groups(data / "dataset.yaml"), data / "tokenizer", folder / "index", BuildOptions(workers=1, progress=False))
     settings = {
         "config": TRAIN_CONFIG, "llm_path": data / "llm", "vit_path": data / "vit", "vae_path": data / "vae" / "ae.safetensors",
         "dataset_config_file": data / "dataset.yaml", "index_dir": folder / "index", "log_every": 1, "save_every": 1_000_000,
+        "warmup_steps": 0,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in settings.items()]
 
