@@ -67,4 +67,6 @@ def test_the_plan_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a failure every 300.0 hours" in printed and "a save every 1000 steps" in printed and "0.01 failures per GPU and day" in printed
     assert main([*words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert 0.9 < answer["plans"][0]["goodput"]["ettr"] < 1 and answer["assumed"]["restart_seconds"] == 600
+    found, step = answer["plans"][0]["goodput"], answer["plans"][0]["estimate"]["step_time_s"]
+    # Failures are rare on 8 GPUs, so the saves decide.
+    assert found["ettr"] == pytest.approx(1000 * step / (1000 * step + 30), rel=0.01) and answer["assumed"]["restart_seconds"] == 600
