@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_bagel.checkpoint.dist.last_losses import last_losses
+from megatron_bagel.checkpoint.dist.stored_adapter import refuse_adapters
 from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
@@ -102,6 +103,7 @@ def export_checkpoint(
         ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
     checkpoint = CheckpointWeights(folder, "sampled")
+    refuse_adapters(checkpoint.state, checkpoint.folder)
     _check_kinds(checkpoint, weights)
     companions = companions or companions_of(checkpoint.state["run"].get("config", {}))
     arch, other_source, companions = _with_parts_of(untrained_from, checkpoint.arch, companions.on_this_machine())

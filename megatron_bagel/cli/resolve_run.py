@@ -86,7 +86,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
         schedule=schedule_settings(config),
         ema_decay=training.ema,
         step=step_settings(config, sizes),
-        loop=LoopSettings(training.total_steps, training.eval_every),
+        loop=LoopSettings(training.total_steps, training.eval_every, training.eval_at_start),
         step_log=step_log_settings(config, sizes),
         max_skipped_share=config.data.max_skipped_share,
         peak_device_tflops=training.peak_device_tflops,
@@ -119,6 +119,7 @@ def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:
         evaluation=evaluation_settings(config) if config.training.eval_every else None,
         wandb=wandb_settings(config) if run.sizes.use_wandb else None,
         trackers=tracker_settings(config),
+        ema_warmup=config.training.ema_warmup,
     )
 
 

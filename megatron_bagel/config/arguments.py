@@ -213,6 +213,7 @@ class TrainingArguments:
     finetune_from_hf: bool = original_flag(False, "Take architecture, tokenizer and autoencoder from model_path.", on_resume=FREE)
     log_every: int = original_flag(10, "Steps between log lines.", minimum=1, aliases=("log_interval",), on_resume=FREE)
     eval_every: int = flag(0, "Steps between evaluations on the rows that --split holds out. 0 never evaluates.", minimum=0, on_resume=FREE)
+    eval_at_start: bool = flag(False, "Evaluate the starting weights too, before the first step. Needs eval_every.", on_resume=FREE)
     eval_samples: int = flag(
         64, "Held-out samples per dataset for the losses. More make the losses less noisy and slower.", minimum=1, on_resume=FREE
     )
@@ -261,6 +262,10 @@ class TrainingArguments:
         on_resume=SAID,
     )
     ema: float = original_flag(0.9999, "Decay of the moving average of the weights.", minimum=0, maximum=1, on_resume=SAID)
+    ema_warmup: bool = flag(
+        False, "Raise the decay from 0.1 to ema with the steps done: min(ema, (1 + steps) / (10 + steps)). Short runs then keep little of "
+        "their starting weights.", on_resume=SAID,
+    )  # fmt: skip
     max_grad_norm: float = original_flag(
         1.0, "Clip gradients to this global norm. 0 turns clipping off.", minimum=0, aliases=("clip_grad",), on_resume=SAID
     )

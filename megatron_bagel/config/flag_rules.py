@@ -44,6 +44,8 @@ def check_consistency(config: Config) -> None:
         raise ValueError(f"--keep_every {training.keep_every} needs --keep_last: without it no checkpoint is removed")
     if training.eval_every and not data.split:
         raise ValueError(f'--eval_every {training.eval_every} needs rows that are not trained on: give --split, such as "99,1"')
+    if training.eval_at_start and not training.eval_every:
+        raise ValueError("--eval_at_start True needs --eval_every: the steps between the evaluations after it")
     if training.overwrite_run and training.auto_resume:
         raise ValueError("--overwrite_run moves an earlier run aside and --auto_resume True continues it; give one of them")
     if training.resume_model_only and training.resume_from is None:

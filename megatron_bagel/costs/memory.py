@@ -13,8 +13,10 @@ from math import lcm, prod
 
 import torch
 
+from megatron_bagel.checkpoint.hf.adapter_map import AdapterMap
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import AutoencoderArch
+from megatron_bagel.config.lora import is_factor
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, padded_vocabulary, virtual_stages
 from megatron_bagel.costs.freezing import TOWER_PARTS, is_frozen
@@ -27,6 +29,7 @@ ALIGNMENT = 64
 #: A sharded buffer (or bucket) ends at a multiple of this number and of the number of ranks that share it.
 BUFFER_ALIGNMENT = 128
 _TENSOR_PARALLEL_PARTS = ("linear_qkv.", "linear_proj.", "linear_fc1.", "linear_fc2.", "word_embeddings.", "output_layer.")
+_CUT_FACTORS = (("linear_qkv.", "lora_B"), ("linear_fc1.", "lora_B"), ("linear_proj.", "lora_A"), ("linear_fc2.", "lora_A"))
 _FIRST_STAGE = ("embedding.", "vae2llm.", "time_embedder.")
 _LAST_STAGE = ("final_layernorm.", "output_layer.", "llm2vae.")
 
@@ -85,6 +88,8 @@ class MemoryModel:
         rows = padded_vocabulary(arch.llm.vocab_size, tp, divisor)
         # Rows that pad the vocabulary take memory like any other.
         entries = WeightMap(replace(arch, llm=replace(arch.llm, vocab_size=rows))).entries
+        if inputs.frozen.lora is not None:
+            entries |= AdapterMap(arch, inputs.frozen.lora).entries
         self._tensors = [
             _Tensor(
                 name,
@@ -187,6 +192,9 @@ class MemoryModel:
 
 
 def _is_sharded(name: str) -> bool:
+    if is_factor(name):
+        # A column linear cuts B, a row linear cuts A.
+        return any(f"{linear}{factor}" in name for linear, factor in _CUT_FACTORS)
     return not name.startswith(TOWER_PARTS) and any(part in name for part in _TENSOR_PARALLEL_PARTS)
 
 

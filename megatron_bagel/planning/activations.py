@@ -93,6 +93,7 @@ class ActivationModel:
     def __init__(self, inputs: CostInputs) -> None:
         """Read the sizes. Raises ValueError for the reference backend ``dense``, whose matrices no run should have."""
         self.megatron, self.arch, self.freeze_und = inputs.megatron, inputs.arch, inputs.frozen.und
+        self.lora = inputs.frozen.lora
         self.backend, self.bytes = inputs.sizes.attention_backend, 2 if inputs.sizes.bf16 else FP32
         if self.backend == "dense":
             raise ValueError("--attention_backend dense is a reference for tests and has no plan; use sdpa or flex")
@@ -125,11 +126,26 @@ class ActivationModel:
             # Inputs of the two norms, and their statistics.
             hidden=2 * (self.hidden_bytes(tokens) + FP32 * normed_rows),
             # Inputs of QKV and of the MLP, QKV's result (read by QK-norm) with statistics, input of the output projection.
-            projections=2 * expert_inputs + (mixed if llm.qk_norm else 0) + norm_statistics + n * self.heads * d * width,
+            projections=2 * expert_inputs
+            + (mixed if llm.qk_norm else 0)
+            + norm_statistics
+            + n * self.heads * d * width
+            + self._adapters(tokens, "qkv", "proj"),
             core=core,
             core_inputs=inputs,
-            mlp=3 * trained * self.ffn * width,
+            mlp=3 * trained * self.ffn * width + self._adapters(tokens, "fc1", "fc2"),
         )
+
+    def _adapters(self, tokens: RankTokens, *targets: str) -> int:
+        """Return the bytes that the adapters of a layer's ``targets`` save: results of A, and B spread over the parts of a fused linear."""
+        if self.lora is None:
+            return 0
+        fused_rows = {"qkv": (self.heads + 2 * self.groups) * self.arch.llm.head_dim, "fc1": 2 * self.ffn}
+        parts, rows = {"qkv": 3, "fc1": 2}, {"und": tokens.num_tokens - tokens.gen, "gen": tokens.gen}
+        elements = 0
+        for expert, target in ((expert, target) for expert in rows for target in targets if self.lora.adapts_linear(expert, target)):
+            elements += (rows[expert] + fused_rows.get(target, 0)) * parts.get(target, 1) * self.lora.rank
+        return elements * self.bytes
 
     def _core(self, tokens: RankTokens, mixed: int) -> tuple[int, int]:
         """Return the bytes of core attention (without its result, the input of the output projection), and of its inputs alone.

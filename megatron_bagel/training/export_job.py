@@ -9,20 +9,29 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 
 from megatron_bagel import platform
 
 
 def main(checkpoint: str, out: str) -> int:
-    """Export the averaged weights of ``checkpoint`` to the folder ``out`` in the released types, and return the exit status."""
+    """Export the averaged weights of ``checkpoint`` to the folder ``out`` in the released types, and return the exit status.
+
+    Adapters are merged into their base.
+    """
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     platform.install_for_streaming()
     from megatron_bagel.checkpoint.convert import export_checkpoint
+    from megatron_bagel.checkpoint.convert_adapter import merge_adapter
+    from megatron_bagel.checkpoint.dist.stored_adapter import adapter_of
     from megatron_bagel.model.positions import sincos_2d
 
     try:
-        export_checkpoint(checkpoint, out, sincos_2d)
+        if adapter_of(Path(checkpoint)) is None:
+            export_checkpoint(checkpoint, out, sincos_2d)
+        else:
+            merge_adapter(Path(checkpoint), None, Path(out), sincos_2d)
     except (ValueError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ All ranks have the same hooks in the same order, so a hook may communicate with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from enum import Enum
 from types import TracebackType
@@ -43,6 +43,9 @@ class StepHook:
 
     def after_step(self, done: StepDone) -> None:
         """Take note of a finished step. It has not been logged, evaluated or saved yet."""
+
+    def evaluated(self, steps: int, numbers: Mapping[str, float]) -> None:
+        """Take note of the numbers of an evaluation after ``steps`` steps, the same on every rank."""
 
     def pause(self, pause: Pause) -> AbstractContextManager[None]:
         """Return the context that an evaluation or a save runs in."""
@@ -96,6 +99,10 @@ class Hooks(StepHook):
     def after_step(self, done: StepDone) -> None:
         for hook in self._hooks:
             hook.after_step(done)
+
+    def evaluated(self, steps: int, numbers: Mapping[str, float]) -> None:
+        for hook in self._hooks:
+            hook.evaluated(steps, numbers)
 
     @contextmanager
     def pause(self, pause: Pause) -> Iterator[None]:

@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of the loop itself: the ``total_steps`` of the run and the number of steps between evaluations."""
+    """Settings of the loop itself: the ``total_steps`` of the run, the number of steps between evaluations, and whether its
+    starting weights are evaluated too."""
 
     total_steps: int
     eval_every: int = 0
+    eval_at_start: bool = False
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Run:
 def train(run: Run) -> None:
     """Train until ``total_steps`` or until a signal requests a stop. The last state is always saved."""
     with run.hooks:
+        if run.loop.eval_at_start and run.counters.steps == 0 and run.evaluation is not None:
+            _evaluate_now(run, run.evaluation)
         run.step_log.window.restart()
         while run.counters.steps < run.loop.total_steps and not run.survival.agreement.stop:
             start_time = time.perf_counter()
@@ -112,8 +116,13 @@ def evaluate(run: Run) -> None:
     """Evaluate if an evaluation is due: every ``eval_every`` steps and after the last step."""
     steps = run.counters.steps
     if run.evaluation is not None and (steps % run.loop.eval_every == 0 or steps == run.loop.total_steps):
-        with paused(run, "eval", Pause.EVALUATION):
-            run.evaluation.run(run.trainable, run.settings, run.log, steps)
+        _evaluate_now(run, run.evaluation)
+
+
+def _evaluate_now(run: Run, evaluation: Evaluation) -> None:
+    with paused(run, "eval", Pause.EVALUATION):
+        numbers = evaluation.run(run.trainable, run.settings, run.log, run.counters.steps)
+    run.hooks.evaluated(run.counters.steps, numbers)
 
 
 def save_when_due(run: Run) -> None:

@@ -65,6 +65,7 @@ class ResolvedRun:
         evaluation: The settings of evaluations, or None for a run without them.
         wandb: The settings of W&B, or None without it.
         trackers: The settings of MLflow and trackio.
+        ema_warmup: Whether the decay rises with the steps done.
     """
 
     record: Mapping[str, Any]
@@ -93,6 +94,7 @@ class ResolvedRun:
     evaluation: EvaluationSettings | None = None
     wandb: WandbSettings | None = None
     trackers: TrackerSettings = TrackerSettings()
+    ema_warmup: bool = False
 
     @property
     def costs(self) -> CostInputs:

@@ -200,7 +200,7 @@ def train_step(
         with timed("optimizer"):
             update_weights(trainable.optimizer, attempt.grad_norm)
         with timed("ema"):
-            trainable.ema.update()
+            trainable.ema.update(trainable.learning_rate.steps)
     trainable.learning_rate.step()
     experts = _expert_loads(trainable) if table is not None else None
     return StepResult(attempt.losses, StepOutcome(good, attempt.grad_norm), totals, work, samples, lr, by_task, experts)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import check_against, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.parser import Config
+from megatron_bagel.costs.memory import MemoryModel
 from megatron_bagel.model.positions import sincos_2d
+from megatron_bagel.planning.activations import ActivationModel, Recompute
+from megatron_bagel.planning.rank_tokens import rank_tokens
 from megatron_bagel.training.loop import train
 from megatron_bagel.training.optim.optimizer import leaf_optimizers
 from tests.checkpoint.parameter_tree import model_like
+from tests.costs.test_memory import held
 from tests.distributed import run_ranks
-from tests.runs import numbers, open_run, run, run_config
+from tests.planning.test_activations import kept_bytes
+from tests.runs import numbers, open_run, resolved, run, run_config
 from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, TP, VPP, assert_equal, cases, stored_tensors, trained, world_of
 
 pytestmark = pytest.mark.distributed
@@ -140,6 +146,28 @@ def test_the_base_is_unchanged_and_takes_no_memory_of_training(world: Path, tmp_
     config = run_config(world, tmp_path, **from_base(world, {**SETTINGS, **LORA, "total_steps": 2}))
     average, main, padding = run_ranks(_base_after_training, 1, config)[0]
     assert average == 4 and main == 0 and 0 <= padding < 64 * 200
+
+
+MEMORY = {
+    "one": (1, {}),
+    "tp2-pp2-bf16": (4, {**SP_TP2, PP: 2, "bf16": True, "lora_full": ["time_embedder"]}),
+    "dp2-und-freezing": (2, {"lora_experts": "gen", "lora_targets": ["qkv", "fc2"], "freeze_und": True}),
+}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), cases(MEMORY, "one"))
+def test_plans_predict_the_memory_of_adapters(world: Path, tmp_path: Path, ranks: int, flags: dict[str, Any]) -> None:
+    """Bytes between steps to 1 %, and what a forward pass keeps to 2 %."""
+    config = run_config(world, tmp_path, ranks, **from_base(world, {**LORA, "global_batch_size": 4, **flags}))
+    costs = resolved(config, ranks).costs
+    for stage, found in run_ranks(held, ranks, config):
+        assert found == pytest.approx(asdict(MemoryModel(costs).rank(stage)), rel=0.01)
+    model = ActivationModel(costs)
+    for stage, (cp_rank, pack), found in run_ranks(kept_bytes, ranks, config):
+        megatron = config.megatron
+        slots = config.data.max_num_tokens if megatron.pipeline_model_parallel_size > 1 else None
+        tokens = rank_tokens(pack, cp_rank, 1, slots, megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1, False)
+        assert found == pytest.approx(model.microbatch(stage, tokens, Recompute()), rel=0.02)
 
 
 REFUSED = {

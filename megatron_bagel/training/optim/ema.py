@@ -48,10 +48,12 @@ class ShardedEma:
     Methods that yield or take full tensors are collective: all ranks call them in the same order.
     """
 
-    def __init__(self, modules: Mapping[str, DistributedDataParallel], optimizer: MegatronOptimizer, decay: float) -> None:
+    def __init__(
+        self, modules: Mapping[str, DistributedDataParallel], optimizer: MegatronOptimizer, decay: float, warmup: bool = False
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"--ema is {decay}; it must be in [0, 1). Use 0.9999 for long runs and 0.99 for a few hundred steps")
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         self._modules = list(modules.values())
         named = {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.module.named_parameters()}
         tracked = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -79,13 +81,14 @@ class ShardedEma:
             entry.average.copy_(main_weight_slice(entry.parameter, entry.owned))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current main weights, without communication."""
+    def update(self, steps: int = 0) -> None:
+        """Move the average towards the current main weights, without communication. With ``warmup`` the decay depends on the steps done."""
+        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
         averages = [entry.average for entry in self._entries]
         weights = [main_weight_slice(entry.parameter, entry.owned) for entry in self._entries]
         # lerp is the same formula with one rounding fewer than scaling and adding, and reads each tensor once.
         if averages:
-            torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+            torch._foreach_lerp_(averages, weights, 1.0 - decay)
 
     def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every average as a full fp32 tensor with the parameter's (tensor-parallel local) shape, one at a time."""

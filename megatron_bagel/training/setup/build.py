@@ -61,7 +61,7 @@ def build_trainable(
         syncs = [chunk.no_sync for chunk in wrapped_decoder]
         tcfg.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     names = [name for name, part in modules.named.items() if part in _trained_parts(modules, tower_trains)]
-    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay)
+    ema = ShardedEma(dict(zip(names, wrapped, strict=True)), optimizer, resolved.ema_decay, resolved.ema_warmup)
     if source is not None and adapter is None:
         _load_separate_average(resolved.start.initial, source, modules, resolved.arch, optimizer, ema)
     encoders = resolved.arch, modules.tower if wrapped_tower is None else wrapped_tower, modules.autoencoder, resolved.encoding
