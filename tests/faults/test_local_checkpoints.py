@@ -111,7 +111,7 @@ def test_on_another_layout_the_checkpoint_is_used(world: Path, lost: Path, strai
 
 @pytest.mark.slow
 def test_a_start_that_resumes_nothing_uses_no_local_one(world: Path, lost: Path, straight: list[tuple]) -> None:
-    config = with_local(world, lost, auto_resume=False)
+    config = with_local(world, lost, auto_resume=False, overwrite_run=True)
     shutil.rmtree(lost / "checkpoints")
     assert "continuing" not in again(config)
     assert run_numbers(config) == straight

@@ -31,7 +31,7 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
-from megatron_bagel.checkpoint.dist.write_errors import write_reasons
+from megatron_bagel.checkpoint.dist.write_errors import space_advice, write_reasons
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Saver:
             what = f"a checkpoint could not be written into {self.directory} ({write_reasons(error)}"
             free_bytes = shutil.disk_usage(self.directory).free
             if is_space_short(free_bytes, newest_folder, self.directory, error):
-                what += f"; the disk has {free_bytes / 1e6:.1f} MB free); free some space or choose another --checkpoint_dir and start again"
+                what += f"; {space_advice(free_bytes)}"
             else:
                 what += "); find out what changed the folder, or choose another --checkpoint_dir, and start again"
             raise ValueError(f"{what}: the run continues from {newest_folder or 'its beginning'}") from error
