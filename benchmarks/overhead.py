@@ -81,7 +81,7 @@ def step_seconds(name: str, steps: int) -> tuple[float, float]:
 def part_seconds(name: str, folder: Path, calls: int, step_wall_s: float) -> dict[str, float]:
     """CPU seconds per step of each part, with the flags' defaults."""
     config = Config.from_values({"results_dir": str(folder)})
-    resilience = resilience_settings(config)
+    resilience = resilience_settings(config, "train")
     survival = Survival.of(resilience)
     good = Attempt(StepLosses(1.0, 0.5, 0.5), 1.0, torch.zeros(0))
     work, arch, window = StepWork.of(bench_pack(CONFIGS[name])), CONFIGS[name].arch, RateWindow(1.0, 1)
@@ -115,17 +115,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from megatron.core import parallel_state, tensor_parallel
 
     arguments = parse_arguments(argv)
-    init_distributed()
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    cpu_s, wall_s = step_seconds(arguments.config, arguments.steps)
     logger = logging.getLogger("megatron_bagel")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # the JSON alone
-    with tempfile.TemporaryDirectory() as folder:
-        parts = part_seconds(arguments.config, Path(folder), arguments.calls, wall_s)
-    logger.setLevel(level)
-    shutdown_distributed()
+    init_distributed()
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+        cpu_s, wall_s = step_seconds(arguments.config, arguments.steps)
+        logger.setLevel(logging.ERROR)  # the JSON alone
+        with tempfile.TemporaryDirectory() as folder:
+            parts = part_seconds(arguments.config, Path(folder), arguments.calls, wall_s)
+    finally:
+        logger.setLevel(level)
+        shutdown_distributed()
     total = sum(parts.values())
     result = {
         "config": arguments.config, "device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
