@@ -10,7 +10,7 @@ bash examples/setup_env.sh
 python=${MEGATRON_BAGEL_VENV:-$root/.venv}/bin/python
 beside=$(mktemp -d)
 trap 'rm -rf "$beside"' EXIT
-"$python" -m pip freeze --exclude-editable 2> "$beside/said" | grep -v -i -e '^pillow==' -e ' @ ' > "$beside/same.txt"
+"$python" -m pip freeze --exclude-editable 2> "$beside/said" | grep -v -i -E -e '^(pillow|importlib.metadata)==' -e ' @ ' > "$beside/same.txt"
 "$python" - > "$beside/wanted.txt" <<'PY'
 from importlib.metadata import requires
 
