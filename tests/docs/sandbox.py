@@ -147,8 +147,11 @@ def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
     shutil.copytree(world / "checkpoints", folder / "other/checkpoints")
     (folder / "bin").mkdir()
     if wheel is not None:
-        for name in ("python", "torchrun", "megatron-bagel"):  # a link to an interpreter would not find its environment
-            (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{wheel}/bin/{name}" "$@"\n')
+        # Scripts, because a link to an interpreter would not find its environment. ``tests/wheel.sh`` lends the environment PyTorch without
+        # PyTorch's own programs.
+        programs = {"python": ("python", ""), "torchrun": ("python", "-m torch.distributed.run "), "megatron-bagel": ("megatron-bagel", "")}
+        for name, (program, words) in programs.items():
+            (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{wheel}/bin/{program}" {words}"$@"\n')
             (folder / "bin" / name).chmod(0o755)
         return folder
     for name, words in {"python": "", "torchrun": "-m torch.distributed.run ", "megatron-bagel": "-m megatron_bagel "}.items():
