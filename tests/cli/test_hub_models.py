@@ -115,8 +115,8 @@ def test_every_command_takes_a_name(tmp_path: Path) -> None:
             pictures[name] = (out / "00000.png").read_bytes()
         assert len(set(pictures.values())) == 1
         hub.requests.clear()
-        sizes = ["--vit_image_size", "28", "--image_size", "32"]
-        plan = _command(hub, tmp_path / "plans", ["-m", "megatron_bagel", "plan", "--model", "owner/small", "--gpus", "8", *sizes, "--json"])
+        small = ["--gpus", "8", "--vit_image_size", "28", "--image_size", "32"]
+        plan = _command(hub, tmp_path / "plans", ["-m", "megatron_bagel", "plan", "--model", "owner/small", *small, "--json"])
         assert json.loads(plan.stdout) and not [file for file in hub.downloads() if file.endswith(".safetensors")]
 
 
