@@ -17,6 +17,11 @@ def check_lora(config: Config) -> None:
         return
     _check_freezing(config, lora)
     _check_full(lora)
+    if config.megatron.fp8 is not None:
+        raise ValueError(
+            f"--lora_rank with --fp8 {config.megatron.fp8}: the factors of adapters have no FP8 products, and the two were never tried "
+            "together. Leave one of them out"
+        )
     plain = [target for target in lora.targets if target in OTHER_TARGETS]
     if lora.dropout and plain:
         raise ValueError(

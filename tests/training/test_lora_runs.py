@@ -171,6 +171,7 @@ def test_plans_predict_the_memory_of_adapters(world: Path, tmp_path: Path, ranks
 
 
 REFUSED = {
+    "adapters in FP8": ({"fp8": "hybrid"}, "Leave one of them out"),
     "rank 0": ({"lora_rank": 0}, "lora_rank is 0"),
     "no such target": ({"lora_targets": ["qkv", "q_proj"]}, "q_proj.*choose from qkv, proj, fc1, fc2, connector, vit, vae2llm, llm2vae"),
     "frozen vision tower": ({"freeze_vit": True}, "--freeze_vit True keeps the vision tower.*--lora_targets vit"),
