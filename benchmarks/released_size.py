@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder with the names and shapes of the released model, 29 GB of bf16: into a checkpoint and back, bit for bit, as JSON.
 
-    python -m benchmarks.released_size --folder DISK
+    python -m benchmarks.released_size --folder DISK --output benchmarks/results/released-size.json
 
 Reported are peak memory and seconds of both directions beside copies of 4 GB of the same file, and the bytes that a rank of tensor 4 x
-pipeline 2 reads of the folder beside its share of the weights. The disk needs room for two such folders. ``--zero-layers N`` makes every
-N-th layer zeros, which files hold without room, where the disk is smaller. All files are removed in the end.
+pipeline 2 reads of the folder beside its share of the weights. Copies read from the disk, as the converters do: the page cache is
+emptied of the file first. The disk needs room for two such folders. ``--zero-layers N`` makes every N-th layer zeros, which files hold
+without room, where the disk is smaller. All files are removed in the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import _module, copy_seconds, run_measured
+from benchmarks.record import report
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
@@ -66,7 +68,7 @@ def needed_bytes(zero_layers: int) -> float:
     whole = WeightFile(torch.zeros, "bf16").bytes(weight_map)
     layer = sum(2 * torch.Size(entry.shape).numel() for name, entry in weight_map.entries.items() if name.startswith("decoder.layers.0."))
     zeros = layer * -(-28 // zero_layers) if zero_layers else 0
-    return 2 * whole - zeros + COPIED_BYTES + SPARE_BYTES
+    return max(2 * whole - zeros, whole + 2 * COPIED_BYTES) + SPARE_BYTES
 
 
 def write_input(folder: Path, values: Values) -> None:
@@ -136,6 +138,7 @@ def measure(folder: Path, zero_layers: int) -> dict[str, Any]:
     copies = [_copy_part(weights, folder / "copied")]
     if zero_layers:
         dig_holes(weights)
+    drop_from_cache(weights)
     ranks = [_rank(rank, source) for rank in (0, TENSOR * PIPELINE - 1)]
     start = run_measured("from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert")
     arguments = ["--model", str(source), "--output", str(folder / "checkpoint")]
@@ -154,12 +157,20 @@ def measure(folder: Path, zero_layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def drop_from_cache(file: Path) -> None:
+    """Make the next reader of a file wait for the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _copy_part(source: Path, target: Path) -> float:
     """Seconds to copy the last ``COPIED_BYTES`` of a file, which hold no zeros, and sync them to disk."""
     part = target.with_name("part")
     with source.open("rb") as file, part.open("wb") as written:
         file.seek(-COPIED_BYTES, os.SEEK_END)
         shutil.copyfileobj(file, written, 1 << 24)
+    drop_from_cache(part)
     seconds = copy_seconds(part, target)
     part.unlink()
     return seconds
@@ -182,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--zero-layers", type=int, default=0, metavar="N", help="every N-th layer is zeros, for a smaller disk (default: none)"
     )
+    parser.add_argument("--output", type=Path, help="file for the record (default: none)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rank is not None:
@@ -192,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"{args.folder} has {free / 1e9:.0f} GB free, and {needed / 1e9:.0f} GB are needed (less with --zero-layers)")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="released_size_") as folder:
         result = measure(Path(folder).resolve(), args.zero_layers)
-    print(json.dumps(result, indent=1))
+    report(result, args.output)
     return result
 
 
