@@ -2,6 +2,7 @@
 """The page of recorded runs, made from the records in ``benchmarks/results``.
 
 python -m benchmarks.layout --output benchmarks/results/layout.json      adds a record
+python -m benchmarks.printed --output benchmarks/results/verify_golden.json -- python tools/verify_golden.py
 python -m benchmarks.recorded_page                                       writes docs/recorded.md again
 """
 
@@ -15,6 +16,15 @@ from benchmarks.record import RESULTS, ROOT, Record, read_record
 
 PAGE = ROOT / "docs" / "recorded.md"
 _PACKAGES = ("torch", "megatron-core", "transformer-engine")
+#: Program -> the figures that its row shows first, as patterns of their names; the others follow while there is room.
+_FIRST = {
+    "benchmarks.checkpoint": ("speed_of", "peak", "wall_s"),
+    "benchmarks.data": ("fill", "imbalance", "per_s", "seconds"),
+    "benchmarks.generate": ("tokens_per_s", "seconds", "largest_difference"),
+    "benchmarks.layout": ("layout_seconds", "area_imbalance", "block_mask seconds"),
+    "benchmarks.parallel_step": ("loss", "step", "peak"),
+    "benchmarks.train_step": ("step_s", "tokens_per_s", "peak_mem_bytes", "achieved_gflops", "share_of_matmul_rate", "loss"),
+}
 #: Figures of a row at most; the file has all.
 _SHOWN = 12
 _HEAD = """# Recorded runs
@@ -40,12 +50,20 @@ def page(results: Path = RESULTS) -> str:
 def row(name: str, record: Record) -> str:
     """Return the row of a record in the file ``name``."""
     versions = ", ".join(f"{package} {record.versions[package]}" for package in _PACKAGES if package in record.versions)
-    numbers = list(figures(record.figures))
+    numbers = in_order(list(figures(record.figures)), record.command)
     shown = "; ".join(f"{label} {value:.4g}" for label, value in numbers[:_SHOWN])
     more = f"; {len(numbers) - _SHOWN} more in `{name}`" if len(numbers) > _SHOWN else ""
     commit, _, changes = record.commit.partition(" ")
-    cells = (f"`{record.command}`", record.machine, record.date[:10], f"`{commit[:7]}` {changes}".strip(), versions, shown + more)
+    printed = "".join(f"<br>`{line}`" for line in record.figures.get("printed", []))
+    cells = (f"`{record.command}`", record.machine, record.date[:10], f"`{commit[:7]}` {changes}".strip(), versions, shown + more + printed)
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
+
+
+def in_order(numbers: list[tuple[str, float]], command: str) -> list[tuple[str, float]]:
+    """Return named figures with those first that ``_FIRST`` names for the command's program."""
+    patterns = next((first for program, first in _FIRST.items() if f" {program}" in command), ())
+    rank = {label: next((n for n, pattern in enumerate(patterns) if pattern in label), len(patterns)) for label, _ in numbers}
+    return sorted(numbers, key=lambda entry: rank[entry[0]])
 
 
 def figures(value: Any, label: str = "") -> Iterator[tuple[str, float]]:

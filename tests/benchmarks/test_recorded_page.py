@@ -35,6 +35,12 @@ def test_a_row_of_many_figures_names_its_file() -> None:
     assert row("a/many.json", many).endswith("11 11; 8 more in `a/many.json` |\n")
 
 
+def test_what_a_program_is_measured_for_comes_first_and_lines_come_last() -> None:
+    step = {"threads": 1, "step_s": 2.0, "tokens_per_s": 3.0, "printed": ["step 1", "a | b"]}
+    shown = row("x.json", Record(**{**RECORD.__dict__, "command": "python -m benchmarks.train_step step", "figures": step}))
+    assert shown.endswith("step_s 2; tokens_per_s 3; threads 1<br>`step 1`<br>`a / b` |\n")
+
+
 def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"command": "x"}))
     with pytest.raises(ValueError, match=r"x\.json"):
