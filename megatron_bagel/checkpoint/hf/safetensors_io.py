@@ -44,7 +44,8 @@ def _header(file: Path) -> dict[str, _TensorLocation]:
     """Return the locations of a file's tensors by rising offset. Raises ValueError for a file that is incomplete or foreign."""
     tensors = read_header(file)
     try:
-        with safe_open(file, framework="pt", device="cpu"):
+        # Opened for torch, it maps the file as memory that could be written to, which Linux refuses for files larger than its memory.
+        with safe_open(file, framework="np"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); it may be truncated: copy it again") from error

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,13 @@ def test_a_slice_is_read_and_nothing_beside_it(tmp_path: Path) -> None:
     assert torch.equal(reader.get_slice("c", 1, 0, 5), tensors["c"][:, :5])
     with pytest.raises(ValueError, match="tensor c holds NaN"):
         reader.get_slice("c", 1, 4, 6)
+
+
+def test_a_file_larger_than_the_memory_of_the_machine_opens(tmp_path: Path) -> None:
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    file = tmp_path / "x.safetensors"
+    with file.open("wb") as written:
+        written.write(struct.pack("<Q", len(header)) + header)
+        written.truncate(8 + len(header) + size)
+    assert torch.equal(SafetensorsReader(file).get_slice("a", 0, 3, 5), torch.zeros(2, dtype=torch.bfloat16))
