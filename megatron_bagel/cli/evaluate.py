@@ -16,8 +16,8 @@ from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import writing_to
 from megatron_bagel.inference.batch.arguments import build_parser as generation_parser
-from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size
-from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, read_benchmark
+from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size, text_limits
+from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, ReadOptions, read_benchmark
 from megatron_bagel.inference.batch.prompts import Prompt
 from megatron_bagel.inference.batch.results import RESULTS
 from megatron_bagel.inference.batch.run import run_prompts
@@ -61,7 +61,8 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1")
     out = Path(args.out)
     with writing_to(out, "--out"):
-        items = read_benchmark(args.benchmark, args.questions, out / "pictures")[: args.limit]
+        reading = ReadOptions(text_limits(args), args.exif)
+        items = read_benchmark(args.benchmark, args.questions, out / "pictures", reading)[: args.limit]
     size = parse_size(args.image_size) if args.image_size else None
     options = Namespace(**{name: value for name, value in vars(args).items() if name not in ("benchmark", "questions", "limit")})
     options.out = str(out / "answers")

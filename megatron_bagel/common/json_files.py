@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_bagel.common.files import read_bytes, read_text
-from megatron_bagel.common.json_text import HEAD_BYTES, parse_json, wrong_container
+from megatron_bagel.common.json_text import HEAD_BYTES, MAX_JSON_DEPTH, parse_json, wrong_container
+from megatron_bagel.common.text_limits import TextLimits
 
 T = TypeVar("T")
 
@@ -19,17 +20,18 @@ def as_stored(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def read_json_value(path: Path, what: str) -> Any:
+def read_json_value(path: Path, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
     """Return the value in a JSON file, of any type.
 
     Args:
         path: The file.
         what: The flag or thing the file belongs to; error messages begin with it.
+        max_depth: How deep objects and lists may be nested.
 
     Raises:
         ValueError: The file is absent, unreadable, a Git LFS pointer, or no JSON.
     """
-    return parse_json(read_text(path, what), f"{what}: {path}")
+    return parse_json(read_text(path, what), f"{what}: {path}", max_depth)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -68,19 +70,27 @@ def read_json_as(make: Callable[[dict[str, Any]], T], path: Path, what: str) -> 
         raise ValueError(f"{what}: {path} holds a value of a wrong type ({type(error).__name__}: {error})") from error
 
 
-def json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path, what: str, limits: TextLimits | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (label, object) of every line of a file of JSON lines that is not blank. The label names file and line.
 
+    Args:
+        path: The file.
+        what: The flag or thing the file belongs to; error messages begin with it.
+        limits: Of a line; None for a file that the package wrote itself.
+
     Raises:
-        ValueError: The file cannot be read (as ``read_bytes`` says), is of another kind, or a line is no JSON object.
+        ValueError: The file cannot be read (as ``read_bytes`` says), is of another kind, or a line is no JSON object or beyond a limit.
     """
+    max_depth = MAX_JSON_DEPTH if limits is None else limits.max_json_depth
     content = read_bytes(path, what)
     if problem := wrong_container(content[:HEAD_BYTES]):
         raise ValueError(f"{what}: {path} {problem}")
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             label = f"{path}, line {number}"
-            yield label, _object(parse_json(line, label), label)
+            if limits is not None and (problem := limits.too_long(len(line))):
+                raise ValueError(f"{label}: the line has {problem}")
+            yield label, _object(parse_json(line, label, max_depth), label)
 
 
 def whole_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:

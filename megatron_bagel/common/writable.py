@@ -14,6 +14,14 @@ from pathlib import Path
 ABOUT_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def nearest_folder(folder: str | Path) -> Path:
+    """Return ``folder``, or the nearest path above it that exists."""
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    return existing
+
+
 def check_writable(folder: str | Path, flag: str) -> None:
     """Check that files can be written into ``folder``, or into the nearest folder above it where it does not exist yet.
 
@@ -26,9 +34,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
     Raises:
         ValueError: It cannot be written.
     """
-    existing = Path(folder).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = nearest_folder(folder)
     if not existing.is_dir():
         raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder; choose another folder")
     probe = existing / f".writable-{secrets.token_hex(8)}"

@@ -9,10 +9,8 @@ ended.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,12 +29,10 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
-from megatron_bagel.checkpoint.dist.write_errors import space_advice, write_reasons
+from megatron_bagel.checkpoint.dist.write_errors import is_space_short, space_advice, write_reasons
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)
-#: Bytes. A disk with less is as good as full: a part of a save's files may have been written and removed again.
-_LITTLE_SPACE = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -157,25 +153,3 @@ class Saver:
             else:
                 what += "); find out what changed the folder, or choose another --checkpoint_dir, and start again"
             raise ValueError(f"{what}: the run continues from {newest_folder or 'its beginning'}") from error
-
-
-def is_space_short(free_bytes: int, newest_folder: Path | None, directory: Path, error: BaseException) -> bool:
-    """Return whether a save may have failed because the disk, or the user's share of it, is full.
-
-    torch does not always report the system's reason: a full disk may appear only as "unexpected pos". The room that a save needs is
-    judged by the newest checkpoint, and by what the failed one has written.
-    """
-    reasons = [str(error), *map(str, (getattr(error, "failures", None) or {}).values())]
-    if any(phrase in reason for reason in reasons for phrase in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
-        return True
-    unfinished = [folder for folder in directory.glob(f"{step_folders.SAVING}*") if folder.is_dir()]
-    sizes = [sum(path.stat().st_size for path in folder.glob("*")) for folder in [*unfinished, *([newest_folder] if newest_folder else [])]]
-    return free_bytes < max([_LITTLE_SPACE, *sizes])
-
-
-def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:
-    """Run Megatron's writer and compute the checksums of its files; a background save does both in the forked process."""
-    write(rank, buckets, results)
-    # If the disk is full here, the writer has already failed with that message. Rank 0 computes the sums of an absent part.
-    with contextlib.suppress(OSError):
-        checksums.write_part(temporary_folder, rank)

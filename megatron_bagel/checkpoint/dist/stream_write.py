@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.checkpoint.dist.state import provenance
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
-from megatron_bagel.checkpoint.dist.write_errors import write_reasons
+from megatron_bagel.checkpoint.dist.write_errors import is_space_short, source_error, write_reasons
+from megatron_bagel.common.writable import nearest_folder
 from megatron_bagel.config.architecture import BagelArch
 
 _MIN_THREADED_BYTES = 1 << 18  # bytes
@@ -125,7 +127,7 @@ def write_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        ValueError: If the folder cannot be written; it then is no checkpoint.
+        ValueError: If the folder cannot be written, or a tensor cannot be read; it then is no checkpoint.
     """
     text = step_folders.state_text({**provenance(step, arch, world_size=1), **head})
     try:
@@ -140,7 +142,13 @@ def write_checkpoint(
         (temporary_folder / step_folders.STATE_FILE).write_text(text, encoding="utf-8")
         return step_folders.publish(temporary_folder)
     except (OSError, torch_checkpoint.CheckpointException) as error:
-        raise ValueError(f"cannot write a checkpoint into {directory} ({write_reasons(error)}); make room, or choose another folder") from error
+        raise source_error(error) or _write_error(Path(directory), error) from error
+
+
+def _write_error(directory: Path, error: BaseException) -> ValueError:
+    is_full = is_space_short(shutil.disk_usage(nearest_folder(directory)).free, None, directory, error)
+    remedy = "make room" if is_full else "find out what changed the folder"
+    return ValueError(f"cannot write a checkpoint into {directory} ({write_reasons(error)}); {remedy}, or choose another folder")
 
 
 def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], torch.Tensor]) -> None:

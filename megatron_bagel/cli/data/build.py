@@ -21,12 +21,13 @@ from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.paths import location_flag, path_flag
+from megatron_bagel.common.text_limits import MAX_TEXT_BYTES
 from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.index.format import SKIPPED
 from megatron_bagel.data.index.plan import IMAGE_CHECKS, ROWS_PER_SHARD, ImageChecks
 from megatron_bagel.data.index.publish import build_folder
 from megatron_bagel.data.sources.dataset_config import load_groups
-from megatron_bagel.data.sources.row_rules import MAX_TEXT_BYTES, RowRules
+from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.transforms import EXIF_MODES, PIXEL_LIMIT
 
 

@@ -26,7 +26,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_bagel.cli.usage import command_parser, report_error
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.paths import location_flag, path_flag
+from megatron_bagel.common.text_limits import MAX_TEXT_BYTES
 from megatron_bagel.data.index.clean_copy import write_clean_copy
 from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
@@ -34,6 +36,7 @@ from megatron_bagel.data.index.verify import shard_problems
 from megatron_bagel.data.index.verify_latents import cached_shard_problems
 from megatron_bagel.data.sources.check_rows import ENDINGS, row_problems
 from megatron_bagel.data.sources.forms import FORMS
+from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.platform.launch.child_processes import end_with_parent
 
 T = TypeVar("T")
@@ -49,6 +52,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("--fix", type=path_flag, metavar="DIR", help="write a copy of the index without the samples that have a problem")
     parser.add_argument(
         "--images", type=location_flag, metavar="DIR", help="folder of the pictures that rows name (default: that of the file)"
+    )
+    limits = {"type": int, "metavar": "N", "help": "limit of rows, as of data build (default %(default)s)"}
+    parser.add_argument("--max_text_bytes", "--max-text-bytes", default=MAX_TEXT_BYTES, **limits)
+    parser.add_argument("--max_json_depth", "--max-json-depth", default=MAX_JSON_DEPTH, **limits)
+    parser.add_argument(
+        "--allow_outside_root",
+        "--allow-outside-root",
+        action="store_true",
+        help="rows may name pictures outside --images",
     )
     parser.add_argument("--form", choices=FORMS, default="items", help="form of the rows, the format of the dataset YAML (default items)")
     return parser.parse_args(argv)
@@ -99,9 +111,10 @@ def verify_latents(folder: Path, workers: int) -> int:
     return 1 if count else 0
 
 
-def verify_rows(path: Path, form: str, images: str | None, check_images: bool) -> int:
+def verify_rows(args: argparse.Namespace) -> int:
     """Print the problems of a file of interleaved rows. Returns the exit status; raises ValueError if the file cannot be read."""
-    problems = list(row_problems(str(path), form, images or str(path.parent), check_images))
+    path, rules = args.index, RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root)
+    problems = list(row_problems(str(path), args.form, args.images or str(path.parent), not args.no_decode, rules))
     told = [problem for problem in problems if problem is not None]
     for problem in told:
         print(problem)
@@ -122,7 +135,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data ver
     args = parse_arguments(argv, prog)
     try:
         if args.index.suffix in ENDINGS:
-            return verify_rows(args.index, args.form, args.images, not args.no_decode)
+            return verify_rows(args)
         if (args.index / CACHE_MANIFEST).is_file():
             return verify_latents(args.index, args.workers)
         manifest = read_manifest(args.index)

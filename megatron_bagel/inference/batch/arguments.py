@@ -7,7 +7,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.paths import location_flag
+from megatron_bagel.common.text_limits import MAX_TEXT_BYTES, TextLimits
 from megatron_bagel.data.transforms import EXIF_MODES
 
 _DESCRIPTION = "Pictures from prompts, edited pictures, and answers about pictures, from a trained model."
@@ -127,6 +129,13 @@ def _add_prompts(group: Any) -> None:
         "--exif", choices=EXIF_MODES, default=EXIF_MODES[0],
         help="turn input images as their EXIF orientation says, as viewers show them; ignore: the original's way (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--max-text-bytes", type=int, default=MAX_TEXT_BYTES, metavar="N",
+        help="refuse lines of --input and of questions, and prompts, with more bytes (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-json-depth", type=int, default=MAX_JSON_DEPTH, metavar="N", help="refuse JSON that is nested deeper (default: %(default)s)"
+    )
     sides = {"type": int, "nargs": 2, "metavar": ("MAX", "MIN")}
     group.add_argument("--vae-transform", **sides, help="longest and shortest side of input images for the autoencoder (default: 1024 512)")
     group.add_argument("--vit-transform", **sides, help="the same for the vision tower (default: 980 224)")
@@ -172,6 +181,11 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdigit() for side in sides):
         raise ValueError(f"--image-size {text} is not of the form HxW, for example 512x768")
     return int(sides[0]), int(sides[1])
+
+
+def text_limits(args: argparse.Namespace) -> TextLimits:
+    """Return the limits of prompts and questions. Raises ValueError naming the flag of an impossible one."""
+    return TextLimits(args.max_text_bytes, args.max_json_depth)
 
 
 def parse_arguments(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:

@@ -27,10 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from megatron_bagel.common.files import is_stray, read_text
+from megatron_bagel.common.files import is_stray, read_text, replacing
 from megatron_bagel.common.json_files import json_lines, read_json_value
 from megatron_bagel.common.json_text import split_lines
-from megatron_bagel.data.transforms import decode_rgb
+from megatron_bagel.common.text_limits import DEFAULT_LIMITS, TextLimits
+from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt
 
 #: Answers of a run by the name of their prompt, as in results.jsonl; several samples of a prompt are in order.
@@ -46,19 +47,32 @@ class BenchmarkItem:
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """How questions are read.
+
+    Attributes:
+        limits: Of texts and of JSON.
+        exif: Whether pictures are turned as their EXIF orientation says (``decode_rgb``).
+    """
+
+    limits: TextLimits = DEFAULT_LIMITS
+    exif: str = EXIF_MODES[0]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """How a benchmark is read and written. ``options`` are the generation settings of BAGEL's published measurements."""
 
-    read: Callable[[Path, Path], Iterator[BenchmarkItem]]
+    read: Callable[[Path, Path, ReadOptions], Iterator[BenchmarkItem]]
     write: Callable[[list[BenchmarkItem], Answers, Path, Path], None]
     options: dict[str, Any]
 
 
-def read_benchmark(name: str, questions: Path, work: Path) -> list[BenchmarkItem]:
+def read_benchmark(name: str, questions: Path, work: Path, options: ReadOptions = ReadOptions()) -> list[BenchmarkItem]:
     """Read all questions; ``work`` holds pictures that must be files. Raises ValueError naming the file and row of a problem."""
     if not questions.exists():
         raise ValueError(f"{questions} does not exist; give the questions of {name}")
-    items = list(BENCHMARKS[name].read(questions, work))
+    items = list(BENCHMARKS[name].read(questions, work, options))
     if not items:
         raise ValueError(f"{questions} holds no question of {name}")
     names = Counter(item.prompt.name for item in items)
@@ -83,17 +97,17 @@ def _value(row: Mapping[str, Any], label: str, *names: str) -> Any:
     raise ValueError(f"{label}: there is no {' or '.join(names)}; the row has {', '.join(row)}")
 
 
-def _prompt(label: str, name: str, task: str, text: str, images: tuple[str, ...] = ()) -> Prompt:
+def _prompt(label: str, name: str, task: str, text: str, options: ReadOptions, images: tuple[str, ...] = ()) -> Prompt:
     try:
-        return make_prompt(name, task, [text], images)
+        return make_prompt(name, task, [text], images, limits=options.limits)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 
 
 # ------------------------------------------------------------------ GenEval
-def _read_geneval(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for number, (label, row) in enumerate(json_lines(path, "geneval")):
-        yield BenchmarkItem(_prompt(label, f"{number:05d}", "t2i", _value(row, label, "prompt")), row)
+def _read_geneval(path: Path, work: Path, options: ReadOptions) -> Iterator[BenchmarkItem]:
+    for number, (label, row) in enumerate(json_lines(path, "geneval", options.limits)):
+        yield BenchmarkItem(_prompt(label, f"{number:05d}", "t2i", _value(row, label, "prompt"), options), row)
 
 
 def _write_geneval(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
@@ -106,17 +120,17 @@ def _write_geneval(items: list[BenchmarkItem], answers: Answers, generated_folde
 
 
 # ------------------------------------------------------------------ WISE
-def _read_wise(path: Path, work: Path) -> Iterator[BenchmarkItem]:
+def _read_wise(path: Path, work: Path, options: ReadOptions) -> Iterator[BenchmarkItem]:
     files = _files(path.glob("*.json")) if path.is_dir() else [path]
     for file in files:
-        rows = read_json_value(file, "wise")
+        rows = read_json_value(file, "wise", options.limits.max_json_depth)
         if not isinstance(rows, list):
             raise ValueError(f"{file}: expected a list of prompts, found {type(rows).__name__}")
         for number, row in enumerate(rows, start=1):
             label = f"{file}, entry {number}"
             if not isinstance(row, dict):
                 raise ValueError(f"{label}: expected an object, got {type(row).__name__}")
-            yield BenchmarkItem(_prompt(label, str(_value(row, label, "prompt_id")), "t2i", _value(row, label, "Prompt")), row)
+            yield BenchmarkItem(_prompt(label, str(_value(row, label, "prompt_id")), "t2i", _value(row, label, "Prompt"), options), row)
 
 
 def _write_wise(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
@@ -126,7 +140,7 @@ def _write_wise(items: list[BenchmarkItem], answers: Answers, generated_folder: 
 
 
 # ------------------------------------------------------------------ GEdit
-def _read_gedit(path: Path, work: Path) -> Iterator[BenchmarkItem]:
+def _read_gedit(path: Path, work: Path, options: ReadOptions) -> Iterator[BenchmarkItem]:
     work.mkdir(parents=True, exist_ok=True)
     columns = ("key", "instruction", "instruction_language", "task_type", "input_image")
     for file in _files(path.rglob("*.parquet")) if path.is_dir() else [path]:
@@ -144,16 +158,20 @@ def _read_gedit(path: Path, work: Path) -> Iterator[BenchmarkItem]:
                 data = image.get("bytes") if isinstance(image, dict) else image
                 if not isinstance(data, bytes):
                     raise ValueError(f"{label}: input_image holds no bytes")
-                name, source = f"{row['key']}_{row['instruction_language']}", work / f"{row['key']}.png"
+                name = f"{row['key']}_{row['instruction_language']}"
+                source = work / f"{row['key']}{'' if options.exif == EXIF_MODES[0] else '.as_stored'}.png"
                 if not source.is_file():
-                    _decoded(data, label).save(source)
-                yield BenchmarkItem(_prompt(label, name, "edit", row["instruction"], (str(source),)), {**row, "source": str(source)})
+                    with replacing(source) as part:
+                        _decoded(data, label, options.exif).save(part, "PNG")
+                yield BenchmarkItem(
+                    _prompt(label, name, "edit", row["instruction"], options, (str(source),)), {**row, "source": str(source)}
+                )
                 number += 1
 
 
-def _decoded(data: bytes, label: str) -> Image.Image:
+def _decoded(data: bytes, label: str, exif: str) -> Image.Image:
     try:
-        return decode_rgb(data)
+        return decode_rgb(data, exif=exif)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 
@@ -167,11 +185,11 @@ def _write_gedit(items: list[BenchmarkItem], answers: Answers, generated_folder:
 
 
 # ------------------------------------------------------------------ questions about images
-def _read_questions(path: Path, work: Path) -> Iterator[BenchmarkItem]:
-    for label, row in json_lines(path, "vqa"):
+def _read_questions(path: Path, work: Path, options: ReadOptions) -> Iterator[BenchmarkItem]:
+    for label, row in json_lines(path, "vqa", options.limits):
         image, text = _value(row, label, "image"), _value(row, label, "question", "text")
         name = str(_value(row, label, "question_id"))
-        yield BenchmarkItem(_prompt(label, name, "understand", text, (str(path.parent / image),)), row)
+        yield BenchmarkItem(_prompt(label, name, "understand", text, options, (str(path.parent / image),)), row)
 
 
 def _write_vqa(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:
@@ -184,7 +202,7 @@ def _write_mmvet(items: list[BenchmarkItem], answers: Answers, generated_folder:
     (out / "answers.json").write_text(json.dumps(answer_by_id, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_mme(path: Path, work: Path) -> Iterator[BenchmarkItem]:
+def _read_mme(path: Path, work: Path, options: ReadOptions) -> Iterator[BenchmarkItem]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; mme needs one with a <task>.txt for each task, and the images below it")
     for file in _files(path.glob("*.txt")):
@@ -196,7 +214,7 @@ def _read_mme(path: Path, work: Path) -> Iterator[BenchmarkItem]:
             candidates = [folder / image for folder in (path / file.stem, path / file.stem / "images", path)]
             image_path = next((image_path for image_path in candidates if image_path.is_file()), candidates[0])
             row = {"task": file.stem, "image": image, "question": question, "truth": truth}
-            yield BenchmarkItem(_prompt(label, f"{file.stem}_{number:05d}", "understand", question, (str(image_path),)), row)
+            yield BenchmarkItem(_prompt(label, f"{file.stem}_{number:05d}", "understand", question, options, (str(image_path),)), row)
 
 
 def _write_mme(items: list[BenchmarkItem], answers: Answers, generated_folder: Path, out: Path) -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.common.json_text import check_encodable
+from megatron_bagel.common.text_limits import DEFAULT_LIMITS, TextLimits
 from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
 from megatron_bagel.inference.batch.requests import OUTPUTS, Request
 
-MAX_PROMPT_CHARACTERS = 1 << 20  # a tokenizer takes seconds and hundreds of megabytes for as many
 _SHOWN_NAME = 200  # characters of a file name in a message
 TASKS = ("t2i", "edit", "understand", "interleave")
 _KEYS = ("id", "task", "prompt", "image", "terms", "output", "think", "size", "seed", "system_prompt")
@@ -78,6 +78,7 @@ def make_prompt(
     images: Sequence[str],
     terms: Sequence[tuple[str, str]] = (),
     output: str | Sequence[str] | None = None,
+    limits: TextLimits = DEFAULT_LIMITS,
     **options: Any,
 ) -> Prompt:
     """Make a prompt after checking the rules of its task: images come first, then texts; ``interleave`` keeps ``terms`` in order.
@@ -87,7 +88,7 @@ def make_prompt(
     Raises ValueError with a message that begins with ``name``.
     """
     for text in (*texts, *(value for _, value in terms), *images, name):
-        check_prompt_text(text, name)
+        check_prompt_text(text, name, limits)
     if task not in TASKS:
         raise ValueError(f"{name}: task '{task}' is unknown; choose one of {', '.join(TASKS)}")
     if task == "interleave":
@@ -121,19 +122,19 @@ def _outputs(output: Any, name: str) -> tuple[str, ...]:
     return outputs
 
 
-def check_prompt_text(text: Any, label: str) -> None:
-    """Raise ValueError, naming ``label``, if a value of a prompt is no text, is longer than any prompt, or holds half a character."""
+def check_prompt_text(text: Any, label: str, limits: TextLimits = DEFAULT_LIMITS) -> None:
+    """Raise ValueError, naming ``label``, if a value of a prompt is no text, is longer than allowed, or holds half a character."""
     if not isinstance(text, str):
         raise ValueError(f"{label}: expected a text, got {type(text).__name__}")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"{label}: a text has {len(text)} characters, above the limit of {MAX_PROMPT_CHARACTERS}")
+    if problem := limits.too_long(len(text.encode("utf-8", "surrogatepass"))):
+        raise ValueError(f"{label}: a text has {problem}")
     try:
         check_encodable(text)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 
 
-def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> list[Prompt]:
+def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any], limits: TextLimits = DEFAULT_LIMITS) -> list[Prompt]:
     """Read the prompts of a JSONL file.
 
     A line is an object with ``prompt`` and optionally ``image`` (a path or a list of paths, relative to the file), ``task``, ``id``,
@@ -148,8 +149,8 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
     if not path.is_file():
         raise ValueError(f"--input {path} does not exist")
     prompts: list[Prompt] = []
-    for label, row in json_lines(path, "--input"):
-        prompts.append(_parse(row, label, len(prompts), path.parent, task, defaults))
+    for label, row in json_lines(path, "--input", limits):
+        prompts.append(_parse(row, label, len(prompts), path.parent, task, defaults, limits))
     if not prompts:
         raise ValueError(f"--input {path} holds no prompt")
     name, count = Counter(prompt.name for prompt in prompts).most_common(1)[0]
@@ -158,7 +159,9 @@ def read_prompts(path: str | Path, task: str, defaults: Mapping[str, Any]) -> li
     return prompts
 
 
-def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any]) -> Prompt:
+def _parse(
+    row: dict[str, Any], label: str, number: int, folder: Path, task: str, defaults: Mapping[str, Any], limits: TextLimits
+) -> Prompt:
     unknown = sorted(set(row) - set(_KEYS))
     if unknown:
         raise ValueError(f"{label}: unknown key {', '.join(unknown)}; known are {', '.join(_KEYS)}")
@@ -169,7 +172,7 @@ def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str
         raise ValueError(f"{label}: image is neither a path nor a list of paths")
     if not isinstance(row.get("terms", []), list):
         raise ValueError(f"{label}: terms is not a list of texts and images")
-    _check_options(row, label)
+    _check_options(row, label, limits)
     options = {key: row.get(key, defaults.get(key)) for key in ("think", "size", "seed", "system_prompt")}
     if options["size"] is not None:
         options["size"] = _size(options["size"], label)
@@ -180,18 +183,18 @@ def _parse(row: dict[str, Any], label: str, number: int, folder: Path, task: str
     texts = [row["prompt"]] if "prompt" in row else []
     images = [str(folder / image) for image in images]
     try:
-        return make_prompt(name, row.get("task", task), texts, images, terms, row.get("output"), **options)
+        return make_prompt(name, row.get("task", task), texts, images, terms, row.get("output"), limits, **options)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 
 
-def _check_options(row: Mapping[str, Any], label: str) -> None:
+def _check_options(row: Mapping[str, Any], label: str, limits: TextLimits) -> None:
     if "seed" in row and (not isinstance(row["seed"], int) or isinstance(row["seed"], bool)):
         raise ValueError(f"{label}: seed is {row['seed']!r}, expected a whole number")
     if "think" in row and not isinstance(row["think"], bool):
         raise ValueError(f"{label}: think is {row['think']!r}, expected true or false")
     if "system_prompt" in row:
-        check_prompt_text(row["system_prompt"], label)
+        check_prompt_text(row["system_prompt"], label, limits)
 
 
 def _size(size: Any, label: str) -> tuple[int, int]:
@@ -204,5 +207,6 @@ def _term(term: Any, label: str, folder: Path) -> tuple[str, str]:
     if not (isinstance(term, dict) and len(term) == 1 and set(term) <= {"text", "image"}):
         raise ValueError(f'{label}: a term is {term!r}, expected {{"text": ...}} or {{"image": ...}}')
     ((kind, value),) = term.items()
-    check_prompt_text(value, label)
+    if not isinstance(value, str):
+        raise ValueError(f"{label}: a term holds {type(value).__name__}, expected a text")
     return kind, str(folder / value) if kind == "image" else value

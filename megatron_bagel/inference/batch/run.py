@@ -126,7 +126,8 @@ def _noise(jobs: Sequence[_Job], row: int, number: int) -> KeyedNoise:
 def _answer_settings(args: Namespace) -> dict[str, Any]:
     """Return the options that decide an answer, besides the prompt."""
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
-    free = of_prompts | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
+    limits = {"max_text_bytes", "max_json_depth"}
+    free = of_prompts | limits | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from megatron_bagel.common.text_limits import DEFAULT_LIMITS, TextLimits
 from megatron_bagel.data.transforms import EXIF_MODES, decode_rgb
 from megatron_bagel.inference.batch.arguments import parse_size
 from megatron_bagel.inference.batch.prompts import check_prompt_text
@@ -55,13 +56,15 @@ class Reply:
 class ChatSession:
     """A model with its defaults for writing and drawing. It makes one reply after another until it is closed.
 
-    ``exif`` says whether uploaded pictures are turned as their EXIF orientation says (``decode_rgb``).
+    ``exif`` says whether uploaded pictures are turned as their EXIF orientation says (``decode_rgb``), ``limits`` how long a message
+    may be and how deep a request may be nested.
     """
 
     engine: Engine
     text: TextSampling
     image: ImageSampling
     exif: str = EXIF_MODES[0]
+    limits: TextLimits = DEFAULT_LIMITS
     _reply_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -81,7 +84,7 @@ class ChatSession:
             raise ValueError(f"this conversation has {len(terms)} texts and images, but the page reads at most {MAX_TERMS}; start again")
         for term in terms:
             if isinstance(term, str):
-                check_prompt_text(term, "this message")
+                check_prompt_text(term, "this message", self.limits)
         size = parse_size(settings.size) if settings.size else None
         request = Request(tuple(terms), settings.output, settings.think, size=size)
         if request.output == "image":

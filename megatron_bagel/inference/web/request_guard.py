@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from megatron_bagel.common.json_text import check_encodable, parse_json
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH, check_encodable, parse_json
 
 #: Gradio's page contains scripts and styles, and compiles some at run time; everything else comes from the page's server.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
@@ -23,10 +23,10 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
 
 
 class PageGuard:
-    """ASGI middleware that limits a request to ``max_bytes``."""
+    """ASGI middleware that limits a request to ``max_bytes``, and its JSON to ``max_json_depth`` levels."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, max_json_depth: int = MAX_JSON_DEPTH) -> None:
+        self._app, self._max_bytes, self._max_json_depth = app, max_bytes, max_json_depth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +43,7 @@ class PageGuard:
         if refusal is None and scope["method"] == "POST" and "json" in headers.get("content-type", ""):
             body = await self._body(receive)
             receive = _replayed(body, receive)
-            refusal = _json_refusal(body) if body else None
+            refusal = _json_refusal(body, self._max_json_depth) if body else None
         app = self._app if refusal is None else PlainTextResponse(refusal[1], refusal[0])
         await app(scope, receive, send_with_headers)
 
@@ -69,10 +69,10 @@ class PageGuard:
         return None
 
 
-def _json_refusal(body: bytes) -> tuple[HTTPStatus, str] | None:
+def _json_refusal(body: bytes, max_depth: int) -> tuple[HTTPStatus, str] | None:
     """Refuse JSON that would end in an error of the server: nested too deep, with endless numbers, or with half a character."""
     try:
-        check_encodable(json.dumps(parse_json(body), ensure_ascii=False))
+        check_encodable(json.dumps(parse_json(body, max_depth=max_depth), ensure_ascii=False))
     except ValueError as error:
         return HTTPStatus.BAD_REQUEST, f"the request cannot be read: {error}"
     return None

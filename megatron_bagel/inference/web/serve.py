@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron_bagel.inference.batch.arguments import text_limits
 from megatron_bagel.inference.batch.run import open_engine, sampling_of
 from megatron_bagel.inference.web.chat_session import ChatSession
 from megatron_bagel.platform.launch.process_group import launched_world_size
@@ -20,10 +21,10 @@ def serve(args: Namespace) -> None:
     """Show the page of ``--serve``. Raises ValueError before the model is loaded for impossible options or without gradio."""
     if launched_world_size() > 1:
         raise ValueError("--serve runs on one process: start it with python, not with torchrun on several ranks")
-    sampling = sampling_of(args)
+    sampling, limits = sampling_of(args), text_limits(args)
     with _listening(args.host, args.port) as listener, tempfile.TemporaryDirectory(prefix="megatron_bagel_page_") as folder:
         make_server = _need_gradio(folder)
-        server = make_server(ChatSession(open_engine(args), *sampling, args.exif), args.host, folder)
+        server = make_server(ChatSession(open_engine(args), *sampling, args.exif, limits), args.host, folder)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"the page is at http://{host}:{listener.getsockname()[1]}/ until Ctrl-C", flush=True)
         # kill stops the server like Ctrl-C, so that the folder is removed.

@@ -26,7 +26,8 @@ def make_server(session: ChatSession, host: str, folder: str) -> uvicorn.Server:
     """Return the page's server, to be started with ``run(sockets=[a socket on host])``; pictures are stored in ``folder``."""
     # Another site may point its name at this machine (DNS rebinding), so only the page's names are accepted.
     names = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(PageGuard, max_bytes=MAX_BYTES + _UPLOAD_OVERHEAD)]
+    guard = Middleware(PageGuard, max_bytes=MAX_BYTES + _UPLOAD_OVERHEAD, max_json_depth=session.limits.max_json_depth)
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=names), guard]
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None, middleware=middleware), build_page(session, folder), "/", show_error=True, max_file_size=MAX_BYTES,
         footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False, mcp_server=False, css=_CSS,

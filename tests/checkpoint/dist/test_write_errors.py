@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_bagel.checkpoint.dist.write_errors import space_advice, write_reasons
+from megatron_bagel.checkpoint.dist.stream_write import write_checkpoint
+from megatron_bagel.checkpoint.dist.write_errors import source_error, space_advice, write_reasons
+from tests.checkpoint.hf.test_weight_map import tiny_arch
 
 
 def test_reasons_without_tracebacks() -> None:
@@ -22,6 +24,20 @@ def test_reasons_without_tracebacks() -> None:
     position = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
     assert write_reasons(error) == f"{position}; [Errno 28] No space left on device"
     assert write_reasons(OSError(28, "No space left on device", "/x")) == "[Errno 28] No space left on device: '/x'"
+
+
+def test_an_error_of_what_was_to_be_written_is_no_error_of_writing() -> None:
+    stack = traceback.extract_stack()
+    broken = ValueError("model.safetensors: tensor a holds NaN")
+    assert source_error(CheckpointException("write", {0: (broken, stack)})) is broken
+    assert source_error(CheckpointException("write", {0: (OSError(28, "No space left on device"), stack)})) is None
+    assert source_error(OSError(28, "No space left on device")) is None
+
+
+def test_a_checkpoint_that_cannot_be_written_gets_advice_about_space_only_where_space_is_short(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^cannot write a checkpoint into .*file/out \(.*Not a directory.*\); find out what changed"):
+        write_checkpoint(tmp_path / "file/out", 1, tiny_arch(), {}, {}.__getitem__, {"run": {}})
 
 
 def test_advice_names_the_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 
-from megatron_bagel.inference.batch.benchmarks import read_benchmark
+from megatron_bagel.common.text_limits import TextLimits
+from megatron_bagel.data.transforms import EXIF_MODES
+from megatron_bagel.inference.batch.benchmarks import ReadOptions, read_benchmark
 from tests.data.index_files import png
 
 
@@ -30,6 +34,34 @@ def test_bad_lines_are_named(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(ValueError, match=f"q.jsonl, line 2.*{said}"):
         read_benchmark("geneval", tmp_path / "q.jsonl", tmp_path / "work")
+
+
+def test_limits_are_those_of_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "fine"}\n' + json.dumps({"prompt": "x" * 100}))
+    reading = ReadOptions(TextLimits(max_text_bytes=100, max_json_depth=2))
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2: the line has 114 bytes, above the limit of 100 \(--max_text_bytes\)"):
+        read_benchmark("geneval", tmp_path / "q.jsonl", tmp_path / "work", reading)
+    (tmp_path / "w.json").write_text(json.dumps([{"prompt_id": 1, "Prompt": "x" * 101}]))
+    with pytest.raises(ValueError, match=r"w.json, entry 1: 1: a text has 101 bytes, above the limit of 100"):
+        read_benchmark("wise", tmp_path / "w.json", tmp_path / "work", reading)
+    (tmp_path / "w.json").write_text(json.dumps([{"prompt_id": 1, "Prompt": "x", "more": []}]))
+    with pytest.raises(ValueError, match="w.json is not valid JSON .JSON nested deeper than 2 levels"):
+        read_benchmark("wise", tmp_path / "w.json", tmp_path / "work", reading)
+
+
+def test_pictures_in_tables_are_turned_unless_the_option_says_no(tmp_path: Path) -> None:
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 4)).save(data, "JPEG", exif=exif)
+    columns = {"key": ["k"], "instruction": ["turn"], "instruction_language": ["en"], "task_type": ["t"], "input_image": [data.getvalue()]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    sizes = {}
+    for mode in EXIF_MODES:
+        (item,) = read_benchmark("gedit", tmp_path / "a.parquet", tmp_path / "work", ReadOptions(exif=mode))
+        with Image.open(item.row["source"]) as picture:
+            sizes[mode] = picture.size
+    assert sizes == {"turn": (4, 8), "ignore": (8, 4)}
+    assert len(list((tmp_path / "work").iterdir())) == 2
 
 
 def test_another_container_is_told_once(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_bagel.inference.batch.prompts import MAX_PROMPT_CHARACTERS, make_prompt, read_image, read_prompts
+from megatron_bagel.common.text_limits import MAX_TEXT_BYTES, TextLimits
+from megatron_bagel.inference.batch.prompts import make_prompt, read_image, read_prompts
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -82,7 +83,7 @@ def test_images_are_read_as_rgb_and_bad_ones_named(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ({"prompt": "a red circle \ud83d"}, "lone surrogate U\\+D83D"),
-        ({"prompt": "x" * (MAX_PROMPT_CHARACTERS + 1)}, "above the limit of"),
+        ({"prompt": "x" * MAX_TEXT_BYTES}, r"the line has \d+ bytes, above the limit of 4194304 \(--max_text_bytes\)"),
         ({"prompt": 7}, "expected a text, got int"),
         ({"prompt": "a", "id": "half \ud83d"}, "lone surrogate"),
         ({"prompt": "a", "system_prompt": "half \ud83d"}, "lone surrogate"),
@@ -104,6 +105,18 @@ def test_lines_that_no_reader_should_die_of_are_named(tmp_path: Path, line: obje
     )
     with pytest.raises(ValueError, match=f"p.jsonl, line 2.*{said}"):
         read_prompts(path, "t2i", {})
+
+
+def test_limits_are_those_of_the_flags(tmp_path: Path) -> None:
+    limits = TextLimits(max_text_bytes=40, max_json_depth=2)
+    path = write(tmp_path / "p.jsonl", {"prompt": "short"}, {"prompt": "\u00e9" * 15})
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: the line has 10\d bytes, above the limit of 40 \(--max_text_bytes\)"):
+        read_prompts(path, "t2i", {}, limits)
+    with pytest.raises(ValueError, match="p.jsonl, line 1 is not valid JSON .JSON nested deeper than 2 levels"):
+        read_prompts(write(tmp_path / "d.jsonl", {"terms": [{"text": "a"}]}), "interleave", {}, limits)
+    assert make_prompt("00000", "t2i", ["\u00e9" * 20], [], limits=limits)
+    with pytest.raises(ValueError, match=r"00000: a text has 42 bytes, above the limit of 40 \(--max_text_bytes\)"):
+        make_prompt("00000", "t2i", ["\u00e9" * 21], [], limits=limits)
 
 
 def test_null_keys_are_absent_and_lines_end_where_json_says(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_bagel.common.text_limits import TextLimits
 from megatron_bagel.inference.batch.requests import Answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
@@ -60,6 +61,11 @@ def test_a_reply_is_what_the_engine_makes(desk: ChatSession, engine: Engine) -> 
 def test_what_cannot_be_is_said(desk: ChatSession, terms: list[str], asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         desk.reply(terms, replace(desk.default_settings, **asked))
+
+
+def test_a_message_is_as_long_as_the_flag_allows(desk: ChatSession) -> None:
+    with pytest.raises(ValueError, match=r"this message: a text has 9 bytes, above the limit of 8 \(--max_text_bytes\)"):
+        replace(desk, limits=TextLimits(max_text_bytes=8)).reply(["a" * 8, "a" * 9], desk.default_settings)
 
 
 def test_a_model_without_an_autoencoder_answers_only(desk: ChatSession, engine: Engine) -> None:

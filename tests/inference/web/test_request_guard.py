@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.inference.web.request_guard import PageGuard
 
 
@@ -23,7 +24,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await PlainTextResponse(await Request(scope, receive).body())(scope, receive, send)
 
 
-def ask(body: bytes, kind: str = "application/json", pieces: int = 3) -> tuple[int, bytes]:
+def ask(body: bytes, kind: str = "application/json", pieces: int = 3, depth: int = MAX_JSON_DEPTH) -> tuple[int, bytes]:
     """Status and body of the guard's answer to a POST that arrives in pieces."""
     size = max(1, -(-len(body) // pieces))
     parts: Iterator[bytes] = iter([body[start : start + size] for start in range(0, len(body), size)] or [b""])
@@ -39,7 +40,7 @@ def ask(body: bytes, kind: str = "application/json", pieces: int = 3) -> tuple[i
 
     headers = [(b"host", b"localhost"), (b"content-length", str(len(body)).encode()), (b"content-type", kind.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
-    asyncio.run(PageGuard(echo, 1 << 20)(scope, receive, send))
+    asyncio.run(PageGuard(echo, 1 << 20, depth)(scope, receive, send))
     return answer[0]["status"], b"".join(message.get("body", b"") for message in answer)
 
 
@@ -62,6 +63,12 @@ def test_a_good_request_reaches_the_page_as_it_was(body: bytes) -> None:
 def test_bad_json_is_refused_with_a_sentence(body: bytes, said: bytes) -> None:
     status, answer = ask(body)
     assert status == 400 and said in answer
+
+
+def test_the_depth_is_that_of_the_flag() -> None:
+    assert ask(b"[[[1]]]", depth=3) == (200, b"[[[1]]]")
+    status, answer = ask(b"[[[1]]]", depth=2)
+    assert status == 400 and b"nested deeper than 2 levels" in answer
 
 
 def test_other_kinds_of_requests_are_not_read() -> None:
