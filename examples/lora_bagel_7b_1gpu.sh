@@ -32,6 +32,7 @@ flags=(
   --recompute_granularity full
   # The average of 0.9999 looks back 10,000 steps, five times the run; this one looks back 500.
   --ema 0.998
+  # The original's 1e-15 lets weights whose gradient is zero but for rounding take full steps; 1e-8 is AdamW's usual value.
   --eps 1e-8
 
   # The losses of the starting weights come before the first step, so that it shows whether training helps.

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.sources.parse import IMAGE_MARK
 from megatron_bagel.data.sources.records import BadRow
 
@@ -21,8 +20,7 @@ _MARK = re.compile(r"<image_start>\s*\[(\w+)\]\s*<image_end>")
 
 
 def _items(row: Mapping[str, Any]) -> Items:
-    items = row.get("items")
-    return parse_json(items, "items") if isinstance(items, str) else items  # type: ignore[return-value]  # parse_items checks it
+    return row.get("items")  # type: ignore[return-value]  # parse_items checks it
 
 
 def _conversations(row: Mapping[str, Any]) -> Items:

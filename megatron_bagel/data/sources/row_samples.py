@@ -35,6 +35,8 @@ def columns_of(group: str, row_format: RowFormat) -> tuple[str, ...] | None:
 def sample_of(row: Mapping[str, Any], group: str, pictures: Pictures, row_format: RowFormat, rules: RowRules) -> RawSample:
     """Return the sample that a row makes in a group. Raises BadRow with the reason why it makes none."""
     if group == INTERLEAVED:
+        if isinstance(items := row.get("items"), str):
+            row = {**row, "items": parse_json(items, "items", rules.max_json_depth)}
         return parse_items(FORMS[row_format.name or "items"](row), pictures, row_format, rules)
     if group == T2I:
         return _t2i(row, pictures, rules)

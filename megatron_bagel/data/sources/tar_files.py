@@ -56,14 +56,21 @@ def _is_meta(name: str) -> bool:
 
 
 def read_tar(unit: SourceUnit) -> Iterator[tuple[int, Callable[[], RawSample] | BadRow]]:
-    """Yield the samples of a tar file: (number, function that parses it). A truncated file ends with a reason."""
+    """Yield the samples of a tar file: (number, function that parses it, or a reason). A truncated file ends with a reason."""
     library, row = _library(), unit.first_row
+    problems: list[str] = []  # of the sample that comes next
+
+    def note(error: Exception) -> bool:
+        problems.append(str(error.args[0]) if error.args else type(error).__name__)
+        return True
+
     try:
         with open_raw(unit.path) as raw:
             members = ({**member, "__url__": unit.path} for member in library.tar_file_iterator(raw))
-            for sample in library.group_by_keys(members):
-                yield row, partial(_parse, sample, unit)
+            for sample in library.group_by_keys(members, handler=note):
+                yield row, BadRow(problems[0].splitlines()[0][:200]) if problems else partial(_parse, sample, unit)
                 row += 1
+                problems.clear()
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield (
             row,

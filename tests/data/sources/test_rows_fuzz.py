@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from hypothesis import strategies as st
 
 from megatron_bagel.data.index.plan import ImageChecks
 from megatron_bagel.data.index.shard_writer import measure
+from megatron_bagel.data.sources.dataset_config import INTERLEAVED
+from megatron_bagel.data.sources.forms import FORMS
 from megatron_bagel.data.sources.records import BadRow, RawSample
+from megatron_bagel.data.sources.row_format import RowFormat
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.sources.rows import read_unit, scan_jsonl
 from megatron_bagel.data.sources.unit import SourceUnit
@@ -107,6 +112,75 @@ def test_a_bad_line_costs_no_other_line(line: bytes, tokenizer: Tokenizer) -> No
 @given(line=lines())
 def test_a_bad_line_costs_no_other_line_for_long(line: bytes, tokenizer: Tokenizer) -> None:
     fuzz_lines(line, tokenizer)
+
+
+#: A good row of every form of interleaved rows (docs/data.md).
+FORM_ROWS: dict[str, dict[str, Any]] = {
+    "items": {"items": [{"text": ["q", "p"], "droppable": True}, {"image": "0.png", "role": "assistant", "condition": ["vae"]}]},
+    "conversations": {"image": ["0.png"], "conversations": [{"from": "human", "value": "Draw."}, {"from": "gpt", "value": "<image>\nA"}]},
+    "thinkmorph": {
+        "question": "Which?", "problem_image_0": "0.png", "resoning_thought_0": "I mark.", "reasoning_image_0": "0.png", "answer": "left",
+    },
+    "trace": {"question": "Draw.", "trace": [{"text": "First.", "image": "0.png"}, {"text": "There."}], "answer": "Done."},
+    "marked_trace": {"Question": "A <image_start>[a]<image_end>", "Text Reasoning Trace": "I see.", "Final Answer": "cat", "a": "0.png"},
+    "references": {"images": ["0.png"], "instruction": "Both.", "target": "0.png"},
+    "think_then_draw": {"prompt": "A city.", "thought": "Towers.", "target": "0.png", "images": ["0.png"]},
+}  # fmt: skip
+
+
+@st.composite
+def forms(draw: st.DrawFn) -> tuple[str, Any]:
+    """A form, and a good row of it with a value replaced."""
+    form = draw(st.sampled_from(sorted(FORM_ROWS)))
+    row = replaced(FORM_ROWS[form], draw(st.sampled_from(places(FORM_ROWS[form]))), draw(ODD))
+    return form, row if draw(st.booleans()) or not isinstance(row, dict) else {**row, "items": draw(ODD)}
+
+
+def fuzz_form(form: str, row: Any, tokenizer: Tokenizer) -> None:
+    """The row between two good ones, as a line and as a sample of a tar file."""
+    good, odd = (json.dumps(content).encode() for content in (FORM_ROWS[form], row))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "0.png").write_bytes(png(0))
+        Path(folder, "rows.jsonl").write_bytes(b"\n".join([good, odd, good]) + b"\n")
+        (unit,) = scan_jsonl(f"{folder}/rows.jsonl", INTERLEAVED, folder, None, 100, RULES, RowFormat("jsonl", form))
+        check(unit, tokenizer, 3)
+        tar_of(Path(folder, "0.tar"), [[("json", line), ("0.png", png(0))] for line in (good, odd, good)])
+        check(SourceUnit(INTERLEAVED, f"{folder}/0.tar", 0, 0, 3, rules=RULES, row_format=RowFormat("tar", form)), tokenizer, 3)
+
+
+def tar_of(path: Path, samples: list[list[tuple[str, bytes]]]) -> None:
+    """Write the members (ending, content) of every sample."""
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(samples):
+            for ending, data in members:
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_good_rows_of_the_forms_are_all_there() -> None:
+    assert set(FORM_ROWS) == set(FORMS)
+
+
+@SHORT
+@given(case=forms())
+def test_an_odd_interleaved_row_costs_no_other_row(case: tuple[str, Any], tokenizer: Tokenizer) -> None:
+    fuzz_form(*case, tokenizer)
+
+
+@pytest.mark.slow
+@LONG
+@given(case=forms())
+def test_an_odd_interleaved_row_costs_no_other_row_for_long(case: tuple[str, Any], tokenizer: Tokenizer) -> None:
+    fuzz_form(*case, tokenizer)
+
+
+def test_a_member_that_stands_twice_in_a_tar_file_costs_one_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good = [("png", png(0)), ("txt", b"a cat")]
+    tar_of(tmp_path / "0.tar", [good, [*good, ("txt", b"a dog")], good])
+    unit = SourceUnit("t2i_pretrain", str(tmp_path / "0.tar"), 0, 0, 3, row_format=RowFormat("tar"))
+    check(unit, tokenizer, 3)
+    assert "1.txt" in str(dict(read_unit(unit))[1])
 
 
 CELLS = st.one_of(
