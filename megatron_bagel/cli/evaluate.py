@@ -14,7 +14,7 @@ from typing import Any
 from megatron_bagel import platform
 from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.common.paths import path_flag
-from megatron_bagel.common.writable import writing_to
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.inference.batch.arguments import build_parser as generation_parser
 from megatron_bagel.inference.batch.arguments import parse_arguments, parse_size, text_limits
 from megatron_bagel.inference.batch.benchmarks import BENCHMARKS, BenchmarkItem, ReadOptions, read_benchmark
@@ -60,6 +60,7 @@ def run(args: Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1")
     out = Path(args.out)
+    check_writable(out, "--out")
     with writing_to(out, "--out"):
         reading = ReadOptions(text_limits(args), args.exif)
         items = read_benchmark(args.benchmark, args.questions, out / "pictures", reading)[: args.limit]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import path_flag
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.sample_world.quickstart.commands import CommandFailedError
 from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
 from megatron_bagel.sample_world.quickstart.report import mark_lines, read_marks, world_line, write_report
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron-bagel qui
     run = Quickstart(folders, settings, say=_say)
     began = time.monotonic()
     try:
-        run.run()
+        check_writable(chosen.out, "OUT")
+        with writing_to(chosen.out, "OUT"):
+            run.run()
         rows = read_marks(folders)
     except (CommandFailedError, ValueError, OSError) as error:
         report_error(prog, error)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_bagel.common.flag_names import CommandParser
+
 
 def command_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     """Return a parser without flags. Its help keeps the line breaks of ``description`` and writes ``prog`` for each ``%(prog)s``."""
-    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return CommandParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def report_error(prog: str, error: Exception) -> None:

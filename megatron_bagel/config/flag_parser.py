@@ -8,7 +8,6 @@ transformers' HfArgumentParser makes the flags, as in the original: ``--x_y`` an
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, field, fields, make_dataclass
@@ -17,6 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from megatron_bagel.common import flag_names
 from megatron_bagel.config.flag import Flag, default_of
 from megatron_bagel.config.sections import ALIASES, SECTIONS
 
@@ -120,13 +120,8 @@ def _add_aliases(parser: FlagParser) -> None:
 
 
 def unknown_flag(text: str, options: Iterable[str]) -> str:
-    """Return a sentence that says that no flag takes ``text``, with the options that resemble it."""
-    if not text.startswith("--"):
-        return f"{text!r} belongs to no flag"
-    name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
-    names = {option.lstrip("-").replace("-", "_") for option in options}
-    matches = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"there is no flag --{name}" + (f"; did you mean {', '.join('--' + match for match in matches)}?" if matches else "; see --help")
+    """Return a sentence that says that no flag of training takes ``text``, with the options that resemble it."""
+    return flag_names.unknown_flag(text, options, OTHER_NAMES)
 
 
 def resolve_aliases(values: dict[str, Any], source: str) -> dict[str, Any]:

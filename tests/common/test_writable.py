@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.cli.convert import hf_to_megatron, init_from_pretrained, megatron_to_hf
-from megatron_bagel.cli.data import build, latents, merge, sample, tokenizer
+from megatron_bagel.cli import evaluate, quickstart
+from megatron_bagel.cli.convert import adapter, hf_to_megatron, init_from_pretrained, megatron_to_hf, upcycle
+from megatron_bagel.cli.data import build, inspect, latents, merge, sample, tokenizer
 from megatron_bagel.common.writable import check_writable, check_writable_file, writing_to
 
 #: A file system that takes no new file from anybody, the superuser included.
@@ -69,6 +70,11 @@ def test_a_disk_that_becomes_full_is_a_sentence_that_names_the_folder(tmp_path: 
         (hf_to_megatron.main, ["--model", "none", "--output", OUT]),
         (init_from_pretrained.main, ["--llm", "none", "--output", OUT]),
         (megatron_to_hf.main, ["--checkpoint", "none", "--output", OUT]),
+        (adapter.main, ["export", "--checkpoint", "none", "--output", OUT]),
+        (upcycle.main, ["--model", "none", "--num-experts", "2", "--moe-router-topk", "1", "--output", OUT]),
+        (evaluate.main, ["geneval", "none.jsonl", "--model", "none", "--out", OUT]),
+        (quickstart.main, [OUT]),
+        (inspect.main, ["none", "--images", OUT]),
     ],
 )
 def test_every_command_refuses_before_it_reads(
@@ -83,4 +89,4 @@ def test_every_command_refuses_before_it_reads(
         status = leaving.code
     assert status in (1, 2)
     error = capsys.readouterr().err
-    assert "cannot be written (" in error and "megatron_bagel" in error and "Traceback" not in error
+    assert "cannot be written (" in error and "/megatron_bagel/out" in error and "Traceback" not in error

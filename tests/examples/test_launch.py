@@ -75,6 +75,7 @@ def test_every_recipe_is_accepted_on_any_number_of_nodes(recipe: str, nodes: int
     command = dry_run([f"examples/{recipe}.sh", "--lr", "3e-5"], **models, llm_path=llm, num_nodes=nodes, master_addr="node0", job_id="7")
     launch, config = accepted(command)
     assert config.training.lr == 3e-5, "flags of the command line come last"
+    assert config.training.eps == 1e-8, "the original's 1e-15 steps on rounding noise (docs/differences.md)"
     assert config.training.auto_resume and config.training.results_dir in config.training.checkpoint_dir
     assert launch.standalone == (nodes == 1) and int(launch.max_restarts) == 3
     assert nodes == 1 or (launch.rdzv_backend, launch.rdzv_endpoint, launch.rdzv_id) == ("c10d", "node0:29500", "7")

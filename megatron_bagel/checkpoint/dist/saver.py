@@ -153,3 +153,11 @@ class Saver:
             else:
                 what += "); find out what changed the folder, or choose another --checkpoint_dir, and start again"
             raise ValueError(f"{what}: the run continues from {newest_folder or 'its beginning'}") from error
+
+
+def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:
+    """Run Megatron's writer and compute the checksums of its files; a background save does both in the forked process."""
+    write(rank, buckets, results)
+    # If the disk is full here, the writer has already failed with that message. Rank 0 computes the sums of an absent part.
+    with contextlib.suppress(OSError):
+        checksums.write_part(temporary_folder, rank)

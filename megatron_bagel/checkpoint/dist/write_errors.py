@@ -63,11 +63,3 @@ def is_space_short(free_bytes: int, newest_folder: Path | None, directory: Path,
     unfinished = [folder for folder in directory.glob(f"{step_folders.SAVING}*") if folder.is_dir()]
     sizes = [sum(path.stat().st_size for path in folder.glob("*")) for folder in [*unfinished, *([newest_folder] if newest_folder else [])]]
     return free_bytes < max([_LITTLE_DISK, *sizes])
-
-
-def _write_and_sum(write: Callable[..., None], temporary_folder: Path, rank: int, buckets: Any, results: Any) -> None:
-    """Run Megatron's writer and compute the checksums of its files; a background save does both in the forked process."""
-    write(rank, buckets, results)
-    # If the disk is full here, the writer has already failed with that message. Rank 0 computes the sums of an absent part.
-    with contextlib.suppress(OSError):
-        checksums.write_part(temporary_folder, rank)

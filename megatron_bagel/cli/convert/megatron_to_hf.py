@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_bagel.cli.convert import command_line as command
 from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.common.flag_names import CommandParser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
@@ -15,7 +16,7 @@ from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
+    arguments = CommandParser(prog=prog, description=__doc__)
     arguments.add_argument(
         "--checkpoint", required=True, type=path_flag, help="step folder, or the folder above it, which means its newest complete step"
     )

@@ -7,13 +7,14 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.common.flag_names import CommandParser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    arguments = argparse.ArgumentParser(prog=prog, description=__doc__)
+    arguments = CommandParser(prog=prog, description=__doc__)
     arguments.add_argument("--model", required=True, type=path_flag, help="dense model folder in BAGEL's released format")
     arguments.add_argument("--output", required=True, type=path_flag, help="folder to write; it must not exist or be empty")
     arguments.add_argument("--num-experts", required=True, type=int, help="experts of each sparse MLP")

@@ -29,6 +29,7 @@ from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.paths import location_flag, path_flag
 from megatron_bagel.common.text_limits import MAX_TEXT_BYTES
+from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.index.clean_copy import write_clean_copy
 from megatron_bagel.data.index.format import Manifest, read_manifest
 from megatron_bagel.data.index.latent_cache import CACHE_MANIFEST, read_cache_manifest
@@ -124,7 +125,10 @@ def verify_rows(args: argparse.Namespace) -> int:
 
 def write_fixed(index: Path, manifest: Manifest, output: Path, decode: bool) -> int:
     """Write a copy of an index without its broken samples. Returns the exit status; raises ValueError if that cannot be done."""
-    with tqdm(total=sum(dataset.samples for dataset in manifest.datasets), unit="sample", disable=not sys.stderr.isatty()) as progress_bar:
+    check_writable(output.parent, "--fix: the folder")
+    samples = sum(dataset.samples for dataset in manifest.datasets)
+    progress = tqdm(total=samples, unit="sample", disable=not sys.stderr.isatty())
+    with writing_to(output.parent, "--fix: the folder"), progress as progress_bar:
         left_out = write_clean_copy(index, manifest, output, decode, progress_bar.update)
     print(f"{output}: a copy of {index} without {left_out} sample(s)")
     return 0

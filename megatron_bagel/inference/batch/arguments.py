@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bagel.common.flag_names import CommandParser
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
 from megatron_bagel.common.paths import location_flag
 from megatron_bagel.common.text_limits import MAX_TEXT_BYTES, TextLimits
@@ -36,7 +37,7 @@ class _AppendInOrder(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of ``megatron_bagel.generate``; defaults are those of the original's inferencer."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_bagel.generate",
         description=_DESCRIPTION,
         epilog=_EPILOG,

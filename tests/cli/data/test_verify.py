@@ -65,7 +65,8 @@ def test_rows_are_checked_against_the_schema(tmp_path: Path, capsys: pytest.Capt
     assert main(arguments) == 0 and "1 row(s), all as they should be" in capsys.readouterr().out
     assert main([*arguments, "--max_text_bytes", "20"]) == 1 and "above the limit of 20 (--max_text_bytes)" in capsys.readouterr().out
     assert main([*arguments, "--max-json-depth", "2"]) == 1 and "nested deeper than 2 levels" in capsys.readouterr().out
-    write_lines(tmp_path / "rows.jsonl", [{"items": [{"text": "q"}, {"image": str(tmp_path / "images/a.png"), "loss": True}]}])
+    write_lines(tmp_path / "rows.jsonl", [{"items": [{"text": "q"}, {"image": "../b.png", "loss": True}]}])
+    (tmp_path / "b.png").write_bytes(png(1))
     assert main(arguments) == 1 and "--allow_outside_root reads it" in capsys.readouterr().out
     assert main([*arguments, "--allow_outside_root"]) == 0
     assert main([str(tmp_path / "none.jsonl")]) == 2
@@ -94,6 +95,8 @@ def test_a_fixed_copy_has_the_other_samples(whole: Path, goldens: Path, tmp_path
     other = "vlm_sft/llava_ov/00000.bin"
     assert (clean / other).read_bytes() == (whole / other).read_bytes()
     assert main([str(index), "--fix", str(clean)]) == 2 and "exists; give a new folder" in capsys.readouterr().err
+    assert main([str(index), "--fix", "/sys/megatron_bagel/out"]) == 2
+    assert "--fix: the folder /sys/megatron_bagel cannot be written (" in capsys.readouterr().err
     (broken,) = index.glob("t2i_pretrain/*/*.arrow")
     broken.write_bytes(broken.read_bytes()[:-1] + b"?")
     assert main([str(index), "--fix", str(tmp_path / "other")]) == 2 and ".arrow" in capsys.readouterr().err

@@ -112,7 +112,7 @@ def test_limits_are_those_of_the_flags(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "short"}, {"prompt": "\u00e9" * 15})
     with pytest.raises(ValueError, match=r"p.jsonl, line 2: the line has 10\d bytes, above the limit of 40 \(--max_text_bytes\)"):
         read_prompts(path, "t2i", {}, limits)
-    with pytest.raises(ValueError, match="p.jsonl, line 1 is not valid JSON .JSON nested deeper than 2 levels"):
+    with pytest.raises(ValueError, match="d.jsonl, line 1 is not valid JSON .JSON nested deeper than 2 levels"):
         read_prompts(write(tmp_path / "d.jsonl", {"terms": [{"text": "a"}]}), "interleave", {}, limits)
     assert make_prompt("00000", "t2i", ["\u00e9" * 20], [], limits=limits)
     with pytest.raises(ValueError, match=r"00000: a text has 42 bytes, above the limit of 40 \(--max_text_bytes\)"):
