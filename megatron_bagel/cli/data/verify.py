@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +39,7 @@ from megatron_bagel.data.index.verify_latents import cached_shard_problems
 from megatron_bagel.data.sources.check_rows import ENDINGS, row_problems
 from megatron_bagel.data.sources.forms import FORMS
 from megatron_bagel.data.sources.row_rules import RowRules
-from megatron_bagel.platform.launch.child_processes import end_with_parent
+from megatron_bagel.platform.launch.child_processes import end_with_parent, starting
 
 T = TypeVar("T")
 Work = tuple[Path, int, int, bool]  # index, number of the dataset, number of the shard, whether to decode images
@@ -80,12 +81,17 @@ def _manifest(index: Path) -> Manifest:
 
 
 def results(check_one: Callable[[T], list[str]], work: Sequence[T], workers: int) -> Iterator[list[str]]:
-    """Yield the problems of every shard, in order."""
+    """Yield the problems of every shard, in order. Raises ValueError if its processes cannot be started, or one of them is killed."""
     if workers < 2:
         yield from map(check_one, work)
         return
-    with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent, (os.getpid(),)) as pool:
-        yield from pool.map(check_one, work)
+    with starting(f"{workers} processes that verify", "--workers 0 verifies in this one"):
+        workers_pool = ProcessPoolExecutor(workers, get_context("fork"), end_with_parent, (os.getpid(),))
+    try:
+        with workers_pool as pool:
+            yield from pool.map(check_one, work)
+    except BrokenProcessPool as error:
+        raise ValueError("a process that verifies was killed, perhaps because memory ran out; use fewer --workers") from error
 
 
 def check_latents(work: tuple[Path, str]) -> list[str]:
@@ -134,20 +140,8 @@ def write_fixed(index: Path, manifest: Manifest, output: Path, decode: bool) -> 
     return 0
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
-    """Print the problems of an index or a latent cache. Returns the exit status."""
-    args = parse_arguments(argv, prog)
-    try:
-        if args.index.suffix in ENDINGS:
-            return verify_rows(args)
-        if (args.index / CACHE_MANIFEST).is_file():
-            return verify_latents(args.index, args.workers)
-        manifest = read_manifest(args.index)
-        if args.fix is not None:
-            return write_fixed(args.index, manifest, args.fix, not args.no_decode)
-    except (ValueError, OSError) as error:
-        report_error(prog, error)
-        return 2
+def verify_index(args: argparse.Namespace, manifest: Manifest) -> int:
+    """Print the problems of an index. Returns the exit status; raises ValueError if its processes cannot work."""
     shards = [(i, j, shard) for i, dataset in enumerate(manifest.datasets) for j, shard in enumerate(dataset.shards)]
     problems_by_shard = results(check, [(args.index, i, j, not args.no_decode) for i, j, _ in shards], args.workers)
     count = 0
@@ -160,3 +154,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data ver
     result = f"{count} problem(s)" if count else "all as they should be"
     print(f"{args.index}: {sum(dataset.samples for dataset in manifest.datasets)} samples in {len(shards)} shard(s), {result}")
     return 1 if count else 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data verify") -> int:
+    """Print the problems of an index or a latent cache. Returns the exit status."""
+    args = parse_arguments(argv, prog)
+    try:
+        if args.index.suffix in ENDINGS:
+            return verify_rows(args)
+        if (args.index / CACHE_MANIFEST).is_file():
+            return verify_latents(args.index, args.workers)
+        manifest = read_manifest(args.index)
+        if args.fix is not None:
+            return write_fixed(args.index, manifest, args.fix, not args.no_decode)
+        return verify_index(args, manifest)
+    except (ValueError, OSError) as error:
+        report_error(prog, error)
+        return 2

@@ -39,7 +39,7 @@ from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent
+from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent, starting
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
 _shared_row_count: Synchronized[int]  # in a worker process: rows written by all workers together
@@ -143,9 +143,11 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
     if fresh:
         context.set_forkserver_preload([__name__])
     start = partial(_start_worker, end_with_client if fresh else partial(end_with_parent, os.getpid()))
-    row_count, yielded_rows = context.Value("q"), 0
+    with starting(f"{workers} worker processes of the build", "--workers 0 builds in this one"):
+        row_count, yielded_rows = context.Value("q"), 0
+        workers_pool = ProcessPoolExecutor(min(workers, len(shards)), context, start, (row_count,))
     try:
-        with ProcessPoolExecutor(min(workers, len(shards)), context, start, (row_count,)) as pool:
+        with workers_pool as pool:
             pending = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in shards}
             while pending:
                 finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)

@@ -27,7 +27,7 @@ from megatron_bagel.data.loading.reading_process import (
 from megatron_bagel.data.loading.replacement import replaced_plan
 from megatron_bagel.data.planner.assign import PackPlan, assign_packs
 from megatron_bagel.data.planner.planner import Planner
-from megatron_bagel.platform.launch.child_processes import reading_context
+from megatron_bagel.platform.launch.child_processes import reading_context, starting
 from megatron_bagel.platform.launch.signals import StopRequest
 
 
@@ -122,7 +122,7 @@ class PackLoader:
             return iter(DataLoader(self.reader, batch_size=None, sampler=sampler))
         reader: SendingReader[StepPlan, LoadedPack] = SendingReader(self.reader.__getitem__)
         context = reading_context()
-        try:
+        with starting(f"{self.num_workers} processes that read data", "--num_workers 0 reads in the training process"):
             check_semaphores(context, self.num_workers)
             return iter(
                 DataLoader(
@@ -136,11 +136,6 @@ class PackLoader:
                     timeout=POLL_SECONDS,
                 )
             )
-        except OSError as error:
-            raise ValueError(
-                f"{self.num_workers} processes that read data cannot be started: {error}. If /dev/shm is full or missing, make room there "
-                "(docker run --ipc host, or --shm-size); --num_workers 0 reads in the training process"
-            ) from error
 
     def close(self) -> None:
         """Stop the workers. Iterating again continues after the packs handed out."""

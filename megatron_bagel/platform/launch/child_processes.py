@@ -12,12 +12,34 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import context, get_start_method, parent_process, popen_fork
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
 _installed = False
 _parent = 0
+
+
+@contextmanager
+def starting(processes: str, remedy: str) -> Iterator[None]:
+    """Turn the system's error into a sentence if processes cannot be started: their semaphores need room in ``/dev/shm``.
+
+    Args:
+        processes: What is started, as a subject in the plural.
+        remedy: How to do without.
+
+    Raises:
+        ValueError: The block met an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{processes} cannot be started: {error}. If /dev/shm is full or missing, make room there (docker run --ipc host, or "
+            f"--shm-size); {remedy}"
+        ) from error
 
 
 def end_forks_with_this_process() -> None:
