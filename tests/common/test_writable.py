@@ -89,4 +89,4 @@ def test_every_command_refuses_before_it_reads(
         status = leaving.code
     assert status in (1, 2)
     error = capsys.readouterr().err
-    assert "cannot be written (" in error and "/megatron_bagel/out" in error and "Traceback" not in error
+    assert "cannot be written (" in error and "/sys/megatron_bagel" in error and "Traceback" not in error

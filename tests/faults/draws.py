@@ -54,6 +54,15 @@ FILES = {
     "vit-settings": FileKind("data", "vit/config.json", "train", silent=True),
 }
 
+#: Small files that a run keeps for itself, drawn apart so that earlier draws stay as they were.
+RUN_FILES = {
+    "run-identity": FileKind("checkpoints", "run.json", "train", silent=True),
+    "run-metrics": FileKind("checkpoints", "../metrics.jsonl", "train", silent=True),
+    "run-settings": FileKind("checkpoints", "../config.yaml", "train", silent=True),
+}
+RUN_FILES_SHARE = 0.1
+ALL_FILES = FILES | RUN_FILES
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -78,6 +87,8 @@ def draw(seed: int, number: int) -> Fault:
     kind = source.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "damage":
         where, how = source.choice(list(FILES)), source.choice(DAMAGES)
+        of_run = random.Random(f"run files {seed} {number}")
+        where = of_run.choice(list(RUN_FILES)) if of_run.random() < RUN_FILES_SHARE else where
     elif kind == "kill":
         where, how = source.choice((*PHASES, "save")), ""
     elif kind in ("full", "read-only"):

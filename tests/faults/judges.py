@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_bagel.checkpoint.dist.step_folders import is_complete
 from megatron_bagel.platform.launch.process_group import reserved_port
 from tests.faults.commands import Ended, start
-from tests.faults.draws import FILES, Fault
+from tests.faults.draws import ALL_FILES, Fault
 from tests.faults.phases import LIMIT, STEPS, World
 from tests.faults.small_disk import SmallDisk, size_of
 
@@ -82,7 +82,7 @@ def kill(fault: Fault, world: World, scratch: Path) -> list[str]:
 
 def damage(fault: Fault, world: World, scratch: Path) -> list[str]:
     """Damage a file, then run what reads it: it refuses and names the file, or does what it would have done."""
-    kind = FILES[fault.where]
+    kind = ALL_FILES[fault.where]
     source: Path = getattr(world, kind.artefact)
     if kind.artefact == "checkpoints":  # the run goes on in its own folder
         shutil.copytree(source.parent, scratch / "run")

@@ -43,11 +43,15 @@ class RunIdentity:
         path = folder / RUN_FILE
         if not path.is_file():
             return None
-        content = read_json(path, "identity of a run")
         try:
+            content = read_json(path, "identity of a run")
             return cls(str(content["run_id"]), str(content["begun"]), str(content["follows"]))
-        except KeyError as error:
-            raise ValueError(f"{path} does not describe a run: it has no {error}; remove the file, or choose another folder") from error
+        except (ValueError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{path} does not describe a run ({reason}); remove the file to continue, since the run's checkpoints name it too, or "
+                "choose another folder"
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write the identity into a folder, which is made if need be."""

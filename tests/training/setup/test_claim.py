@@ -179,8 +179,12 @@ def test_auto_resume_passes_over_checkpoints_that_name_another_run(tmp_path: Pat
     assert weight_source(settings).checkpoint == tmp_path / "checkpoints/0000004"
 
 
-def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
-    claim(tmp_path)
-    (tmp_path / "results" / RUN_FILE).write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json does not describe a run"):
-        claim(tmp_path)
+@pytest.mark.parametrize("content", ["{}", "", "{", "[]"])
+def test_a_damaged_identity_is_refused_and_without_the_file_the_run_goes_on(tmp_path: Path, content: str) -> None:
+    run_id = earlier_run(tmp_path)
+    for folder in ("results", "checkpoints"):
+        (tmp_path / folder / RUN_FILE).write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json does not describe a run \(.+\); remove the file to continue"):
+            claim(tmp_path, auto_resume=True)
+        (tmp_path / folder / RUN_FILE).unlink()
+    assert claim(tmp_path, auto_resume=True).identity.run_id == run_id and run_of(tmp_path) == {run_id}
