@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument(
         "--images", type=location_flag, metavar="DIR", help="folder of the pictures that rows name (default: that of the file)"
     )
-    limits = {"type": int, "metavar": "N", "help": "limit of rows, as of data build (default %(default)s)"}
+    limits: dict[str, Any] = {"type": int, "metavar": "N", "help": "limit of rows, as of data build (default %(default)s)"}
     parser.add_argument("--max_text_bytes", "--max-text-bytes", default=MAX_TEXT_BYTES, **limits)
     parser.add_argument("--max_json_depth", "--max-json-depth", default=MAX_JSON_DEPTH, **limits)
     parser.add_argument(
