@@ -248,9 +248,13 @@ def clock(fault: Fault, world: World, scratch: Path) -> list[str]:
 
 
 def faketime_library() -> str | None:
-    """Where libfaketime is: what FAKETIME_LIBRARY names, or the library of the system's package."""
+    """Where libfaketime is: what FAKETIME_LIBRARY names, or the library of the system's package.
+
+    Not its variant for threads (``libfaketimeMT``): that one reads the clock under a mutex, which a fork inherits locked if another thread
+    was reading the clock. The fork, here a writer of a checkpoint, then waits inside the library for ever, and the run for the fork.
+    """
     named = os.environ.get("FAKETIME_LIBRARY")
-    found = sorted(Path("/usr").glob("lib/**/faketime/libfaketimeMT.so.1")) if named is None else [Path(named)]
+    found = sorted(Path("/usr").glob("lib/**/faketime/libfaketime.so.1")) if named is None else [Path(named)]
     return str(found[0]) if found else None
 
 
