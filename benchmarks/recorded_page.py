@@ -36,8 +36,8 @@ Every row is a command, the machine, the date and the commit on which it ran, an
 Rows of a processor without a GPU come from a virtual machine of two cores on which other work ran at the same time. Their times
 say that the command works and what it prints, not how fast the code is. [GPU](gpu.md) has what was measured on a GPU.
 
-| command | machine | date | commit | versions | figures |
-| --- | --- | --- | --- | --- | --- |
+| command, machine, date, commit, versions | what it printed |
+| --- | --- |
 """
 
 
@@ -55,7 +55,8 @@ def row(name: str, record: Record) -> str:
     more = f"; {len(numbers) - _SHOWN} more in `{name}`" if len(numbers) > _SHOWN else ""
     commit, _, changes = record.commit.partition(" ")
     printed = "".join(f"<br>`{line}`" for line in record.figures.get("printed", []))
-    cells = (f"`{record.command}`", record.machine, record.date[:10], f"`{commit[:7]}` {changes}".strip(), versions, shown + more + printed)
+    run = f"{record.machine}<br>{record.date[:10]}, `{commit[:7]}`{f' {changes}' if changes else ''}, {versions}"
+    cells = (f"`{record.command}`<br>{run}", shown + more + printed)
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
 
 

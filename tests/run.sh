@@ -11,8 +11,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash examples/setup_env.sh
 python=${MEGATRON_BAGEL_VENV:-$root/.venv}/bin/python
-# The whole suite runs in two processes; a file stays in one of them, because its tests share fixtures.
-if [ $# -eq 0 ]; then set -- -n 2 --dist loadfile; fi
+# Tests start hundreds of processes, each of which would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
+# The whole suite runs in three processes, because tests of several ranks wait for each other often enough to leave one of two cores idle; a file
+# stays in one of them, because its tests share fixtures.
+if [ $# -eq 0 ]; then set -- -n 3 --dist loadfile; fi
 if [ "$1" != --cov ]; then exec "$python" -m pytest -q -m "not slow" "$@"; fi
 
 shift

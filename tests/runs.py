@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Here, and not where they are used: ranks are forked from this process, and each would import them for itself.
+import matplotlib.backends.backend_agg  # noqa: F401
 import torch
 
 from megatron_bagel.cli.data import sample as make_sample_data
@@ -20,6 +22,7 @@ from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.training.observability.metrics_file import read_history
+from megatron_bagel.training.setup import set_up as setup
 from tests.distributed import fork, run_ranks
 
 if TYPE_CHECKING:
@@ -82,8 +85,6 @@ def open_run(config: Config) -> Run:
     """Set the run up on this rank, process groups included."""
     import torch.distributed as dist
 
-    from megatron_bagel.training.setup import set_up as setup
-
     run = resolved(config, dist.get_world_size())
     setup.initialize_parallel(run)
     return setup.set_up(run)
@@ -91,8 +92,6 @@ def open_run(config: Config) -> Run:
 
 def _execute(config: Config) -> None:
     import torch.distributed as dist
-
-    from megatron_bagel.training.setup import set_up as setup
 
     setup.execute(resolved(config, dist.get_world_size()))
 

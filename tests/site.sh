@@ -4,7 +4,7 @@
 # environment of their own, which is kept; it needs none of this project's other requirements.
 #
 #   bash tests/site.sh             builds in a temporary folder
-#   bash tests/site.sh site        keeps the site; open site/index.html
+#   bash tests/site.sh site        keeps the site; `python -m http.server --directory site` shows it (opened as files, it has no search offline)
 #
 # MEGATRON_BAGEL_DOCS_VENV names the environment (default: venv-docs in the user's cache).
 set -euo pipefail

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("examples", "tests", "tools", "data_tools", "benchmarks")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".sh", ".sbatch"))
+SCRIPTS += [ROOT / ".ci" / name for name in ("run", "together")]
 
 
 def shellcheck(*words: str) -> subprocess.CompletedProcess[str]:

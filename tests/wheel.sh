@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds sdist and wheel, installs the wheel into a fresh environment, and uses it from an empty folder: every command answers, the path from
+# Builds the sdist, the wheel from the sdist, installs the wheel into a fresh environment, and uses it from an empty folder: every command answers, the path from
 # sample data to a picture works without the repository, and so do the commands of README and getting started.
 #
-#   bash tests/wheel.sh
+#   bash tests/wheel.sh            all of it
+#   bash tests/wheel.sh --short    builds, installs, and asks every command for its help
 #
 # MEGATRON_BAGEL_PYTHON chooses the interpreter (default: that of the environment that examples/setup_env.sh makes).
 set -euo pipefail
@@ -17,8 +18,8 @@ trap 'rm -rf "$work"' EXIT
 # A copy of what git knows, so that nothing untracked gets in and no build folder stays behind.
 mkdir "$work/source"
 git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --no-dereference --parents -t "$work/source")
-"$base/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/dist" "$work/source"
 (cd "$work/source" && "$base/bin/python" setup.py --quiet sdist --dist-dir "$work/dist" 2> /dev/null)
+"$base/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/dist" "$work"/dist/*.tar.gz
 echo "built: $(cd "$work/dist" && echo *)"
 
 # Packages that the wheel needs are taken from the environment that the tests use; the package itself only from the wheel.
@@ -36,7 +37,8 @@ for entry in kept.iterdir():
     if "megatron_bagel" not in entry.name and not (target / entry.name).exists() and entry.suffix != ".pth":
         (target / entry.name).symlink_to(entry)
 PY
-"$work/venv/bin/python" -m pip install --quiet --no-deps "$work"/dist/*.whl
+"$work/venv/bin/python" -m pip install --no-deps "$work"/dist/*.whl | tee "$work/installed.txt"
+(cd "$root" && "$base/bin/python" -m tests.docs.expected_output README.md "pip install" "$work/installed.txt")
 
 mkdir "$work/empty"
 cd "$work/empty"
@@ -49,6 +51,7 @@ for command in train plan generate evaluate quickstart "data build" "data merge"
   # shellcheck disable=SC2086 # a command may be two words
   megatron-bagel $command --help > "$work/help.txt" || { echo "megatron-bagel $command --help failed"; exit 1; }
 done
+if [ "${1:-}" = --short ]; then echo "every command of the wheel answers"; exit; fi
 megatron-bagel data sample first/data --t2i 40 --edit 20 --vlm 40
 megatron-bagel data build --dataset_config_file first/data/dataset.yaml --tokenizer first/data/tokenizer --output first/index
 megatron-bagel data verify first/index

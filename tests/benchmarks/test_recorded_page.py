@@ -25,7 +25,7 @@ def test_the_page_is_what_the_records_say() -> None:
 def test_a_row_has_the_command_the_machine_and_the_figures() -> None:
     assert list(figures(RECORD.figures)) == [("step seconds", 1.25), ("losses 0", 0.5), ("losses 1", 0.25)]
     assert row("layout.json", RECORD) == (
-        "| `python -m benchmarks.layout` | a laptop, 2 cores | 2026-11-28 | `0123456` | torch 2.13.0 | "
+        "| `python -m benchmarks.layout`<br>a laptop, 2 cores<br>2026-11-28, `0123456`, torch 2.13.0 | "
         "step seconds 1.25; losses 0 0.5; losses 1 0.25 |\n"
     )
 

@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from tests.docs.commands import ROOT, Command
+from tests.docs.commands import ROOT, Command, commands
+from tests.docs.expected_output import blocks, missing
 
 LINKED = ("megatron_bagel", "tools", "data_tools", "examples", "benchmarks", "tests", "setup.py", "pyproject.toml", "README.md")
 
@@ -160,9 +162,9 @@ def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
     return folder
 
 
-def run_in(folder: Path, command: Command, wheel: bool = False) -> None:
-    """Run a command with its fitting. Raises AssertionError with what it printed when it fails. With ``wheel`` the repository is not on the
-    path of modules."""
+def run_in(folder: Path, command: Command, wheel: bool = False) -> str:
+    """Run a command with its fitting and return what it printed. Raises AssertionError with it when the command fails. With ``wheel`` the
+    repository is not on the path of modules."""
     fit = fitting_of(command)
     text = f"{fit.first} && {command.text.split(' #')[0].rstrip()} {fit.more}"
     environment = {
@@ -171,3 +173,15 @@ def run_in(folder: Path, command: Command, wheel: bool = False) -> None:
     }  # fmt: skip
     done = subprocess.run(["bash", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, f"{command.name}: {text}\nstatus {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return f"{done.stdout}\n{done.stderr}"
+
+
+def run_page(folder: Path, chosen: Sequence[Command], page: Path, wheel: bool = False) -> None:
+    """Run commands of a page in their order. Where all commands of a block ran, its output must be what the page says below it."""
+    printed = {command: run_in(folder, command, wheel) for command in chosen}
+    for block in blocks(page):
+        inside = [command for command in commands() if command.page == page and block.first < command.line < block.last]
+        if block.expected and all(command in printed for command in inside):
+            together = "\n".join(printed[command] for command in inside)
+            absent = missing(block.expected, together)
+            assert not absent, f"{block.name} says that its commands print {absent[0]!r}, but they print\n{together}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.commands import PAGES, Command, commands
-from tests.docs.sandbox import ELSEWHERE, FITTINGS, elsewhere, make_shared, page_folder, run_in
+from tests.docs.sandbox import ELSEWHERE, FITTINGS, elsewhere, make_shared, page_folder, run_page
 
 COMMANDS = commands()
 RUN = [command for command in COMMANDS if not (command.gpu or command.abridged or elsewhere(command))]
@@ -45,5 +45,4 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(command.page == page for command in RUN)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, shared: Path, tmp_path: Path) -> None:
     folder = page_folder(shared, tmp_path / "reader")
-    for command in (command for command in RUN if command.page == page):
-        run_in(folder, command)
+    run_page(folder, [command for command in RUN if command.page == page], page)

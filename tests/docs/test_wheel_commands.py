@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of README and getting started run with the wheel alone, in a folder without the repository: ``tests/wheel.sh`` names the
-environment."""
+"""Commands of README and getting started run with the wheel alone, in a folder without the repository, and print what the pages say:
+``tests/wheel.sh`` names the environment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import ROOT, Command, commands
-from tests.docs.sandbox import elsewhere, make_shared, page_folder, run_in
+from tests.docs.commands import Command, commands
+from tests.docs.expected_output import PAGES
+from tests.docs.sandbox import elsewhere, make_shared, page_folder, run_page
 
 WHEEL = os.environ.get("MEGATRON_BAGEL_WHEEL")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "getting_started.md")
 #: What belongs to a checkout: its scripts make the environment, run the tests, and start the quickstart with it.
 SCRIPTS = ("bash examples/", "bash tests/")
 
@@ -40,5 +40,4 @@ def test_the_pages_have_such_commands_and_need_no_file_of_the_repository() -> No
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_run_with_the_wheel_alone(page: Path, tmp_path: Path) -> None:
     folder = page_folder(make_shared(tmp_path), tmp_path / "reader", wheel=Path(str(WHEEL)))
-    for command in with_the_wheel(page):
-        run_in(folder, command, wheel=True)
+    run_page(folder, with_the_wheel(page), page, wheel=True)
