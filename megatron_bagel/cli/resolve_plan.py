@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_bagel.cli.cost_settings import cost_inputs
-from megatron_bagel.config.architecture import BagelArch
+from megatron_bagel.config.architecture import BagelArch, SparseArch
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.plan_arguments import PlanArguments
 from megatron_bagel.config.resolve import architecture
 from megatron_bagel.config.validate import check_consistency, check_numbers, refuse_unsupported_values
-from megatron_bagel.costs.inputs import CostInputs, refuse_sparse_experts
+from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.planning.command import PlannedRun
 from megatron_bagel.planning.models import model_named
 
@@ -21,7 +21,7 @@ _SEARCHED = frozenset({
     "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
     "context_parallel_size", "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
-    "gradient_accumulation_steps", "num_shard",
+    "gradient_accumulation_steps", "num_shard", "expert_model_parallel_size", "expert_tensor_parallel_size",
 })  # fmt: skip
 
 
@@ -37,7 +37,6 @@ def resolve_plan(config: Config, options: PlanArguments) -> PlannedRun:
     """
     check_values(options)
     arch = planned_model(options.model, config)
-    refuse_sparse_experts(arch)
     if options.search:
         # The search takes every refusal for a size that does not fit. Refuse first what is wrong with any parallel sizes.
         refuse_unsupported_values(config)
@@ -75,10 +74,13 @@ def planned_model(name: str | None, config: Config) -> BagelArch:
         "qk_norm": model.llm_qk_norm,
         "tie_word_embeddings": model.tie_word_embeddings,
     }
+    experts = config.megatron.llm_settings()
+    if experts:
+        llm["sparse"] = SparseArch.from_hf({**arch.llm.to_hf(), **experts})
     sizes = {name: getattr(model, name) for name in ("max_latent_size", "latent_patch_size") if name in given}
     return replace(
         arch,
-        llm=replace(arch.llm, **{name: value for name, value in llm.items() if flag_of.get(name, name) in given}),
+        llm=replace(arch.llm, **{name: value for name, value in llm.items() if name == "sparse" or flag_of.get(name, name) in given}),
         vit=arch.vit if training.visual_und else None,
         autoencoder=arch.autoencoder if training.visual_gen else None,
         **sizes,

@@ -9,6 +9,7 @@ activations. A multiply-add is two operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,13 +87,32 @@ def layer_matrix_elements(llm: LLMArch) -> int:
     return 3 * llm.hidden_size * llm.intermediate_size + llm.hidden_size * 2 * (query + key_value)
 
 
-def token_matrix_elements(llm: LLMArch, kind: str = "und") -> int:
-    """Return the matrix elements that a token of an expert kind meets in all layers: of sparse experts only those that serve it."""
+def token_matrix_elements(llm: LLMArch, kind: str = "und", layers: Sequence[int] | None = None) -> int:
+    """Return the matrix elements that a token of an expert kind meets in all layers: of sparse experts only those that serve it.
+
+    Args:
+        llm: The decoder.
+        kind: ``und`` or ``gen``.
+        layers: The layers to count, from 0; all if None.
+    """
+    numbers = range(llm.num_hidden_layers) if layers is None else layers
     dense = layer_matrix_elements(llm)
     if llm.sparse is None:
-        return llm.num_hidden_layers * dense
-    sparse_layers = sum(llm.is_sparse(layer, kind) for layer in range(llm.num_hidden_layers))
-    return llm.num_hidden_layers * dense + sparse_layers * (sparse_mlp_elements(llm) - 3 * llm.hidden_size * llm.intermediate_size)
+        return len(numbers) * dense
+    sparse_layers = sum(llm.is_sparse(layer, kind) for layer in numbers)
+    return len(numbers) * dense + sparse_layers * (sparse_mlp_elements(llm) - 3 * llm.hidden_size * llm.intermediate_size)
+
+
+def decoder_multiplications(llm: LLMArch, work: StepWork, layers: Sequence[int] | None = None) -> int:
+    """Return the multiplications of a forward pass in the matrices of some layers (all if None), over the tokens of ``work``."""
+    und, gen = (token_matrix_elements(llm, kind, layers) for kind in ("und", "gen"))
+    return und * (work.tokens - work.vae_tokens) + gen * work.vae_tokens
+
+
+def mlp_multiplications(llm: LLMArch, work: StepWork) -> int:
+    """Return the share of ``decoder_multiplications`` that is in MLPs, routers included."""
+    attention = layer_matrix_elements(llm) - 3 * llm.hidden_size * llm.intermediate_size
+    return decoder_multiplications(llm, work) - llm.num_hidden_layers * attention * work.tokens
 
 
 def sparse_mlp_elements(llm: LLMArch) -> int:
@@ -141,8 +161,7 @@ def work_flops(arch: BagelArch, work: StepWork, freeze_llm: bool = False, freeze
     heads = train * llm.vocab_size * llm.hidden_size * work.ce_tokens
     # vae2llm and the first timestep layer read data, so they have no input gradient; llm2vae does.
     heads += llm.hidden_size * (6 * width * work.mse_tokens + work.vae_tokens * (4 * width + 4 * 256 + 6 * llm.hidden_size))
-    und, gen = token_matrix_elements(llm, "und"), token_matrix_elements(llm, "gen")
-    linear = und * (work.tokens - work.vae_tokens) + gen * work.vae_tokens
+    linear = decoder_multiplications(llm, work)
     return WorkFlops(
         decoder_linear=float(train * linear),
         decoder_attention=float(12 * llm.hidden_size * llm.num_hidden_layers * work.mask_area),

@@ -28,12 +28,3 @@ class CostInputs:
     sizes: ResolvedSizes
     capacity: int
     frozen: FreezeSettings = field(default_factory=FreezeSettings)
-
-
-def refuse_sparse_experts(arch: BagelArch) -> None:
-    """Raise ValueError for a decoder with sparse experts: the formulas of memory, traffic and time do not count them."""
-    if arch.llm.sparse is not None:
-        raise ValueError(
-            "plans and dry runs do not count sparse experts (--num_experts): memory, traffic and times would be wrong. Plan the dense "
-            "model of the same width for its other parts"
-        )

@@ -8,13 +8,16 @@ width, t tensor-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_bagel.config.megatron_arguments import MegatronArguments
-from megatron_bagel.config.parallel_sizes import padded_vocabulary, virtual_stages
+from megatron_bagel.config.parallel_sizes import padded_vocabulary
 from megatron_bagel.costs.inputs import CostInputs
-from megatron_bagel.costs.memory import stage_layers
+from megatron_bagel.costs.memory import chunk_layers
 from megatron_bagel.planning.rank_tokens import RankTokens
+from megatron_bagel.planning.routed_rows import dense_kinds, routed_rows
+from megatron_bagel.planning.sparse_activations import sparse_mlp_bytes
 
 FP32, INT64 = 4, 8
 TIMESTEP_FREQUENCIES = 256
@@ -72,7 +75,8 @@ def modes(layers: int) -> dict[str, Recompute]:
 class LayerActivations:
     """Bytes that one decoder layer saves.
 
-    If core attention is recomputed, ``core_inputs`` replaces ``core``; if MLPs are, ``mlp`` is not saved.
+    If core attention is recomputed, ``core_inputs`` replaces ``core``; if MLPs are, ``mlp_inputs`` replaces ``mlp``. The inputs of dense
+    MLPs are part of ``projections``.
     """
 
     hidden: int
@@ -80,11 +84,12 @@ class LayerActivations:
     core: int
     core_inputs: int
     mlp: int
+    mlp_inputs: int = 0
 
     def saved_bytes(self, modules: tuple[str, ...]) -> int:
         """Return the bytes that the layer saves if ``modules`` are recomputed."""
         core = self.core_inputs if "core_attn" in modules else self.core
-        return self.hidden + self.projections + core + (0 if "mlp" in modules else self.mlp)
+        return self.hidden + self.projections + core + (self.mlp_inputs if "mlp" in modules else self.mlp)
 
 
 class ActivationModel:
@@ -94,6 +99,7 @@ class ActivationModel:
         """Read the sizes. Raises ValueError for the reference backend ``dense``, whose matrices no run should have."""
         self.megatron, self.arch, self.freeze_und = inputs.megatron, inputs.arch, inputs.frozen.und
         self.lora = inputs.frozen.lora
+        self._chunks: dict[int, list[list[int]]] = {}
         self.backend, self.bytes = inputs.sizes.attention_backend, 2 if inputs.sizes.bf16 else FP32
         if self.backend == "dense":
             raise ValueError("--attention_backend dense is a reference for tests and has no plan; use sdpa or flex")
@@ -111,8 +117,8 @@ class ActivationModel:
         """Return the bytes of one tensor of hidden states, which stages send and full recomputation saves."""
         return self.rows(tokens) * self.arch.llm.hidden_size * self.bytes
 
-    def layer(self, tokens: RankTokens) -> LayerActivations:
-        """Return the bytes that one decoder layer saves."""
+    def layer(self, tokens: RankTokens, number: int = 0) -> LayerActivations:
+        """Return the bytes that a decoder layer saves. Layers are counted from 0 and differ by which MLPs are sparse."""
         llm, width = self.arch.llm, self.bytes
         n, h, d = tokens.num_tokens, llm.hidden_size, llm.head_dim
         trained = tokens.gen if self.freeze_und else n
@@ -122,19 +128,47 @@ class ActivationModel:
         mixed = n * self.groups * (self.heads_per_group + 2) * d * width
         norm_statistics = FP32 * n * self.groups * (self.heads_per_group + 1) if llm.qk_norm else 0
         core, inputs = self._core(tokens, 0 if llm.qk_norm else mixed)
+        is_sparse = llm.is_sparse(number)
         return LayerActivations(
             # Inputs of the two norms, and their statistics.
             hidden=2 * (self.hidden_bytes(tokens) + FP32 * normed_rows),
-            # Inputs of QKV and of the MLP, QKV's result (read by QK-norm) with statistics, input of the output projection.
-            projections=2 * expert_inputs
+            # Inputs of QKV and of a dense MLP, QKV's result (read by QK-norm) with statistics, input of the output projection.
+            projections=(1 if is_sparse else 2) * expert_inputs
             + (mixed if llm.qk_norm else 0)
             + norm_statistics
             + n * self.heads * d * width
             + self._adapters(tokens, "qkv", "proj"),
             core=core,
             core_inputs=inputs,
-            mlp=3 * trained * self.ffn * width + self._adapters(tokens, "fc1", "fc2"),
+            mlp=self._sparse_mlps(tokens, number) if is_sparse else 3 * trained * self.ffn * width + self._adapters(tokens, "fc1", "fc2"),
+            mlp_inputs=normed_rows * h * width if is_sparse else 0,
         )
+
+    def _sparse_mlps(self, tokens: RankTokens, layer: int) -> int:
+        """Return the bytes that the MLPs of a layer save of which at least one is sparse, inputs included."""
+        llm, counts = self.arch.llm, {"und": tokens.und, "gen": tokens.gen}
+        size = 0
+        for routed in routed_rows(llm, self.megatron, tokens, layer):
+            if not (self.freeze_und and routed.kind == "und"):
+                size += sparse_mlp_bytes(llm, self.megatron, routed, self.bytes)
+        for kind in dense_kinds(llm, layer):
+            if not (self.freeze_und and kind == "und"):
+                inputs = counts[kind] if self.tp == 1 else tokens.slots
+                size += (inputs * llm.hidden_size + 3 * counts[kind] * self.ffn) * self.bytes
+        return size
+
+    def mlp_gradient(self, tokens: RankTokens) -> int:
+        """Return the bytes of the largest temporary gradient inside an MLP."""
+        llm = self.arch.llm
+        sizes = [2 * self.ffn * tokens.num_tokens] if llm.sparse is None else []
+        for layer in range(llm.num_hidden_layers if llm.sparse is not None else 0):
+            if dense_kinds(llm, layer):
+                sizes.append(2 * self.ffn * tokens.num_tokens)
+            # The gradient of all rows that the experts work on, and inside them that of one expert's.
+            for routed in routed_rows(llm, self.megatron, tokens, layer):
+                width = 2 * routed.expert_width(llm) // routed.experts
+                sizes.append(routed.received * (llm.hidden_size + width))
+        return max(sizes) * self.bytes
 
     def _adapters(self, tokens: RankTokens, *targets: str) -> int:
         """Return the bytes that the adapters of a layer's ``targets`` save: results of A, and B spread over the parts of a fused linear."""
@@ -221,23 +255,34 @@ class ActivationModel:
 
     def microbatch(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
         """Return the bytes that one microbatch saves on a stage, in all its chunks."""
-        layer, saved_bytes = self.layer(tokens), 0
+        saved_bytes = 0
         for layers in self.chunks(stage):
-            saved_bytes += recompute.saved_inputs(layers) * self.hidden_bytes(tokens)
-            saved_bytes += recompute.saving_layers(layers) * layer.saved_bytes(recompute.modules)
+            saved_bytes += recompute.saved_inputs(len(layers)) * self.hidden_bytes(tokens)
+            saving_layers = layers[len(layers) - recompute.saving_layers(len(layers)) :]
+            saved_bytes += sum(count * layer.saved_bytes(recompute.modules) for layer, count in self._layers(tokens, saving_layers))
         last = self.megatron.pipeline_model_parallel_size - 1
         ends = (self.embedding(tokens) if stage == 0 else 0) + (self.head(tokens) if stage == last else 0)
         return saved_bytes + self.shared(tokens) + ends
 
     def working_set(self, stage: int, tokens: RankTokens, recompute: Recompute) -> int:
         """Return the bytes of what is recomputed at one time in the backward pass: a unit of layers, or one core attention or MLP."""
-        layer, layers = self.layer(tokens), max(self.chunks(stage))
-        recomputed_bytes = recompute.recomputed_layers(layers) * layer.saved_bytes(())
+        chunks = self.chunks(stage)
+        layers = [layer for layer, _ in self._layers(tokens, [number for chunk in chunks for number in chunk])]
+        recomputed_bytes = recompute.recomputed_layers(max(map(len, chunks))) * max(layer.saved_bytes(()) for layer in layers)
         if "core_attn" in recompute.modules:
-            recomputed_bytes = max(recomputed_bytes, layer.core)
+            recomputed_bytes = max(recomputed_bytes, *(layer.core for layer in layers))
         if "mlp" in recompute.modules:
-            recomputed_bytes = max(recomputed_bytes, layer.mlp)
+            recomputed_bytes = max(recomputed_bytes, *(layer.mlp for layer in layers))
         return recomputed_bytes
+
+    def _layers(self, tokens: RankTokens, numbers: Sequence[int]) -> list[tuple[LayerActivations, int]]:
+        """Return the layers with these numbers, and how many of them are alike."""
+        if self.arch.llm.sparse is None:
+            return [(self.layer(tokens), len(numbers))]
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for number in numbers:
+            alike.setdefault(tuple(dense_kinds(self.arch.llm, number)), []).append(number)
+        return [(self.layer(tokens, group[0]), len(group)) for group in alike.values()]
 
     def in_flight(self, stage: int, microbatches: int) -> float:
         """Return how many microbatches have activations at the same time in Megatron's schedules, in units of all chunks of the stage."""
@@ -249,11 +294,11 @@ class ActivationModel:
         warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
         return min(microbatches * chunks, warm_up) / chunks
 
-    def chunks(self, stage: int) -> list[int]:
-        """Return the number of layers of each chunk of a stage."""
-        layers = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)[stage]
-        chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1
-        return [layers // chunks] * chunks
+    def chunks(self, stage: int) -> list[list[int]]:
+        """Return the numbers of the layers of each chunk of a stage."""
+        if stage not in self._chunks:
+            self._chunks[stage] = chunk_layers(self.megatron, self.arch.llm.num_hidden_layers, stage)
+        return self._chunks[stage]
 
 
 def parts(activations: LayerActivations) -> dict[str, int]:

@@ -9,46 +9,20 @@ issues. About a dozen sums of a few numbers per step (loss counts, norms, losses
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import groupby
 
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
 from megatron_bagel.costs.inputs import CostInputs
-from megatron_bagel.costs.memory import MemoryModel, stage_layers
+from megatron_bagel.costs.memory import MemoryModel
 from megatron_bagel.planning.activations import FP32, ActivationModel, Recompute
+from megatron_bagel.planning.collective import Collective
+from megatron_bagel.planning.expert_communication import ExpertCommunication
 from megatron_bagel.planning.rank_tokens import RankTokens
+from megatron_bagel.planning.routed_rows import dense_kinds
 
 #: Elements of a bucket of overlapped gradient reduction (Megatron-Core's DistributedDataParallel).
 SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Calls of one collective in a step.
-
-    Attributes:
-        axis: The parallel axis: tensor, context, pipeline, data or encoders.
-        payload: What the collective transports.
-        kind: The operation, such as all_reduce.
-        ranks: The number of ranks in the group.
-        size: The bytes of one call: of the full tensor for all_reduce, all_gather and reduce_scatter; of what a rank sends for
-            all_to_all and send.
-        count: The number of calls.
-        span: The distance in the world between the first and the last rank of the group, including both.
-    """
-
-    axis: str
-    payload: str
-    kind: str
-    ranks: int
-    size: int
-    count: int
-    span: int
-
-    @property
-    def sent(self) -> float:
-        """Return the bytes that a rank sends in all calls together, by the ring algorithms."""
-        share = {"all_reduce": 2.0 * (self.ranks - 1) / self.ranks, "send": 1.0, "all_to_all": 1.0}
-        return self.count * self.size * share.get(self.kind, (self.ranks - 1) / self.ranks)
 
 
 class CommunicationModel:
@@ -63,6 +37,7 @@ class CommunicationModel:
             self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size, self.megatron.context_parallel_size,
         )  # fmt: skip
         self.stride = inputs.sizes.world_size // self.pp
+        self.experts = ExpertCommunication(inputs, self.recompute)
 
     def rank(self, stage: int, packs: Sequence[RankTokens]) -> list[Collective]:
         """Return the collectives of a rank of ``stage`` whose replica trains on ``packs`` in a step. Equal calls are counted together."""
@@ -74,12 +49,19 @@ class CommunicationModel:
         return [replace(call, count=count) for call, count in counts.items()]
 
     def _calls(self, stage: int, packs: Sequence[RankTokens]) -> Iterator[Collective]:
-        for tokens in packs:
-            yield from self._tensor(stage, tokens)
-            yield from self._context(stage, tokens)
-            yield from self._pipeline(stage, tokens)
+        # The packs of a plan are one object.
+        for _, same_packs in groupby(packs, key=id):
+            tokens, *others = same_packs
+            for call in self._pack_calls(stage, tokens):
+                yield replace(call, count=call.count * (1 + len(others)))
         yield from self._gradients(stage)
         yield from self._encoders(stage, packs)
+
+    def _pack_calls(self, stage: int, tokens: RankTokens) -> Iterator[Collective]:
+        yield from self._tensor(stage, tokens)
+        yield from self._context(stage, tokens)
+        yield from self.experts.calls(self._stage_layers(stage), self._repeated_layers(stage), tokens)
+        yield from self._pipeline(stage, tokens)
 
     def _tensor(self, stage: int, tokens: RankTokens) -> Iterator[Collective]:
         """Yield the collectives of tensor parallelism for one pack."""
@@ -91,8 +73,9 @@ class CommunicationModel:
             return Collective("tensor", payload, kind, self.tp, size, count, self.tp)
 
         if self.megatron.sequence_parallel:
-            # Each layer has two of each per pass. The head gathers once, and the first stage gathers once in its backward pass.
-            passes = 2 * (2 * layers + recomputed_layers)
+            # Each layer has two of each per pass, or one if its MLPs are sparse. The head gathers once, and the first stage gathers
+            # once in its backward pass.
+            passes = self._exchanges(stage)
             yield call("hidden states", "all_gather", size, passes + last + first)
             yield call("hidden states", "reduce_scatter", size, passes)
         else:
@@ -148,22 +131,22 @@ class CommunicationModel:
     def _gradients(self, stage: int) -> Iterator[Collective]:
         """Yield the collectives after the passes: reductions of gradients, and the gather of updated weights."""
         sizes, on_all_ranks = self.sizes, encoders_on_all_ranks(self.megatron)
-        replicas = sizes.data_parallel_size * self.cp
-        shards = replicas // sizes.distributed_optimizer_instances
-        span = self.tp * self.cp * sizes.data_parallel_size
-        for is_tower, buffer in self.memory.buffers(stage):
-            ranks = sizes.world_size if is_tower and on_all_ranks else shards
-            buffer_span = sizes.world_size if is_tower and on_all_ranks else span
-            buckets = self._buckets(buffer.gradient_bytes // FP32, ranks)
-            elements = buffer.gradient_bytes // FP32 // buckets
+        replica_span = self.tp * self.cp * sizes.data_parallel_size
+        for buffer in self.memory.buffers(stage):
+            is_world_tower = buffer.part == "tower" and on_all_ranks
+            span = sizes.world_size if is_world_tower else replica_span
+            ranks, gradient_bytes = buffer.shards, buffer.memory.gradient_bytes
+            buckets = self._buckets(gradient_bytes // FP32, ranks)
+            elements = gradient_bytes // FP32 // buckets
+            name = " of experts" if buffer.part == "experts" else ""
             if not sizes.use_distributed_optimizer:
-                yield Collective("data", "gradients", "all_reduce", ranks, elements * FP32, buckets, buffer_span)
+                yield Collective("data", f"gradients{name}", "all_reduce", ranks, elements * FP32, buckets, span)
                 continue
-            yield Collective("data", "gradients", "reduce_scatter", ranks, elements * FP32, buckets, buffer_span)
-            yield Collective("data", "weights", "all_gather", ranks, elements * self.width, buckets, buffer_span)
-            if sizes.distributed_optimizer_instances > 1 and not (is_tower and on_all_ranks):
+            yield Collective("data", f"gradients{name}", "reduce_scatter", ranks, elements * FP32, buckets, span)
+            yield Collective("data", f"weights{name}", "all_gather", ranks, elements * self.width, buckets, span)
+            if sizes.distributed_optimizer_instances > 1 and not is_world_tower:
                 instances = sizes.distributed_optimizer_instances
-                yield Collective("data", "gradients between instances", "all_reduce", instances, elements * FP32 // shards, buckets, span)
+                yield Collective("data", "gradients between instances", "all_reduce", instances, elements * FP32 // ranks, buckets, span)
         yield Collective(
             "tensor", "gradients of norms", "all_reduce", self.tp, self.memory.norm_gradients(stage) * FP32, 1, self.tp
         )  # fmt: skip
@@ -200,16 +183,37 @@ class CommunicationModel:
         if self.arch.autoencoder is not None:
             yield call("latents", tokens["vae"] * self.arch.latent_token_dim * FP32 * ends / ranks)
 
+    def _exchanges(self, stage: int) -> int:
+        """Return how often layers of a stage gather hidden states, and scatter them, for one pack: around attention and dense MLPs."""
+        layers, again = self._stage_layers(stage), self._repeated_layers(stage)
+        if self.arch.llm.sparse is None:
+            return 2 * (2 * len(layers) + len(again))
+        exchanges = 2 * len(layers) + len(again)
+        exchanges += sum(2 + (layer in again) for layer in layers if dense_kinds(self.arch.llm, layer))
+        if "mlp" in self.recompute.modules:
+            # A dense MLP beside a sparse one is recomputed with its exchange.
+            exchanges += sum(self.arch.llm.is_sparse(layer) and bool(dense_kinds(self.arch.llm, layer)) for layer in layers)
+        return exchanges
+
+    def _stage_layers(self, stage: int) -> list[int]:
+        return [layer for layers in self.activations.chunks(stage) for layer in layers]
+
+    def _repeated_layers(self, stage: int) -> frozenset[int]:
+        """Return the layers of a stage that have a second forward pass."""
+        return frozenset(
+            layer
+            for layers in self.activations.chunks(stage)
+            for layer in layers[: len(layers) - self.recompute.saving_layers(len(layers))]
+        )
+
     def _layers(self, stage: int) -> tuple[int, int]:
         """Return the layers of a stage, and how many of them have a second forward pass."""
-        layers = stage_layers(self.megatron, self.arch.llm.num_hidden_layers)[stage]
-        chunks = virtual_stages(self.megatron, self.arch.llm.num_hidden_layers) or 1
-        return layers, chunks * (layers // chunks - self.recompute.saving_layers(layers // chunks))
+        return len(self._stage_layers(stage)), len(self._repeated_layers(stage))
 
 
 def sent_by_axis(calls: Sequence[Collective]) -> dict[str, float]:
     """Return the bytes that a rank sends per step, by axis."""
-    total: dict[str, float] = dict.fromkeys(("tensor", "context", "pipeline", "data", "encoders"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("tensor", "context", "expert", "pipeline", "data", "encoders"), 0.0)
     for call in calls:
         total[call.axis] += call.sent
     return total

@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_bagel.assembly.meta_init import on_meta
 from megatron_bagel.checkpoint.dist.state import Trained, sharded_state, sharded_tensors
 from megatron_bagel.config.resolve import ResolvedSizes
-from megatron_bagel.costs.inputs import refuse_sparse_experts
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.loading.build import open_loader
 from megatron_bagel.data.planner.assign import PackPlan
@@ -33,6 +32,7 @@ from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
 from megatron_bagel.platform.device import peak_memory_bytes
 from megatron_bagel.platform.launch.fake_world import MetaCountsAsCuda, fake_world
+from megatron_bagel.training.optim.optimizer import gradient_buffers
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.setup import set_up as setup
 from megatron_bagel.training.setup.build import build_trainable
@@ -120,7 +120,6 @@ def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
         ValueError: The rank is outside of the world, the index is not built yet (a dry run writes nothing), or a run could not start.
     """
     sizes, megatron, settings = resolved.sizes, resolved.megatron, resolved.step
-    refuse_sparse_experts(resolved.arch)
     if not 0 <= rank < sizes.world_size:
         raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {sizes.world_size}")
     if not (resolved.data.index / MANIFEST).is_file():
@@ -170,7 +169,7 @@ def built_bytes(trainable: Trainable, trained: Trained) -> dict[str, int]:
     The first step makes the optimizer's state: two moments of each main weight, and the weight itself if it is not the model's.
     """
     parameters = [parameter for part in trained.modules.values() for parameter in part.parameters()]
-    buffers = [buffer for part in trainable.wrapped for buffer in part.buffers]
+    buffers = [buffer for part in trainable.wrapped for buffer in gradient_buffers(part)]
     buffered = {id(parameter) for buffer in buffers for parameter in buffer.params}
     weights = sum(parameter.nbytes for parameter in parameters if id(parameter) not in buffered)
     for buffer in buffers:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_bagel.config.parallel_sizes import encoders_on_all_ranks, virtual_stages
-from megatron_bagel.costs.flops import StepWork, WorkFlops, layer_matrix_elements, mfu_flops, utilization, work_flops
+from megatron_bagel.costs.flops import StepWork, WorkFlops, decoder_multiplications, mfu_flops, mlp_multiplications, utilization, work_flops
 from megatron_bagel.costs.inputs import CostInputs
-from megatron_bagel.costs.memory import stage_layers
+from megatron_bagel.costs.memory import chunk_layers, stage_layers
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.communication import Collective
 from megatron_bagel.planning.gpus import Assumptions, Gpu
@@ -23,6 +23,7 @@ class StepEstimate:
     compute_s: float
     tensor_s: float
     context_s: float
+    expert_s: float
     pipeline_s: float
     bubble_s: float
     data_s: float
@@ -46,7 +47,7 @@ def recomputed_flops(inputs: CostInputs, work: StepWork, recompute: Recompute) -
     if "core_attn" in recompute.modules:
         extra += attention
     if "mlp" in recompute.modules:
-        extra += forward * 3 * llm.hidden_size * llm.intermediate_size / layer_matrix_elements(llm)
+        extra += 2.0 * mlp_multiplications(llm, work)
     if recompute.granularity == "full":
         stages, chunks = stage_layers(megatron, llm.num_hidden_layers), virtual_stages(megatron, llm.num_hidden_layers) or 1
         recomputed_layers = sum(chunks * (layers // chunks - recompute.saving_layers(layers // chunks)) for layers in stages)
@@ -80,14 +81,14 @@ class StepTime:
         megatron, frozen, sizes = self.megatron, self.inputs.frozen, self.sizes
         flops = work_flops(self.arch, work, frozen.decoder_weights, frozen.vit_forward_only)
         compute = max(self._compute(flops, work, stage) for stage in range(len(calls)))
-        tensor, context, pipeline, data = (
+        tensor, context, expert, pipeline, data = (
             max(sum(self.seconds(call) for call in stage if call.axis == axis) for stage in calls)
-            for axis in ("tensor", "context", "pipeline", "data")
+            for axis in ("tensor", "context", "expert", "pipeline", "data")
         )
         chunks = virtual_stages(megatron, self.arch.llm.num_hidden_layers) or 1
         if chunks > 1:
             pipeline = 0.0  # interleaved stages send while they compute
-        busy = compute + tensor + context + pipeline
+        busy = compute + tensor + context + expert + pipeline
         bubbles = (megatron.pipeline_model_parallel_size - 1) / (chunks * sizes.num_microbatches)
         exposed = self._exposed(data, compute / sizes.num_microbatches)
         encode = self._encode(flops) + max(sum(self.seconds(call) for call in stage if call.axis == "encoders") for stage in calls)
@@ -95,9 +96,8 @@ class StepTime:
         rates = [
             utilization(amount, step, self.gpu.tflops, sizes.world_size)[1] for amount in (mfu_flops(self.arch.llm, work), flops.total)
         ]
-        return StepEstimate(
-            encode, compute, tensor, context, pipeline, busy * bubbles, exposed, bubbles / (1 + bubbles), step, work.tokens / step, *rates
-        )
+        shares = busy * bubbles, exposed, bubbles / (1 + bubbles)
+        return StepEstimate(encode, compute, tensor, context, expert, pipeline, *shares, step, work.tokens / step, *rates)
 
     def seconds(self, call: Collective) -> float:
         """Return the seconds of all calls of a collective, at the rate of the slowest link in its group."""
@@ -111,7 +111,10 @@ class StepTime:
         layers, peak = stage_layers(self.megatron, self.arch.llm.num_hidden_layers), self.gpu.tflops * 1e12
         share = layers[stage] / sum(layers)
         recomputed = recomputed_flops(self.inputs, work, Recompute.of(self.megatron)) - recomputed_vit_flops(self.inputs, flops)
-        linear = flops.decoder_linear * share + (flops.heads if stage == len(layers) - 1 else 0)
+        stage_layer_numbers = [layer for chunk in chunk_layers(self.megatron, self.arch.llm.num_hidden_layers, stage) for layer in chunk]
+        multiplications = decoder_multiplications(self.arch.llm, work, stage_layer_numbers)
+        linear_share = multiplications / decoder_multiplications(self.arch.llm, work)
+        linear = flops.decoder_linear * linear_share + (flops.heads if stage == len(layers) - 1 else 0)
         per_stage = self.sizes.world_size / len(layers)
         assumptions = self.assumptions
         decoder = flops.decoder_linear + flops.decoder_attention

@@ -63,7 +63,7 @@ class PeakMemory:
         """Return the memory of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
         static, tokens, recompute = self.memory_model.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
         vit, constant = self._vit_activations(stage, packs), self.megatron.encoder_memory == "constant"
-        compared_modes = modes(max(self.activations.chunks(stage)))
+        compared_modes = modes(max(map(len, self.activations.chunks(stage))))
         by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared_modes.items()}
         return StageMemory(
             stage=stage,
@@ -102,7 +102,7 @@ class PeakMemory:
         if stages > 1:
             # Received and sent hidden states and gradients. What was sent stays until its backward pass.
             buffers += round((model.in_flight(stage, len(packs)) + 3) * model.hidden_bytes(tokens))
-        gradient = 2 * model.ffn * tokens.num_tokens * width + 2 * model.hidden_bytes(tokens)
+        gradient = model.mlp_gradient(tokens) + 2 * model.hidden_bytes(tokens)
         if stage == stages - 1:
             # The gradient of the log probabilities has their size, in fp32.
             loss_tokens = min(tokens.ce, self.megatron.ce_chunk_tokens or tokens.ce)

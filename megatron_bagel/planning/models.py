@@ -7,7 +7,8 @@ from math import prod
 from pathlib import Path
 
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
-from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, ViTArch
+from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, LLMArch, SparseArch, ViTArch
+from megatron_bagel.costs.flops import token_matrix_elements
 
 #: SigLIP so400m in BAGEL's released folder: 980 pixels, without the last of 27 layers (``vit_select_layer``).
 _SIGLIP = ViTArch(1152, 4304, 27, 16, image_size=980)
@@ -28,6 +29,10 @@ MODELS: dict[str, BagelArch] = {
     "qwen2.5-14b-mot": _bagel(LLMArch(5120, 13824, 48, 40, 8, 152064, layer_module=_MOT)),
     "qwen2.5-32b-mot": _bagel(LLMArch(5120, 27648, 64, 40, 8, 152064, layer_module=_MOT)),
     "qwen2.5-72b-mot": _bagel(LLMArch(8192, 29568, 80, 64, 8, 152064, layer_module=_MOT)),
+    # Qwen3-30B-A3B: 128 experts in each layer's MLP of either kind, of which 8 serve a token.
+    "qwen3-30b-a3b-mot": _bagel(
+        LLMArch(2048, 6144, 48, 32, 4, 151936, layer_module=_MOT, attention_bias=False, kv_channels=128, sparse=SparseArch(128, 8, 768))
+    ),
 }
 
 
@@ -36,6 +41,15 @@ def parameters(arch: BagelArch) -> int:
     weight_map = WeightMap(arch)
     tables = [table for table in weight_map.tables.values() if not table.rotary]
     return sum(prod(entry.shape) for entry in weight_map.entries.values()) + sum(prod(table.shape) for table in tables)
+
+
+def active_parameters(arch: BagelArch, kind: str) -> int:
+    """Return the matrix elements that serve a token of ``kind`` (``und`` or ``gen``) in the decoder, with its embedding and output layer.
+
+    Of the experts of a sparse MLP only those that serve the token count. VAE tokens have neither embedding nor output layer.
+    """
+    vocabulary = arch.llm.vocab_size * arch.llm.hidden_size * (1 if arch.llm.tie_word_embeddings else 2)
+    return token_matrix_elements(arch.llm, kind) + (vocabulary if kind == "und" else 0)
 
 
 def model_named(name: str) -> BagelArch:

@@ -20,6 +20,7 @@ from megatron_bagel.planning.encoder_memory import with_encoder_memory
 from megatron_bagel.planning.estimate import StepEstimate, StepTime, recomputed_flops
 from megatron_bagel.planning.gpus import Assumptions, Gpu
 from megatron_bagel.planning.memory import PeakMemory, StageMemory
+from megatron_bagel.planning.models import active_parameters, parameters
 from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 
 GIB = 2**30
@@ -76,13 +77,19 @@ class ParallelPlan:
         return self.inputs.sizes
 
     @property
+    def parameters(self) -> dict[str, int]:
+        """Return the parameters of the model, and those that serve a token of either kind in the decoder."""
+        arch = self.inputs.arch
+        return {"total": parameters(arch), "active_und": active_parameters(arch, "und"), "active_gen": active_parameters(arch, "gen")}
+
+    @property
     def peak_bytes(self) -> int:
         """Return the peak memory of the stage that needs most."""
         return max(stage.peak for stage in self.memory)
 
     @property
     def name(self) -> str:
-        """Return the parallel sizes in short, such as "TP4+SP PP2x2 CP1 DP8, recompute none"."""
+        """Return the parallel sizes in short, such as "TP4+SP PP2x2 CP1 DP8, recompute none". EP follows if experts are divided."""
         megatron = self.inputs.megatron
         chunks = megatron.virtual_pipeline_model_parallel_size
         tensor = f"TP{megatron.tensor_model_parallel_size}{'+SP' if megatron.sequence_parallel else ''}"
@@ -92,7 +99,12 @@ class ParallelPlan:
             recompute = f"{megatron.recompute_method} {megatron.recompute_num_layers}"
         elif recompute == "selective":
             recompute = " and ".join(megatron.recompute_modules or ["core_attn"])
-        return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.sizes.data_parallel_size}, recompute {recompute}"
+        experts = ""
+        if megatron.expert_model_parallel_size > 1:
+            experts = f" EP{megatron.expert_model_parallel_size}"
+            expert_tensor = megatron.expert_tensor_size(megatron.tensor_model_parallel_size)
+            experts += f" ETP{expert_tensor}" if expert_tensor > 1 else ""
+        return f"{tensor} {pipeline} CP{megatron.context_parallel_size} DP{self.sizes.data_parallel_size}{experts}, recompute {recompute}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -103,9 +115,12 @@ class ParallelPlan:
                 "tensor": megatron.tensor_model_parallel_size, "sequence_parallel": megatron.sequence_parallel,
                 "pipeline": megatron.pipeline_model_parallel_size, "virtual": megatron.virtual_pipeline_model_parallel_size,
                 "context": megatron.context_parallel_size, "data": self.sizes.data_parallel_size,
+                "expert": megatron.expert_model_parallel_size,
+                "expert_tensor": megatron.expert_tensor_size(megatron.tensor_model_parallel_size),
                 "global_batch_size": self.sizes.global_batch_size, "packs_per_replica": self.sizes.num_microbatches,
                 "encoder_memory": megatron.encoder_memory,
             },
+            "parameters": self.parameters,
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
             "stages": [stage.to_dict() for stage in self.memory],

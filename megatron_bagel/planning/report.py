@@ -56,8 +56,19 @@ def plan_text(plan: ParallelPlan, problem: Problem) -> str:
         f"peak {plan.peak_bytes / GIB:.1f} GiB of {problem.gpu.memory_gib:g} GiB ({problem.assumptions.reserved_gib:g} GiB are reserved): "
         f"{'fits' if plan.fits else 'DOES NOT FIT'}"
     )
-    parts = [head, memory_table(plan, problem), verdict, mode_table(plan), flops_table(plan), traffic_table(plan), time_text(plan, problem)]
-    return "\n\n".join([*parts, f"tokens per step: {work.tokens:,}"])
+    tables = [memory_table(plan, problem), verdict, mode_table(plan), flops_table(plan), traffic_table(plan), time_text(plan, problem)]
+    return "\n\n".join([head, *_parameters(plan), *tables, f"tokens per step: {work.tokens:,}"])
+
+
+def _parameters(plan: ParallelPlan) -> list[str]:
+    """Return a line about the parameters of a model with sparse experts, of which a token meets only some."""
+    if plan.inputs.arch.llm.sparse is None:
+        return []
+    billions = {name: count / 1e9 for name, count in plan.parameters.items()}
+    return [
+        f"{billions['total']:.2f} billion parameters and tables; {billions['active_und']:.2f} serve a text or ViT token and "
+        f"{billions['active_gen']:.2f} a VAE token. Memory and traffic assume that routers choose all experts equally often"
+    ]
 
 
 def _mix(problem: Problem) -> str:
@@ -97,7 +108,8 @@ def traffic_table(plan: ParallelPlan) -> str:
     stages = [stage.stage for stage in shown_stages(plan.memory)]
     sent = {stage: sent_by_axis(plan.calls[stage]) for stage in stages}
     rows = [["GiB sent per rank and step", *(f"stage {stage}" for stage in stages)]]
-    rows += [[axis, *(f"{sent[stage][axis] / GIB:.3f}" for stage in stages)] for axis in sent[stages[0]]]
+    axes = [axis for axis in sent[stages[0]] if axis != "expert" or plan.inputs.arch.llm.sparse is not None]
+    rows += [[axis, *(f"{sent[stage][axis] / GIB:.3f}" for stage in stages)] for axis in axes]
     return table(rows)
 
 
@@ -106,6 +118,8 @@ def time_text(plan: ParallelPlan, problem: Problem) -> str:
     estimate, gpu = plan.estimate, problem.gpu
     rows = [["seconds per step (predicted)", ""]]
     seconds = {name: value for name, value in estimate.to_dict().items() if name.endswith("_s") and name != "tokens_per_s"}
+    if plan.inputs.arch.llm.sparse is None:
+        del seconds["expert_s"]
     rows += [[name.removesuffix("_s").replace("_", " "), f"{value:.3f}"] for name, value in seconds.items()]
     assumptions = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(problem.assumptions).items())
     return "\n".join([

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 from megatron_bagel.costs.inputs import CostInputs
@@ -60,11 +61,20 @@ def _sizes(problem: Problem) -> Iterator[dict[str, Any]]:
             for context in _powers(min(16, problem.gpus)):
                 if problem.gpus % (tensor * stages * context):
                     continue
-                for virtual in chunks:
+                for virtual, experts in product(chunks, _expert_sizes(problem, tensor, problem.gpus // stages)):
                     yield {
                         "tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1, "pipeline_model_parallel_size": stages,
-                        "virtual_pipeline_model_parallel_size": virtual, "context_parallel_size": context,
+                        "virtual_pipeline_model_parallel_size": virtual, "context_parallel_size": context, **experts,
                     }  # fmt: skip
+
+
+def _expert_sizes(problem: Problem, tensor: int, stage_ranks: int) -> list[dict[str, int]]:
+    """Return the sizes of expert parallelism to try. Experts that ranks divide are whole: cutting each of them costs more traffic."""
+    sparse = problem.arch.llm.sparse
+    if sparse is None:
+        return [{}]
+    sizes = [size for size in _powers(min(sparse.num_experts, stage_ranks)) if sparse.num_experts % size == 0]
+    return [{"expert_model_parallel_size": size, "expert_tensor_parallel_size": tensor if size == 1 else 1} for size in sizes]
 
 
 def _powers(limit: int) -> list[int]:

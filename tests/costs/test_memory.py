@@ -14,7 +14,7 @@ from megatron_bagel.config.parser import Config
 from megatron_bagel.costs.memory import MemoryModel, stage_layers
 from tests.distributed import run_ranks
 from tests.runs import open_run, resolved, run_config
-from tests.training.equal_runs import CP, OVERLAP, PP, SP_TP2, TP, VPP, cases, world_of
+from tests.training.equal_runs import CP, EP, ETP, OVERLAP, PP, SP_TP2, SPARSE, TP, VPP, cases, world_of
 
 BF16 = {"bf16": True, "lr": 1e-4}
 
@@ -28,7 +28,7 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
     """Pipeline stage of this rank, and what it holds after a step, in the memory model's terms."""
     from megatron.core import parallel_state
 
-    from megatron_bagel.training.optim.optimizer import leaf_optimizers
+    from megatron_bagel.training.optim.optimizer import gradient_buffers, leaf_optimizers
     from megatron_bagel.training.step import train_step
 
     run = open_run(config)
@@ -46,7 +46,7 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "weight_bytes": sum(weights.values()),
-        "gradient_bytes": sum(buffer.grad_data.nbytes for part in run.trainable.wrapped for buffer in part.buffers),
+        "gradient_bytes": sum(buffer.grad_data.nbytes for part in run.trainable.wrapped for buffer in gradient_buffers(part)),
         "optimizer_bytes": sum(tensor.nbytes for tensor in state),
         "average_bytes": run.trainable.ema.local_bytes(),
         "autoencoder_bytes": sum(weight.nbytes for weight in autoencoder.parameters()) if autoencoder is not None else 0,
@@ -73,6 +73,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "freeze-llm-dp2": (2, {"freeze_llm": True}),
     "moe-freeze-vit": (1, {"freeze_vit": True, "layer_module": "Qwen2MoEDecoderLayer"}),
     "no-pictures-out": (1, {"visual_gen": False}),
+    "experts": (1, SPARSE),
+    "experts-ep2-bf16": (2, {**SPARSE, EP: 2, **BF16}),
+    "experts-ep2-whole-optimizer": (2, {**SPARSE, EP: 2, "use_distributed_optimizer": False}),
+    "experts-tp2-sp": (2, {**SPARSE, **SP_TP2}),
+    "experts-tp2-sp-ep2-etp2-bf16": (4, {**SPARSE, **SP_TP2, EP: 2, **BF16}),
+    "experts-tp2-sp-pp2-vpp2-ep2": (4, {**SPARSE, **SP_TP2, PP: 2, VPP: 2, EP: 2, ETP: 1}),
+    "experts-ep2-dp4-freeze-und": (4, {**SPARSE, EP: 2, "freeze_und": True}),
+    "shared-expert-tp2-sp-ep2": (2, {**SPARSE, **SP_TP2, EP: 2, ETP: 1, "moe_shared_expert_intermediate_size": 16}),
+    "shared-expert-ep2": (2, {**SPARSE, EP: 2, "moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True}),
 }
 
 

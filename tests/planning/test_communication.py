@@ -15,7 +15,7 @@ from megatron_bagel.planning.rank_tokens import rank_tokens
 from tests.distributed import run_ranks
 from tests.planning.recorded import Recorder
 from tests.runs import open_run, resolved, run_config
-from tests.training.equal_runs import COMM, CP, OVERLAP, PP, SP_TP2, TP, VPP, cases, world_of
+from tests.training.equal_runs import COMM, CP, EP, ETP, OVERLAP, PP, SP_TP2, SPARSE, TP, VPP, cases, world_of
 
 #: Sums of a few numbers are left out.
 FEW = 1024
@@ -60,6 +60,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "first-stage": (4, {TP: 2, PP: 2, "encoder_placement": "first_stage"}),
     "tp2-chunked-cross-entropy": (2, {TP: 2, "ce_chunk_tokens": 16}),
     "tp2-sp-pp2-cp2": (8, {**SP_TP2, PP: 2, CP: 2}),
+    "experts-ep2": (2, {**SPARSE, EP: 2}),
+    "experts-ep2-full": (2, {**SPARSE, EP: 2, "recompute_granularity": "full"}),
+    "experts-ep2-mlp-again": (2, {**SPARSE, EP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    "experts-ep2-dp4": (4, {**SPARSE, EP: 2}),
+    "experts-tp2-sp-ep2": (2, {**SPARSE, **SP_TP2, EP: 2, ETP: 1}),
+    "experts-of-one-kind-tp2-sp-ep2": (2, {**SPARSE, "moe_kinds": ["gen"], **SP_TP2, EP: 2, ETP: 1}),
+    "experts-pp2-vpp2-ep2": (4, {**SPARSE, PP: 2, VPP: 2, EP: 2}),
 }
 
 
@@ -69,7 +76,7 @@ def test_the_formula_is_what_a_step_issues(world: Path, tmp_path: Path, ranks: i
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, **flags})
     megatron = config.megatron
     model = CommunicationModel(resolved(config, ranks).costs)
-    sent_to_encoders: list[Counter] = [Counter(), Counter()]
+    exchanged: list[Counter] = [Counter(), Counter()]
     for stage, place, packs, calls in run_ranks(issued, ranks, config):
         tokens = [
             rank_tokens(
@@ -84,13 +91,16 @@ def test_the_formula_is_what_a_step_issues(world: Path, tmp_path: Path, ranks: i
         for call in model.rank(stage, tokens):
             if call.axis == "encoders":
                 # Which rank encodes which image is another matter: only what a replica's ranks send together is known.
-                sent_to_encoders[0][call.ranks] += call.size
+                exchanged[0][call.ranks] += call.size
+            elif call.axis == "expert" and call.kind == "all_to_all":
+                # So it is with tokens, which go to the experts that routers choose.
+                exchanged[0][call.ranks] += call.size * call.count
             elif call.size >= FEW:
                 expected[call.kind, call.ranks, call.size] += call.count
         found = Counter({key: count for key, count in calls.items() if key[2] >= FEW})
         replica = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
         exchanges = {key for key in found if key[0] == "all_to_all" and (megatron.cp_comm_type != "a2a" or found[key] < 4)}
         for key in exchanges:
-            sent_to_encoders[1][replica] += key[2] * found.pop(key)
+            exchanged[1][replica] += key[2] * found.pop(key)
         assert found and found == expected
-    assert sent_to_encoders[0].total() == pytest.approx(sent_to_encoders[1].total(), rel=0.05)
+    assert exchanged[0].total() == pytest.approx(exchanged[1].total(), rel=0.05)

@@ -19,7 +19,7 @@ from megatron_bagel.config.validate import validate_settings
 from tests.costs.test_memory import held
 from tests.distributed import fork, run_ranks
 from tests.runs import open_run, run_config
-from tests.training.equal_runs import CP, PP, SP_TP2, TP, VPP, cases, world_of
+from tests.training.equal_runs import CP, EP, ETP, PP, SP_TP2, SPARSE, TP, VPP, cases, world_of
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-whole-optimizer": (2, {"use_distributed_optimizer": False}),
     "freeze-und": (2, {TP: 2, "freeze_und": True}),
     "first-stage": (4, {TP: 2, PP: 2, "encoder_placement": "first_stage"}),
+    "experts-ep2": (2, {**SPARSE, EP: 2}),
+    "experts-tp2-sp-pp2-ep2": (4, {**SPARSE, **SP_TP2, PP: 2, EP: 2, ETP: 1}),
 }
 
 

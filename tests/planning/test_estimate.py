@@ -18,7 +18,7 @@ from megatron_bagel.costs.flops import StepWork, mfu_flops, utilization, work_fl
 from megatron_bagel.planning.activations import Recompute
 from megatron_bagel.planning.command import problem_of
 from megatron_bagel.planning.estimate import recomputed_flops
-from megatron_bagel.planning.models import MODELS, parameters
+from megatron_bagel.planning.models import MODELS, active_parameters, parameters
 from megatron_bagel.planning.parallel_plan import make_plan
 from megatron_bagel.planning.search import search
 from megatron_bagel.planning.workload import Mix, typical_pack
@@ -26,6 +26,7 @@ from megatron_bagel.planning.workload import Mix, typical_pack
 TP, PP, VPP, CP = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
 )  # fmt: skip
+EP = "expert_model_parallel_size"
 SMALL = PlanArguments(model="qwen2.5-0.5b-mot", gpus=16)
 SEARCH = replace(SMALL, search=True)
 
@@ -40,6 +41,43 @@ def plan_of(wanted: PlanArguments = SMALL, **flags):
 def test_the_released_model_has_the_released_numbers() -> None:
     """14.607 billion numbers in the files of BAGEL-7B-MoT, two position tables among them."""
     assert parameters(MODELS["bagel-7b-mot"]) == pytest.approx(14.607e9, abs=0.5e6)
+
+
+def test_a_mixture_in_both_experts_counts_all_experts_and_the_active_ones() -> None:
+    """Qwen3-30B-A3B has 30.5 billion parameters of which 3.3 serve a token (its model card); a MoT has its layers twice."""
+    arch, llm = MODELS["qwen3-30b-a3b-mot"], MODELS["qwen3-30b-a3b-mot"].llm
+    text_alone = replace(arch, llm=replace(llm, layer_module="Qwen2DecoderLayer"), vit=None, autoencoder=None)
+    assert parameters(text_alone) == pytest.approx(30.53e9, rel=1e-3)
+    assert active_parameters(arch, "und") == pytest.approx(3.35e9, rel=0.01)
+    vocabulary = 2 * llm.vocab_size * llm.hidden_size
+    assert active_parameters(arch, "gen") == active_parameters(arch, "und") - vocabulary
+    assert parameters(arch) == pytest.approx(2 * 30.53e9 - vocabulary, rel=0.01)
+
+
+def test_a_search_divides_experts_and_their_traffic_is_that_of_the_choices() -> None:
+    wanted = PlanArguments(model="qwen3-30b-a3b-mot", gpus=64)
+    plan, problem = plan_of(wanted, **{EP: 8, "recompute_granularity": "full"})
+    assert "DP64 EP8" in plan.name
+    sparse, packs = problem.arch.llm.sparse, plan.sizes.num_microbatches
+    tokens = problem.pack.sequence_length * sparse.num_experts_per_tok * packs
+    # Three passes of each of 48 layers send each choice's row to its expert and back: forward, again, backward.
+    rows = 48 * 3 * 2 * tokens * 2048 * 2
+    sent = sum(call.sent for call in plan.calls[0] if call.axis == "expert" and call.payload != "weights of choices")
+    assert sent == pytest.approx(rows, rel=1e-3)
+    whole, _ = plan_of(wanted, **{"recompute_granularity": "full"})
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    assert whole.memory[0].static.parameters - plan.memory[0].static.parameters == experts - experts // 8
+    assert sum(call.sent for call in whole.calls[0] if call.axis == "expert") == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_plans_experts(capsys: pytest.CaptureFixture) -> None:
+    words = ["--model", "qwen2.5-0.5b-mot", "--gpus", "8", "--seq_length", "8192", "--num_experts", "8", "--moe_router_topk", "2"]
+    assert main([*words, f"--{EP}", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "DP8 EP4" in text and "serve a text or ViT token" in text and re.search(r"^expert +\d+\.\d*[1-9]", text, re.MULTILINE)
+    assert main([*words, f"--{EP}", "3"]) == 2
+    assert "does not divide the 8 experts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -21,6 +21,12 @@ PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 CP, COMM = "context_parallel_size", "cp_comm_type"
 SP_TP2 = {TP: 2, SP: True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+#: Four experts of which two serve a token; layer 1 is dense. Both auxiliary losses are on, and dropped capacity is off.
+SPARSE: dict[str, Any] = {
+    "num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_layer_freq": [1, 0, 1, 1], "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 0.01,
+}  # fmt: skip
 STEPS = 3
 #: Clipping is active. A usual epsilon: 1e-15 would make a full update of the last bit of a gradient that should be zero.
 SETTINGS = {
