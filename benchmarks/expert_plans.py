@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted layouts of a model with sparse experts: the fastest parallel sizes that fit, with their memory and expert traffic.
+"""Predicted layouts of a model with sparse experts: the fastest of some parallel sizes that fit, with their memory and expert traffic.
 
     python -m benchmarks.expert_plans --into docs/sparse_experts.md      # the table between the marks of the page
     python -m benchmarks.expert_plans --gpus 64 --best 10
@@ -52,7 +52,14 @@ def best_plans(arguments: argparse.Namespace, gpus: int) -> list[dict[str, Any]]
     planned = resolve_plan(
         Config.from_values({"max_num_tokens": arguments.tokens, "global_batch_size": packs, "overlap_grad_reduce": True}), wanted
     )
-    return [row_of(plan, gpus) for plan in search(problem_of(planned, wanted), planned.inputs_of)[: arguments.best]]
+    tried = {
+        "tensor_model_parallel_size": arguments.tensor, "pipeline_model_parallel_size": arguments.stages,
+        "virtual_pipeline_model_parallel_size": [None], "context_parallel_size": [1], "expert_model_parallel_size": arguments.experts,
+    }  # fmt: skip
+    plans = search(
+        problem_of(planned, wanted), planned.inputs_of, lambda sizes: all(sizes[name] in values for name, values in tried.items())
+    )
+    return [row_of(plan, gpus) for plan in plans[: arguments.best]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -75,6 +82,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", default=[64, 1024], help="numbers of GPUs (default: 64 1024)")
     parser.add_argument("--packs-per-gpu", type=int, default=2, help="of the global batch (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="capacity of a pack (default: %(default)s)")
+    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes to try (default: 1 2)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], help="pipeline stages to try (default: 1 2 4)")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32], help="expert-parallel sizes to try (default: 8 16 32)")
     parser.add_argument("--best", type=int, default=3, help="plans to show for each number of GPUs (default: %(default)s)")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="put the table between the marks <!-- expert plans --> of this page")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")

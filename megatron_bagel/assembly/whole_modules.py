@@ -28,7 +28,11 @@ def filled_modules(model: OpenedModel, dtype: torch.dtype) -> tuple[BagelModel, 
         ValueError: The tensor-parallel size does not divide the model, or tensors are missing or unexpected.
     """
     arch, ranks = model.arch, parallel_state.get_tensor_model_parallel_world_size()
-    megatron = MegatronArguments(tensor_model_parallel_size=ranks)
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    megatron = MegatronArguments(
+        tensor_model_parallel_size=ranks, expert_model_parallel_size=experts,
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+    )  # fmt: skip
     check_parallel_sizes(megatron, arch.llm)
     check_expert_sizes(megatron, arch.llm, training=False)
     # Random weights would only be overwritten. Megatron marks sharded weights only when it initialises them.

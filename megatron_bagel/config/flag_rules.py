@@ -33,6 +33,11 @@ def check_consistency(config: Config) -> None:
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
         raise ValueError("--fake_world_size and --fake_rank describe a dry run: add --dry_run, or drop them")
+    if megatron.moe_grouped_gemm and find_spec("transformer_engine") is None:
+        raise ValueError(
+            "--moe_grouped_gemm True needs the package transformer-engine, whose grouped products need a GPU; leave it out, and "
+            "experts are computed one after the other"
+        )
     if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     if megatron.manual_gc_interval and not megatron.manual_gc:

@@ -62,6 +62,12 @@ class MoEArguments:
         "How tokens reach their experts. allgather pads the tokens of each rank to an equal number; it suits few ranks.",
         on_resume=FREE,
     )
+    moe_grouped_gemm: bool = megatron_flag(
+        False,
+        "Compute the experts of a rank in one grouped product of Transformer Engine, not one after the other. Needs a GPU and the package "
+        "transformer-engine.",
+        on_resume=FREE,
+    )
     expert_model_parallel_size: int = megatron_flag(
         1,
         "Ranks that divide the experts. They are tensor-, context- or data-parallel ranks of one pipeline stage.",

@@ -13,7 +13,7 @@ from megatron_bagel.config.megatron_arguments import MegatronArguments
 _EXPERT_FLAGS = (
     "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq", "moe_first_k_dense", "moe_kinds", "moe_router_pre_softmax",
     "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_dtype", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_token_dispatcher_type", "expert_model_parallel_size",
+    "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_token_dispatcher_type", "moe_grouped_gemm", "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )  # fmt: skip
 
@@ -62,21 +62,22 @@ def check_expert_sizes(megatron: MegatronArguments, llm: LLMArch, training: bool
             "above 1: Megatron-Core keeps experts that are not divided in the gradient buffers of the other weights, which are split "
             f"{tensor} ways"
         )
+    shared = sparse.shared_expert_intermediate_size
+    if shared is not None and shared % tensor:
+        raise ValueError(
+            f"--tensor_model_parallel_size {tensor} does not divide the {shared} channels of the shared expert "
+            "(--moe_shared_expert_intermediate_size)"
+        )
     if training:
         _check_training(megatron, llm)
 
 
 def _check_training(megatron: MegatronArguments, llm: LLMArch) -> None:
-    tensor, sparse = megatron.tensor_model_parallel_size, llm.sparse
+    tensor = megatron.tensor_model_parallel_size
     if tensor > 1 and not megatron.sequence_parallel:
         raise ValueError(
             f"--tensor_model_parallel_size {tensor} with sparse experts needs --sequence_parallel True: without it every tensor-parallel "
             "rank would route the same tokens"
-        )
-    if sparse is not None and sparse.shared_expert_intermediate_size is not None and tensor > 1:
-        raise ValueError(
-            f"--tensor_model_parallel_size {tensor} with a shared expert (--moe_shared_expert_intermediate_size) is not supported: "
-            "Megatron-Core's shared expert gathers equally many tokens from each rank, and ranks hold different numbers of each kind; use 1"
         )
     if megatron.transformer_impl == "transformer_engine":
         raise ValueError("--transformer_impl transformer_engine has no sparse experts here; use --transformer_impl local")

@@ -130,6 +130,7 @@ def _experts(arch: LLMArch, megatron: MegatronArguments) -> dict[str, Any]:
         "moe_expert_capacity_factor": megatron.moe_expert_capacity_factor,
         "moe_token_drop_policy": megatron.moe_token_drop_policy,
         "moe_token_dispatcher_type": megatron.moe_token_dispatcher_type,
+        "moe_grouped_gemm": megatron.moe_grouped_gemm,
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "expert_tensor_parallel_size": megatron.expert_tensor_size(megatron.tensor_model_parallel_size),
     }

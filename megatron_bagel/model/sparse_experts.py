@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,12 +59,12 @@ class SparseExperts(MegatronModule):
             The results, [rows, h].
         """
         if not self.two_experts:
-            und, gen = _sparse(self.und, torch.cat([und, gen])).split([len(und), len(gen)])
+            und, gen = _sparse(self.und, torch.cat([und, gen]), exchange.sequence_parallel).split([len(und), len(gen)])
             return join([und.detach() if freeze_und else und, gen], rows)
         parts, dense = [], None
         for kind, mlp, tokens in (("und", self.und, und), ("gen", self.gen, gen)):
             if isinstance(mlp, SparseMLP):
-                result = _sparse(mlp, tokens)
+                result = _sparse(mlp, tokens, exchange.sequence_parallel)
                 parts.append(result.detach() if kind == "und" and freeze_und else result)
                 continue
             parts.append(torch.zeros_like(tokens))
@@ -71,13 +72,27 @@ class SparseExperts(MegatronModule):
         return join(parts, rows) if dense is None else join(parts, rows) + dense
 
 
-def _sparse(mlp: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _sparse(mlp: torch.nn.Module, tokens: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
     """Apply a sparse MLP. Generation skips it for no tokens, unless other ranks wait for this one."""
-    if not len(tokens) and not torch.is_grad_enabled() and parallel_state.get_expert_tensor_and_model_parallel_world_size() == 1:
-        return tokens
     if not isinstance(mlp, SparseMLP):
         raise TypeError(f"{type(mlp).__name__} is not a sparse MLP")
-    return mlp.rows(tokens)
+    whole = not sequence_parallel and mlp.config.tensor_model_parallel_size > 1
+    is_alone = whole or parallel_state.get_expert_tensor_and_model_parallel_world_size() == 1
+    if not len(tokens) and not torch.is_grad_enabled() and is_alone:
+        return tokens
+    return _divided(mlp, tokens) if whole else mlp.rows(tokens)
+
+
+def _divided(mlp: SparseMLP, tokens: torch.Tensor) -> torch.Tensor:
+    """Apply a sparse MLP to rows [n, h] that every tensor-parallel rank has, as in generation: each rank routes a part of them."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    share = -(-len(tokens) // group.size())
+    own_rows = tokens[group.rank() * share : (group.rank() + 1) * share]
+    results = tokens.new_zeros((share * group.size(), tokens.shape[1]))
+    own_results = tokens.new_zeros((share, tokens.shape[1]))
+    own_results[: len(own_rows)] = mlp.rows(own_rows)
+    dist.all_gather_into_tensor(results, own_results, group=group)
+    return results[: len(tokens)]
 
 
 def _dense(

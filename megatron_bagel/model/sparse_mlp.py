@@ -8,10 +8,12 @@ of the global batch, as every loss here, because a rank holds any number of toke
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -125,14 +127,37 @@ class NamedExperts(SequentialMLP):
         return state
 
 
+class UnequalSharedExpert(SharedExpertMLP):
+    """Megatron-Core's shared expert for tensor-parallel ranks with different numbers of rows, which it gathers as if they were equal."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map this rank's tokens [n, 1, h] to [n, 1, h]. Every tensor-parallel rank calls it, even without a token."""
+        if self.config.tensor_model_parallel_size == 1:
+            return super().forward(hidden_states)
+        rows = len(hidden_states)
+        slots = most_rows(rows, parallel_state.get_tensor_model_parallel_group(), hidden_states.device)
+        padded = torch.nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, slots - rows))
+        return super().forward(padded)[:rows]
+
+
+def most_rows(rows: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """Return the largest number of rows of a rank of ``group``, and 1 at least: reductions need memory to reduce. Collective."""
+    count = torch.tensor([rows], device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+    return max(1, int(count.item()))
+
+
 class SparseMLP(MoELayer):
-    """The sparse MLP of one expert kind in one layer."""
+    """The sparse MLP of one expert kind in one layer. It takes a rank's share of the rows, with or without sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
+        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+            config = copy(config)
+            config.sequence_parallel = True
         linears = MegatronMLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         submodules = MoESubmodules(
-            experts=CallableSpec(NamedExperts, submodules=linears),
-            shared_experts=CallableSpec(SharedExpertMLP, submodules=linears),
+            experts=CallableSpec(_experts_class(config), submodules=linears),
+            shared_experts=CallableSpec(UnequalSharedExpert, submodules=linears),
             router=GlobalBatchRouter,
         )
         super().__init__(config, submodules, layer_number)
@@ -145,13 +170,19 @@ class SparseMLP(MoELayer):
         """
         if self.config.moe_token_dispatcher_type != "allgather":
             return self(tokens.unsqueeze(1))[0].squeeze(1)
-        count = torch.tensor([len(tokens)], device=tokens.device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.token_dispatcher.tp_ep_group)
-        # One row at least: the dispatchers' reductions need memory to reduce.
-        slots = max(1, int(count.item()))
+        slots = most_rows(len(tokens), self.token_dispatcher.tp_ep_group, tokens.device)
         padded = torch.nn.functional.pad(tokens, (0, 0, 0, slots - len(tokens)))
         mask = torch.arange(slots, device=tokens.device).unsqueeze(0) >= len(tokens)
         return self(padded.unsqueeze(1), padding_mask=mask)[0].squeeze(1)[: len(tokens)]
+
+
+def _experts_class(config: TransformerConfig) -> type[NamedExperts]:
+    """Return the class of the experts. Only ``--moe_grouped_gemm`` imports Transformer Engine."""
+    if not config.moe_grouped_gemm:
+        return NamedExperts
+    from megatron_bagel.model.te_experts import GroupedExperts
+
+    return GroupedExperts
 
 
 def set_global_tokens(modules: torch.nn.Module, und: int, gen: int) -> None:

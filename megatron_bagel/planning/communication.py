@@ -132,7 +132,9 @@ class CommunicationModel:
         """Yield the collectives after the passes: reductions of gradients, and the gather of updated weights."""
         sizes, on_all_ranks = self.sizes, encoders_on_all_ranks(self.megatron)
         replica_span = self.tp * self.cp * sizes.data_parallel_size
-        for buffer in self.memory.buffers(stage):
+        buffers = self.memory.buffers(stage)
+        divided = any(buffer.part == "experts" and buffer.memory.trained for buffer in buffers)
+        for buffer in buffers:
             is_world_tower = buffer.part == "tower" and on_all_ranks
             span = sizes.world_size if is_world_tower else replica_span
             ranks, gradient_bytes = buffer.shards, buffer.memory.gradient_bytes
@@ -143,7 +145,10 @@ class CommunicationModel:
                 yield Collective("data", f"gradients{name}", "all_reduce", ranks, elements * FP32, buckets, span)
                 continue
             yield Collective("data", f"gradients{name}", "reduce_scatter", ranks, elements * FP32, buckets, span)
-            yield Collective("data", f"weights{name}", "all_gather", ranks, elements * self.width, buckets, span)
+            # Divided experts have an optimizer of their own, and after its step each optimizer gathers every buffer of its modules.
+            has_own_optimizer = buffer.part == "tower" and on_all_ranks and sizes.world_size > sizes.data_parallel_size
+            gathers = 2 if divided and not has_own_optimizer else 1
+            yield Collective("data", f"weights{name}", "all_gather", ranks, elements * self.width, gathers * buckets, span)
             if sizes.distributed_optimizer_instances > 1 and not is_world_tower:
                 instances = sizes.distributed_optimizer_instances
                 yield Collective("data", "gradients between instances", "all_reduce", instances, elements * FP32 // ranks, buckets, span)

@@ -21,19 +21,20 @@ RECOMPUTE: tuple[dict[str, Any], ...] = (
 InputsOf = Callable[[dict[str, Any]], CostInputs]
 
 
-def search(problem: Problem, inputs_of: InputsOf) -> list[ParallelPlan]:
+def search(problem: Problem, inputs_of: InputsOf, keeps: Callable[[dict[str, Any]], bool] = lambda sizes: True) -> list[ParallelPlan]:
     """Return the plans that fit, by predicted step time. Each choice of parallel sizes has the least recomputation that fits.
 
     Args:
         problem: The model, machine and pack.
         inputs_of: Returns the run with the sizes and the recomputation that are tried. A refusal counts as a size that is not
             possible, so all other settings must have been checked before.
+        keeps: Returns whether to try some parallel sizes, by flag name.
 
     Raises:
         ValueError: Nothing fits. The text names the plan that comes nearest.
     """
     tokens_of, plans, nearest = problem.tokens_of(), [], None
-    for sizes in _sizes(problem):
+    for sizes in filter(keeps, _sizes(problem)):
         for recompute in RECOMPUTE:
             try:
                 plan = make_plan(inputs_of({**sizes, **recompute}), problem, tokens_of)

@@ -34,9 +34,9 @@ def test_sizes_that_cannot_work(flags: dict[str, Any], reason: str) -> None:
         check_expert_sizes(MegatronArguments(**flags), LLMArch.from_hf(CONFIG))
 
 
-def test_a_shared_expert_is_for_one_tensor_parallel_rank() -> None:
-    llm = LLMArch.from_hf({**CONFIG, "shared_expert_intermediate_size": 8})
-    with pytest.raises(ValueError, match="shared expert"):
+def test_tensor_parallel_ranks_divide_a_shared_expert() -> None:
+    llm = LLMArch.from_hf({**CONFIG, "shared_expert_intermediate_size": 9})
+    with pytest.raises(ValueError, match="9 channels of the shared expert"):
         check_expert_sizes(MegatronArguments(tensor_model_parallel_size=2, sequence_parallel=True), llm)
 
 

@@ -70,10 +70,14 @@ def test_two_ranks_equal_one(single: dict[str, dict[str, torch.Tensor]], dispatc
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def mixed_gradients(frozen: bool) -> dict[str, torch.Tensor]:
-    """Gradients of one pack, on this rank or on both tensor-parallel ranks: sparse generation experts, or sparse frozen understanding."""
+def mixed_gradients(frozen: bool, shared: int | None = None) -> dict[str, torch.Tensor]:
+    """Gradients of one pack, on this rank or on both tensor-parallel ranks: sparse generation experts, or sparse frozen understanding.
+
+    ``shared`` is the width of a shared expert with a gate.
+    """
     tensor = dist.get_world_size()
-    arch = sparse_arch(2, sparse_kinds=("und",) if frozen else ("gen",), mlp_only_layers=(1,))
+    more = {"shared_expert_intermediate_size": shared, "shared_expert_gate": True} if shared else {}
+    arch = sparse_arch(2, sparse_kinds=("und",) if frozen else ("gen",), mlp_only_layers=(1,), **more)
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1} if tensor == 2 else {}
     model = build_decoder(arch, config_of(arch, **parallel, expert_model_parallel_size=tensor), freeze_und=frozen)
     initialise([model], WeightMap(arch), 1)
@@ -103,6 +107,18 @@ def test_a_sparse_kind_beside_a_dense_one_on_two_tensor_parallel_ranks(frozen: b
     assert any(".local_experts." in name for name in expected) is not frozen
     for rank in ranks:
         assert any(".router." in name for name in rank) is not frozen
+        for name, gradient in rank.items():
+            torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+def test_a_shared_expert_on_two_tensor_parallel_ranks_with_unequal_rows() -> None:
+    groups = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    ranks = run_ranks(mixed_gradients, 2, False, 8, parallel=groups)
+    expected = run_ranks(mixed_gradients, 1, False, 8, parallel={})[0]
+    assert any(name.endswith("shared_experts.gate_weight") for name in expected)
+    for rank in ranks:
+        assert any(name.endswith("shared_experts.gate_weight") for name in rank)
         for name, gradient in rank.items():
             torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 

@@ -77,7 +77,7 @@ def test_the_command_plans_experts(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert "DP8 EP4" in text and "serve a text or ViT token" in text and re.search(r"^expert +\d+\.\d*[1-9]", text, re.MULTILINE)
     assert main([*words, f"--{EP}", "3"]) == 2
-    assert "does not divide the 8 experts" in capsys.readouterr().err
+    assert "does not divide the 8 ranks of a pipeline stage" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

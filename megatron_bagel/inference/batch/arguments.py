@@ -94,6 +94,10 @@ def _add_model(group: Any) -> None:
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",
         help="processes that share the decoder, started by torchrun; more processes answer prompts side by side (default: 1)",
     )  # fmt: skip
+    group.add_argument(
+        "--expert-model-parallel-size", type=int, default=1, metavar="N",
+        help="parts of the processes that share the decoder; each has a part of the sparse experts (default: 1, which splits every expert)",
+    )  # fmt: skip
     group.add_argument("--interpolate-pos", action="store_true", default=None, help="spread positions over the whole table")
 
 

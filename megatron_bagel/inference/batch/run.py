@@ -98,7 +98,8 @@ def open_engine(args: Namespace) -> Engine:
         "weights", "dtype", "tokenizer", "autoencoder", "vae_transform", "vit_transform", "max_latent_size", "interpolate_pos",
         "check_weights", "weights_name", "llm_path", "vit_path", "adapter",
     )  # fmt: skip
-    options = LoadOptions(**{name: getattr(args, name) for name in named}, tensor_parallel=args.tensor_model_parallel_size)
+    ranks = {"tensor_parallel": args.tensor_model_parallel_size, "expert_parallel": args.expert_model_parallel_size}
+    options = LoadOptions(**{name: getattr(args, name) for name in named}, **ranks)
     return load_engine(args.model, options)
 
 
@@ -127,7 +128,8 @@ def _answer_settings(args: Namespace) -> dict[str, Any]:
     """Return the options that decide an answer, besides the prompt."""
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
     limits = {"max_text_bytes", "max_json_depth"}
-    free = of_prompts | limits | {"out", "resume", "batch_size", "tensor_model_parallel_size", "serve", "host", "port"}
+    ranks = {"tensor_model_parallel_size", "expert_model_parallel_size"}
+    free = of_prompts | limits | ranks | {"out", "resume", "batch_size", "serve", "host", "port"}
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -38,12 +38,14 @@ class LoadOptions(OpenOptions):
         vae_transform: (longest, shortest) side in pixels of input images for the autoencoder.
         vit_transform: the same for the vision tower.
         tensor_parallel: ranks that share the decoder; a run on more ranks has several copies of the model.
+        expert_parallel: parts of these ranks that divide sparse experts; the ranks of a part split each of its experts.
     """
 
     dtype: str | None = None
     vae_transform: tuple[int, int] | None = None
     vit_transform: tuple[int, int] | None = None
     tensor_parallel: int = 1
+    expert_parallel: int = 1
 
 
 def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
@@ -53,7 +55,7 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
         ValueError: If ``path`` holds no model, tensors are missing or unexpected, or settings do not match the model.
     """
     options = options or LoadOptions()
-    _join(options.tensor_parallel)
+    _join(options.tensor_parallel, options.expert_parallel)
     model = open_model(*_on_this_machine(str(path), options))
     if len(model.tokenizer) > model.arch.llm.vocab_size:
         raise ValueError(
@@ -124,10 +126,10 @@ def _transform(flag: str, default: tuple[int, int], requested: tuple[int, int] |
     return args
 
 
-def _join(tensor_parallel: int) -> None:
+def _join(tensor_parallel: int, expert_parallel: int) -> None:
     """Create the process groups that Megatron-Core's modules need even on one process; existing groups stay.
 
-    Raises ValueError if ``tensor_parallel`` does not divide the launched ranks.
+    Raises ValueError if ``tensor_parallel`` does not divide the launched ranks, or ``expert_parallel`` does not divide it.
     """
     ranks = launched_world_size()
     if tensor_parallel < 1 or ranks % tensor_parallel:
@@ -135,11 +137,18 @@ def _join(tensor_parallel: int) -> None:
             f"--tensor-model-parallel-size {tensor_parallel} does not divide the {ranks} launched processes; start it with "
             f"torchrun --nproc_per_node {max(tensor_parallel, 1)}, or a multiple of that"
         )
+    if expert_parallel < 1 or tensor_parallel % expert_parallel:
+        raise ValueError(
+            f"--expert-model-parallel-size {expert_parallel} does not divide --tensor-model-parallel-size {tensor_parallel}: sparse "
+            "experts are divided over the ranks that share a copy of the model"
+        )
     platform.install()
     if not torch.distributed.is_initialized():
         init_distributed()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel, expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=tensor_parallel // expert_parallel
+        )
 
 
 def _dtype(options: LoadOptions) -> torch.dtype:

@@ -21,10 +21,11 @@ from tests.distributed import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def answers(folder: Path, ranks: int) -> list[tuple]:
+def answers(folder: Path, ranks: int, experts: int = 1) -> list[tuple]:
     from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 
-    engine = load_engine(folder, LoadOptions(vae_transform=(32, 16), vit_transform=(42, 14), tensor_parallel=ranks))
+    options = LoadOptions(vae_transform=(32, 16), vit_transform=(42, 14), tensor_parallel=ranks, expert_parallel=experts)
+    engine = load_engine(folder, options)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     requests = [
         Request(("a red circle",), size=(16, 24)),
