@@ -14,11 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules as MegatronMLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
@@ -30,6 +27,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bagel.model.named_experts import NamedExperts
 from megatron_bagel.model.router_statistics import RouterStatistics
 from megatron_bagel.platform.megatron_compat import CallableSpec
 
@@ -105,26 +103,6 @@ class GlobalBatchRouter(TopKRouter):
         if self.global_tokens is None:
             raise RuntimeError("the router does not know the tokens of the global batch: call set_global_tokens before the forward pass")
         return max(1, self.global_tokens)
-
-
-class NamedExperts(SequentialMLP):
-    """Megatron-Core's sequence of expert MLPs. In a checkpoint each expert is a tensor with the expert's number over all ranks."""
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> ShardedStateDict:
-        """Return the state of this rank's experts. A tensor of an expert is replicated over the expert-data-parallel ranks only."""
-        state: ShardedStateDict = {}
-        first_expert = self.ep_group.rank() * self.num_local_experts
-        for number, expert in enumerate(self.local_experts):
-            local_prefix = f"{prefix}local_experts.{number}."
-            expert_state = expert.sharded_state_dict(local_prefix, sharded_offsets, metadata)
-            replace_prefix_for_sharding(expert_state, local_prefix, f"{prefix}local_experts.{first_expert + number}.")
-            for tensor in expert_state.values():
-                if hasattr(tensor, "replica_id"):
-                    tensor.replica_id = (*tensor.replica_id[:2], self.dp_group.rank())
-            state |= expert_state
-        return state
 
 
 class UnequalSharedExpert(SharedExpertMLP):

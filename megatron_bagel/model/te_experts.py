@@ -13,7 +13,7 @@ import torch
 import transformer_engine.pytorch as te
 from torch.nn.functional import silu
 
-from megatron_bagel.model.sparse_mlp import NamedExperts
+from megatron_bagel.model.named_experts import NamedExperts
 
 
 class GroupedExperts(NamedExperts):
