@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Here, and not where they are used: ranks are forked from this process, and each would import them for itself.
-import matplotlib.backends.backend_agg  # noqa: F401
 import torch
 
 from megatron_bagel.cli.data import sample as make_sample_data
@@ -22,7 +21,6 @@ from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import save_autoencoder
 from megatron_bagel.training.observability.metrics_file import read_history
-from megatron_bagel.training.setup import set_up as setup
 from tests.distributed import fork, run_ranks
 
 if TYPE_CHECKING:
@@ -81,9 +79,17 @@ def resolved(config: Config, ranks: int = 1) -> ResolvedRun:
     return resolve_run(config, architecture(config), ranks, has_gpu=False)
 
 
+def preload() -> None:
+    """Import what a run imports. Ranks are forked from this process, and each would do it for itself."""
+    for name in ("megatron_bagel.training.setup.set_up", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+
+
 def open_run(config: Config) -> Run:
     """Set the run up on this rank, process groups included."""
     import torch.distributed as dist
+
+    from megatron_bagel.training.setup import set_up as setup
 
     run = resolved(config, dist.get_world_size())
     setup.initialize_parallel(run)
@@ -93,17 +99,21 @@ def open_run(config: Config) -> Run:
 def _execute(config: Config) -> None:
     import torch.distributed as dist
 
+    from megatron_bagel.training.setup import set_up as setup
+
     setup.execute(resolved(config, dist.get_world_size()))
 
 
 def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:
     """Run to the end on forked ranks; the records of ``metrics.jsonl``."""
+    preload()
     run_ranks(_execute, ranks, config, timeout=240)
     return read_history(Path(config.training.results_dir) / "metrics.jsonl")
 
 
 def start(config: Config, ranks: int) -> multiprocessing.Process:
     """The same run in a process of its own group of ranks, to be killed."""
+    preload()
     return fork(_start_main, config, ranks)
 
 

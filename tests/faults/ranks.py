@@ -24,7 +24,7 @@ from megatron_bagel.platform.launch.process_group import reserved_port
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.conftest import ROOT
 from tests.distributed import fork
-from tests.runs import numbers
+from tests.runs import numbers, preload
 
 #: Called in a rank's process before it trains: what goes wrong there.
 Fault = Callable[[int], None]
@@ -76,6 +76,7 @@ def start_ranks(
     others: Mapping[int, Config] | None = None,
 ) -> Ranks:
     """Start ``python -m megatron_bagel.train`` on ``size`` forked ranks. ``others`` are configurations of single ranks."""
+    preload()
     out = Path(config.training.results_dir) / "printed"
     out.mkdir(parents=True, exist_ok=True)
     reservation = ExitStack()
