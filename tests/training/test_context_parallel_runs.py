@@ -63,7 +63,6 @@ TEXT, PICTURES = {"dataset_config_file": "text.yaml"}, {"dataset_config_file": "
 QUESTIONS = {"dataset_config_file": "vlm_sft.yaml"}
 KINDS = {
     "text-alone": (4, {CP: 4}, {**TEXT, "visual_gen": False, "visual_und": False}),
-    "text-alone-cp2": (2, {CP: 2}, TEXT),
     "text-alone-pp2": (4, {PP: 2, CP: 2}, TEXT),
     "pictures-alone-pp2": (4, {PP: 2, CP: 2, COMM: "a2a"}, PICTURES),
     "questions-alone-pp2": (4, {PP: 2, CP: 2}, QUESTIONS),
@@ -74,7 +73,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "layout", "flags"), cases(KINDS, "text-alone-cp2"))
+@pytest.mark.parametrize(("ranks", "layout", "flags"), cases(KINDS, "text-alone-pp2"))
 def test_every_kind_of_training_equals_one_process(
     world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict
 ) -> None:
