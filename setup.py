@@ -52,6 +52,8 @@ EXTRAS_REQUIRE = {
     "video": ["av>=11"],
     # WebDataset shards (docs/data.md).
     "data": ["webdataset>=0.2.86"],
+    # An index at s3:// (docs/data.md).
+    "s3": ["s3fs>=2024.2"],
     # The page of generation. 6.24 is the first that can be told to keep no history of what was asked (docs/generation.md). Not among the
     # test packages: it wants Pillow below 13, and 13.0, with which the goldens were made, resizes some pictures otherwise in the last bits.
     "serve": ["gradio>=6.24,<7"],
@@ -66,6 +68,8 @@ EXTRAS_REQUIRE = {
         "pytest-cov>=7",
         "hypothesis>=6.90",
         "webdataset>=0.2.86",
+        "s3fs>=2024.2",
+        "moto[server]>=5",
         "peft>=0.17",
         "diffusers>=0.30",
         "mypy>=2.4,<3",

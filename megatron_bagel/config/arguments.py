@@ -139,8 +139,18 @@ class DataArguments:
         None, "Folder with t2i/, editing/ and vlm/, as in the guide, for datasets without paths in the YAML file.", on_resume=FREE
     )
     index_dir: str | None = flag(
-        None, "Folder written by data_tools/build_index.py. Default: results_dir/index, which the first start builds.", on_resume=FREE
+        None, "Folder written by data_tools/build_index.py, or its URL in an object store. Default: results_dir/index, which the first "
+        "start builds.", on_resume=FREE,
+    )  # fmt: skip
+    index_cache_dir: str | None = flag(
+        None,
+        "Folder on a disk of each machine for shards of an index at a URL. Shards are fetched when they are first used.",
+        on_resume=FREE,
     )
+    index_cache_bytes: int | None = flag(
+        None, "Limit of the bytes that the index takes in --index_cache_dir. Shards that were not used for longest are removed. Default: "
+        "no limit.", minimum=1, on_resume=FREE,
+    )  # fmt: skip
     max_skipped_share: float = flag(
         0.01, "Share of unreadable samples above which the run ends. Ten are always allowed. Each is replaced and listed.",
         minimum=0, maximum=1, on_resume=FREE,

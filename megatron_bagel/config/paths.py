@@ -13,7 +13,7 @@ from megatron_bagel.common.paths import absolute_path, expanded_path
 #: Names of the settings that hold a file or a folder.
 PATHS = (
     "model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "dataset_config_file", "data_root", "index_dir", "latent_cache",
-    "results_dir", "checkpoint_dir", "resume_from", "local_checkpoint_dir", "prometheus_file", "lora_base",
+    "index_cache_dir", "results_dir", "checkpoint_dir", "resume_from", "local_checkpoint_dir", "prometheus_file", "lora_base",
 )  # fmt: skip
 #: Those of them that also take a model on a hub, ``owner/name[@revision]``.
 HUB_SETTINGS = ("model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "resume_from")

@@ -14,7 +14,8 @@ def check_paths(config: Config) -> None:
     """Check that every file and folder exists which a run reads at start-up. Raises ValueError with flag and path."""
     model, data, training = config.model, config.data, config.training
     _need_file("dataset_config_file", data.dataset_config_file, "the YAML of dataset groups")
-    if data.index_dir is not None:
+    _check_index_cache(config)
+    if data.index_dir is not None and "://" not in data.index_dir:
         _need_folder("index_dir", data.index_dir, "an index written by data_tools/build_index.py")
     if data.data_root is not None and "://" not in data.data_root:
         _need_folder("data_root", data.data_root, "the raw data")
@@ -49,6 +50,19 @@ def check_paths(config: Config) -> None:
         )
     if not Path(tokenizer_path(config)).exists():
         raise ValueError(f"--tokenizer_path {tokenizer_path(config)} does not exist; it should be a tokenizer folder or a .model file")
+
+
+def _check_index_cache(config: Config) -> None:
+    data = config.data
+    is_remote = data.index_dir is not None and "://" in data.index_dir
+    if is_remote and data.index_cache_dir is None:
+        raise ValueError(
+            f"--index_dir {data.index_dir} is a URL: give a folder on a disk of each machine, which keeps the shards in use, with "
+            "--index_cache_dir"
+        )
+    for name in ("index_cache_dir", "index_cache_bytes"):
+        if not is_remote and getattr(data, name) is not None:
+            raise ValueError(f"--{name} is for an index in an object store: give its URL with --index_dir, or leave the flag out")
 
 
 def _need_file(name: str, path: str | Path, content: str) -> None:

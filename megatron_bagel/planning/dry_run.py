@@ -122,6 +122,10 @@ def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
     sizes, megatron, settings = resolved.sizes, resolved.megatron, resolved.step
     if not 0 <= rank < sizes.world_size:
         raise ValueError(f"--fake_rank {rank} is not a rank of --fake_world_size {sizes.world_size}")
+    if resolved.data.index_cache is not None:
+        raise ValueError(
+            f"--index_dir {resolved.data.index_cache.url}: a dry run fetches nothing; give it a copy of the index on this machine"
+        )
     if not (resolved.data.index / MANIFEST).is_file():
         raise ValueError(f"there is no index in {resolved.data.index}: build one with data_tools/build_index.py and pass --index_dir")
     seconds: dict[str, float] = {}

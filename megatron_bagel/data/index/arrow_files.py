@@ -40,9 +40,14 @@ def read_planning_batch(path: Path, is_verified: bool = False) -> pa.RecordBatch
 
 def map_checksums(path: Path) -> np.ndarray:
     """Map a file of little-endian uint32 without keeping it open. Raises ValueError naming the file."""
+    return map_numbers(path, "<u4")
+
+
+def map_numbers(path: Path, dtype: str, count: int = -1, offset: int = 0) -> np.ndarray:
+    """Map ``count`` numbers (-1: all) of a file, which begin at byte ``offset``, without keeping it open. Raises ValueError naming it."""
     try:
         with pa.memory_map(str(path)) as mapped:
-            return np.frombuffer(mapped.read_buffer(), dtype="<u4")
+            return np.frombuffer(mapped.read_buffer(), dtype, count, offset)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({_first_line(error)}); copy it again") from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from PIL.Image import Image
 
 from megatron_bagel.common.files import crc32
 from megatron_bagel.data.index.arrow_files import read_planning_batch
+from megatron_bagel.data.index.cached_sequences import CachedSequences
 from megatron_bagel.data.index.columns import PlanningColumns, Ragged, concatenate_rows
 from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder, read_manifest
+from megatron_bagel.data.index.index_cache import IndexCache
 from megatron_bagel.data.index.sequences import OPENING, StoredSequences, checked_size
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValRows, TrainValSplit
 from megatron_bagel.data.keyed_random import keyed_uniform
@@ -33,15 +35,20 @@ from megatron_bagel.data.transforms import decode_rgb
 class Shard(PlanningColumns):
     """One memory-mapped shard. Its columns are read-only views with one entry per sample, and hold no open file."""
 
-    def __init__(self, folder: Path, info: ShardInfo, check_all: bool = False) -> None:
+    def __init__(self, folder: Path, info: ShardInfo, check_all: bool = False, cache: IndexCache | None = None) -> None:
         """Map the shard's columns; ``check_all`` compares the checksum of every text and image that is read.
+
+        ``cache`` fetches the files of an index that is in an object store; ``folder`` is then inside of it.
 
         Raises ValueError if a file is missing or its size differs from the manifest (an interrupted copy), or the columns are damaged.
         """
         stem = folder / info.name
+        if cache is not None:
+            cache.fetch_planning_files(stem, info)
         for suffix, (size, _) in info.files.items():
-            checked_size(stem, suffix, size, "copy or build the index again")
-        self._stem, self._info, self._check_all = stem, info, check_all
+            if cache is None or suffix != "bin":
+                checked_size(stem, suffix, size, "copy or build the index again")
+        self._stem, self._info, self._check_all, self._cache = stem, info, check_all, cache
         columns = Path(f"{stem}.arrow")
         if info.arrow_crc32 is not None and crc32(columns) != info.arrow_crc32:
             raise ValueError(f"{columns} does not have the checksum of the manifest; copy or build the index again")
@@ -54,9 +61,13 @@ class Shard(PlanningColumns):
             _check_columns(self, info, columns)
 
     @cached_property
-    def sequences(self) -> StoredSequences:
+    def sequences(self) -> StoredSequences | CachedSequences:
         """Return the texts and images of the shard. Raises ValueError if the table of their offsets is damaged."""
         info = self._info
+        if self._cache is not None:
+            open_data = partial(self._cache.open_data, self._stem, info)
+            count, size = info.texts + info.images, info.files["bin"][0]
+            return CachedSequences.open(self._stem, count, size, "crc" in info.files, self._check_all, open_data)
         return StoredSequences.open(self._stem, info.texts + info.images, True, "crc" in info.files, self._check_all)
 
 
@@ -84,7 +95,11 @@ Rows = TrainValRows | np.ndarray  # row numbers, indexed by an array of position
 class DatasetReader:
     """One dataset of an index. Row i is a sample; its texts and images are numbered from 0."""
 
-    def __init__(self, folder: Path, info: DatasetInfo, vocabulary_size: int, check_all: bool = False, exif: str = "ignore") -> None:
+    def __init__(
+        self, folder: Path, info: DatasetInfo, vocabulary_size: int, check_all: bool = False, exif: str = "ignore",
+        cache: IndexCache | None = None,
+    ) -> None:  # fmt: skip
+        self._cache = cache
         self.info, self.vocabulary_size, self._check_all, self.exif = info, vocabulary_size, check_all, exif
         self.group = info.group
         self.name = info.key
@@ -215,7 +230,7 @@ class DatasetReader:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = Shard(self._folder, self.info.shards[number], self._check_all)
+            self._shards[number] = Shard(self._folder, self.info.shards[number], self._check_all, self._cache)
         return self._shards[number]
 
     @staticmethod
@@ -231,19 +246,23 @@ class IndexedSamples:
     datasets: Mapping[str, DatasetReader]
 
     @classmethod
-    def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None, check_all: bool = False) -> IndexedSamples:
+    def open(
+        cls, folder: str | Path, tokenizer: Tokenizer | None = None, check_all: bool = False, cache: IndexCache | None = None
+    ) -> IndexedSamples:
         """Open an index; ``check_all`` compares the checksum of every image that is read, not only of texts and small images.
+
+        ``cache`` fetches the files of an index in an object store, and ``folder`` is then ``cache.folder``.
 
         Raises ValueError if ``folder`` holds no index of this version, or one of another tokenizer.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder) if cache is None else cache.fetch_manifest()
         if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
             raise ValueError(
                 f"the index {folder} was built with the tokenizer {manifest.tokenizer_path}, which differs from {tokenizer.path}; "
                 "build the index again with this one, or train with that one"
             )
-        readers = (DatasetReader(folder, info, manifest.vocabulary_size, check_all, manifest.exif) for info in manifest.datasets)
+        readers = (DatasetReader(folder, info, manifest.vocabulary_size, check_all, manifest.exif, cache) for info in manifest.datasets)
         return cls(manifest, {reader.info.key: reader for reader in readers})
 
     def reader(self, group: GroupConfig, entry: DatasetEntry) -> DatasetReader:

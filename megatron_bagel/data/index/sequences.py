@@ -26,7 +26,7 @@ OPENING = threading.Lock()  # a thread holds it from ``StoredSequences.read`` un
 #: Sequences up to this size have their checksum compared on every read: it takes a hundredth of the time of decoding them.
 SMALL_BYTES = 16 << 10
 # Megatron-Core's name of the format, version 1, code of uint8; then the numbers of sequences and of documents.
-_BEGINNING, _HEADER_BYTES = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([1]), 34
+_BEGINNING, HEADER_BYTES = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([1]), 34
 
 
 @lru_cache(maxsize=64)
@@ -85,10 +85,15 @@ class StoredSequences:
         """
         stored = open_indexed(self.stem, self.changed, self.multimodal)[number]
         data = stored[0] if self.multimodal else stored
-        is_checked = check or self.check_all or len(data) <= SMALL_BYTES
-        if is_checked and self.checksums is not None and zlib.crc32(data) != self.checksums[number]:
-            raise ValueError(f"its bytes in {self.stem}.bin do not have the checksum they were written with; copy the file again")
+        if check or self.check_all or len(data) <= SMALL_BYTES:
+            check_sequence(data, self.checksums, number, self.stem)
         return data
+
+
+def check_sequence(data: np.ndarray, checksums: np.ndarray | None, number: int, stem: str) -> None:
+    """Raise ValueError if the bytes of sequence ``number`` do not have their recorded checksum."""
+    if checksums is not None and zlib.crc32(data) != checksums[number]:
+        raise ValueError(f"its bytes in {stem}.bin do not have the checksum they were written with; copy the file again")
 
 
 def check_offsets(path: Path, count: int, data_bytes: int, multimodal: bool) -> None:
@@ -101,21 +106,21 @@ def check_offsets(path: Path, count: int, data_bytes: int, multimodal: bool) -> 
 def sequence_count(path: Path) -> int:
     """Return how many sequences an ``.idx`` says it lists, without checking it. Raises OSError."""
     with path.open("rb") as file:
-        return int.from_bytes(file.read(_HEADER_BYTES)[18:26], "little")
+        return int.from_bytes(file.read(HEADER_BYTES)[18:26], "little")
 
 
 def _offset_problem(path: Path, count: int, data_bytes: int, multimodal: bool) -> str | None:
     content = path.read_bytes()
-    if len(content) < _HEADER_BYTES or not content.startswith(_BEGINNING):
+    if len(content) < HEADER_BYTES or not content.startswith(_BEGINNING):
         return "it does not begin as an index of bytes does"
     sequences, documents = (int(number) for number in np.frombuffer(content, "<u8", 2, 18))
     if sequences != count:
         return f"it lists {sequences} sequences, expected {count}"
-    size = _HEADER_BYTES + 12 * sequences + 8 * documents + (sequences if multimodal else 0)
+    size = HEADER_BYTES + 12 * sequences + 8 * documents + (sequences if multimodal else 0)
     if len(content) != size:
         return f"it has {len(content)} bytes, expected {size}"
-    lengths = np.frombuffer(content, "<i4", count, _HEADER_BYTES)
-    offsets = np.frombuffer(content, "<i8", count, _HEADER_BYTES + 4 * count)
+    lengths = np.frombuffer(content, "<i4", count, HEADER_BYTES)
+    offsets = np.frombuffer(content, "<i8", count, HEADER_BYTES + 4 * count)
     ends = np.cumsum(lengths, dtype=np.int64)
     if count and (lengths.min() < 0 or offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1])):
         return "its offsets and lengths disagree"

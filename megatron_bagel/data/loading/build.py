@@ -67,6 +67,8 @@ def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
             data_tools/build_index.py builds a large index, a training run does not.
     """
     folder = settings.index
+    if settings.index_cache is not None:
+        settings.index_cache.fetch_manifest()
     if settings.given_index is None:
         log.info("no --index_dir given: the index of %s is kept in %s", settings.dataset_config_file, folder)
         groups = load_groups(settings.dataset_config_file, settings.data_root)
@@ -102,7 +104,7 @@ def training_sources(settings: DataSettings, arch: BagelArch, tokenizer: Tokeniz
         costs=CostModel.of(arch),
     )
     check_all = settings.check_data == "full"
-    index, groups = IndexedSamples.open(settings.index, tokenizer, check_all), training_groups(settings)
+    index, groups = IndexedSamples.open(settings.index, tokenizer, check_all, settings.index_cache), training_groups(settings)
     cache = settings.latent_cache
     latents = LatentCache(cache, index.manifest, groups, check_all) if cache is not None and settings.visual_gen else None
     return open_sources(groups, index, plan_settings, train_val_split, latents)

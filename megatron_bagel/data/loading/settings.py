@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_bagel.data.index.index_cache import IndexCache
 from megatron_bagel.data.planner.planner import PlannerConfig
 from megatron_bagel.data.planner.sample_plan import ConditionDropout
 
@@ -37,6 +38,7 @@ class DataSettings:
         packs: how samples become packs; the loader sets its global batch.
         reader: how samples are read.
         check_data: whether checksums of images and latents are compared when they are read: "small" ones, or all ("full").
+        index_cache: what fetches the files of a given index in an object store; ``given_index`` is then its folder.
     """
 
     dataset_config_file: str
@@ -52,6 +54,7 @@ class DataSettings:
     packs: PlannerConfig = field(default_factory=PlannerConfig)
     reader: ReaderSettings = field(default_factory=ReaderSettings)
     check_data: str = "small"
+    index_cache: IndexCache | None = None
 
     @property
     def index(self) -> Path:

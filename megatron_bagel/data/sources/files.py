@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens source files from local paths, and from URLs that pyarrow (s3, gs, hdfs) or fsspec (any other scheme) supports.
 
-Locations are plain strings, because a ``Path`` would merge the two slashes of a URL. Only sources can be remote; an index is
-memory-mapped and therefore local.
+Locations are plain strings, because a ``Path`` would merge the two slashes of a URL. index/index_cache.py opens an index at a URL.
 """
 
 from __future__ import annotations
