@@ -92,7 +92,7 @@ class StoredSequences:
 
 def check_sequence(data: np.ndarray, checksums: np.ndarray | None, number: int, stem: str) -> None:
     """Raise ValueError if the bytes of sequence ``number`` do not have their recorded checksum."""
-    if checksums is not None and zlib.crc32(data) != checksums[number]:
+    if checksums is not None and zlib.crc32(data.data) != checksums[number]:
         raise ValueError(f"its bytes in {stem}.bin do not have the checksum they were written with; copy the file again")
 
 

@@ -100,6 +100,47 @@ def test_jsonl_of_pictures_named_by_path(goldens: Path, tmp_path: Path) -> None:
     assert "captions is not valid JSON" in reasons[5]
 
 
+BAD_ITEMS = {
+    "item 1: type 'sound' is unknown": {"type": "sound", "text": "x"},
+    'item 1: a user\'s picture with loss needs "vae" in its condition': {
+        "image": "a.png",
+        "role": "user",
+        "loss": True,
+        "condition": ["vit"],
+    },
+    "item 1: role 'robot' is unknown": {"text": "x", "role": "robot"},
+    "item 1: an image {bytes, path} without bytes": {"image": {"bytes": None}},
+    "item 1: image IMAGES/gone.png cannot be read": {"image": "gone.png"},
+    "513 items are above the limit of 512: no pack holds them": None,
+    "nested deeper than 100 levels": "[" * 100_000 + "]" * 100_000,
+}  # fmt: skip
+
+
+def test_every_bad_input_is_told_with_file_row_and_item(goldens: Path, tmp_path: Path) -> None:
+    """As rows of one file between good ones: each is left out by itself."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(png(0))
+    learned = {"text": "yes", "role": "assistant"}
+    rows: list[Any] = []
+    for item in BAD_ITEMS.values():
+        items = [learned] * 513 if item is None else [learned, item]
+        rows += [f'{{"items": {item}}}' if isinstance(item, str) else {"items": items}, {"items": [learned]}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    group = group_of(tmp_path, "interleaved", jsonl_path=["rows.jsonl"], data_dir=["images"])
+    build_index([group], goldens / "hf", tmp_path / "index", BuildOptions(progress=False))
+    told = [json.loads(line) for line in (tmp_path / "index/skipped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in told] == list(range(0, 2 * len(BAD_ITEMS), 2))
+    for line, reason in zip(told, BAD_ITEMS, strict=True):
+        assert line["file"] == str(tmp_path / "rows.jsonl") and reason.replace("IMAGES", str(tmp_path / "images")) in line["reason"]
+    without = group_of(tmp_path, "interleaved", jsonl_path=["rows.jsonl"], data_dir=["images"], vit_image_transform_args=None)
+    write_lines(tmp_path / "rows.jsonl", [{"items": [learned, {"image": "a.png", "condition": ["vit"]}]}, {"items": [learned]}])
+    build_index([without], goldens / "hf", tmp_path / "without", BuildOptions(progress=False))
+    (line,) = map(json.loads, (tmp_path / "without/skipped.jsonl").read_text().splitlines())
+    assert (line["row"], line["reason"]) == (
+        0, "item 1: a picture with the condition vit has no transform; give the group vit_image_transform_args",
+    )  # fmt: skip
+
+
 def test_items_with_bad_ones_named_by_file_row_and_item(goldens: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(png(1))
