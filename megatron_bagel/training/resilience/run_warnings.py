@@ -78,15 +78,14 @@ class RunWarnings(StepHook):
             self._say(
                 0, "ema_horizon",
                 f"the average of --ema {settings.ema_decay} looks back {horizon:,.0f} steps, and the run has {settings.total_steps:,}: "
-                "at its end "
-                f"{left:.0%} of the average are still the starting weights. Use --ema {better:g}, which leaves 1 %, or --ema_warmup True",
+                f"at its end {left:.0%} of the average are still the starting weights. Use --ema {better:g}, which leaves 1 %, or "
+                "--ema_warmup True",
             )  # fmt: skip
         if settings.safe_lr is not None and settings.lr > settings.safe_lr:
             self._say(
                 0, "high_lr",
                 f"--lr {settings.lr:g} is high for weights that are trained already: it may undo what they know before it teaches "
-                "anything. "
-                f"Usual rates are up to {settings.safe_lr:g}; try that first",
+                f"anything. Usual rates are up to {settings.safe_lr:g}; try that first",
             )  # fmt: skip
 
     def after_step(self, done: StepDone) -> None:
@@ -98,8 +97,7 @@ class RunWarnings(StepHook):
             self._say(
                 step, "loss_jump",
                 f"the loss jumped to {result.losses.loss:.4g}, more than {_JUMP:g} times the recent {recent:.4g}. If it does not come "
-                "back within "
-                "a few steps, resume from an earlier checkpoint with a lower --lr; --loss_spike_factor leaves such updates out",
+                "back within a few steps, resume from an earlier checkpoint with a lower --lr; --loss_spike_factor leaves such updates out",
             )  # fmt: skip
         self._losses.append(result.losses.loss)
         for name, count in (("ce", result.totals.ce_tokens), ("mse", result.totals.mse_tokens)):
@@ -119,8 +117,7 @@ class RunWarnings(StepHook):
                 self._say(
                     done.step, f"idle_{expert}",
                     f"no token has reached the expert {expert} in {_PATIENCE} steps, so it does not train: check the dataset groups and "
-                    "their "
-                    f"weights, or leave its part out with {other}",
+                    f"their weights, or leave its part out with {other}",
                 )  # fmt: skip
         if result.tasks is not None:
             self._logged_steps += 1
@@ -130,9 +127,8 @@ class RunWarnings(StepHook):
                 for group in (name for name, samples in self._groups.items() if not samples):
                     self._say(
                         done.step, "absent_group_" + re.sub(r"\W", "_", group),
-                        f"no sample of the dataset group {group!r} came in {_PATIENCE} logged steps: its weight is small, or "
-                        ""
-                        "its samples are longer than --max_num_tokens_per_sample",
+                        f"no sample of the dataset group {group!r} came in {_PATIENCE} logged steps: raise its weight if it is small, and "
+                        "--max_num_tokens_per_sample if its samples are longer (`megatron-bagel data stats` tells)",
                     )  # fmt: skip
 
     def evaluated(self, steps: int, numbers: Mapping[str, float]) -> None:
@@ -151,10 +147,8 @@ class RunWarnings(StepHook):
                 self._say(
                     steps, "overfitting",
                     f"the held-out {name} has risen from {best:.4g} to {held_out:.4g} while the training loss fell from {trained_then:.4g} "
-                    "to "
-                    f"{history[-1][1]:.4g}: the model learns the samples by heart. Take the best checkpoint, and use more "
-                    "data, "
-                    "fewer steps or a smaller --lora_rank",
+                    f"to {history[-1][1]:.4g}: the model learns the samples by heart. Take the best checkpoint, and use more data, fewer "
+                    "steps or a smaller --lora_rank",
                 )  # fmt: skip
 
     def _compare_first(self, ce: float, mse: float, has_ce: bool, has_mse: bool) -> None:
@@ -165,8 +159,8 @@ class RunWarnings(StepHook):
                 self._say(
                     0, f"first_{name}",
                     f"the first {name} of training is {value:.4g}, and that of the same weights on held-out rows {before:.4g}: training "
-                    "data and "
-                    "held-out rows differ in kind, or the batch is very small",
+                    "data and held-out rows differ in kind, or the batch is very small. Look at both (`megatron-bagel data inspect`), or "
+                    "raise --global_batch_size",
                 )  # fmt: skip
 
     def _say(self, step: int, kind: str, text: str) -> None:

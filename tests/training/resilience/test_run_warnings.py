@@ -33,8 +33,8 @@ def said(folder: Path) -> list[tuple[int, str, str]]:
     return [(record["step"], record["event"], record["text"]) for record in map(json.loads, lines)]
 
 
-def step(number: int, ce: float = 1.0, vae_tokens: int = 50, tasks: dict[str, int] | None = None) -> StepDone:
-    losses, totals = StepLosses(ce, ce, 0.0), LossTotals(10, 10.0, 0)
+def step(number: int, ce: float = 1.0, vae_tokens: int = 50, tasks: dict[str, int] | None = None, mse: float | None = None) -> StepDone:
+    losses, totals = StepLosses(ce, ce, mse or 0.0), LossTotals(10, 10.0, 0 if mse is None else 5)
     counts = TaskCounts(tasks, tasks) if tasks is not None else None
     result = StepResult(losses, StepOutcome(True, 1.0), totals, StepWork(tokens=100, vae_tokens=vae_tokens), 2, 1e-5, counts)
     return StepDone(result, Counters(steps=number + 1), 1.0)
@@ -76,7 +76,13 @@ def test_an_expert_and_a_group_that_never_come_are_missed(tmp_path: Path) -> Non
         watch.after_step(step(number, vae_tokens=0, tasks={"vlm": 1, "t2i": 0}))
     events = {kind: (number, text) for number, kind, text in said(tmp_path)}
     assert events.keys() == {"idle_gen", "absent_group_t2i"} and events["idle_gen"][0] == events["absent_group_t2i"][0] == 49
-    assert "--visual_gen False" in events["idle_gen"][1]
+    assert "--visual_gen False" in events["idle_gen"][1] and "raise its weight" in events["absent_group_t2i"][1]
+    (tmp_path / "pictures").mkdir()
+    watch = warnings(tmp_path / "pictures")
+    for number in range(60):
+        watch.after_step(step(number, vae_tokens=100))
+    [(number, kind, text)] = said(tmp_path / "pictures")
+    assert (number, kind) == (49, "idle_und") and "--visual_und False" in text
 
 
 def test_held_out_loss_that_rises_while_training_loss_falls_is_overfitting(tmp_path: Path) -> None:
@@ -84,6 +90,7 @@ def test_held_out_loss_that_rises_while_training_loss_falls_is_overfitting(tmp_p
     for number, (trained, held_out) in enumerate([(1.0, 1.0), (0.8, 0.9), (0.6, 1.0), (0.4, 1.2)]):
         watch.after_step(step(number, trained))
         watch.evaluated(number + 1, {"model/ce": held_out})
+    assert said(tmp_path) and "fewer steps or a smaller --lora_rank" in said(tmp_path)[0][2]
     [(number, kind, text)] = said(tmp_path)
     assert (number, kind) == (4, "overfitting") and "risen from 0.9 to 1.2 while the training loss fell from 0.8 to 0.4" in text
 
@@ -94,3 +101,9 @@ def test_the_first_loss_is_compared_with_the_starting_weights(tmp_path: Path) ->
     watch.after_step(step(0, 4.0))
     [(number, kind, _)] = said(tmp_path)
     assert (number, kind) == (0, "first_ce")
+    (tmp_path / "pictures").mkdir()
+    watch = warnings(tmp_path / "pictures")
+    watch.evaluated(0, {"model/ce": 1.0, "model/mse": 1.0})
+    watch.after_step(step(0, mse=0.2))
+    [(number, kind, text)] = said(tmp_path / "pictures")
+    assert (number, kind) == (0, "first_mse") and "megatron-bagel data inspect" in text
