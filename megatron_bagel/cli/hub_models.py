@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_bagel.checkpoint.hf.hub import HubRequest
+from megatron_bagel.checkpoint.hf.hub import ADAPTER_FILES, ADAPTER_WEIGHTS, HubRequest
 from megatron_bagel.common.hub_names import HubName, hub_name
 from megatron_bagel.common.notices import notice
 from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.paths import HUB_SETTINGS
 from megatron_bagel.config.sections import SECTION_OF
@@ -73,6 +74,8 @@ def _requests(config: Config, names: Mapping[str, HubName], weights: bool) -> It
                 )
             kinds = (("ema",) if training.finetune_from_ema else ("model", "ema")) if weights else ()
             yield setting, replace(request, weights=kinds, weights_name=training.weights_name)
+        elif setting == "lora_base":
+            yield setting, replace(request, weights=WEIGHT_KINDS if weights else (), weights_name=training.weights_name)
         else:
             yield setting, request
 
@@ -106,6 +109,11 @@ def needs(flag: str, **files: Any) -> HubRequest:
     return HubRequest(flag, HubName(""), **files)
 
 
+def needs_adapter(flag: str) -> HubRequest:
+    """Return the request of a flag that names an adapter in PEFT's format."""
+    return needs(flag, files=ADAPTER_FILES, weights=ADAPTER_WEIGHTS)
+
+
 def _path_of(setting: str, folder: HubFolder) -> Path:
     """Return the path that a setting takes: the folder, or the file of the autoencoder."""
-    return folder.path / AUTOENCODER_FILE if setting in ("vae_path", "vae") else folder.path
+    return folder.path / AUTOENCODER_FILE if setting in ("vae_path", "vae", "autoencoder") else folder.path

@@ -36,5 +36,7 @@ class LoraArguments:
         "output_layer. Checkpoints then hold them too.", on_resume=MUST_MATCH,
     )  # fmt: skip
     lora_base: str | None = flag(
-        None, "Folder of the weights that adapters belong to, if it has moved since the adapter's checkpoint was written.", on_resume=FREE
+        None,
+        "Folder, or model on a hub, of the weights that adapters belong to, if it has moved since the adapter's checkpoint was written.",
+        on_resume=FREE,
     )

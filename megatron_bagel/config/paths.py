@@ -16,7 +16,7 @@ PATHS = (
     "index_cache_dir", "results_dir", "checkpoint_dir", "resume_from", "local_checkpoint_dir", "prometheus_file", "lora_base",
 )  # fmt: skip
 #: Those of them that also take a model on a hub, ``owner/name[@revision]``.
-HUB_SETTINGS = ("model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "resume_from")
+HUB_SETTINGS = ("model_path", "llm_path", "vae_path", "vit_path", "tokenizer_path", "resume_from", "lora_base")
 #: Of the flags that commands have besides those of training, those that hold a file or a folder.
 COMMAND_PATHS = ("model", "png")
 #: Section of a record with the paths as they were typed, where the record's own are different.

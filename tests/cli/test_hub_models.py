@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2ForCausalLM
 
+from megatron_bagel.checkpoint.convert_adapter import merge_adapter
+from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.cli.convert import megatron_to_hf
+from megatron_bagel.model.positions import sincos_2d
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.hub_server import Hub, running_hub
 from tests.runs import make_world, run, run_config
@@ -26,7 +30,8 @@ from megatron_bagel.config.parser import Config, parse_config
 
 config = with_hub_folders(parse_config(sys.argv[1:]))
 record = config.to_record()
-print(json.dumps([record["model"], record["training"]["resume_from"], record["typed"], Config.from_dict(record).model.model_path]))
+again = Config.from_dict(record).model.model_path
+print(json.dumps([record["model"], record["training"]["resume_from"], record["lora"]["lora_base"], record["typed"], again]))
 """
 
 
@@ -35,19 +40,70 @@ def test_settings_become_folders_and_the_record_keeps_commits(goldens: Path, tmp
         commit = hub.add("owner/bagel", goldens / "hf")
         hub.requests.clear()
         words = ["--finetune_from_hf", "True", "--model_path", "owner/bagel", "--resume_from", "owner/bagel@main", "--resume_model_only",
-                 "True", "--finetune_from_ema", "True", "--llm_path", "owner/not-read", "--vae_path", "not/read@v1"]  # fmt: skip
+                 "True", "--finetune_from_ema", "True", "--llm_path", "owner/not-read", "--vae_path", "not/read@v1",
+                 "--lora_base", "owner/bagel@main"]  # fmt: skip
         command = [sys.executable, "-c", DRIVER, *words]
         done = subprocess.run(command, env=hub.environment(tmp_path / "cache"), capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
-        model, resume_from, typed, again = json.loads(done.stdout.splitlines()[-1])
+        model, resume_from, base, typed, again = json.loads(done.stdout.splitlines()[-1])
         folder = tmp_path / f"cache/hub/models--owner--bagel/snapshots/{commit}"
-        assert Path(model["model_path"]) == Path(resume_from) == folder and again == str(folder)
-        assert typed["model_path"] == typed["resume_from"] == f"owner/bagel@{commit}"
+        assert Path(model["model_path"]) == Path(resume_from) == Path(base) == folder and again == str(folder)
+        assert typed["model_path"] == typed["resume_from"] == typed["lora_base"] == f"owner/bagel@{commit}"
         assert typed["llm_path"] == "owner/not-read"
         assert {"ae.safetensors", "ema.safetensors"} < set(hub.downloads()) and "model.safetensors" not in hub.downloads()
         shutil.rmtree(tmp_path / "cache")
         lost = subprocess.run([*command, "--allow_missing", "x.*"], env=hub.environment(tmp_path / "other"), capture_output=True, text=True)
         assert lost.returncode == 0 and f"other/hub/models--owner--bagel/snapshots/{commit}" in lost.stdout
+
+
+#: Merges an adapter, makes sparse experts, and finds the files of generation, all by names; prints exit codes and paths.
+NAMED = """
+import json, sys
+from megatron_bagel.cli.convert import adapter, upcycle
+from megatron_bagel.inference.core.load_engine import LoadOptions, _on_this_machine
+
+out, base = sys.argv[1], "owner/bagel"
+codes = [
+    adapter.main(["merge", "--adapter", "owner/adapter", "--base", base, "--output", f"{out}/merged"]),
+    upcycle.main(["--model", base, "--output", f"{out}/sparse", "--num-experts", "2", "--moe-router-topk", "1"]),
+    adapter.main(["merge", "--adapter", "owner/bagel", "--base", base, "--output", f"{out}/none"]),
+]
+path, options = _on_this_machine(base, LoadOptions(adapter="owner/adapter@main", autoencoder=base))
+print(json.dumps([codes, str(path), options.adapter, options.autoencoder]))
+"""
+
+
+def _adapter(folder: Path) -> Path:
+    """Write an adapter of one weight of the goldens' model in PEFT's format."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.language_model.model.layers.0.self_attn.o_proj.lora_"
+    factors = {f"{name}A.weight": torch.randn(2, 128, generator=generator), f"{name}B.weight": torch.randn(128, 2, generator=generator)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    return folder
+
+
+def test_adapters_and_other_models_of_converters_are_named_too(goldens: Path, tmp_path: Path) -> None:
+    folder = _adapter(tmp_path / "adapter")
+    with running_hub() as hub:
+        hub.add("owner/bagel", goldens / "hf")
+        hub.add("owner/adapter", folder)
+        environment = hub.environment(tmp_path / "cache")
+        done = subprocess.run([sys.executable, "-c", NAMED, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        codes, model, adapter, autoencoder = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0, 0, 1] and "--adapter: owner/bagel has no adapter_model weights in safetensors; it has ae.safetensors" in done.stderr
+    assert {path.name for path in Path(adapter).iterdir()} == {path.name for path in folder.iterdir()}
+    assert Path(autoencoder) == Path(model) / "ae.safetensors" and Path(autoencoder).is_file()
+    merge_adapter(folder, goldens / "hf", tmp_path / "by_folder", sincos_2d)
+    by_name, by_folder = (load_file(tmp_path / name / "ema.safetensors") for name in ("merged", "by_folder"))
+    assert by_name.keys() == by_folder.keys() and all(torch.equal(by_name[name], tensor) for name, tensor in by_folder.items())
+    released = load_file(goldens / "hf/ema.safetensors")
+    assert [name for name in released if not torch.equal(released[name], by_name[name])] == [
+        "language_model.model.layers.0.self_attn.o_proj.weight"
+    ]
+    assert HFFolder(tmp_path / "sparse").arch.llm.sparse is not None
 
 
 def _command(hub: Hub, cache: Path, words: list[str], ranks: int = 0) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
+from megatron_bagel.common.hub_names import hub_hint
 
 _VALUES = 256  # bytes of each tensor
 
@@ -71,5 +72,5 @@ def path_of(identity: BaseIdentity, moved_to: str | None) -> Path:
     """Return where the base is now. Raises ValueError if it is in neither place."""
     path = Path(moved_to) if moved_to is not None else Path(identity.folder)
     if not path.exists():
-        raise ValueError(f"the base of the adapter, {path}, does not exist; say where it is now with --lora_base")
+        raise ValueError(f"the base of the adapter, {path}, does not exist; say where it is now with --lora_base{hub_hint(str(path))}")
     return path

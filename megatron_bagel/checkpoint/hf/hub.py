@@ -22,6 +22,9 @@ from megatron_bagel.common.wording import listed, shorten
 from megatron_bagel.config.architecture.weight_files import points_at_averages
 
 _INDEX = ".safetensors.index.json"
+#: What an adapter in PEFT's format consists of: small files, and the name of its weights without the ending.
+ADAPTER_FILES = ("adapter_config.json", "base.json")
+ADAPTER_WEIGHTS = ("adapter_model",)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class HubRequest:
         flag: The setting that names the model, for messages.
         name: The model.
         files: Names of small files, which a model may lack.
-        weights: Kinds of weights ("ema", "model") of which the model must have at least one.
+        weights: Kinds of weights ("ema", "model", "adapter_model") of which the model must have at least one.
         first_only: Whether the first kind that the model has suffices. Otherwise all of ``weights`` that it has are taken.
         weights_name: The weight file, if it has another name.
         autoencoder: Whether ``ae.safetensors`` must be there ("needed"), is taken if it is there ("wanted"), or is not taken ("no").

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
 
         check_writable(typed.output, "--output")
         untrained = needs("--untrained-from", weights=WEIGHT_KINDS, first_only=True, autoencoder="wanted")
-        args, _ = with_local_folders(typed, {"untrained_from": untrained, "tokenizer": needs("--tokenizer")})
+        autoencoder = needs("--autoencoder", autoencoder="needed")
+        requests = {"untrained_from": untrained, "tokenizer": needs("--tokenizer"), "autoencoder": autoencoder}
+        args, _ = with_local_folders(typed, requests)
         folder = command.step_folder(args.checkpoint)
         run_companions = companions_of(read_state(folder)["run"].get("config", {}))
         companions = Companions(args.tokenizer or run_companions.tokenizer, args.autoencoder or run_companions.autoencoder)

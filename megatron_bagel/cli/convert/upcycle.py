@@ -7,15 +7,19 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_bagel.cli.convert import command_line as command
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.common.flag_names import CommandParser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
+from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arguments = CommandParser(prog=prog, description=__doc__)
-    arguments.add_argument("--model", required=True, type=path_flag, help="dense model folder in BAGEL's released format")
+    arguments.add_argument(
+        "--model", required=True, type=path_flag, help="dense model folder in BAGEL's released format, or owner/name on a hub"
+    )
     arguments.add_argument("--output", required=True, type=path_flag, help="folder to write; it must not exist or be empty")
     arguments.add_argument("--num-experts", required=True, type=int, help="experts of each sparse MLP")
     arguments.add_argument("--moe-router-topk", required=True, type=int, help="experts that serve a token")
@@ -28,7 +32,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert upcycle") -> int:
     """Write the folder. Returns the exit status."""
-    args = parser(prog).parse_args(argv)
+    typed = parser(prog).parse_args(argv)
 
     def work() -> None:
         from megatron_bagel.checkpoint.hf.folder import HFFolder
@@ -36,7 +40,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         from megatron_bagel.config.architecture import SparseArch
         from megatron_bagel.model.positions import sincos_2d
 
-        check_writable(args.output, "--output")
+        check_writable(typed.output, "--output")
+        kinds = (typed.weights,) if typed.weights else WEIGHT_KINDS
+        args, _ = with_local_folders(typed, {"model": needs("--model", weights=kinds, first_only=True, autoencoder="wanted")})
         sparse = SparseArch(
             num_experts=args.num_experts,
             num_experts_per_tok=args.moe_router_topk,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from megatron_bagel import platform
+from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable, writing_to
@@ -34,7 +35,13 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument("--dataset_config_file", "--dataset-config-file", required=True, type=path_flag, metavar="YAML",
                         help="the dataset YAML that training reads too: its image_transform_args are applied")  # fmt: skip
     parser.add_argument(
-        "--vae", "--vae_path", "--vae-path", required=True, type=path_flag, metavar="FILE", help="file of the autoencoder's weights"
+        "--vae",
+        "--vae_path",
+        "--vae-path",
+        required=True,
+        type=path_flag,
+        metavar="FILE",
+        help="file of the autoencoder's weights, or owner/name on a hub",
     )
     parser.add_argument("--output", required=True, type=path_flag, metavar="DIR", help="folder of the cache")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="float32 (default) keeps the losses of encoding; "
@@ -52,6 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data lat
     try:
         options = CacheOptions(args.dtype, platform.device(), args.num_jobs, args.job_index)
         check_writable(args.output, "--output")
+        args, _ = with_local_folders(args, {"vae": needs("--vae", autoencoder="needed")})
         groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]
         index = IndexedSamples.open(args.index)
         if not groups:

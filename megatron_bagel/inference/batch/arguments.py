@@ -64,7 +64,7 @@ def _add_model(group: Any) -> None:
         "--adapter",
         type=location_flag,
         metavar="DIR",
-        help="adapter (LoRA) of the model: a PEFT folder or a training checkpoint of adapters",
+        help="adapter (LoRA) of the model: a PEFT folder, owner/name on a hub, or a training checkpoint of adapters",
     )
     group.add_argument(
         "--weights-name",

@@ -14,9 +14,10 @@ from megatron_bagel import platform
 from megatron_bagel.assembly.hub_models import hub_folders
 from megatron_bagel.assembly.opened_model import OpenOptions, open_model
 from megatron_bagel.assembly.whole_modules import filled_modules
-from megatron_bagel.checkpoint.hf.hub import HubRequest
+from megatron_bagel.checkpoint.hf.hub import ADAPTER_FILES, ADAPTER_WEIGHTS, HubRequest
 from megatron_bagel.common.dtypes import SHORT
 from megatron_bagel.common.hub_names import HubName, hub_name
+from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.architecture.weight_files import WEIGHT_KINDS
 from megatron_bagel.data.transforms import TransformArgs
@@ -77,13 +78,17 @@ def _on_this_machine(path: str, options: LoadOptions) -> tuple[Path, LoadOptions
             autoencoder="wanted" if options.autoencoder is None else "no",
         ),
         **{name: HubRequest(f"--{name.replace('_', '-')}", HubName("")) for name in ("tokenizer", "llm_path", "vit_path")},
+        "autoencoder": HubRequest("--autoencoder", HubName(""), autoencoder="needed"),
+        "adapter": HubRequest("--adapter", HubName(""), files=ADAPTER_FILES, weights=ADAPTER_WEIGHTS),
     }  # fmt: skip
-    texts = {"model": path, **{name: getattr(options, name) for name in ("tokenizer", "llm_path", "vit_path")}}
+    texts = {name: path if name == "model" else getattr(options, name) for name in needs}
     names = {key: name for key, text in texts.items() if text is not None and (name := hub_name(text)) is not None}
     if not names:
         return Path(path), options
     folders = hub_folders([replace(needs[key], name=name) for key, name in names.items()])
     paths: dict[str, Any] = {key: str(folder.path) for key, folder in zip(names, folders, strict=True)}
+    if "autoencoder" in paths:
+        paths["autoencoder"] = f"{paths['autoencoder']}/{AUTOENCODER_FILE}"
     return Path(paths.pop("model", path)), replace(options, **paths)
 
 
