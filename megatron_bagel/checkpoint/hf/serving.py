@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a program that serves BAGEL cannot take a model folder, by what the loader of vllm-omni 0.30.0 builds and asks for.
 
-The loader was read, not run (docs/serving.md). It builds one model: the released one with other sizes.
+It builds one model: the released one with other sizes. docs/serving.md tells how far the server was run.
 """
 
 from __future__ import annotations
