@@ -66,7 +66,8 @@ def _absence(folder: Path, file: Path) -> str:
     text = f"{folder} has no {file.name}"
     if not file.name.endswith(_INDEX):
         text += f" (nor {file.name}.index.json)"
-    others = sorted({path.name for path in folder.glob("*.safetensors*") if path.name not in ("ae.safetensors", file.name)})
+    weight_names = (path.name for path in folder.glob("*.safetensors*") if path.name.endswith((".safetensors", _INDEX)))
+    others = sorted(name for name in weight_names if name not in ("ae.safetensors", file.name))
     unfinished = sorted(path.name for pattern in _UNFINISHED for path in folder.rglob(pattern))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if others:

@@ -255,6 +255,9 @@ def test_a_download_that_did_not_end_is_told(folder: Path) -> None:
     (folder / "ema.safetensors").rename(cache / "x.1a2b.incomplete")
     with pytest.raises(ValueError, match=r"a download did not end: x\.1a2b\.incomplete"):
         HFFolder(folder).weights()
+    shutil.move(cache / "x.1a2b.incomplete", folder / "ema.safetensors.incomplete")
+    with pytest.raises(ValueError, match=r"index\.json\); a download did not end: ema\.safetensors\.incomplete"):
+        HFFolder(folder).weights()  # and it is not offered for --weights_name
     (folder / "ema.safetensors").symlink_to("../blobs/absent")
     with pytest.raises(ValueError, match=r"ema\.safetensors is a link to \.\./blobs/absent, which does not exist"):
         HFFolder(folder).weights()
