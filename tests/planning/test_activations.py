@@ -39,9 +39,12 @@ def kept_bytes(config: Config) -> tuple[int, Any, list[int]]:
     """Stage of this rank, the pack of its first microbatch, and the bytes of storages that its forward pass keeps, by chunk."""
     from megatron.core import parallel_state
 
+    from megatron_bagel.model.sparse_mlp import set_global_tokens
     from megatron_bagel.training.step import microbatches
 
     run = open_run(config)
+    for chunk in run.trainable.decoder:
+        set_global_tokens(chunk, 1, 1)
     batch = next(run.loader)
     run.loader.close()
     shard = microbatches(batch.packs, run.trainable.image_encoder, run.settings)[0]
