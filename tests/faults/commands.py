@@ -52,13 +52,14 @@ class Command:
 
     def wait(self) -> Ended:
         """Wait for its end; SIGKILL at the limit, which does not count the time that other programs of the machine took from it."""
-        while self.alive() and not self._is_late():
+        while self.alive() and not self.is_late():
             time.sleep(0.02)
         status = self._status
         self.kill()
         return Ended(status, *(self.log.with_suffix(f".{name}").read_text(errors="replace") for name in ("out", "err")))
 
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
+        """Whether its limit is over, without the time that other programs of the machine took from it."""
         over = time.monotonic() - self.started - self.limit
         return over > 0 and over > self._seconds_in_queue()
 
