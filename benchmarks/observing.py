@@ -30,7 +30,7 @@ from benchmarks.record import report  # noqa: E402
 from benchmarks.step import BenchStep  # noqa: E402
 from benchmarks.step_record import step_record  # noqa: E402
 from megatron_bagel.costs.flops import StepWork  # noqa: E402
-from megatron_bagel.data.planner.assign import PackPlan  # noqa: E402
+from megatron_bagel.data.loading.planned_steps import BatchTotals  # noqa: E402
 from megatron_bagel.layout.pack import Pack  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_bagel.training.observability.logging_sinks import RunLog  # noqa: E402
@@ -76,8 +76,8 @@ def observing_costs(pack: Pack, rounds: int) -> dict[str, float]:
     """Seconds per step: the timers of a step; counting and comparing, and writing everywhere, of a logged one."""
     timers, work = Timers(), StepWork.of(pack)
     tasks = tuple(sorted({sample.dataset for sample in pack.samples}))
-    loaded = SimpleNamespace(pack=pack, plan=SimpleNamespace(number=0))
-    batch = SimpleNamespace(packs=[loaded], plans=[PackPlan(0, (), pack.sequence_length, 1.0)])
+    loaded = SimpleNamespace(pack=pack, plan=SimpleNamespace(cost=1.0))
+    batch = SimpleNamespace(packs=[loaded], totals=BatchTotals(1, len(pack.samples), 1.0))
 
     def one_step() -> None:
         for phase in ("data", *DEVICE_PHASES):

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_bagel import platform
 from megatron_bagel.config.transformer_config import transformer_config
 from megatron_bagel.data.loading.loader import StepBatch
+from megatron_bagel.data.loading.planned_steps import BatchTotals
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
 from megatron_bagel.model.positions import sincos_2d
 from megatron_bagel.training.losses import LossWeights
@@ -56,7 +57,7 @@ class OptimizerRun:
         image_encoder.tower = self.trainable.tower
         self.trainable.image_encoder = image_encoder
         settings = StepSettings(LossWeights(), cases.backend, batch.pack.sequence_length, platform.device())
-        result = train_step(self.trainable, StepBatch([batch.loaded], [batch.loaded.plan]), settings)
+        result = train_step(self.trainable, StepBatch([batch.loaded], BatchTotals(1, len(batch.loaded.plan.samples), batch.loaded.plan.cost)), settings)
         # Clipping scaled the gradients in place; the threshold is about those before it.
         scale = min(1.0, self.clip / (result.outcome.grad_norm + 1e-6))
         for parameter, gradient in self.parts.by_recorded_name(_main_gradient).items():

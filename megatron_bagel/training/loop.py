@@ -149,7 +149,7 @@ def finish(run: Run) -> None:
         save(run)
     with run.hooks.pause(Pause.LAST_SAVE):
         run.saving.finish(exports=not run.survival.agreement.stop)
-    if skipped := [f"{sample['where']} ({sample['reason']})" for sample in run.loader.planner.skipped()]:
+    if skipped := [f"{sample['where']} ({sample['reason']})" for sample in run.loader.skipped()]:
         run.log.info(f"{len(skipped)} samples were left out of training: {shorten(skipped, 20, '; ')}")
 
 

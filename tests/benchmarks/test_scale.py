@@ -15,7 +15,7 @@ def test_host_work_is_measured_for_each_size(tmp_path: Path, capsys: pytest.Capt
     host_work.main(["--replicas", "4", "16", "--steps", "1", "--output", str(tmp_path / "r.json")])
     sizes = read_record(tmp_path / "r.json").figures["replicas"]
     assert [sizes[name]["packs"] for name in ("4", "16")] == [4, 16] and sizes["16"]["samples"] > 2 * sizes["4"]["samples"]
-    assert all(one[name] > 0 for one in sizes.values() for name in ("plan_s", "divide_s", "layout_of_one_pack_s"))
+    assert all(one[name] > 0 for one in sizes.values() for name in ("training_process_s", "planning_process_s", "layout_of_one_pack_s"))
     capsys.readouterr()
 
 

@@ -16,13 +16,13 @@ TASKS = ("t2i", "edit", "vlm")
 SAMPLES = st.lists(st.tuples(st.sampled_from(TASKS), st.integers(1, 100)), max_size=6)
 
 
-def loaded(samples: list[tuple[str, int]], number: int = 0) -> SimpleNamespace:
+def loaded(samples: list[tuple[str, int]], cost: float = 0.0) -> SimpleNamespace:
     """As much of a loaded pack as is counted."""
     lengths = np.array([length for _, length in samples], dtype=np.int64)
     pack = SimpleNamespace(
         samples=[SimpleNamespace(dataset=f"{task}/some") for task, _ in samples], sample_lens=lengths, sequence_length=int(lengths.sum())
     )
-    return SimpleNamespace(pack=pack, plan=SimpleNamespace(number=number))
+    return SimpleNamespace(pack=pack, plan=SimpleNamespace(cost=cost))
 
 
 @given(st.lists(SAMPLES, max_size=4), st.integers(0, 4))

@@ -2,13 +2,15 @@
 """Turns plans into packs with pixels: worker processes read, decode and transform ahead of the training loop.
 
 A worker receives a finished plan and draws only by key, so the number of workers changes only the speed. The plans come from a planner
-in the training process. The saved position is that of the packs handed out, not of the packs the workers are reading.
+in the training process, or from a process of its own where a step has very many packs (``planned_steps.py``). The saved position is that
+of the packs handed out, not of the packs the workers are reading.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,27 +18,20 @@ from torch.utils.data import DataLoader
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.pack_reader import PackReader, StepPlan
-from megatron_bagel.data.loading.reading_process import (
-    POLL_SECONDS,
-    STOP_PATIENCE,
-    SendingReader,
-    check_semaphores,
-    next_record,
-    start_reading_process,
-)
+from megatron_bagel.data.loading.planned_steps import LARGE_BATCH, BatchTotals, PlannedStep, PlannedSteps, StepPlanner
+from megatron_bagel.data.loading.reading_process import STOP_PATIENCE, next_record, start_processes
 from megatron_bagel.data.loading.replacement import replaced_plan
-from megatron_bagel.data.planner.assign import PackPlan, assign_packs
+from megatron_bagel.data.planner.assign import PackPlan, check_divides
 from megatron_bagel.data.planner.planner import Planner
-from megatron_bagel.platform.launch.child_processes import reading_context, starting
 from megatron_bagel.platform.launch.signals import StopRequest
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The data of one replica in one step: its ``packs`` (microbatches), and the ``plans`` of the global batch."""
+    """The data of one replica in one step: its ``packs`` (microbatches), and the ``totals`` of the global batch."""
 
     packs: list[LoadedPack]
-    plans: list[PackPlan]
+    totals: BatchTotals
 
 
 class PackLoader:
@@ -44,26 +39,34 @@ class PackLoader:
 
     def __init__(
         self, planner: Planner, reader: PackReader, replica: int = 0, replicas: int = 1, num_workers: int = 0, prefetch_factor: int = 2,
-        sizes: BatchSizes | None = None,
+        sizes: BatchSizes | None = None, large_batch: int = LARGE_BATCH,
     ) -> None:  # fmt: skip
         """Prepare the loader of replica ``replica`` of ``replicas``.
 
         Each of ``num_workers`` processes reads ``prefetch_factor`` packs ahead; 0 workers read in this process. ``sizes`` of the global
-        batches default to the planner's constant size.
+        batches default to the planner's constant size. If there are worker processes, another one plans batches of ``large_batch`` or
+        more packs.
         """
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas} does not exist")
         self.planner, self.reader = planner, reader
         self.replica, self.replicas = replica, replicas
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
-        self.consumed_packs = planner.packs_made
         self.sizes = sizes or BatchSizes.of(planner.config.global_batch_size, [])
         for size in self.sizes.steps:
-            assign_packs([PackPlan(number, (), 0, 0.0) for number in range(size)], replicas)  # refuses uneven sizes early
-        self._batches: list[list[PackPlan]] = []  # planned but not yet handed out
+            check_divides(size, replicas)
+        self._plans_aside = num_workers > 0 and max(self.sizes.steps) >= large_batch
+        self._position = planner.position_at(planner.packs_made)  # behind the packs handed out
+        self._steps: PlannedSteps | None = None
+        self._planned: deque[PlannedStep] = deque()  # planned but not yet handed out
         self._loaded: Iterator[Any] | None = None  # packs, or what reading processes send in their place
         self._stop_request: StopRequest | None = None
         self._patience = STOP_PATIENCE
+
+    @property
+    def consumed_packs(self) -> int:
+        """Return the packs of the sequence before the next batch."""
+        return self._position.packs
 
     def give_up_after(self, stop_request: StopRequest, patience: float | None = None) -> None:
         """Wait for reading processes at most ``patience`` seconds once ``stop_request`` has a signal."""
@@ -79,9 +82,9 @@ class PackLoader:
         except Exception:
             self.close()  # the error keeps this object alive, and with it the processes
             raise
-        plans = self._batches.pop(0)
-        self.consumed_packs += len(plans)
-        return StepBatch(packs, plans)
+        step = self._planned.popleft()
+        self._position = step.position
+        return StepBatch(packs, step.totals)
 
     def replaced(self, batch: StepBatch, failed: Sequence[tuple[int, int]]) -> StepBatch:
         """Return ``batch`` with other samples at the positions ``failed``, (pack of the batch, sample of the pack).
@@ -98,18 +101,22 @@ class PackLoader:
         # All images of a step decide who reads which, so where ranks share the images the other packs are read again as well.
         reread = range(len(plans)) if self.reader.share is not None else positions
         packs = [self.reader[StepPlan(tuple(plans), number)] if number in reread else pack for number, pack in enumerate(batch.packs)]
-        new_plans = {plan.number: plan for plan in plans}
-        return StepBatch(packs, [new_plans.get(plan.number, plan) for plan in batch.plans])
+        cost = batch.totals.cost + sum(plan.cost - pack.plan.cost for plan, pack in zip(plans, batch.packs, strict=True))
+        return StepBatch(packs, replace(batch.totals, cost=cost))
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return the first thousand samples that planning skipped, for a log or a file (``Planner.skipped``)."""
+        return self._steps.skipped() if self._steps is not None else self.planner.skipped()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the planner's state after the packs handed out so far, regardless of what the workers have read."""
-        return self.planner.state_at(self.consumed_packs)
+        return self._position.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after a saved state; packs read ahead are discarded."""
         self.close()
         self.planner.load_state_dict(state)
-        self.consumed_packs = self.planner.packs_made
+        self._position = self.planner.position_at(self.planner.packs_made)
 
     def _next_pack(self) -> LoadedPack:
         if self._loaded is None:
@@ -120,36 +127,28 @@ class PackLoader:
         sampler = _Plans(self)
         if not self.num_workers:
             return iter(DataLoader(self.reader, batch_size=None, sampler=sampler))
-        reader: SendingReader[StepPlan, LoadedPack] = SendingReader(self.reader.__getitem__)
-        context = reading_context()
-        with starting(f"{self.num_workers} processes that read data", "--num_workers 0 reads in the training process"):
-            check_semaphores(context, self.num_workers)
-            return iter(
-                DataLoader(
-                    reader,
-                    batch_size=None,
-                    sampler=sampler,
-                    num_workers=self.num_workers,
-                    prefetch_factor=self.prefetch_factor,
-                    worker_init_fn=start_reading_process,
-                    multiprocessing_context=context,
-                    timeout=POLL_SECONDS,
-                )
-            )
+        return start_processes(self.reader.__getitem__, sampler, self.num_workers, self.prefetch_factor)
 
     def close(self) -> None:
         """Stop the workers. Iterating again continues after the packs handed out."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None and self.num_workers:
             loaded._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public name for it
-        self._batches.clear()
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._planned.clear()
 
     def plan_next(self) -> list[PackPlan]:
         """Plan the next global batch after all planned ones, and return this replica's packs of it."""
-        first_pack = self.consumed_packs + sum(map(len, self._batches))
-        plans = self.planner.packs(first_pack, self.sizes.at(first_pack))
-        self._batches.append(plans)
-        return assign_packs(plans, self.replicas)[self.replica]
+        if self._steps is None:
+            if self._plans_aside and self.planner.packs_made != self.consumed_packs:
+                self.planner.load_state_dict(self.state_dict())  # or the new process would plan again what the last one planned
+            planner = StepPlanner(self.planner, self.replica, self.replicas)
+            self._steps = PlannedSteps(planner, self.sizes, self.consumed_packs, self._plans_aside)
+        step = self._steps.next(self._stop_request, self._patience)
+        self._planned.append(step)
+        return list(step.plans)
 
 
 class _Plans:

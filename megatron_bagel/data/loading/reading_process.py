@@ -11,16 +11,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_bagel.data.loading.memory_transfer import Parcel
+from megatron_bagel.platform.launch.child_processes import reading_context, starting
 from megatron_bagel.platform.launch.signals import StopRequest, leave_signals_to_the_ranks
 
 #: Seconds after which a wait for a reading process looks at the stop signals, and DataLoader at its processes.
@@ -89,6 +90,34 @@ class SendingReader(Dataset[Parcel[_Record] | ReadFailure], Generic[_Request, _R
             return Parcel.of(self.read(request))
         except Exception as error:  # any error is the training process's to raise
             return ReadFailure.of(error)
+
+
+def start_processes(
+    read: Callable[[_Request], _Record], requests: Iterable[_Request], num_workers: int, prefetch_factor: int
+) -> Iterator[Any]:
+    """Start ``num_workers`` processes that call ``read`` with the ``requests`` in turn, each ``prefetch_factor`` requests ahead.
+
+    ``next_record`` takes the records from the returned iterator, in the order of the requests; its ``_shutdown_workers`` ends the
+    processes.
+
+    Raises:
+        ValueError: The processes cannot be started.
+    """
+    context = reading_context()
+    with starting(f"{num_workers} processes that read data", "--num_workers 0 reads in the training process"):
+        check_semaphores(context, num_workers)
+        return iter(
+            DataLoader(
+                SendingReader(read),
+                batch_size=None,
+                sampler=requests,
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor,
+                worker_init_fn=start_reading_process,
+                multiprocessing_context=context,
+                timeout=POLL_SECONDS,
+            )
+        )
 
 
 def start_reading_process(worker: int) -> None:

@@ -55,10 +55,11 @@ class Block:
         return len(self.bounds) - 1
 
     @cached_property
-    def sums(self) -> list[list[int]]:
-        """Return [tokens, cost] of every pack."""
+    def sums(self) -> np.ndarray:
+        """Return (tokens, cost) of every pack, int64 [packs, 2]."""
         totals = np.cumsum(np.concatenate([np.zeros((1, 2), dtype=np.int64), self.rows[:, [TOKENS, COST]]]), axis=0)
-        return np.diff(totals[self.bounds], axis=0).tolist()
+        sums: np.ndarray = np.diff(totals[self.bounds], axis=0)
+        return sums
 
 
 def no_candidates() -> np.ndarray:

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from megatron_bagel.data.planner.assign import PackPlan
-from megatron_bagel.data.planner.block import AGE, MAX_PACKS, Block, BlockSettings, no_candidates, picks, plan_block
-from megatron_bagel.data.planner.cost_model import COST_UNIT, SampleSource
+from megatron_bagel.data.planner.block import AGE, MAX_PACKS, Block, BlockSettings, no_candidates, plan_block
+from megatron_bagel.data.planner.cost_model import SampleSource
 from megatron_bagel.data.planner.mix import SourceRule
+from megatron_bagel.data.planner.pack_table import PackTable
+from megatron_bagel.data.planner.position import PlannerPosition
 from megatron_bagel.data.planner.stream import TOKENS, CandidateStream, Skips
 
 log = logging.getLogger(__name__)
@@ -103,9 +105,18 @@ class Planner:
 
     def packs(self, first: int, count: int) -> list[PackPlan]:
         """Return packs ``first`` to ``first + count - 1`` of the sequence. A jump ahead plans all packs in between."""
-        plans = [self._pack(number) for number in range(first, first + count)]
+        return self.table(first, count).plans()
+
+    def table(self, first: int, count: int) -> PackTable:
+        """Return the same packs as ``packs`` as a table, without an object for each."""
+        slices, number = [], first
+        while number < first + count:
+            planned_block = self._reach(number, number + 1)
+            end = min(planned_block.end, first + count)
+            slices.append((planned_block.block, number - planned_block.first_pack, end - planned_block.first_pack))
+            number = end
         self._packs_made = first + count
-        return plans
+        return PackTable.of(first, slices)
 
     @property
     def packs_made(self) -> int:
@@ -121,16 +132,12 @@ class Planner:
 
         The loader plans ahead of training, so a checkpoint asks for the state after the packs that were trained on.
         """
+        return self.position_at(packs).state()
+
+    def position_at(self, packs: int) -> PlannerPosition:
+        """Return the same point as ``state_at`` as arrays."""
         planned_block = self._reach(packs, packs)
-        block, done_packs = planned_block.block, packs - planned_block.first_pack
-        bounds = block.bounds[done_packs:]
-        return {
-            **planned_block.counters,
-            "packs": packs,
-            "waiting": picks(block.waiting).tolist(),
-            "ages": block.waiting[:, AGE].tolist(),
-            "planned": [picks(block.rows[i:j]).tolist() for i, j in zip(bounds[:-1], bounds[1:], strict=True)],
-        }
+        return PlannerPosition.of(packs, planned_block.counters, planned_block.block, packs - planned_block.first_pack)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after a saved state. Groups are matched by name, so groups may be added, removed or reordered.
@@ -211,14 +218,6 @@ class Planner:
             "streaks": list(stream.streaks),
             "skipped": list(stream.skips.counts),
         }
-
-    def _pack(self, number: int) -> PackPlan:
-        """Return pack ``number`` of the sequence."""
-        planned_block = self._reach(number, number + 1)
-        block, offset = planned_block.block, number - planned_block.first_pack
-        samples = tuple(zip(*picks(block.rows[block.bounds[offset] : block.bounds[offset + 1]]).T.tolist(), strict=True))
-        tokens, cost = block.sums[offset]
-        return PackPlan(number, samples, tokens, cost / COST_UNIT)
 
     def _reach(self, begin: int, packs: int) -> _PlannedBlock:
         """Return the first block from ``begin`` on whose end is at ``packs`` packs or more; plan as far as needed."""

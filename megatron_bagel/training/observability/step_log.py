@@ -79,6 +79,6 @@ class StepLog:
 
     def _observed(self, done: StepDone, batch: StepBatch) -> dict[str, float]:
         result, seconds = done.result, self._timers.read(self.window.steps)
-        counts = composition(result.work, result.tasks, len(batch.plans), self._settings.pack_tokens)
+        counts = composition(result.work, result.tasks, batch.totals.packs, self._settings.pack_tokens)
         experts = result.experts.metrics() if result.experts is not None else {}
         return counts | experts | compared_over_ranks(seconds, batch, result.work.tokens, self._settings.replicas)

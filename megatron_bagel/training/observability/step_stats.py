@@ -46,9 +46,8 @@ def compared_over_ranks(seconds: Mapping[str, float], batch: StepBatch, tokens: 
         ``time/<phase>`` and ``time_min/<phase>``, the seconds of the slowest and the fastest rank (rare phases only if they occurred);
         ``imbalance/tokens`` and ``imbalance/cost``, the largest share of a replica over the mean; ``memory/...``, the largest of any rank.
     """
-    local_packs = {pack.plan.number for pack in batch.packs}
     local_tokens = sum(pack.pack.sequence_length for pack in batch.packs)
-    local_cost = sum(plan.cost for plan in batch.plans if plan.number in local_packs)
+    local_cost = sum(pack.plan.cost for pack in batch.packs)
     times = list(seconds.values())
     memory = [float(platform.peak_memory_bytes()), float(resident_memory_bytes())]
     numbers = [*times, *(-time for time in times), float(local_tokens), local_cost, *memory]
@@ -64,7 +63,7 @@ def compared_over_ranks(seconds: Mapping[str, float], batch: StepBatch, tokens: 
             extremes[f"time_min/{phase}"] = -fastest
     max_tokens, max_cost, peak, resident = values[2 * count :]
     extremes["imbalance/tokens"] = _over_mean(max_tokens, tokens, replicas)
-    extremes["imbalance/cost"] = _over_mean(max_cost, sum(plan.cost for plan in batch.plans), replicas)
+    extremes["imbalance/cost"] = _over_mean(max_cost, batch.totals.cost, replicas)
     extremes["memory/peak_bytes"] = peak
     extremes["memory/resident_bytes"] = resident
     return extremes

@@ -57,7 +57,7 @@ class Replacements:
         Raises:
             ValueError: More than ``max_share`` of the run's samples, including this step, could not be read.
         """
-        planned = samples_before + sum(len(plan.samples) for plan in batch.plans)
+        planned = samples_before + batch.totals.samples
         while failures := self._exchange(batch):
             self.count += len(failures)
             self._write(step, failures)

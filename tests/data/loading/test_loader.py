@@ -12,10 +12,13 @@ import torch
 from megatron_bagel.config.batch_size import BatchSizes
 from megatron_bagel.data.keyed_random import keyed_generator, keyed_integers
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
-from megatron_bagel.data.loading.loader import PackLoader
+from megatron_bagel.data.loading.loader import PackLoader, StepBatch
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise, raw_timesteps
 from megatron_bagel.data.loading.pack_reader import PackReader
+from megatron_bagel.data.loading.planned_steps import LARGE_BATCH
+from megatron_bagel.data.planner.assign import PackPlan, assign_packs
 from megatron_bagel.data.planner.cost_model import CostModel, Measures
+from megatron_bagel.data.planner.mix import SourceRule
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.pack import LayoutSpec, PackImage, build_pack
@@ -65,9 +68,13 @@ class Pictures:
         return f"{self.name}/pictures, 0000.parquet row {index}"
 
 
-def loader(replica: int = 0, replicas: int = 1, workers: int = 0, rampup: tuple[int, ...] = (), **source) -> PackLoader:
-    planner = Planner([Pictures(**source)], PlannerConfig(90, 70, 60, 5, seed=1, global_batch_size=4))
-    return PackLoader(planner, PackReader([Pictures(**source)], SPEC, seed=9), replica, replicas, workers, sizes=BatchSizes.of(4, rampup))
+def loader(
+    replica: int = 0, replicas: int = 1, workers: int = 0, rampup: tuple[int, ...] = (), large_batch: int = LARGE_BATCH, limit: int = 60,
+    rules: dict[str, SourceRule] | None = None, **source,
+) -> PackLoader:  # fmt: skip
+    planner = Planner([Pictures(**source)], PlannerConfig(90, 70, limit, 5, seed=1, global_batch_size=4, mix=rules or {}))
+    reader = PackReader([Pictures(**source)], SPEC, seed=9)
+    return PackLoader(planner, reader, replica, replicas, workers, sizes=BatchSizes.of(4, rampup), large_batch=large_batch)
 
 
 def same(one: LoadedPack, other: LoadedPack) -> bool:
@@ -80,13 +87,37 @@ def same(one: LoadedPack, other: LoadedPack) -> bool:
     )
 
 
-def test_workers_change_nothing() -> None:
-    alone, two = loader(), loader(workers=2)
+def plans(batch: StepBatch) -> list[PackPlan]:
+    return [pack.plan for pack in batch.packs]
+
+
+def share(plans: list[PackPlan], replica: int, replicas: int) -> list[PackPlan]:
+    return assign_packs(plans, replicas)[replica]
+
+
+@pytest.mark.parametrize("large_batch", [4, 5])
+def test_workers_change_nothing(large_batch: int) -> None:
+    """Nor does a process that plans, which a batch of ``large_batch`` packs gets."""
+    alone, two = loader(), loader(workers=2, large_batch=large_batch)
     for _ in range(4):
         expected, got = next(alone), next(two)
-        assert expected.plans == got.plans
+        assert expected.totals == got.totals and alone.state_dict() == two.state_dict()
         assert all(same(a, b) for a, b in zip(expected.packs, got.packs, strict=True))
+    assert (two.planner.packs_made == 0) == (large_batch == 4)
     two.close()
+
+
+def test_a_planning_process_reports_what_it_skips_and_why_it_fails() -> None:
+    """Samples of more than 23 tokens are skipped; one epoch of 11 samples makes few packs."""
+    here, aside = loader(limit=23), loader(workers=1, large_batch=1, limit=23)
+    for _ in range(3):
+        next(here), next(aside)
+    assert aside.skipped() and aside.skipped() == here.skipped()[: len(aside.skipped())] and not aside.planner.skipped()
+    aside.close()
+    short = loader(workers=1, large_batch=1, rules={"pictures": SourceRule(((0, 1.0),), 1)})
+    with pytest.raises(ValueError, match="no sample is left to draw"):
+        for _ in range(100):
+            next(short)
 
 
 def test_replicas_share_one_global_order() -> None:
@@ -95,7 +126,7 @@ def test_replicas_share_one_global_order() -> None:
     for _ in range(3):
         expected = next(whole)
         shares = [next(hand) for hand in hands]
-        assert all(share.plans == expected.plans for share in shares)
+        assert all(share.totals == expected.totals for share in shares)
         packs = sorted((pack for share in shares for pack in share.packs), key=lambda pack: pack.plan.number)
         assert all(same(a, b) for a, b in zip(expected.packs, packs, strict=True))
 
@@ -105,13 +136,13 @@ def test_batches_that_grow_are_slices_of_the_same_sequence(workers: int) -> None
     """Also after a resume in the middle of the ramp, on another number of replicas."""
     ramp = (2, 2, 6)
     flat, whole, first, again = loader(), loader(rampup=ramp), loader(0, 2, workers, ramp), loader(1, 2, rampup=ramp)
-    plans = [plan for _ in range(4) for plan in next(flat).plans]
-    steps = [next(whole).plans for _ in range(5)]
+    sequence = [plan for _ in range(4) for plan in plans(next(flat))]
+    steps = [plans(next(whole)) for _ in range(5)]
     assert [len(step) for step in steps] == [2, 2, 2, 4, 4]
-    assert [plan for step in steps for plan in step] == plans[: sum(map(len, steps))]
-    assert [next(first).plans for _ in range(2)] == steps[:2]
+    assert [plan for step in steps for plan in step] == sequence[: sum(map(len, steps))]
+    assert [plans(next(first)) for _ in range(2)] == [share(step, 0, 2) for step in steps[:2]]
     again.load_state_dict(first.state_dict())
-    assert [next(again).plans for _ in range(3)] == steps[2:]
+    assert [plans(next(again)) for _ in range(3)] == [share(step, 1, 2) for step in steps[2:]]
     first.close()
 
 
@@ -125,10 +156,10 @@ def test_resume_continues_on_other_sizes(workers: int) -> None:
     state = first.state_dict()
     again = loader(0, 4)
     again.load_state_dict(state)
-    assert [next(again).plans for _ in range(2)] == [step.plans for step in expected[2:]]
-    assert next(first).plans == expected[2].plans  # saving disturbed nothing
+    assert [plans(next(again)) for _ in range(2)] == [share(plans(step), 0, 4) for step in expected[2:]]
+    assert plans(next(first)) == share(plans(expected[2]), 0, 2)  # saving disturbed nothing
     first.close()
-    assert next(first).plans == expected[3].plans  # nor does stopping the workers
+    assert plans(next(first)) == share(plans(expected[3]), 0, 2)  # nor does stopping the workers
     first.close()
 
 
@@ -149,7 +180,7 @@ def test_broken_image_is_named_and_its_sample_replaced_by_the_next(workers: int)
     for _ in range(4):
         expected, batch = next(whole), next(broken)
         failed = [(place, sample) for place, pack in enumerate(batch.packs) for sample, _ in pack.failures]
-        assert batch.plans == expected.plans
+        assert plans(batch) == plans(expected) and batch.totals == expected.totals
         for place, sample in failed:
             source, index, _ = batch.packs[place].plan.samples[sample]
             assert (source, index) == (0, 3)

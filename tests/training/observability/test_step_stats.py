@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_bagel.data.planner.assign import PackPlan
+from megatron_bagel.data.loading.planned_steps import BatchTotals
 from megatron_bagel.training.observability.step_stats import compared_over_ranks
 from megatron_bagel.training.observability.timers import PHASES, RARE
 from tests.distributed import run_ranks
@@ -20,8 +20,8 @@ def _compare() -> dict[str, float]:
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    plans = [PackPlan(number, (), 0, cost) for number, cost in enumerate((10.0, 30.0))]
-    batch = SimpleNamespace(packs=[loaded([("t2i", 100 * (rank + 1))], rank)], plans=plans)
+    packs = [loaded([("t2i", 100 * (rank + 1))], (10.0, 30.0)[rank])]
+    batch = SimpleNamespace(packs=packs, totals=BatchTotals(2, 2, 40.0))
     return compared_over_ranks({"encode": 1.0 + rank, "save": 0.0, "eval": 2.0 * rank}, batch, tokens=300, replicas=2)
 
 
