@@ -4,6 +4,7 @@
 python -m benchmarks.data --mix lognormal          # fill and balance of packs of 36864 tokens, 64 replicas; also --mix images
 python -m benchmarks.data --part sample            # fill on sample data, packs of 1024 tokens
 python -m benchmarks.data --part loader            # samples per second of one worker, and that pixels are the same
+python -m benchmarks.data --part stages            # where the time of a sample goes: decode, resize, send, normalize, ...
 python -m benchmarks.data --part start             # seconds to the first pack of 2000 rows, and of a quarter of them
 python -m benchmarks.data --part plan              # planning an epoch of 10 M samples of a synthetic sidecar: seconds, memory
 python -m benchmarks.data --part open              # opening a synthetic sidecar of 100 M samples: seconds, memory
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a fil
 from benchmarks.data_mixes import CAPACITY, EXPECTED, Lengths, greedy_packs  # noqa: E402
 from benchmarks.data_reading import measure_fill, measure_loader, measure_start  # noqa: E402
 from benchmarks.data_scale import measure_opening, measure_planning  # noqa: E402
+from benchmarks.data_stages import measure_stages  # noqa: E402
 from benchmarks.record import report  # noqa: E402
 from megatron_bagel.data.planner.assign import assign_packs  # noqa: E402
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig  # noqa: E402
@@ -69,14 +71,14 @@ def measure(mix: str, packs: int, replicas: int, window: int) -> dict[str, objec
 def parser() -> argparse.ArgumentParser:
     """Every size has a default that is the full-size measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("packing", "sample", "loader", "start", "plan", "open"), default="packing")
+    parser.add_argument("--part", choices=("packing", "sample", "loader", "stages", "start", "plan", "open"), default="packing")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     packing = parser.add_argument_group("packing")
     packing.add_argument("--mix", choices=("lognormal", "images"), default="lognormal")
     packing.add_argument("--packs", type=int, default=640, help="of sample and loader too")
     packing.add_argument("--replicas", type=int, default=64)
     packing.add_argument("--window", type=int, default=50, help="as --max_buffer_size")
-    reading = parser.add_argument_group("sample, loader and start")
+    reading = parser.add_argument_group("sample, loader, stages and start")
     reading.add_argument("--rows", type=int, default=2000)
     reading.add_argument("--side", type=int, default=64, help="pixels of the pictures")
     reading.add_argument("--capacity", type=int, default=1024, help="tokens of a pack")
@@ -96,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "packing": lambda: measure(args.mix, args.packs, args.replicas, args.window),
         "sample": lambda: measure_fill(args.rows, args.side, args.capacity, args.packs),
         "loader": lambda: measure_loader(args.rows, args.side, args.capacity, args.packs, args.repeats),
+        "stages": lambda: measure_stages(args.rows, args.side, args.capacity, args.packs),
         "start": lambda: measure_start(args.rows, args.side, args.capacity, args.repeats),
         "plan": lambda: measure_planning(args.samples or 10_000_000),
         "open": lambda: measure_opening(args.samples or 100_000_000),

@@ -33,9 +33,11 @@ from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import PlanSettings
 from megatron_bagel.data.sources.dataset_config import GroupConfig, load_groups
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.data.transforms import ready_image, ready_patches
 from megatron_bagel.layout.pack import LayoutSpec
 
 SEED, SHARE = 1, 0.9  # a pack is expected to be this full
+PATCH = 3 * 14 * 14  # values of a ViT patch
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,15 @@ def measure_fill(rows: int, side: int, capacity: int, packs: int) -> dict[str, o
 
 
 def _rate(packs: Iterator[LoadedPack | PlainPack], count: int) -> tuple[float, float]:
-    """(samples, text and picture tokens) per second over ``count`` packs after the first."""
+    """(samples, text and picture tokens) per second over ``count`` packs after the first, with their pixels normalised in this process."""
     next(packs)
     began, samples, tokens = time.perf_counter(), 0, 0
     for loaded in islice(packs, count):
         plain = isinstance(loaded, PlainPack)
         samples += loaded.count if plain else len(loaded.pack.samples)
         tokens += loaded.tokens if plain else loaded.pack.sequence_length
+        if not plain:  # an encoder would do this on its device
+            _ = [ready_image(image, "cpu") for image in loaded.vae_images()], ready_patches(loaded.vit_images(), PATCH, "cpu")
     seconds = time.perf_counter() - began
     return samples / seconds, tokens / seconds
 
@@ -128,7 +132,7 @@ def same_pixels(world: World, packs: int) -> int:
             for item in sample.items:
                 pixels = plain.get((sample.dataset, sample.index, item.image, item.kind))
                 if pixels is not None and item.kind != "text":
-                    if not torch.equal(source.pixels(index, item), pixels):
+                    if not torch.equal(source.pixels(index, item).normalized(), pixels):
                         raise ValueError(f"{source.describe(index)}: the pixels of the two readers differ")
                     compared += 1
     return compared

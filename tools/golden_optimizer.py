@@ -57,7 +57,9 @@ class OptimizerRun:
         image_encoder.tower = self.trainable.tower
         self.trainable.image_encoder = image_encoder
         settings = StepSettings(LossWeights(), cases.backend, batch.pack.sequence_length, platform.device())
-        result = train_step(self.trainable, StepBatch([batch.loaded], BatchTotals(1, len(batch.loaded.plan.samples), batch.loaded.plan.cost)), settings)
+        result = train_step(
+            self.trainable, StepBatch([batch.loaded], BatchTotals(1, len(batch.loaded.plan.samples), batch.loaded.plan.cost)), settings
+        )
         # Clipping scaled the gradients in place; the threshold is about those before it.
         scale = min(1.0, self.clip / (result.outcome.grad_norm + 1e-6))
         for parameter, gradient in self.parts.by_recorded_name(_main_gradient).items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -248,14 +249,81 @@ def _from_wide_grey(image: Image.Image, transparency: int | None) -> Image.Image
     return Image.fromarray(grey)
 
 
-def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:
-    """Resize an RGB image to ``width`` x ``height`` (bicubic with antialias) and normalise it: float32 [3, height, width]."""
+@dataclass(frozen=True)
+class Normalization:
+    """How the 8-bit values of an image become the numbers of a model: mean and deviation of each channel, of values in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, values: torch.Tensor, channel: int) -> torch.Tensor:
+        """Return uint8 ``values``, whose dimension ``channel`` has the three channels, as float32 on the same device.
+
+        Each operation rounds as the original's does, so the bits are the same on every device.
+        """
+        shape = [3 if dimension == channel % values.dim() else 1 for dimension in range(values.dim())]
+        mean, std = (torch.tensor(row, dtype=torch.float32, device=values.device).view(shape) for row in (self.mean, self.std))
+        return values.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """A resized image before its normalisation, as it travels between processes: a quarter of the bytes.
+
+    ``values`` is uint8 [height, width, 3].
+    """
+
+    values: torch.Tensor
+    normalization: Normalization
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of the normalised image, [3, height, width]."""
+        height, width, channels = self.values.shape
+        return channels, height, width
+
+    def normalized(self) -> torch.Tensor:
+        """Return the image as the model's encoders take it, float32 [3, height, width]."""
+        return self.normalization(self.values.permute(2, 0, 1).contiguous(), 0)
+
+
+@dataclass(frozen=True)
+class RawPatches:
+    """The patches of a ViT image before their normalisation: uint8 [tokens, patch * patch * 3], as ``vit_patches`` orders them."""
+
+    values: torch.Tensor
+    normalization: Normalization
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def ready_image(image: torch.Tensor | RawImage, device: torch.device | str) -> torch.Tensor:
+    """Return an image as an encoder takes it, float32 [3, height, width] on ``device``; 8-bit values are normalised there."""
+    if isinstance(image, torch.Tensor):
+        return image.to(device)
+    return RawImage(image.values.to(device), image.normalization).normalized()
+
+
+def ready_patches(images: Sequence[torch.Tensor | RawPatches], width: int, device: torch.device | str) -> torch.Tensor:
+    """Return the patches of all images one after the other, float32 [tokens, width] on ``device``."""
+    parts = [torch.zeros(0, width, device=device)]
+    for normalization, run in groupby(images, key=lambda image: None if isinstance(image, torch.Tensor) else image.normalization):
+        values = torch.cat([image if isinstance(image, torch.Tensor) else image.values for image in run]).to(device)
+        parts.append(values if normalization is None else normalization(values.view(len(values), -1, 3), 2).view(values.shape))
+    return torch.cat(parts) if len(parts) > 2 else parts[-1]
+
+
+def resized(image: Image.Image, args: TransformArgs, width: int, height: int) -> RawImage:
+    """Resize an RGB image to ``width`` x ``height`` (bicubic with antialias)."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
-    mean = torch.tensor(args.image_mean, dtype=torch.float32).view(3, 1, 1)
-    std = torch.tensor(args.image_std, dtype=torch.float32).view(3, 1, 1)
-    return pixels.sub_(mean).div_(std)
+    return RawImage(torch.from_numpy(np.array(image)), Normalization(args.image_mean, args.image_std))
+
+
+def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:
+    """Resize an RGB image to ``width`` x ``height`` (bicubic with antialias) and normalise it: float32 [3, height, width]."""
+    return resized(image, args, width, height).normalized()
 
 
 def vit_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from megatron_bagel.config.architecture import BagelArch, ViTArch
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
+from megatron_bagel.data.transforms import RawImage, RawPatches, ready_image
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.tower_pass import TowerImage, tower_pass
@@ -102,7 +103,7 @@ class ImageEncoder:
         autoencoder: AutoEncoder | CachedPosterior,
         loaded: LoadedPack,
         images: Sequence[PackImage],
-        pixels: Sequence[torch.Tensor],
+        pixels: Sequence[torch.Tensor | RawImage],
     ) -> torch.Tensor:
         """Return the latents of VAE images of a pack, one after the other, [tokens, channels]."""
         device = self.settings.device
@@ -114,7 +115,7 @@ class ImageEncoder:
             size = max(image.height for image in vae_images), max(image.width for image in vae_images)
         noises = self.posterior_noise(loaded.pack, images)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bf16):
-            return encode_latents(autoencoder, [image.to(device) for image in pixels], noises, self.arch.latent_patch_size, size)
+            return encode_latents(autoencoder, [ready_image(image, device) for image in pixels], noises, self.arch.latent_patch_size, size)
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device
@@ -137,7 +138,7 @@ def patch_values(vit: ViTArch) -> int:
     return vit.num_channels * vit.patch_size**2
 
 
-def tower_images(pack: Pack, pixels: Sequence[torch.Tensor]) -> list[TowerImage]:
+def tower_images(pack: Pack, pixels: Sequence[torch.Tensor | RawPatches]) -> list[TowerImage]:
     """Return the ViT images of a pack, in sequence order, with the pixels of each, [tokens, patch * patch * 3]."""
     ids = torch.from_numpy(pack.vit_position_ids).split([image.tokens for image in pack.images_of("vit")])
     return [TowerImage(*image) for image in zip(pixels, ids, strict=True)]

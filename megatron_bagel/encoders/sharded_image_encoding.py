@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +17,15 @@ import torch
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.encoder_assignment import EncodingShare
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
+from megatron_bagel.data.transforms import RawImage, RawPatches
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings, patch_values
 from megatron_bagel.encoders.tower_pass import TowerImage
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
+
+_Pixels = TypeVar("_Pixels", bound=torch.Tensor | RawImage | RawPatches)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class ShardedImageEncoder(ImageEncoder):
         for loaded, ranks in zip(packs, owners, strict=True):
             pack = loaded.pack
             image_ends = np.cumsum([image.tokens for image in pack.images_of("vit")])
-            for number, image, pixels in self._local_images(loaded, ranks, "vit"):
+            for number, image, pixels in self._local_images(loaded, ranks, "vit", loaded.vit_images()):
                 ids = pack.vit_position_ids[image_ends[number] - image.tokens : image_ends[number]]
                 images.append(TowerImage(pixels, torch.from_numpy(ids)))
         return images
@@ -112,7 +116,7 @@ class ShardedImageEncoder(ImageEncoder):
         route = self._route(packs, owners, "vae")
         local_latents = []
         for loaded, ranks in zip(packs, owners, strict=True):
-            local_images = list(self._local_images(loaded, ranks, "vae"))
+            local_images = list(self._local_images(loaded, ranks, "vae", loaded.vae_images()))
             images, pixels = [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]
             local_latents.append(self._encoded(self.autoencoder, loaded, images, pixels))
         received = send_rows(torch.cat(local_latents), route.counts, self.replica.boundary_ranks, self.replica.group)
@@ -128,10 +132,12 @@ class ShardedImageEncoder(ImageEncoder):
         numbers = [number for number, image in enumerate(images) if image.kind == kind]
         return _route([images[number] for number in numbers], np.concatenate(owners)[numbers], self.replica.size)
 
-    def _local_images(self, loaded: LoadedPack, owners: np.ndarray, kind: str) -> Iterator[tuple[int, PackImage, torch.Tensor]]:
+    def _local_images(
+        self, loaded: LoadedPack, owners: np.ndarray, kind: str, images_read: Sequence[_Pixels]
+    ) -> Iterator[tuple[int, PackImage, _Pixels]]:
         """Yield the number among the pack's images of ``kind``, the image and the pixels of each that this rank encodes."""
         image_owners = [owner for owner, image in zip(owners, loaded.pack.images, strict=True) if image.kind == kind]
-        decoded_images = iter(loaded.vit_images() if kind == "vit" else loaded.vae_images())
+        decoded_images = iter(images_read)
         for number, (image, is_read) in enumerate(zip(loaded.pack.images_of(kind), loaded.read_mask(kind), strict=True)):
             pixels = next(decoded_images) if is_read else None
             if image_owners[number] != self.replica.rank:

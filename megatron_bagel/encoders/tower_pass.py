@@ -15,12 +15,14 @@ from typing import Protocol
 
 import torch
 
+from megatron_bagel.data.transforms import RawPatches, ready_patches
+
 
 @dataclass(frozen=True)
 class TowerImage:
     """One image as the tower reads it: ``patches`` [tokens, patch * patch * 3] and ``position_ids`` [tokens], both on the host."""
 
-    patches: torch.Tensor
+    patches: torch.Tensor | RawPatches
     position_ids: torch.Tensor
 
 
@@ -125,6 +127,6 @@ def _chunks(images: Sequence[TowerImage], chunk_tokens: int) -> Iterator[list[To
 
 def _run(tower: torch.nn.Module, images: Sequence[TowerImage], patch_values: int, device: torch.device | str) -> torch.Tensor:
     # The empty tensors are for a step without images, whose backward pass gives every weight a gradient of zeros.
-    patches = torch.cat([torch.zeros(0, patch_values), *(image.patches for image in images)])
+    patches = ready_patches([image.patches for image in images], patch_values, device)
     position_ids = torch.cat([torch.zeros(0, dtype=torch.long), *(image.position_ids for image in images)])
-    return tower(patches.to(device), position_ids.to(device), [len(image.patches) for image in images])
+    return tower(patches, position_ids.to(device), [len(image.patches) for image in images])

@@ -43,6 +43,8 @@ def test_sample_data_is_read_fuller_with_the_same_pixels(capsys: pytest.CaptureF
     assert fill["planner"]["fill"] > 0.97 > fill["plain"]["fill"] > 0.5
     loader = told(capsys, "--part", "loader", *small)
     assert loader["equal_pictures"] > 50 and loader["loader"]["samples_per_s"] > 0 and loader["plain"]["samples_per_s"] > 0
+    stages = told(capsys, "--part", "stages", *small)
+    assert all(stages["microseconds_per_sample"][name] > 0 for name in ("samples", "decode", "resize", "send", "receive", "normalize"))
     start = told(capsys, "--part", "start", *small)
     assert {"15_rows", "60_rows"} <= set(start) and start["60_rows"]["times_shorter"] > 0
 

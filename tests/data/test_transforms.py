@@ -20,6 +20,7 @@ from PIL import Image, ImageFile, ImageOps
 from safetensors.torch import load_file
 
 from megatron_bagel.data.transforms import (
+    RawPatches,
     TransformArgs,
     complete_size,
     decode_rgb,
@@ -29,6 +30,9 @@ from megatron_bagel.data.transforms import (
     open_image,
     output_size,
     output_sizes,
+    ready_image,
+    ready_patches,
+    resized,
     vit_patches,
 )
 
@@ -51,6 +55,12 @@ def test_pixels_equal_the_goldens(goldens: Path) -> None:
             want = expected[f"t2i_0000_row{row}_{kind}"]
             got = image_tensor(image, TransformArgs(64, 16, 16), want.shape[2], want.shape[1])
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+            raw = resized(image, TransformArgs(64, 16, 16), want.shape[2], want.shape[1])
+            assert raw.values.dtype == torch.uint8 and raw.shape == want.shape and torch.equal(ready_image(raw, "cpu"), want)
+            if kind == "vit":
+                patches = RawPatches(vit_patches(raw.values.permute(2, 0, 1), 2), raw.normalization)
+                both = ready_patches([patches, vit_patches(want, 2), patches, patches], 12, "cpu")  # raw ones, ready ones, two raw ones
+                assert torch.equal(both, vit_patches(want, 2).repeat(4, 1))
     torch.testing.assert_close(vit_patches(expected["t2i_0000_row0_vit"], 14), expected["row0_vit_patchified"], rtol=0, atol=0)
 
 

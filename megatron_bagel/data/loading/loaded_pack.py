@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from megatron_bagel.config.architecture import AutoencoderArch
 from megatron_bagel.data.planner.assign import PackPlan
+from megatron_bagel.data.transforms import Normalization, RawImage, RawPatches
 from megatron_bagel.layout.pack import Pack, PackImage
 
 
@@ -35,9 +36,10 @@ class LoadedPack:
 
     ``vit_patches`` [n_vit, patch * patch * 3] is in sequence order, ``vae_buffer`` holds the VAE images one after the other, and
     ``raw_timesteps`` float32 [VAE images] is -inf for clean ones. With a latent cache, VAE images are posteriors of the autoencoder
-    ``posterior`` (``stored_shape``). ``is_read`` bool [images] marks the pack's images that were read (default: all); pixels of the
-    others are absent. ``failures`` are the positions in the pack of samples that could not be read, with the reasons. Such a pack
-    cannot be trained on until ``PackLoader.replaced`` has replaced these samples.
+    ``posterior`` (``stored_shape``), ready as float32. Other images are 8-bit values until an encoder normalises them on its device,
+    with the ``normalizations`` of the images that were read, by kind. ``is_read`` bool [images] marks the pack's images that were read
+    (default: all); pixels of the others are absent. ``failures`` are the positions in the pack of samples that could not be read, with
+    the reasons. Such a pack cannot be trained on until ``PackLoader.replaced`` has replaced these samples.
     """
 
     plan: PackPlan
@@ -48,6 +50,7 @@ class LoadedPack:
     posterior: AutoencoderArch | None = None
     is_read: np.ndarray | None = None
     failures: tuple[tuple[int, str], ...] = ()
+    normalizations: Mapping[str, Sequence[Normalization]] = field(default_factory=dict)
 
     def read_mask(self, kind: str) -> list[bool]:
         """Return for each of the pack's images of one kind whether it was read."""
@@ -57,12 +60,19 @@ class LoadedPack:
     def _read(self, kind: str) -> list[PackImage]:
         return list(compress(self.pack.images_of(kind), self.read_mask(kind)))
 
-    def vit_images(self) -> Sequence[torch.Tensor]:
+    def vit_images(self) -> list[torch.Tensor | RawPatches]:
         """Return views [tokens, patch * patch * 3] of the ViT images that were read, in sequence order."""
-        return torch.split(self.vit_patches, [image.tokens for image in self._read("vit")])
+        pieces = torch.split(self.vit_patches, [image.tokens for image in self._read("vit")])
+        if self.vit_patches.dtype != torch.uint8:
+            return list(pieces)
+        return [RawPatches(piece, norm) for piece, norm in zip(pieces, self.normalizations["vit"], strict=True)]
 
-    def vae_images(self) -> list[torch.Tensor]:
-        """Return views of the VAE images that were read, each of its ``stored_shape``, in sequence order."""
+    def vae_images(self) -> list[torch.Tensor | RawImage]:
+        """Return views of the VAE images that were read in sequence order, each of its ``stored_shape``, or before normalisation."""
         shapes = [stored_shape(image, self.posterior) for image in self._read("vae")]
         pieces = torch.split(self.vae_buffer, [math.prod(shape) for shape in shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        if self.vae_buffer.dtype != torch.uint8:
+            return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        channels_last = [(height, width, channels) for channels, height, width in shapes]
+        columns = zip(pieces, channels_last, self.normalizations["vae"], strict=True)
+        return [RawImage(piece.view(shape), norm) for piece, shape, norm in columns]

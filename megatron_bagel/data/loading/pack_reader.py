@@ -22,7 +22,7 @@ from megatron_bagel.data.loading.loaded_pack import LoadedPack, stored_shape
 from megatron_bagel.data.loading.noise import raw_timesteps
 from megatron_bagel.data.loading.replacement import SiblingSource
 from megatron_bagel.data.planner.assign import PackPlan
-from megatron_bagel.data.transforms import vit_patches
+from megatron_bagel.data.transforms import RawImage, vit_patches
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, build_pack
 
@@ -40,8 +40,11 @@ class ReadableSource(SiblingSource, Protocol):
         """Return the plan of one sample, with its token ids."""
         ...
 
-    def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """Return one image of a sample, float32 of ``stored_shape``, on any thread. Raises ValueError if it cannot be decoded."""
+    def pixels(self, index: int, image: PackImage) -> torch.Tensor | RawImage:
+        """Return one image of a sample on any thread: before its normalisation, or ready as float32 of ``stored_shape``.
+
+        Raises ValueError if it cannot be decoded.
+        """
         ...
 
 
@@ -99,14 +102,15 @@ class PackReader(Dataset[LoadedPack]):
                 raise UnreadableError(reason)
             if reason:
                 failures.setdefault(images[number].sample, reason)
-        patches = [vit_patches(decoded[number][0], self.spec.vit_patch) for number, image in enumerate(images) if image.kind == "vit"]
-        pixels = [decoded[number][0].reshape(-1) for number, image in enumerate(images) if image.kind == "vae"]
+        by_kind = {kind: [decoded[n][0] for n, image in enumerate(images) if image.kind == kind] for kind in ("vit", "vae")}
+        patches, pixels = [_patches(image, self.spec.vit_patch) for image in by_kind["vit"]], [_flat(image) for image in by_kind["vae"]]
         return LoadedPack(
             plan=plan,
             pack=pack,
             vit_patches=torch.cat(patches) if patches else torch.zeros(0, 3 * self.spec.vit_patch**2),
             vae_buffer=torch.cat(pixels) if pixels else torch.zeros(0),
             raw_timesteps=raw_timesteps(pack, self.seed),
+            normalizations={k: [image.normalization for image in kind if isinstance(image, RawImage)] for k, kind in by_kind.items()},
             posterior=self.posterior,
             is_read=is_read,
             failures=tuple(sorted(failures.items())),
@@ -137,19 +141,19 @@ class PackReader(Dataset[LoadedPack]):
             self._owners_of_packs = request.packs, self.share.owners(images)
         return self._owners_of_packs[1][request.number] == self.share.rank
 
-    def _read(self, plan: PackPlan, images: Sequence[PackImage]) -> list[tuple[torch.Tensor, str]]:
+    def _read(self, plan: PackPlan, images: Sequence[PackImage]) -> list[tuple[torch.Tensor | RawImage, str]]:
         """Return the pixels of every image with an empty string, or zeros with the reason of the failure."""
         pictures: dict[tuple[int, int], list[int]] = {}
         for number, image in enumerate(images):
             pictures.setdefault((image.sample, image.image), []).append(number)
 
-        def read(numbers: list[int]) -> list[tuple[torch.Tensor, str]]:
-            results = []
+        def read(numbers: list[int]) -> list[tuple[torch.Tensor | RawImage, str]]:
+            results: list[tuple[torch.Tensor | RawImage, str]] = []
             for number in numbers:  # picture by picture, because a source caches the last one it decoded
                 try:
                     results.append((self._pixels(plan, images[number]), ""))
                 except UnreadableError as error:
-                    results.append((torch.zeros(stored_shape(images[number], self.posterior)), str(error)))
+                    results.append((torch.zeros(stored_shape(images[number], self.posterior)), str(error)))  # nobody trains on it
             return results
 
         jobs = list(pictures.values())
@@ -159,7 +163,7 @@ class PackReader(Dataset[LoadedPack]):
         results = dict(zip(chain.from_iterable(jobs), chain.from_iterable(job_results), strict=True))
         return [results[number] for number in range(len(images))]
 
-    def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor:
+    def _pixels(self, plan: PackPlan, image: PackImage) -> torch.Tensor | RawImage:
         source, index, _ = plan.samples[image.sample]
         try:
             pixels = self.sources[source].pixels(index, image)
@@ -172,6 +176,14 @@ class PackReader(Dataset[LoadedPack]):
                 f"but the plan says {planned}; the index was built from another file, so build it again"
             )
         return pixels
+
+
+def _patches(image: torch.Tensor | RawImage, patch: int) -> torch.Tensor:
+    return vit_patches(image.values.permute(2, 0, 1) if isinstance(image, RawImage) else image, patch)
+
+
+def _flat(image: torch.Tensor | RawImage) -> torch.Tensor:
+    return (image.values if isinstance(image, RawImage) else image).reshape(-1)
 
 
 def _check_length(plan: PackPlan, pack: Pack) -> None:

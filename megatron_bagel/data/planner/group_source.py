@@ -27,7 +27,7 @@ from megatron_bagel.data.planner.sample_plan import (
     transform_of,
 )
 from megatron_bagel.data.sources.dataset_config import GroupConfig
-from megatron_bagel.data.transforms import image_tensor
+from megatron_bagel.data.transforms import RawImage, resized
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
 
@@ -138,16 +138,16 @@ class GroupSource:
         items = build_items(planned, record, self.group, lambda text: reader.text_ids(row, text), self.settings.next_tokens)
         return Sample(reader.name, row, epoch, items, self.group.name)
 
-    def pixels(self, index: int, image: PackImage) -> torch.Tensor:
-        """Return one image of a sample after its transform, float32 [3, height, width].
+    def pixels(self, index: int, image: PackImage) -> torch.Tensor | RawImage:
+        """Return one image of a sample after its transform.
 
-        With a latent cache, a VAE image is its posterior, [2 * z, height / downsample, width / downsample].
+        With a latent cache, a VAE image is its posterior, float32 [2 * z, height / downsample, width / downsample].
 
         Raises:
             ValueError: If it cannot be decoded, or differs from the picture in the index.
         """
         if self.latents is None or image.kind != "vae":
-            return self.picture(index, image)
+            return self._resized(index, image)
         reader, row, _ = self._locate(index, 0)
         arch = self.latents.arch
         return self.latents.posterior(reader, row, image.image, (image.height // arch.downsample, image.width // arch.downsample))
@@ -157,9 +157,12 @@ class GroupSource:
 
         Raises ValueError as ``pixels`` does.
         """
+        return self._resized(index, image).normalized()
+
+    def _resized(self, index: int, image: PackImage) -> RawImage:
         reader, row, _ = self._locate(index, 0)
         decoded = self._decoded(reader, row, image.image)
-        return image_tensor(decoded, transform_of(self.group, image.kind), image.width, image.height)
+        return resized(decoded, transform_of(self.group, image.kind), image.width, image.height)
 
     def _decoded(self, reader: DatasetReader, row: int, number: int) -> Image:
         """Decode one picture of a row. The last one is cached, because ViT and autoencoder often take the same."""

@@ -96,6 +96,6 @@ def test_row_equals_the_original(goldens: Path, rows: Rows, name: str, dropout: 
     if dropout == 1.0:
         return  # without any instruction the integers do not tell which pictures of a chain were taken
     for kind, key in (("vae", "padded_images"), ("vit", "packed_vit_tokens")):
-        pixels = [rows.sources[found[i.sample].dataset].pixels(found[i.sample].index, i).double() for i in pack.images_of(kind)]
+        pixels = [rows.sources[found[i.sample].dataset].picture(found[i.sample].index, i).double() for i in pack.images_of(kind)]
         assert float(sum(p.sum() for p in pixels)) == pytest.approx(golden[key]["sum"], abs=1e-3)
         assert float(sum(p.abs().sum() for p in pixels)) == pytest.approx(golden[key]["abs_sum"], abs=1e-3)
