@@ -12,11 +12,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from megatron_bagel.platform.device import to_device
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 PIXEL_LIMIT = 200_000_000  # an image above this counts as a decompression bomb, unless a build sets another limit
@@ -262,8 +265,14 @@ class Normalization:
         Each operation rounds as the original's does, so the bits are the same on every device.
         """
         shape = [3 if dimension == channel % values.dim() else 1 for dimension in range(values.dim())]
-        mean, std = (torch.tensor(row, dtype=torch.float32, device=values.device).view(shape) for row in (self.mean, self.std))
+        mean, std = (_row(numbers, values.device).view(shape) for numbers in (self.mean, self.std))
         return values.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _row(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return ``numbers`` on ``device``. They are kept, because a copy to a GPU would make the host wait."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -301,15 +310,15 @@ class RawPatches:
 def ready_image(image: torch.Tensor | RawImage, device: torch.device | str) -> torch.Tensor:
     """Return an image as an encoder takes it, float32 [3, height, width] on ``device``; 8-bit values are normalised there."""
     if isinstance(image, torch.Tensor):
-        return image.to(device)
-    return RawImage(image.values.to(device), image.normalization).normalized()
+        return to_device(image, device)
+    return RawImage(to_device(image.values, device), image.normalization).normalized()
 
 
 def ready_patches(images: Sequence[torch.Tensor | RawPatches], width: int, device: torch.device | str) -> torch.Tensor:
     """Return the patches of all images one after the other, float32 [tokens, width] on ``device``."""
     parts = [torch.zeros(0, width, device=device)]
     for normalization, run in groupby(images, key=lambda image: None if isinstance(image, torch.Tensor) else image.normalization):
-        values = torch.cat([image if isinstance(image, torch.Tensor) else image.values for image in run]).to(device)
+        values = to_device(torch.cat([image if isinstance(image, torch.Tensor) else image.values for image in run]), device)
         parts.append(values if normalization is None else normalization(values.view(len(values), -1, 3), 2).view(values.shape))
     return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
@@ -318,7 +327,7 @@ def resized(image: Image.Image, args: TransformArgs, width: int, height: int) ->
     """Resize an RGB image to ``width`` x ``height`` (bicubic with antialias)."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return RawImage(torch.from_numpy(np.array(image)), Normalization(args.image_mean, args.image_std))
+    return RawImage(torch.from_numpy(np.array(image)), Normalization(tuple(args.image_mean), tuple(args.image_std)))
 
 
 def image_tensor(image: Image.Image, args: TransformArgs, width: int, height: int) -> torch.Tensor:

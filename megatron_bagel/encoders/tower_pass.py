@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from megatron_bagel.data.transforms import RawPatches, ready_patches
+from megatron_bagel.platform.device import to_device
 
 
 @dataclass(frozen=True)
@@ -129,4 +130,4 @@ def _run(tower: torch.nn.Module, images: Sequence[TowerImage], patch_values: int
     # The empty tensors are for a step without images, whose backward pass gives every weight a gradient of zeros.
     patches = ready_patches([image.patches for image in images], patch_values, device)
     position_ids = torch.cat([torch.zeros(0, dtype=torch.long), *(image.position_ids for image in images)])
-    return tower(patches, position_ids.to(device), [len(image.patches) for image in images])
+    return tower(patches, to_device(position_ids, device), [len(image.patches) for image in images])

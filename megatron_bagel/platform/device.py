@@ -26,6 +26,13 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count()) if has_gpu() else torch.device("cpu")
 
 
+def to_device(values: torch.Tensor, target: torch.device | str) -> torch.Tensor:
+    """Return ``values`` of the host on ``target``. The host does not wait for the copy to a GPU, which goes through page-locked memory."""
+    if torch.device(target).type != "cuda" or values.is_cuda:
+        return values.to(target)
+    return values.pin_memory().to(target, non_blocking=True)  # torch keeps the page-locked memory until the copy is done
+
+
 def check_processes() -> None:
     """Check that every process on this node has a GPU, as NCCL requires. Raises ValueError if torchrun started more processes."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
