@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the loader's time goes: processor seconds of each stage on the way from a plan to pixels in the training process.
 
-``benchmarks/data.py --part stages`` prints it. One process does all stages one after the other, on one thread.
+``benchmarks/data.py --part stages`` prints it. One process does all stages one after the other, on one thread, and then the whole
+work of the plain reader (``plain_reader.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from unittest.mock import patch
 
 import torch
@@ -46,10 +48,12 @@ def measure_stages(rows: int, side: int, capacity: int, packs: int) -> dict[str,
     """Microseconds per sample of each stage, over ``packs`` packs after the first."""
     with make_world(rows, side, capacity) as world:
         clock, samples = _read(world, packs)
+        plain = _plain_seconds(world, packs)
     per_sample = {stage: seconds / samples * 1e6 for stage, seconds in clock.seconds.items()}
     return {
         "rows": rows, "side": side, "capacity": capacity, "packs": packs, "samples": samples,
-        "microseconds_per_sample": per_sample, "sum": sum(per_sample.values()),
+        "microseconds_per_sample": per_sample, "sum": sum(per_sample.values()), "plain_microseconds_per_sample": plain * 1e6,
+        "times_plain": plain * 1e6 / sum(per_sample.values()),
     }  # fmt: skip
 
 
@@ -71,6 +75,15 @@ def _read(world: World, packs: int) -> tuple[Clock, int]:
                 _ = [ready_image(image, "cpu") for image in loaded.vae_images()], ready_patches(loaded.vit_images(), PATCH, "cpu")
             samples += len(plan.samples)
     return clock, samples
+
+
+def _plain_seconds(world: World, packs: int) -> float:
+    """Processor seconds per sample of the plain reader, which follows the original's algorithm, in one process and without a transfer."""
+    reader = iter(world.plain())
+    next(reader)
+    began = time.process_time()
+    samples = sum(pack.count for pack in islice(reader, packs))
+    return (time.process_time() - began) / samples
 
 
 def _received(parcel: Parcel) -> pack_reader.LoadedPack:
