@@ -112,9 +112,10 @@ def test_a_planning_process_reports_what_it_skips_and_why_it_fails() -> None:
     here, aside = loader(limit=23), loader(workers=1, large_batch=1, limit=23)
     for _ in range(3):
         next(here), next(aside)
-    assert aside.skipped() and aside.skipped() == here.skipped()[: len(aside.skipped())] and not aside.planner.skipped()
+    shared = min(len(aside.skipped()), len(here.skipped()))  # the process plans further ahead
+    assert shared and aside.skipped()[:shared] == here.skipped()[:shared] and not aside.planner.skipped()
     aside.close()
-    short = loader(workers=1, large_batch=1, rules={"pictures": SourceRule(((0, 1.0),), 1)})
+    short = loader(workers=1, large_batch=1, rules={"unified_edit": SourceRule(((0, 1.0),), 1)})
     with pytest.raises(ValueError, match="no sample is left to draw"):
         for _ in range(100):
             next(short)
