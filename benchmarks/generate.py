@@ -44,6 +44,7 @@ from megatron_bagel.inference.core.guidance import Guidance, time_grid  # noqa: 
 from megatron_bagel.inference.core.image import ImageSampling, generate_latents  # noqa: E402
 from megatron_bagel.inference.core.load_engine import LoadOptions, image_transforms, load_engine  # noqa: E402
 from megatron_bagel.inference.core.noise import KeyedNoise  # noqa: E402
+from megatron_bagel.inference.core.token_loop import StaticLoop  # noqa: E402
 from megatron_bagel.model.build import build_decoder  # noqa: E402
 from megatron_bagel.platform.device import device_name, synchronize  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
@@ -110,6 +111,16 @@ def text_cached(engine: Engine, arguments: argparse.Namespace) -> Tensor:
     return logits
 
 
+def text_static(engine: Engine, arguments: argparse.Namespace) -> Tensor:
+    """The same logits with tensors of fixed shapes, on a GPU by a captured graph."""
+    contexts = [made.views.main for made in read(engine, arguments)]
+    loop, rows, tokens = StaticLoop(engine, contexts, arguments.tokens), list(range(len(contexts))), [engine.tokenizer.bos] * len(contexts)
+    for _ in range(arguments.tokens):
+        logits = loop.logits(rows, tokens)
+        tokens = logits[:, : len(engine.tokenizer)].argmax(-1).tolist()
+    return logits
+
+
 def text_anew(engine: Engine, arguments: argparse.Namespace) -> Tensor:
     """The same, the whole conversation read for every token."""
     written = [[engine.tokenizer.bos] for _ in range(arguments.batch)]
@@ -158,7 +169,7 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
 def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both ways of text and picture; one token and one step are made first, to warm up."""
     warm = argparse.Namespace(**{**vars(arguments), "tokens": 1, "steps": 1})
-    text_cached(engine, warm), picture(engine, warm, anew=False)
+    text_cached(engine, warm), text_static(engine, warm), picture(engine, warm, anew=False)
     result: dict[str, Any] = {"context_tokens": read(engine, arguments)[0].views.main.length}
     answers: dict[str, list[Tensor]] = {"text": [], "picture": []}
     for way in ("cached", "anew"):
@@ -169,9 +180,12 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
         result[f"picture_{way}"] = {"seconds": clock / arguments.batch, "process_seconds": process / arguments.batch}
         answers["text"].append(logits)
         answers["picture"].append(latents)
+    static, clock, process = timed(lambda: text_static(engine, arguments))
+    result["text_static"] = {"tokens_per_s": written / clock, "process_seconds_per_token": process / written}
     result["text_speedup"] = result["text_anew"]["process_seconds_per_token"] / result["text_cached"]["process_seconds_per_token"]
     result["picture_speedup"] = result["picture_anew"]["process_seconds"] / result["picture_cached"]["process_seconds"]
     result["largest_difference"] = {name: float((one - two).abs().max()) for name, (one, two) in answers.items()}
+    result["largest_difference"]["text_static"] = float((static - answers["text"][0]).abs().max())
     return result
 
 

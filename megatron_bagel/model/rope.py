@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 
@@ -13,8 +15,13 @@ def rotary_table(position_ids: torch.Tensor, head_dim: int, theta: float) -> tup
     original rounds them to bf16 while training. They are computed on the CPU, as in the original: another device's power function
     rounds differently, and a position of thousands multiplies the difference.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    frequencies = (1.0 / theta**exponent).to(position_ids.device)
-    angles = position_ids.float()[:, None] * frequencies[None, :]
+    angles = position_ids.float()[:, None] * _frequencies(head_dim, theta, position_ids.device)[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=16)
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Return the frequency of each pair of channels, fp32 [head_dim / 2]; kept, because a copy to a GPU would make the host wait."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    return (1.0 / theta**exponent).to(device)

@@ -46,6 +46,12 @@ def test_fp32_equals_the_cpu(asked: list[str], tmp_path: Path) -> None:
     assert all(np.abs(ours[name] - theirs[name]).max() <= 3 for name in ours)
 
 
+def test_a_captured_graph_writes_the_same_text(asked: list[str], tmp_path: Path) -> None:
+    run("megatron_bagel.generate", *asked, "--dtype", "fp32", "--out", str(tmp_path / "growing"))
+    run("megatron_bagel.generate", *asked, "--dtype", "fp32", "--static-cache", "--out", str(tmp_path / "graph"))
+    assert answers(tmp_path / "graph")[1] == answers(tmp_path / "growing")[1]
+
+
 def test_bf16(asked: list[str], tmp_path: Path) -> None:
     run("megatron_bagel.generate", *asked, "--out", str(tmp_path))
     pictures, texts = answers(tmp_path)

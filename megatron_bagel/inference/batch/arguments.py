@@ -152,6 +152,9 @@ def _add_text(group: Any) -> None:
     group.add_argument(
         "--max-length", type=int, default=1000, metavar="N", help="most tokens of a text, opening one counted (default: 1000)"
     )
+    group.add_argument(
+        "--static-cache", action="store_true", help="write text with tensors of fixed shapes, on a GPU as one captured graph per token"
+    )
     group.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
     group.add_argument("--temperature", type=float, default=0.3, help="of sampling (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass (default: %(default)s)")

@@ -87,7 +87,7 @@ def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
         raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
     guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
     image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch)
-    return TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p), image
+    return TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p, args.static_cache), image
 
 
 def open_engine(args: Namespace) -> Engine:

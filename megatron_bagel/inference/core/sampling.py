@@ -12,12 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How text is decoded. ``max_length`` counts the opening token; without ``do_sample`` decoding is greedy."""
+    """How text is decoded. ``max_length`` counts the opening token; without ``do_sample`` decoding is greedy.
+
+    ``static_cache`` writes with tensors of fixed shapes (``token_loop.py``), on a GPU as one graph.
+    """
 
     max_length: int = 1000
     do_sample: bool = False
     temperature: float = 0.3
     top_p: float = 1.0
+    static_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_bagel.inference.core.context import Context
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.sampling import TextSampling, next_token
+from megatron_bagel.inference.core.token_loop import GrowingLoop, StaticLoop, TokenLoop
 
 # Called with (context number, logits [V]) of every prediction.
 LogitsObserver = Callable[[int, Tensor], None]
@@ -46,19 +47,25 @@ def generate_text(
     To put the text into a context, read it with ``Engine.add_text``, as the original does with thoughts.
     """
     ids = [[engine.tokenizer.bos] for _ in contexts]
-    current = dict(enumerate(contexts))
+    current = list(range(len(contexts)))
+    loop = _loop(engine, contexts, sampling)
     for _ in range(sampling.max_length - 1):
         numbers = list(current)
-        logits, extended = engine.next_logits(list(current.values()), [ids[n][-1] for n in numbers])
+        logits = loop.logits(numbers, [ids[n][-1] for n in numbers])
         for row, number in enumerate(numbers):
             if observe is not None:
                 observe(number, logits[row])
             token = next_token(logits[row], sampling, draws[number], len(engine.tokenizer))
             if token == engine.tokenizer.eos:
-                del current[number]
+                current.remove(number)
             else:
                 ids[number].append(token)
-                current[number] = extended[row]
         if not current:
             break
     return [GeneratedText(tuple(i), readable(engine, i), n not in current) for n, i in enumerate(ids)]
+
+
+def _loop(engine: Engine, contexts: Sequence[Context], sampling: TextSampling) -> TokenLoop:
+    if sampling.static_cache and contexts:
+        return StaticLoop(engine, contexts, sampling.max_length - 1)
+    return GrowingLoop(engine, contexts)
