@@ -23,7 +23,10 @@ PLAIN, ENDED, CONTINUED = 0, 1, 2  # forms of an instruction: "a", "a.", " a."
 
 
 class BadRow(ValueError):
-    """The reason why a row is not in the index."""
+    """The reason why a row is not in the index: one line, whatever stands in the names that it repeats."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason.replace("\n", "\\n").replace("\r", "\\r"))
 
 
 def bad_row(error: Exception) -> BadRow:

@@ -158,6 +158,11 @@ def tar_of(path: Path, samples: list[list[tuple[str, bytes]]]) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+def test_a_reason_is_one_line_whatever_the_name_of_a_picture(tokenizer: Tokenizer) -> None:
+    assert str(BadRow("image a\nb.png is missing\r")) == "image a\\nb.png is missing\\r"
+    fuzz_form("conversations", {**FORM_ROWS["conversations"], "image": "\n"}, tokenizer)
+
+
 def test_the_good_rows_of_the_forms_are_all_there() -> None:
     assert set(FORM_ROWS) == set(FORMS)
 
