@@ -47,9 +47,10 @@ class Repository:
 
 @dataclass
 class Hub:
-    """All models by name. ``requests`` lists what was asked, ``delay`` holds back every download by seconds."""
+    """All models and datasets by name. ``requests`` lists what was asked, ``delay`` holds back every download by seconds."""
 
     models: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     delay: float = 0.0
@@ -127,15 +128,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
-            self._model(match[1], match[2], match[3] or "main")
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(match[1], match[2], match[3])
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
+            self._repository(self._kind(match[1]), match[2], match[3], match[4] or "main")
+        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._file(self._kind(match[1] or ""), match[2], match[3], match[4])
         else:
             self._fail(404, "EntryNotFound")
 
-    def _model(self, name: str, part: str | None, revision: str) -> None:
-        repository = self.hub.models.get(name)
+    def _kind(self, word: str) -> dict[str, Repository]:
+        return self.hub.datasets if word.startswith("datasets") else self.hub.models
+
+    def _repository(self, repositories: dict[str, Repository], name: str, part: str | None, revision: str) -> None:
+        repository = repositories.get(name)
         commit = repository.find(revision) if repository is not None else None
         if repository is None or commit is None:
             self._fail(404, "RepoNotFound" if repository is None else "RevisionNotFound")
@@ -147,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
         self._answer(200, {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
 
-    def _file(self, name: str, revision: str, file: str) -> None:
-        repository = self.hub.models.get(name)
+    def _file(self, repositories: dict[str, Repository], name: str, revision: str, file: str) -> None:
+        repository = repositories.get(name)
         commit = repository.find(revision) if repository is not None else None
         if repository is None or commit is None:
             self._fail(404, "RepoNotFound" if repository is None else "RevisionNotFound")

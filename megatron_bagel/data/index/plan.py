@@ -18,6 +18,7 @@ from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.index.format import SCHEMA_VERSION
 from megatron_bagel.data.sources.dataset_config import EDIT, T2I, TEXT, VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.files import absolute, is_file, is_folder, is_remote, last_parts, list_files, read_raw, size_and_time
+from megatron_bagel.data.sources.hub_files import container_of, download_files
 from megatron_bagel.data.sources.records import BadRow
 from megatron_bagel.data.sources.row_format import Container, RowFormat
 from megatron_bagel.data.sources.row_rules import RowRules
@@ -171,8 +172,11 @@ def _key(content: list[Any]) -> str:
 def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rules: PlanRules) -> DatasetPlan:
     label = f"dataset {group.name}/{entry.name}"
     location = entry.location
-    container = _container(group, entry)
+    hub_files = None if location.hub is None else download_files(location.hub, location.hub_files, label)
+    container = _container(group, entry) if hub_files is None else container_of(hub_files)
     row_format = _row_format(group, entry, container)
+    if hub_files is not None:
+        return _plan_files(group.name, entry, list(hub_files), rules, row_format)
     if container != "jsonl":
         if location.data_dir is None:
             raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_bagel.common.paths import expanded_path
 from megatron_bagel.common.yaml_files import read_yaml
 from megatron_bagel.data.sources.files import is_file, is_folder, join, list_files
+from megatron_bagel.data.sources.hub_files import HUB_KEYS, check_hub_keys
 from megatron_bagel.data.sources.mix_settings import Points, parse_dataset_weights, parse_max_epochs, parse_weight, product, shares
 from megatron_bagel.data.sources.row_settings import parse_columns, parse_form, per_dataset
 from megatron_bagel.data.sources.video import FrameSampler
@@ -26,23 +27,25 @@ GROUPS = (T2I, EDIT, VLM, TEXT, INTERLEAVED)
 _GROUP_KEYS = (
     "dataset_names", "weight", "is_mandatory", "num_used_data", "image_transform_args", "vit_image_transform_args",
     "frame_sampler_args", "shuffle_lines", "shuffle_seed", "resume_data_status", "data_dir", "jsonl_path", "parquet_info_path",
-    "format", "columns", "share_max_pixels", "dataset_weights", "max_epochs",
+    "format", "columns", "share_max_pixels", "dataset_weights", "max_epochs", "hub", "hub_files",
 )  # fmt: skip
 _LOCATION_KEYS = ("data_dir", "jsonl_path", "parquet_info_path")
 # The original's Python table also carries these unused counts; they may stay when the table is copied.
-_INFO_KEYS = (*_LOCATION_KEYS, "format", "columns", "num_files", "num_total_samples")
+_INFO_KEYS = (*_LOCATION_KEYS, *HUB_KEYS, "format", "columns", "num_files", "num_total_samples")
 
 
 @dataclass(frozen=True)
 class DatasetLocation:
     """Location of a dataset: the folder of parquet files or of images, and the files beside it (None: not needed or not given).
 
-    Each is a local path or a URL, see files.py.
+    Each is a local path or a URL, see files.py. ``hub`` names a dataset on the hub, whose files ``hub_files`` are read (hub_files.py).
     """
 
     data_dir: str | None = None
     jsonl_path: str | None = None
     parquet_info_path: str | None = None
+    hub: str | None = None
+    hub_files: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,17 +208,21 @@ def _dataset_locations(
     group: str, names: list[str], keys: Mapping[str, Any], info: Mapping[str, Any], label: str, base: str, data_root: str | None
 ) -> list[DatasetLocation]:
     root = data_root if data_root is not None else base
-    parallel = {key: _parallel_list(keys[key], names, f"{label}: {key}") for key in _LOCATION_KEYS if key in keys}
+    known_keys = (*_LOCATION_KEYS, *HUB_KEYS)
+    parallel = {key: _parallel_list(keys[key], names, f"{label}: {key}") for key in known_keys if key in keys}
     locations = []
     for i, name in enumerate(names):
         dataset_info = info.get(name) or {}
         _refuse_unknown(dataset_info, _INFO_KEYS, f"{label}, dataset_info of {name}: key")
         settings = {key: value[i] for key, value in parallel.items()} | {
-            key: dataset_info[key] for key in _LOCATION_KEYS if dataset_info.get(key)
+            key: dataset_info[key] for key in known_keys if dataset_info.get(key)
         }
         if wrong_keys := [key for key, value in settings.items() if not isinstance(value, str)]:
             raise ValueError(f"{label}: {wrong_keys[0]} of {name} must be a path or URL, got {settings[wrong_keys[0]]!r}")
-        if settings:
+        if hub := {key: settings.pop(key) for key in HUB_KEYS if key in settings}:
+            check_hub_keys(hub, settings, group != TEXT, f"{label}: {name}")
+            location = DatasetLocation(**hub)
+        elif settings:
             location = DatasetLocation(
                 **{key: join(root, expanded_path(value, f"{label}: {key} of {name}")) for key, value in settings.items()}
             )
