@@ -3,7 +3,7 @@
 # From nothing to pictures on a laptop: installs into .venv, makes a small world of data, trains a small BAGEL on it, asks it, and shows all
 # of it on one page.
 #
-#   bash examples/quickstart.sh [OUTPUT_FOLDER] [flags of `megatron-bagel quickstart`, such as --seed 1 or --total_steps 2000]
+#   bash examples/quickstart.sh [OUTPUT_FOLDER] [flags of `megatron-bagel quickstart`, such as --seed 1 or --total_steps 5000]
 #
 # A second run reuses every stage that is complete, and training goes on from its last checkpoint. PYTHON=... uses an environment you
 # already have, PROCESSES=... trains on another number of processes.

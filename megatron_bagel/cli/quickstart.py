@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From nothing to a small trained BAGEL on this machine: sample data, training, pictures, answers, marks, and one page that shows them.
+"""From nothing to a small trained BAGEL on this machine: sample data, two lessons, pictures, answers, marks, and one page that shows them.
 
-    %(prog)s [OUT] [flags of megatron-bagel train, such as --total_steps 2000]
+    %(prog)s [OUT] [flags of megatron-bagel train, such as --total_steps 5000]
 
 A second run reuses every stage that is complete, and training goes on from its last checkpoint; remove a folder inside OUT to do its
-stage again.
+stage again. Flags of training are for the second lesson, pictures and edits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     parser.add_argument("--processes", type=int, metavar="N", help="that train (default: one for each GPU, at most 2; 2 without a GPU)")
+    parser.add_argument("--question_steps", type=int, metavar="N", help="of the first lesson (default: its settings')")
     return parser
 
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron-bagel qui
     # The output folder comes first: after a flag of training, a word would be that flag's value.
     chosen, flags = build_parser(prog).parse_known_args(sys.argv[1:] if arguments is None else arguments)
     folders = QuickstartFolders(chosen.out.absolute())
-    settings = QuickstartSettings(chosen.seed, chosen.processes or default_processes(), tuple(flags))
+    settings = QuickstartSettings(chosen.seed, chosen.processes or default_processes(), chosen.question_steps, tuple(flags))
     run = Quickstart(folders, settings, say=_say)
     began = time.monotonic()
     try:
@@ -86,7 +87,7 @@ def next_steps(folders: QuickstartFolders) -> list[tuple[str, str]]:
     prompt = '--prompt "a red circle in the top left on a white background" --out my_pictures'
     return [
         ("Ask for a picture of your own.", f"megatron-bagel generate --model {folders.model} {draw} {prompt}"),
-        ("Train longer: the run continues.", f"megatron-bagel quickstart {folders.out} --total_steps 2000"),
+        ("Train longer: the run continues.", f"megatron-bagel quickstart {folders.out} --total_steps 6000"),
         ("Talk to it in a browser (extra `serve`).", f"megatron-bagel generate --model {folders.model} {draw} --serve"),
         ("Look at a sample that it learnt from.", f"megatron-bagel data inspect {folders.index} --dataset t2i_pretrain/t2i --sample 17"),
     ]

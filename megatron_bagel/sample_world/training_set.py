@@ -24,10 +24,11 @@ TOKENIZER_SCENES = 2000
 
 @dataclass(frozen=True)
 class LLMSize:
-    """Width and depth of the decoder."""
+    """Width and depth of the decoder, and the deviation of its first weights; None for one that suits short trainings of many kinds."""
 
     hidden: int
     layers: int
+    initializer_range: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def llm_config(vocab_size: int, size: LLMSize) -> dict[str, Any]:
         "hidden_size": size.hidden, "intermediate_size": 3 * size.hidden, "num_hidden_layers": size.layers, "num_attention_heads": heads,
         "num_key_value_heads": heads // 2, "hidden_act": "silu", "max_position_embeddings": 4096,
         # The usual 0.02 is for widths of thousands: at small ones hardly any signal would pass at first.
-        "initializer_range": round(0.7 * size.hidden**-0.5, 3), "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "initializer_range": size.initializer_range or round(0.7 * size.hidden**-0.5, 3),
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
     }  # fmt: skip
 
 

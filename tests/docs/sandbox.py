@@ -36,8 +36,8 @@ _NEW_INDEX, _NEW_CHECKPOINTS = "rm -rf index", "rm -rf results/checkpoints"
 #: Part of a command -> its fitting; the first that is found in it counts.
 FITTINGS: dict[str, Fitting] = {
     "examples/quickstart.sh": Fitting(
-        "quickstart --total_steps 2 --warmup_steps 1 --split 90,10 --eval_every 2 --eval_samples 2",
-        "python data_tools/make_sample_data.py quickstart/data --t2i 20 --edit 20 --vlm 20",
+        "quickstart --question_steps 1 --total_steps 2 --warmup_steps 1 --split 90,10 --eval_every 2 --eval_samples 2",
+        "python data_tools/make_sample_data.py quickstart/data --t2i 20 --edit 20 --vlm 20 --edit-kinds recolour",
     ),
     "small_world/run.sh": Fitting(
         "--total_steps 2 --warmup_steps 1 --save_every 2",

@@ -19,7 +19,7 @@ PROGRAMS = (
     "tools/checkpoint_convert/inspect_checkpoint.py", "data_tools/build_index.py", "data_tools/inspect_index.py",
     "data_tools/make_sample_data.py", "data_tools/train_tokenizer.py", "data_tools/merge_index.py", "data_tools/verify_index.py",
     "data_tools/cache_latents.py", "megatron_bagel.evaluate", "megatron_bagel convert push",
-    "megatron_bagel data stats", "benchmarks.released_size",
+    "megatron_bagel data stats", "megatron_bagel quickstart", "benchmarks.released_size",
 )  # fmt: skip
 #: Flags that the pages mention and no program lists: those of other programs, and an abbreviation.
 FOREIGN_FLAGS = {

@@ -58,6 +58,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("the model configs")
     model.add_argument("--hidden-size", type=int, default=128, help="hidden size of the decoder (default 128)")
     model.add_argument("--layers", type=int, default=6, help="layers of the decoder (default 6)")
+    model.add_argument("--initializer-range", type=float, default=None, metavar="STD",
+                       help="deviation of the decoder's first weights (default: 0.7 / sqrt(hidden size))")  # fmt: skip
     model.add_argument("--vit-hidden-size", type=int, default=96, help="hidden size of the vision transformer (default 96)")
     model.add_argument(
         "--vit-layers", type=int, default=4, help="layers of the vision transformer, including the unused last one (default 4)"
@@ -101,7 +103,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sam
     """Make the set. Errors of the input end with one line and exit status 2."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    llm, vit = LLMSize(args.hidden_size, args.layers), ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)
+    llm = LLMSize(args.hidden_size, args.layers, args.initializer_range)
+    vit = ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)
     try:
         spec = spec_of(args)
         check_writable(args.out, "OUT")

@@ -8,5 +8,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 #: FLUX's architecture at a width of 64, trained on the sample world alone by ``examples/small_world/train_autoencoder.py``.
 AUTOENCODER = FOLDER / "vae"
-#: Settings to train everything at once, as the quickstart and the guide of first steps do.
+#: Settings to train everything at once, as the guide of first steps does.
 TRAIN_CONFIG = FOLDER / "train.yaml"
+#: Settings of the quickstart's two lessons.
+QUESTIONS_CONFIG = FOLDER / "questions.yaml"
+PICTURES_CONFIG = FOLDER / "pictures.yaml"

@@ -39,13 +39,18 @@ class QuickstartFolders:
         return self.out / "latents"
 
     @property
+    def questions(self) -> Path:
+        """The first lesson: ``results`` and ``checkpoints``."""
+        return self.out / "questions"
+
+    @property
     def results(self) -> Path:
-        """Metrics, curves and sheets of pictures."""
+        """Metrics, curves and sheets of the second lesson."""
         return self.out / "results"
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints of the run."""
+        """Checkpoints of the second lesson."""
         return self.out / "checkpoints"
 
     @property

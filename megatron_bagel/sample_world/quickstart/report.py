@@ -115,7 +115,11 @@ def write_report(folders: QuickstartFolders, facts: Sequence[str], rows: Sequenc
         _section("Edits: before and after", _edits(folders)),
         _section("Answers", _answers(folders)),
         _section("The same prompts over the steps", "".join(_sheets(folders))),
-        _section("Curves", _wide(folders.results / "loss.png", "Losses over the steps.")),
+        _section(
+            "Curves",
+            _wide(folders.questions / "results" / "loss.png", "First lesson: questions.")
+            + _wide(folders.results / "loss.png", "Second lesson: pictures and edits."),
+        ),
         _section("Where it lies", _places(folders)),
         _section("What to try next", "".join(f"<p>{html.escape(text)}</p><pre>{html.escape(line)}</pre>" for text, line in next_steps)),
     ]

@@ -81,14 +81,16 @@ def test_the_page_is_whole_by_itself(tmp_path: Path) -> None:
     sheets = folders.results / "samples"
     sheets.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(sheets / "0000500_t2i_pretrain.png")
-    Image.new("RGB", (4, 4)).save(folders.results / "loss.png")
+    for lesson in (folders.results, folders.questions / "results"):
+        lesson.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(lesson / "loss.png")
     write_report(folders, ["3 minutes & more."], read_marks(folders), [("Draw <one>.", "megatron-bagel generate --model x")])
     text = folders.report.read_text()
     page = _Sources()
     page.feed(text)
     assert not page.open
-    # 6 pictures, 3 edits of two pictures, 12 answers, a sheet, a curve.
-    assert len(page.sources) == 6 + 6 + 12 + 1 + 1
+    # 6 pictures, 3 edits of two pictures, 12 answers, a sheet, a curve of each lesson.
+    assert len(page.sources) == 6 + 6 + 12 + 1 + 2
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "After 500 steps, t2i_pretrain" in text and str(folders.model) in text and "3 minutes &amp; more." in text
     assert "no &lt;idea&gt;" in text and "(it is: " in text and "Draw &lt;one&gt;." in text
