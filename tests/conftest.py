@@ -37,6 +37,7 @@ def goldens() -> Path:
 def single_rank() -> Iterator[None]:
     """This process as a world of one rank with Megatron-Core's groups and random states, for tests that need no second rank."""
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed
 
@@ -45,5 +46,7 @@ def single_rank() -> Iterator[None]:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     yield
     shutdown_distributed()
+    # A backward pass without a schedule leaves a scale of another shape than schedules set; ranks that a later test forks would inherit it.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     # A model of the test may hold groups in a cycle; their threads must be gone before a later test forks ranks.
     gc.collect()
