@@ -6,8 +6,8 @@
 #
 #   bash examples/small_world/experts.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 300]
 #
-# LESSON=pictures in the environment trains pictures and edits too, with experts in both kinds; that takes an hour for each run. A second run
-# goes on where the first one stopped. The other environment variables are those of run.sh.
+# LESSON=pictures in the environment trains pictures and edits too, with experts in both kinds. A second run goes on where the first one
+# stopped. The other environment variables are those of run.sh.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [[ $1 == --* ]]; then

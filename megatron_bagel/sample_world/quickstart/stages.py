@@ -23,7 +23,7 @@ from megatron_bagel.sample_world.world import read_world
 #: What the exam asks. Half of its pictures show pairs of colour and shape that training never did.
 EXAM = Exam(pictures=48, questions=16, edits=24)
 #: A third of a picture's side is one latent token and one patch of the vision tower, so each of the nine places is one token of both.
-#: The decoder's first weights are small, so that its first layers do not drown where a token lies: places are then learnt twice as early.
+#: The decoder starts from half the default deviation (docs/small_world.md).
 _WORLD = (
     "--image-size", "48", "--vit-image-size", "42", "--layers", "4", "--initializer-range", "0.031",
     "--hold-out", "red:square", "green:circle", "purple:triangle", "cyan:cross",
