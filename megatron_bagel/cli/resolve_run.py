@@ -94,7 +94,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
         resilience=resilience_settings(config, command),
         observing=config.observing,
     )
-    return with_optional_components(run, config)
+    return with_optional_components(replace(run, new_tokens=new_tokens(config, tokenizer, arch)), config)
 
 
 def sizes_with_notes(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
@@ -109,6 +109,20 @@ def tokenizer_and_model(config: Config, arch: BagelArch) -> tuple[Tokenizer, Bag
     grown_arch = grown_vocabulary(arch, len(tokenizer))
     validate_architecture(config, grown_arch)
     return tokenizer, grown_arch
+
+
+def new_tokens(config: Config, tokenizer: Tokenizer, arch: BagelArch) -> dict[int, str]:
+    """Return the tokens, by id, whose rows start from seeded values in a run that starts from trained weights.
+
+    These are the special tokens that the tokenizer's files lack, and those beyond the ``arch`` of the starting weights. Image tokens are
+    left out in a run without images.
+    """
+    if config.model.init_random and config.training.resume_from is None:
+        return {}
+    first = min(arch.llm.vocab_size, len(tokenizer) - tokenizer.num_added)
+    has_images = config.training.visual_und or config.training.visual_gen
+    unused = () if has_images else (tokenizer.start_of_image, tokenizer.end_of_image)
+    return {row: tokenizer.decode([row]) for row in range(first, len(tokenizer)) if row not in unused}
 
 
 def with_optional_components(run: ResolvedRun, config: Config) -> ResolvedRun:

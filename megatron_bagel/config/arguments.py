@@ -271,7 +271,9 @@ class TrainingArguments:
         aliases=("adam_eps",),
         on_resume=SAID,
     )
-    ema: float = original_flag(0.9999, "Decay of the moving average of the weights.", minimum=0, maximum=1, on_resume=SAID)
+    ema: float = original_flag(
+        0.9999, "Decay of the moving average of the weights. auto is 0.9999 with ema_warmup.", minimum=0, maximum=1, on_resume=SAID
+    )
     ema_warmup: bool = flag(
         False, "Raise the decay from 0.1 to ema with the steps done: min(ema, (1 + steps) / (10 + steps)). Short runs then keep little of "
         "their starting weights.", on_resume=SAID,

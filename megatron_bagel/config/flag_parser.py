@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 
 from megatron_bagel.common import flag_names
 from megatron_bagel.config.flag import Flag, default_of
-from megatron_bagel.config.sections import ALIASES, SECTIONS
+from megatron_bagel.config.sections import ALIASES, SECTIONS, SETTINGS
 
 #: Names that other trainers give to settings, in spellings that do not resemble this one's.
 OTHER_NAMES = {
@@ -54,12 +54,15 @@ class FlagParser(HfArgumentParser):
         Raises:
             ValueError: for an unknown flag (with near matches) and for a value of the wrong type.
         """
+        words = _with_automatic_average(arguments)
         try:
-            namespace, unknown_words = self.parse_known_args(list(arguments))
+            namespace, unknown_words = self.parse_known_args(words)
         except ValueError as error:
             raise ValueError(str(error).replace("command line", source, 1)) from None
         if unknown_words:
             raise ValueError(f"{source}: {unknown_flag(unknown_words[0], self._option_string_actions)}")
+        if words != list(arguments) and not namespace.ema_warmup:
+            raise ValueError(f"{source}: --ema auto warms up, and --ema_warmup False says not to; give a number to --ema or leave one out")
         return resolve_aliases(vars(namespace), source)
 
 
@@ -87,6 +90,17 @@ def build_parser(command_flags: type | None = None, prog: str = "python -m megat
         if action.dest != "help":
             action.default = argparse.SUPPRESS
     return parser
+
+
+def _with_automatic_average(arguments: Sequence[str]) -> list[str]:
+    """Return the words with ``--ema auto`` spelled out: the default decay, which rises to its value with the steps done."""
+    words, spelled_out = list(arguments), [f"--ema={default_of(SETTINGS['ema'])}", "--ema_warmup=True"]
+    for position in reversed(range(len(words))):
+        if words[position] == "--ema=auto":
+            words[position : position + 1] = spelled_out
+        elif words[position : position + 2] == ["--ema", "auto"]:
+            words[position : position + 2] = spelled_out
+    return words
 
 
 def _with_help(group: type) -> type:

@@ -16,6 +16,11 @@ def check_lora(config: Config) -> None:
             raise ValueError(f"--{given[0]} needs --lora_rank: without it the weights themselves train, and there are no adapters")
         return
     _check_freezing(config, lora)
+    if config.model.grow_vocabulary and "embedding" not in lora.full:
+        raise ValueError(
+            "--grow_vocabulary True gives new tokens random rows, which adapters leave as they are. Let them train: add --lora_full "
+            "embedding output_layer"
+        )
     _check_full(lora)
     if config.megatron.fp8 is not None:
         raise ValueError(

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from enum import Enum
 from types import TracebackType
 
+from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.training.step_result import StepDone
 
 
@@ -34,6 +35,9 @@ class StepHook:
 
     def data_loaded(self) -> None:
         """Take note that this rank has its data and has not waited for other ranks yet."""
+
+    def packs(self, packs: Sequence[LoadedPack]) -> None:
+        """Take note of the packs of this replica that the step trains on."""
 
     def batch_settled(self) -> None:
         """Take note that all ranks have data that they can train on. The computation begins after this call."""
@@ -87,6 +91,10 @@ class Hooks(StepHook):
     def data_loaded(self) -> None:
         for hook in self._hooks:
             hook.data_loaded()
+
+    def packs(self, packs: Sequence[LoadedPack]) -> None:
+        for hook in self._hooks:
+            hook.packs(packs)
 
     def batch_settled(self) -> None:
         for hook in self._hooks:

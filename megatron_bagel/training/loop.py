@@ -102,6 +102,7 @@ def next_batch(run: Run) -> StepBatch:
         loaded = next(run.loader)
         run.hooks.data_loaded()
         batch = run.replacements.settle(loaded, run.counters.steps, run.counters.samples)
+        run.hooks.packs(batch.packs)
     run.hooks.batch_settled()
     return batch
 

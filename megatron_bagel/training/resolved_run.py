@@ -7,7 +7,7 @@ No part is the configuration. Each component has settings of its own, defined be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class ResolvedRun:
         wandb: The settings of W&B, or None without it.
         trackers: The settings of MLflow and trackio.
         ema_warmup: Whether the decay rises with the steps done.
+        new_tokens: The tokens, by id, whose rows of the vocabulary start from seeded values although the other weights are trained.
     """
 
     record: Mapping[str, Any]
@@ -95,6 +96,7 @@ class ResolvedRun:
     wandb: WandbSettings | None = None
     trackers: TrackerSettings = TrackerSettings()
     ema_warmup: bool = False
+    new_tokens: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def costs(self) -> CostInputs:

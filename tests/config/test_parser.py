@@ -84,11 +84,20 @@ def test_flags_override_the_file_and_both_override_defaults(tmp_path):
     assert config.model.vit_select_layer == -1 and config.training.warmup_steps == 2000 and config.training.resume_from is None
 
 
+@pytest.mark.parametrize("words", [["--ema", "auto"], ["--ema=auto"], []])
+def test_an_automatic_average_is_the_default_decay_that_warms_up(words, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("ema: 0.5\n" if words else "ema: auto\n")
+    training = parse_config(["--config", str(path), *words]).training
+    assert (training.ema, training.ema_warmup) == (0.9999, True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--max_latent_sizes", "3"], r"no flag --max_latent_sizes; did you mean --max_latent_size"),
         (["--tensor-parallel-size", "2"], r"did you mean --tensor_model_parallel_size"),
+        (["--ema", "auto", "--ema_warmup", "False"], r"--ema auto warms up, and --ema_warmup False says not to"),
         (["--xyzzy", "2"], r"no flag --xyzzy; see --help"),
         (["stray"], r"'stray' belongs to no flag"),
         (["--lr", "fast"], r"--lr: invalid float value: 'fast'"),

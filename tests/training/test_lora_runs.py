@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_bagel.checkpoint.hf.adapter_map import AdapterMap
 from megatron_bagel.checkpoint.hf.folder import HFFolder
 from megatron_bagel.checkpoint.hf.load import check_against, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.cli.resolve_run import new_tokens
 from megatron_bagel.config.parser import Config
 from megatron_bagel.costs.memory import MemoryModel
 from megatron_bagel.model.positions import sincos_2d
@@ -26,6 +28,7 @@ from megatron_bagel.planning.activations import ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import rank_tokens
 from megatron_bagel.training.loop import train
 from megatron_bagel.training.optim.optimizer import leaf_optimizers
+from megatron_bagel.training.setup import set_up as setup
 from tests.checkpoint.parameter_tree import model_like
 from tests.costs.test_memory import held
 from tests.distributed import run_ranks
@@ -62,6 +65,8 @@ LAYOUTS = {
     "tp4-two-kv-heads": (4, {TP: 4}),
     "pp2-vpp2-recompute": (2, {PP: 2, VPP: 2, "recompute_granularity": "full"}),
     "cp2-dp2": (4, {CP: 2}),
+    "dp2-whole-optimizer": (2, {"use_distributed_optimizer": False}),
+    "tp2-cp2-whole-optimizer": (4, {**SP_TP2, CP: 2, "use_distributed_optimizer": False}),
     "tp2-sp-pp2-cp2": (8, {**SP_TP2, PP: 2, CP: 2}),
     "first-stage-encoders": (2, {PP: 2, "encoder_placement": "first_stage"}),
 }
@@ -73,6 +78,18 @@ def test_adapters_are_equal_on_every_layout(world: Path, tmp_path: Path, referen
     assert_equal(result, reference)
     for left, right in zip(result[0], reference[0], strict=True):
         assert left[1] == pytest.approx(right[1], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Qwen2MoEDecoderLayer", "Qwen2DecoderLayer"])
+def test_the_other_layer_kinds_are_equal_on_layouts_too(world: Path, tmp_path: Path, kind: str) -> None:
+    start = {**SETTINGS, "layer_module": kind, "total_steps": 1, "save_every": 1}
+    run(run_config(world, tmp_path / "base", **start))
+    flags = {**from_base(world, {**LORA, "layer_module": kind}), "resume_from": str(tmp_path / "base/checkpoints/0000001")}
+    one = trained(world, tmp_path / "one", 1, flags)
+    result = trained(world, tmp_path / "four", 4, {**flags, **SP_TP2, PP: 2})
+    assert_equal(result, one)
+    assert [step[1] for step in result[0]] == pytest.approx([step[1] for step in one[0]], rel=1e-6)
 
 
 def test_a_checkpoint_holds_adapters_and_their_state_alone(reference: Any) -> None:
@@ -179,6 +196,7 @@ REFUSED = {
     "adapted and full": ({"lora_full": ["gen"]}, "either trains in full or by adapters"),
     "dropout outside the layers": ({"lora_dropout": 0.1}, "--lora_dropout 0.1 with --lora_targets connector vit"),
     "no base": ({"resume_from": None, "resume_model_only": False}, "give the folder or checkpoint"),
+    "new tokens whose rows would not train": ({"grow_vocabulary": True}, "add --lora_full embedding output_layer"),
     "shared linears": ({"layer_module": "Qwen2DecoderLayer", "lora_experts": "und"}, "both experts share qkv and proj"),
 }
 
@@ -203,3 +221,24 @@ def test_dropout_and_resume_on_another_layout(world: Path, tmp_path: Path) -> No
     stored = stored_tensors(tmp_path / "two/checkpoints/0000003")
     for name, tensor in one[1].items():
         torch.testing.assert_close(stored[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def _execute_with_new_tokens(config: Config, ranks: int, tokens: dict[int, str]) -> None:
+    started = replace(resolved(config, ranks), new_tokens=tokens)
+    setup.execute(started)
+
+
+def test_new_rows_that_no_text_uses_are_said_once(world: Path, tmp_path: Path) -> None:
+    """Every sample has an image or an end; no text has the last token of a vocabulary that pads past the tokenizer's."""
+    config = run_config(world, tmp_path, 2, **from_base(world, {**SETTINGS, **LORA, "total_steps": 2}))
+    run_ = resolved(config)
+    arch = replace(run_.arch, llm=replace(run_.arch.llm, vocab_size=len(run_.tokenizer) - 2))
+    found = new_tokens(config, run_.tokenizer, arch)
+    assert list(found) == [len(run_.tokenizer) - 2, len(run_.tokenizer) - 1] and new_tokens(config, run_.tokenizer, run_.arch) == {}
+    fresh = replace(config, model=replace(config.model, init_random=True), training=replace(config.training, resume_from=None))
+    assert new_tokens(fresh, run_.tokenizer, arch) == {}
+    tokens = {run_.tokenizer.bos: "<|im_start|>", run_.arch.llm.vocab_size - 1: "<never>"}
+    run_ranks(_execute_with_new_tokens, 2, config, 2, tokens, timeout=240)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (said,) = [event for event in events if event["event"] == "unseen_rows"]
+    assert said["step"] == 1 and said["text"].startswith("1 of the 2 new rows of the vocabulary have not come in 2 steps ('<never>')")

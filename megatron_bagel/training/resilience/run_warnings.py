@@ -79,7 +79,7 @@ class RunWarnings(StepHook):
                 0, "ema_horizon",
                 f"the average of --ema {settings.ema_decay} looks back {horizon:,.0f} steps, and the run has {settings.total_steps:,}: "
                 f"at its end {left:.0%} of the average are still the starting weights. Use --ema {better:g}, which leaves 1 %, or "
-                "--ema_warmup True",
+                "--ema auto",
             )  # fmt: skip
         if settings.safe_lr is not None and settings.lr > settings.safe_lr:
             self._say(

@@ -10,6 +10,7 @@ from megatron_bagel.training.observability.profiling import ProfilerWindow
 from megatron_bagel.training.resilience.garbage_collection import GarbageCollection
 from megatron_bagel.training.resilience.run_monitors import Survival
 from megatron_bagel.training.resilience.run_warnings import RunWarnings, WarningSettings
+from megatron_bagel.training.resilience.unseen_rows import NewRows, UnseenRows
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.saving import Saving
 
@@ -23,6 +24,9 @@ def build_hooks(resolved: ResolvedRun, survival: Survival, saving: Saving) -> Ho
     hooks: list[StepHook] = [ProfilerWindow(resolved.observing, resolved.results_dir, dist.get_rank())]
     hooks += survival.hooks(lambda: saving.saver.last_seconds)
     hooks.append(RunWarnings(warning_settings(resolved), survival.events))
+    if resolved.new_tokens:
+        rows = NewRows(resolved.new_tokens, resolved.results_dir, resolved.loop.total_steps)
+        hooks.append(UnseenRows(rows, survival.events))
     if resolved.megatron.manual_gc:
         hooks.append(GarbageCollection(resolved.megatron.manual_gc_interval))
     return Hooks(hooks)
