@@ -90,8 +90,11 @@ def write_exam(world: World, exam: Exam, out: Path) -> None:
     (out / "truth.jsonl").write_text("".join(truths))
 
 
-def marks(exam_folder: Path, answer_folder: Path) -> dict[tuple[str, str], list[bool]]:
-    """Return right or wrong by (name, "seen" or "held out"): "t2i colour", "question position", "edit recolour success", ..."""
+def marks(exam_folder: Path, answer_folder: Path, colours: tuple[str, ...] = tuple(COLOURS)) -> dict[tuple[str, str], list[bool]]:
+    """Return right or wrong by (name, "seen" or "held out"): "t2i colour", "question position", "edit recolour success", ...
+
+    Pictures are read as showing one of ``colours``.
+    """
     results = {row["id"]: row for row in read_lines(answer_folder / "results.jsonl")}
     table: dict[tuple[str, str], list[bool]] = {}
     for truth in read_lines(exam_folder / "truth.jsonl"):
@@ -101,7 +104,7 @@ def marks(exam_folder: Path, answer_folder: Path) -> dict[tuple[str, str], list[
         if "answer" in truth:
             results_by_name = {truth["kind"]: result["text"].strip() == truth["answer"]}
         else:
-            results_by_name = picture_marks(truth, read_picture(answer_folder / result["image"]))
+            results_by_name = picture_marks(truth, read_picture(answer_folder / result["image"], colours))
         for name, right in results_by_name.items():
             table.setdefault((name, truth["pairs"]), []).append(right)
     return table
@@ -143,9 +146,9 @@ def to_scene(row: Mapping[str, Any]) -> Scene:
     return Scene(row["background"], tuple(Shape(**shape) for shape in row["shapes"]), row["width"], row["height"])
 
 
-def read_picture(path: Path) -> Reading:
-    """Read a PNG of one shape."""
-    return read_single(np.asarray(Image.open(path).convert("RGB")))
+def read_picture(path: Path, colours: tuple[str, ...] = tuple(COLOURS)) -> Reading:
+    """Read a PNG of one shape of one of ``colours``."""
+    return read_single(np.asarray(Image.open(path).convert("RGB")), colours=colours)
 
 
 def picture_grid(exam_folder: Path, answer_folder: Path, columns: int = 8, ids: Sequence[str] | None = None) -> Image.Image:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, Shape, centre, render
+from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, NEW_COLOURS, POSITIONS, SHAPES, Scene, Shape, centre, render
 
 # Saturation (largest minus smallest channel, 0 to 255) above which a pixel belongs to a shape: half of the palest colour's 125.
 CHROMA_THRESHOLD = 60
@@ -42,24 +42,24 @@ def chroma_mask(pixels: np.ndarray) -> np.ndarray:
     return smooth.max(axis=2) - smooth.min(axis=2) > CHROMA_THRESHOLD
 
 
-def read_single(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",)) -> Reading:
-    """Read a picture of one shape, uint8 [H, W, 3]; ``sizes`` are those of the world."""
+def read_single(pixels: np.ndarray, sizes: tuple[str, ...] = ("large",), colours: tuple[str, ...] = tuple(COLOURS)) -> Reading:
+    """Read a picture of one shape, uint8 [H, W, 3]; ``sizes`` and ``colours`` are those of the world."""
     mask = chroma_mask(pixels)
     background = nearest(_median(pixels[~mask], pixels), BACKGROUNDS)
     if mask.mean() < MIN_CELL_SHARE / 9:
         return Reading(background, None)
-    return Reading(background, _read_shape(pixels, mask, sizes))
+    return Reading(background, _read_shape(pixels, mask, sizes, colours))
 
 
 def _median(selected: np.ndarray, all_pixels: np.ndarray) -> np.ndarray:
     return np.median(selected if len(selected) else all_pixels.reshape(-1, 3), axis=0)
 
 
-def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...]) -> Shape:
+def _read_shape(pixels: np.ndarray, mask: np.ndarray, sizes: tuple[str, ...], colours: tuple[str, ...]) -> Shape:
     height, width = mask.shape
     ys, xs = np.nonzero(mask)
     core = pixels[_eroded(mask)]  # edge pixels are mixed with the background
-    colour = nearest(_median(core, pixels[mask]), COLOURS)
+    colour = nearest(_median(core, pixels[mask]), {name: (COLOURS | NEW_COLOURS)[name] for name in colours})
     # The middle of the bounding box is the same point of every kind of shape, unlike the centroid of a triangle.
     box = (np.quantile(xs, [0.01, 0.99]).mean() + 0.5, np.quantile(ys, [0.01, 0.99]).mean() + 0.5)
     cells = [centre(position, width, height) for position in POSITIONS]

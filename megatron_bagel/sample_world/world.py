@@ -30,6 +30,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (30, 205, 225),
     "pink": (255, 120, 195),
 }
+#: Colours that no world has unless it names them: what a model that knows the others can be taught.
+NEW_COLOURS: dict[str, tuple[int, int, int]] = {"brown": (130, 75, 20), "lime": (160, 235, 80)}
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 POSITIONS: tuple[str, ...] = (
@@ -78,7 +80,13 @@ class World:
 
     def __post_init__(self) -> None:
         """Check the words. Raises ValueError for one the renderer does not know, an empty list, or a world without any allowed pair."""
-        words_by_field = {"colours": COLOURS, "backgrounds": BACKGROUNDS, "shapes": SHAPES, "positions": POSITIONS, "sizes": SIZES}
+        words_by_field = {
+            "colours": COLOURS | NEW_COLOURS,
+            "backgrounds": BACKGROUNDS,
+            "shapes": SHAPES,
+            "positions": POSITIONS,
+            "sizes": SIZES,
+        }
         for name, words in words_by_field.items():
             selected = getattr(self, name)
             unknown = [word for word in selected if word not in words]
@@ -167,7 +175,7 @@ def render(scene: Scene) -> np.ndarray:
         side = SIZES[shape.size] * min(scene.width, scene.height)
         points = [(px * n - 0.5, py * n - 0.5) for px, py in outline(shape.shape, x, y, side)]
         draw = pen.ellipse if shape.shape == "circle" else pen.polygon
-        draw(points, fill=COLOURS[shape.colour])
+        draw(points, fill=(COLOURS | NEW_COLOURS)[shape.colour])
     return np.asarray(canvas.resize((scene.width, scene.height), Image.Resampling.BOX))
 
 

@@ -13,7 +13,19 @@ from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.score import read_single
 from megatron_bagel.sample_world.text import EDITS, captions, draw_edit, questions
 from megatron_bagel.sample_world.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
-from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Shape, World, centre, draw_scene, parse_pairs, render
+from megatron_bagel.sample_world.world import (
+    BACKGROUNDS,
+    COLOURS,
+    NEW_COLOURS,
+    POSITIONS,
+    SHAPES,
+    Shape,
+    World,
+    centre,
+    draw_scene,
+    parse_pairs,
+    render,
+)
 
 FIRST = World()
 CROWDED = World(max_count=4, sizes=("small", "large"), picture_sizes=((64, 64), (96, 64)))
@@ -146,3 +158,14 @@ def test_tokenizer_is_qwen2s_in_kind(tmp_path) -> None:
 def test_too_small_vocabulary_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="270"):
         train_tokenizer(["a"], tmp_path, vocab_size=100)
+
+
+@pytest.mark.parametrize("colour", NEW_COLOURS)
+def test_a_new_colour_is_drawn_and_read_where_it_is_named_alone(colour):
+    assert colour not in World().colours and not set(NEW_COLOURS) & set(COLOURS)
+    world = World(colours=(colour,))
+    for number in range(12):
+        scene = draw_scene(world, np.random.default_rng(number))
+        picture = render(scene)
+        assert read_single(picture, colours=(*COLOURS, colour)).shape == scene.shapes[0]
+        assert read_single(picture).shape.colour in COLOURS
