@@ -17,23 +17,23 @@ from megatron_bagel.platform.device import synchronize
 
 
 class Stopwatch:
-    """Times named phases of a repeated piece of work; ``skip`` first rounds are warm-up."""
+    """Times named phases of a repeated piece of work; ``skip`` first rounds are warm-up. ``clock`` returns seconds."""
 
-    def __init__(self, skip: int) -> None:
-        self._skip, self._round = skip, 0
+    def __init__(self, skip: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._skip, self._round, self._clock = skip, 0, clock
         self._seconds: dict[str, list[float]] = {}
-        self._last = time.perf_counter()
+        self._last = clock()
 
     def start(self) -> None:
         """Begin a round."""
         synchronize()
         self._round += 1
-        self._last = time.perf_counter()
+        self._last = self._clock()
 
     def lap(self, phase: str) -> None:
         """End a phase that began at the last lap (or start)."""
         synchronize()
-        now = time.perf_counter()
+        now = self._clock()
         if self._round > self._skip:
             self._seconds.setdefault(phase, []).append(now - self._last)
         self._last = now
@@ -47,17 +47,19 @@ class Stopwatch:
         return [sum(parts) for parts in zip(*self._seconds.values(), strict=True)]
 
 
-def alternating_seconds(first: Callable[[], None], second: Callable[[], None], rounds: int, warmup: int = 1) -> tuple[list, list]:
-    """Seconds of both, taken in turns, so that a slow moment of the machine hits them alike."""
+def alternating_seconds(
+    first: Callable[[], None], second: Callable[[], None], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list, list]:
+    """Seconds of both by ``clock``, taken in turns, so that a slow moment of the machine hits them alike."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + warmup):
         for work, taken in zip((first, second), seconds, strict=True):
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             work()
             synchronize()
             if number >= warmup:
-                taken.append(time.perf_counter() - start)
+                taken.append(clock() - start)
     return seconds
 
 

@@ -73,11 +73,6 @@ def validate_architecture(config: Config, arch: BagelArch) -> None:
     check_parallel_sizes(megatron, llm)
     check_expert_flags(config.given, llm)
     check_expert_sizes(megatron, llm)
-    if config.training.eval_every and megatron.expert_model_parallel_size > 1:
-        raise ValueError(
-            "--eval_every with --expert_model_parallel_size above 1 is not supported: ranks evaluate different numbers of packs, "
-            "and those that share experts would wait for each other. Evaluate checkpoints apart from training"
-        )
     lora = lora_settings(config.lora)
     if lora is not None:
         check_adapted_parts(lora, arch)

@@ -64,8 +64,9 @@ class SparseExperts(MegatronModule):
         parts, dense = [], None
         for kind, mlp, tokens in (("und", self.und, und), ("gen", self.gen, gen)):
             if isinstance(mlp, SparseMLP):
-                result = _sparse(mlp, tokens, exchange.sequence_parallel)
-                parts.append(result.detach() if kind == "und" and freeze_und else result)
+                # Nothing is differentiated here: the dispatcher keeps its last results, and with them would keep their graph.
+                frozen = kind == "und" and freeze_und
+                parts.append(_sparse(mlp, tokens.detach() if frozen else tokens, exchange.sequence_parallel))
                 continue
             parts.append(torch.zeros_like(tokens))
             dense = _dense(mlp, kind, (und, gen), rows, context, exchange, freeze_und)

@@ -24,7 +24,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts calls of (kind, ranks, bytes): the whole tensor of a gather, reduce or scatter, else what this rank sends."""
+    """Counts calls of (kind, ranks, bytes): the whole tensor of a gather, reduce or scatter, else what this rank sends.
+
+    A send is between two ranks, whatever its group: with two stages, Megatron-Core sends one of the two ways over the group of the whole
+    world when both overlap.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ class Recorder(TorchDispatchMode):
 
     def _add(self, kind: str, args: tuple) -> None:
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-        ranks = dist.ProcessGroup.unbox(boxed).size()
+        ranks = 2 if kind == "send" else dist.ProcessGroup.unbox(boxed).size()
         sides = [sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args[:2]]
         size = {"all_to_all": sides[-1], "broadcast": sides[0], "all_reduce": sides[0], "send": sides[0]}.get(kind, max(sides))
         if ranks > 1:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.runs import NUMBERS, make_world, numbers, run, run_config
@@ -43,6 +44,13 @@ def world_of(folder: Path, **llm: int) -> Path:
     path = folder / "data/llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 4, **llm}))
     return folder
+
+
+def write_mix(world: Path, name: str, weights: Mapping[str, float]) -> None:
+    """Write ``name``.yaml into the world: a mix of only these groups of its data, none of which every pack must have."""
+    content = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    groups = {group: {**content[group], "is_mandatory": False, "weight": weight} for group, weight in weights.items()}
+    (world / f"{name}.yaml").write_text(yaml.safe_dump({**groups, "dataset_info": content["dataset_info"]}))
 
 
 def trained(world: Path, results: Path, ranks: int, flags: Mapping[str, Any]) -> Result:

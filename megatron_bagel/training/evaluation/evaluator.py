@@ -113,8 +113,10 @@ class Evaluation:
         """Answer the probes with the averaged weights. Return all answers on rank 0 and some of them on other ranks. Collective."""
         group = parallel_state.get_data_parallel_group()
         replica, replicas = dist.get_rank(group), dist.get_world_size(group)
+        numbers = list(range(replica, len(self.probes), replicas))
         with evaluating(trainable, averaged=True):
-            results = self._answer(trainable, settings, list(range(replica, len(self.probes), replicas)))
+            answered = self._answer(trainable, settings, numbers + self._joined(numbers))
+        results = [result for result in answered if result.number in numbers]
         if replicas == 1:
             return results
         gathered: list[list[ProbeResult]] | None = [[] for _ in range(replicas)] if replica == 0 else None
@@ -135,6 +137,16 @@ class Evaluation:
         if probe.draws:
             return True
         return sample_tokens(probe.answering(self.max_answer_tokens, 0), self.reader.spec) <= capacity
+
+    def _joined(self, numbers: Sequence[int]) -> list[int]:
+        """Return a probe of each kind that is not among ``numbers``, if replicas share experts: they pass together for every kind."""
+        if parallel_state.get_expert_model_parallel_world_size() == 1:
+            return []
+        first: dict[bool, int] = {}
+        for number, probe in enumerate(self.probes):
+            first.setdefault(probe.draws, number)
+        own_kinds = {self.probes[number].draws for number in numbers}
+        return [number for draws, number in first.items() if draws not in own_kinds]
 
     def _answer(self, trainable: Trainable, settings: StepSettings, numbers: Sequence[int]) -> list[ProbeResult]:
         """Answer the probes with the given ``numbers``. Pictures are decoded on one rank of the replica."""

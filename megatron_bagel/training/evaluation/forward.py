@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -28,6 +29,18 @@ Collector = Callable[[MicroBatch, Tensor, Tensor], Any]
 def microbatch_multiple(trainable: Trainable) -> int:
     """Return the number that must divide the microbatches of a pass: interleaved stages take as many at a time as there are stages."""
     return parallel_state.get_pipeline_model_parallel_world_size() if len(trainable.decoder) > 1 else 1
+
+
+def most_of_replicas(count: int, device: torch.device | str) -> int:
+    """Return the largest ``count`` of all replicas if they share experts, else ``count`` itself. Collective over the replicas.
+
+    Every pass of ranks that divide experts is collective, so replicas that share experts pass equally often.
+    """
+    if parallel_state.get_expert_model_parallel_world_size() == 1:
+        return count
+    largest = torch.tensor([count], device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return int(largest.item())
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, collect: Collector) -> tuple[Any, Callable[..., Any]]:

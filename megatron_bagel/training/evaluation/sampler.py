@@ -27,7 +27,7 @@ from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack, item_grid
 from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import Features, MicroBatch, make_microbatch
-from megatron_bagel.training.evaluation.forward import Collector, forward_only, microbatch_multiple
+from megatron_bagel.training.evaluation.forward import Collector, forward_only, microbatch_multiple, most_of_replicas
 from megatron_bagel.training.evaluation.probes import EncodedProbe, condition_features, in_packs
 from megatron_bagel.training.step import StepSettings, Trainable
 
@@ -45,7 +45,10 @@ class _Template:
 
 @dataclass
 class ProbeAnswers:
-    """Answers the probes of one replica. A latent token has ``channels`` numbers. Every public method is collective over the replica."""
+    """Answers the probes of one replica. A latent token has ``channels`` numbers. Every public method is collective over the replica.
+
+    Replicas that share experts call each method together, and pass equally often.
+    """
 
     trainable: Trainable
     settings: StepSettings
@@ -91,7 +94,7 @@ class ProbeAnswers:
                     unfinished.remove(number)
                 elif number in unfinished:
                     ids[number].append(token)
-            if not unfinished:
+            if not most_of_replicas(len(unfinished), self.settings.device):
                 break
         return ids
 
@@ -110,8 +113,9 @@ class ProbeAnswers:
         return templates
 
     def _pass(self, templates: Sequence[_Template], batches: Sequence[MicroBatch], collect: Collector) -> list[Tensor]:
-        """Pass a batch of each template, repeating the last one up to a number that the schedule takes; drop the repetitions."""
-        missing = -len(batches) % microbatch_multiple(self.trainable)
+        """Pass a batch of each template, repeating the last one up to a number that schedule and replicas take; drop the repetitions."""
+        passes = most_of_replicas(len(batches), self.settings.device)
+        missing = passes + -passes % microbatch_multiple(self.trainable) - len(batches)
         outputs = forward_only(self.trainable, [*batches, *([batches[-1]] * missing)], self.settings, collect)
         return outputs[: len(templates)]
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.runs import numbers, run, run_config
-from tests.training.equal_runs import CP, PP, SP_TP2, VPP, cases, world_of
+from tests.training.equal_runs import CP, EP, ETP, PP, SP_TP2, SPARSE, VPP, cases, world_of
 
 pytestmark = pytest.mark.distributed
 
@@ -79,10 +79,36 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2"))
 def test_layouts_equal_one_process(world: Path, alone: tuple, tmp_path: Path, ranks: int, flags: dict) -> None:
-    history, (line,) = evaluated(world, tmp_path, ranks, **flags)
+    check(evaluated(world, tmp_path, ranks, **flags), tmp_path, alone)
+
+
+@pytest.fixture(scope="module")
+def sparse(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    folder = tmp_path_factory.mktemp("sparse")
+    return folder, *evaluated(world, folder, 1, **SPARSE)
+
+
+#: Replicas share experts in the first two: one of them has no question and passes along with the other, whose answers are longer.
+EXPERT_LAYOUTS = {
+    "ep2": (2, {EP: 2}),
+    "ep2-pp2-vpp2-allgather": (4, {EP: 2, PP: 2, VPP: 2, "moe_token_dispatcher_type": "allgather"}),
+    "ep2-tp2-sp": (2, {**SP_TP2, EP: 2, ETP: 1}),
+}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), cases(EXPERT_LAYOUTS))
+def test_layouts_that_divide_experts_equal_one_process(world: Path, sparse: tuple, tmp_path: Path, ranks: int, flags: dict) -> None:
+    check(evaluated(world, tmp_path, ranks, **SPARSE, **flags), tmp_path, sparse)
+
+
+def check(ours: tuple, tmp_path: Path, alone: tuple) -> None:
+    """What was evaluated equals a run of one process: losses, texts and pictures."""
+    history, (line,) = ours
     folder, reference, (expected,) = alone
-    ours = {name: value for name, value in line.items() if not name.startswith(("seconds", "run"))}
-    assert ours == pytest.approx({name: value for name, value in expected.items() if not name.startswith(("seconds", "run"))}, rel=2e-5)
+    numbers_here = {name: value for name, value in line.items() if not name.startswith(("seconds", "run"))}
+    assert numbers_here == pytest.approx(
+        {name: value for name, value in expected.items() if not name.startswith(("seconds", "run"))}, rel=2e-5
+    )
     for left, right in zip(history, reference, strict=True):
         names = [name for name in right if name.startswith(("ce/", "mse/"))]
         assert {name: left[name] for name in names} == pytest.approx({name: right[name] for name in names}, rel=1e-5)
