@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sparse experts are worth at equal active parameters: the quickstart's two lessons with dense MLPs, and with four experts of the same
-width of which one serves a token, on the same data for the same number of steps.
+"""What sparse experts are worth at equal active parameters: the questions of the small world, learnt with one dense MLP for each kind of
+token and with four experts of the same width of which one serves a token, on the same data for the same number of steps.
 
     python -m benchmarks.small_world_experts OUT --output benchmarks/results/small-world-experts.json
 
-The record has the marks of both, their held-out losses, the processor time of each run, and the share of tokens that each expert got in the
-last logged steps of a lesson, by layer. A second call goes on where the first one stopped; its processor time is only its own.
+The world and the settings are those of the quickstart's first lesson (docs/small_world.md). The record has the marks of both, the last
+losses, the processor time of each training, and the share of tokens that each expert got in the last logged steps, by layer. A second call
+goes on where the first one stopped; its processor time is then only its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import resource
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +28,103 @@ from megatron_bagel import platform  # noqa: E402
 platform.install()
 
 from benchmarks.record import report  # noqa: E402
-from megatron_bagel.checkpoint.hf.folder import HFFolder  # noqa: E402
-from megatron_bagel.planning.models import active_parameters, parameters  # noqa: E402
-from megatron_bagel.sample_world.exam import marks, read_lines  # noqa: E402
-from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders  # noqa: E402
-from megatron_bagel.sample_world.quickstart.stages import Quickstart, QuickstartSettings  # noqa: E402
+from megatron_bagel.common.yaml_files import read_yaml  # noqa: E402
+from megatron_bagel.config.parser import Config  # noqa: E402
+from megatron_bagel.config.resolve import architecture  # noqa: E402
+from megatron_bagel.costs.flops import token_matrix_elements  # noqa: E402
+from megatron_bagel.sample_world.assets import QUESTIONS_CONFIG  # noqa: E402
+from megatron_bagel.sample_world.exam import Exam, marks, read_lines, write_exam  # noqa: E402
+from megatron_bagel.sample_world.folders import write_yaml  # noqa: E402
+from megatron_bagel.sample_world.quickstart.commands import launched_command, module_command, run  # noqa: E402
+from megatron_bagel.sample_world.quickstart.stages import lesson  # noqa: E402
+from megatron_bagel.sample_world.world import read_world  # noqa: E402
 
+#: The quickstart's world. Pictures to draw take no part, so a few are enough.
+WORLD = (
+    "--image-size", "48", "--vit-image-size", "42", "--layers", "4", "--initializer-range", "0.031", "--t2i", "8", "--edit", "8",
+    "--vlm", "2000", "--captions-per-image", "1", "--edit-kinds", "recolour", "--questions-per-image", "3",
+    "--question-kinds", "colour", "shape", "position", "--hold-out", "red:square", "green:circle", "purple:triangle", "cyan:cross",
+)  # fmt: skip
+EXAM = Exam(pictures=0, questions=16, edits=0)
 #: An expert has the dense MLP's width, so a token meets as many parameters, and the router's few.
-EXPERTS = ("--num_experts", "4", "--moe_router_topk", "1", "--moe_router_pre_softmax", "True", "--moe_aux_loss_coeff", "0.01")
-#: Steps whose loads are averaged.
-LAST = 5
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"num_experts": 4, "moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.01},
+}
+#: Logged steps whose loads and losses are averaged.
+LAST = 3
 
 
-def learn(folders: QuickstartFolders, settings: QuickstartSettings) -> dict[str, Any]:
-    """Run the stages that are not done yet, and return what the model reached."""
+def make_data(out: Path, seed: int) -> None:
+    """Make the data, its index, and the exam, if they are not there."""
+    data = out / "data"
+    if not (data / "questions.yaml").exists():
+        run([module_command("data", "sample", data, *WORLD, "--seed", str(seed))], out / "logs/data.txt")
+        write_exam(read_world(data / "world.json"), EXAM, out / "exam")
+        questions = lesson(read_yaml(data / "dataset.yaml", "the sample data"), {"vlm_sft": 1.0})
+        write_yaml(questions, data / "questions.yaml", "What the lesson of questions draws from.")
+    if not (out / "index/manifest.json").exists():
+        paths = ("--dataset_config_file", data / "dataset.yaml", "--tokenizer", data / "tokenizer", "--output", out / "index")
+        run([module_command("data", "build", *paths)], out / "logs/index.txt")
+
+
+def learn(out: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one model, examine it, and return what it reached."""
+    data, folder, steps = out / "data", out / name, str(arguments.steps)
+    flags = ("--config", QUESTIONS_CONFIG, "--dataset_config_file", data / "questions.yaml", "--index_dir", out / "index")
+    flags += ("--llm_path", data / "llm", "--vit_path", data / "vit", "--global_seed", str(arguments.seed), "--auto_resume", "True")
+    flags += (
+        "--results_dir",
+        folder / "results",
+        "--checkpoint_dir",
+        folder / "checkpoints",
+        "--total_steps",
+        steps,
+        "--save_every",
+        steps,
+    )
+    words = [word for flag, value in MODELS[name].items() for word in (f"--{flag}", str(value))]
     began = _child_seconds()
-    Quickstart(folders, settings, say=lambda line: print(f"{folders.out.name}: {line}", file=sys.stderr, flush=True)).run()
-    results = {"marks": marks_of(folders), "held_out": held_out(folders.results), "cpu_s": _child_seconds() - began}
-    return results | {"parameters": parameters_of(folders)}
+    run([launched_command(arguments.processes, "train", *flags, *words)], out / f"logs/{name}.txt")
+    seconds = _child_seconds() - began
+    if not (folder / "answers/complete").exists():
+        asked = (
+            "--model",
+            folder / f"checkpoints/{arguments.steps:07d}",
+            "--input",
+            out / "exam/prompts.jsonl",
+            "--out",
+            folder / "answers",
+        )
+        run([module_command("generate", *asked, "--max-length", "12", "--vit-transform", "42", "42")], out / f"logs/{name}.txt")
+        (folder / "answers/complete").touch()
+    history = read_lines(folder / "results/metrics.jsonl")
+    return {
+        "steps": history[-1]["step"] + 1, "ce": float(np.mean([record["ce"] for record in history[-LAST:]])), "training_cpu_s": seconds,
+        "active_matrix_elements": active_elements(data, name), "marks": marks_of(out / "exam", folder / "answers"),
+    }  # fmt: skip
 
 
-def marks_of(folders: QuickstartFolders) -> dict[str, dict[str, float]]:
+def active_elements(data: Path, name: str) -> int:
+    """The elements of the decoder's matrices that serve a text token."""
+    words = {"llm_path": str(data / "llm"), "vit_path": str(data / "vit"), "visual_gen": False, "layer_module": "Qwen2MoTDecoderLayer"}
+    return token_matrix_elements(architecture(Config.from_values({**words, **MODELS[name]})).llm, "und")
+
+
+def marks_of(exam: Path, answers: Path) -> dict[str, dict[str, float]]:
     """The share of right answers by kind of question, on pairs of colour and shape that training showed and on those it did not."""
     table: dict[str, dict[str, float]] = {}
-    for (name, pairs), rights in marks(folders.exam, folders.generated).items():
+    for (name, pairs), rights in marks(exam, answers).items():
         table.setdefault(name, {})[pairs] = float(np.mean(rights))
     return table
 
 
-def held_out(results: Path) -> dict[str, float]:
-    """The held-out losses after the last step, of the weights and of their average."""
-    last = read_lines(results / "validation.jsonl")[-1]
-    return {name: last[name] for name in ("model/mse", "ema/mse")}
-
-
-def parameters_of(folders: QuickstartFolders) -> dict[str, int]:
-    """The numbers of the exported model, and of the matrices that serve a token of each kind."""
-    arch = HFFolder(folders.model).arch
-    return {"all": parameters(arch), **{f"active_{kind}": active_parameters(arch, kind) for kind in ("und", "gen")}}
-
-
-def load_shares(results: Path, kind: str) -> dict[str, list[float]]:
-    """The share of a kind's tokens that each expert got in the last logged steps, by layer."""
-    records = read_lines(results / "expert_load.jsonl")[-LAST:]
-    load = np.sum([record[kind]["load"] for record in records], axis=0, dtype=np.float64)
+def load_shares(results: Path) -> dict[str, list[float]]:
+    """The share of text and ViT tokens that each expert got in the last logged steps, by layer."""
+    records = [record["understanding"] for record in read_lines(results / "expert_load.jsonl")[-LAST:]]
+    load = np.sum([record["load"] for record in records], axis=0, dtype=np.float64)
     shares = load / load.sum(1, keepdims=True)
-    return {f"layer {layer}": row.round(4).tolist() for layer, row in zip(records[-1][kind]["layers"], shares, strict=True)}
+    return {f"layer {layer}": row.round(4).tolist() for layer, row in zip(records[-1]["layers"], shares, strict=True)}
 
 
 def _child_seconds() -> float:
@@ -80,53 +132,26 @@ def _child_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _share_data(source: QuickstartFolders, target: QuickstartFolders) -> None:
-    """Let the second run read the data of the first."""
-    target.out.mkdir(parents=True, exist_ok=True)
-    for ours, theirs in ((source.data, target.data), (source.index, target.index), (source.latents, target.latents)):
-        if not theirs.exists():
-            theirs.symlink_to(ours.resolve(), target_is_directory=True)
-
-
-def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The marks of all runs as Markdown, in percent of seen and held-out pairs."""
-    names: Iterable[str] = dict.fromkeys(name for run in runs.values() for name in run["marks"])
-    lines = ["| % of seen / held-out pairs | " + " | ".join(runs) + " |", "| --- |" + " --- |" * len(runs)]
-    for name in names:
-        cells = [" / ".join(f"{100 * run['marks'][name][pairs]:.0f}" for pairs in ("seen", "held out")) for run in runs.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and examine both, print one JSON object, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of both runs")
-    parser.add_argument("--question-steps", type=int, help="of the first lesson (default: its settings')")
-    parser.add_argument("--picture-steps", type=int, default=400, help="of the second lesson (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=160, help="of each training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="that train (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, help="copy the drawing of the second lesson's loads here")
+    parser.add_argument("--processes", type=int, default=1, help="that train (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, help="copy the drawing of the loads here")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
-    steps = str(arguments.picture_steps)
-    flags = ("--total_steps", steps, "--save_every", steps, "--eval_every", steps, "--eval_pictures", "0")
-    runs: dict[str, Any] = {}
-    folders = {name: QuickstartFolders((arguments.out / name).absolute()) for name in ("dense", "experts")}
-    for name, model_flags in (("dense", ()), ("experts", EXPERTS)):
-        if name == "experts":
-            _share_data(folders["dense"], folders["experts"])
-        settings = QuickstartSettings(arguments.seed, arguments.processes, arguments.question_steps, flags, model_flags)
-        runs[name] = learn(folders[name], settings)
-    sparse = folders["experts"]
-    loads = {"understanding": load_shares(sparse.questions / "results", "understanding")}
-    loads["generation"] = load_shares(sparse.results, "generation")
+    out = arguments.out.absolute()
+    make_data(out, arguments.seed)
+    runs = {}
+    for name in MODELS:
+        print(name, file=sys.stderr, flush=True)
+        runs[name] = learn(out, name, arguments)
     if arguments.picture is not None:
-        shutil.copyfile(sparse.results / "expert_load.png", arguments.picture)
-    print(table(runs), file=sys.stderr)
-    lessons = {"questions": sparse.questions / "results", "pictures": sparse.results}
-    steps_of_lessons = {name: read_lines(folder / "metrics.jsonl")[-1]["step"] + 1 for name, folder in lessons.items()}
-    result = {"steps": steps_of_lessons, "seed": arguments.seed, "flags_of_experts": list(EXPERTS), "runs": runs, "expert_shares": loads}
+        shutil.copyfile(out / "experts/results/expert_load.png", arguments.picture)
+    result = {"seed": arguments.seed, "flags_of_experts": MODELS["experts"], **runs}
+    result["expert_shares"] = load_shares(out / "experts/results")
     report(result, arguments.output)
     return result
 

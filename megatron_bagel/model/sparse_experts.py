@@ -64,9 +64,10 @@ class SparseExperts(MegatronModule):
         parts, dense = [], None
         for kind, mlp, tokens in (("und", self.und, und), ("gen", self.gen, gen)):
             if isinstance(mlp, SparseMLP):
-                # Nothing is differentiated here: the dispatcher keeps its last results, and with them would keep their graph.
                 frozen = kind == "und" and freeze_und
-                parts.append(_sparse(mlp, tokens.detach() if frozen else tokens, exchange.sequence_parallel))
+                # Inputs are detached too: the dispatcher keeps its last results, and with them would keep their graph.
+                result = _sparse(mlp, tokens.detach() if frozen else tokens, exchange.sequence_parallel)
+                parts.append(result.detach() if frozen else result)
                 continue
             parts.append(torch.zeros_like(tokens))
             dense = _dense(mlp, kind, (und, gen), rows, context, exchange, freeze_und)

@@ -53,14 +53,12 @@ class QuickstartSettings:
         processes: Ranks that train.
         question_steps: Steps of the first lesson; None for those of its settings.
         flags: Flags of ``megatron-bagel train`` for the second lesson.
-        model_flags: Flags of ``megatron-bagel train`` for both lessons, such as those of sparse experts.
     """
 
     seed: int = 0
     processes: int = 2
     question_steps: int | None = None
     flags: tuple[str, ...] = ()
-    model_flags: tuple[str, ...] = ()
 
 
 def lesson(dataset: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -132,7 +130,7 @@ class Quickstart:
         data = ("--dataset_config_file", dataset, "--index_dir", self.folders.index)
         parts = ("--llm_path", self.folders.data / "llm", "--vit_path", self.folders.data / "vit")
         runs = ("--results_dir", results, "--auto_resume", "True", "--global_seed", str(self.settings.seed))
-        command = launched_command(self.settings.processes, "train", *data, *parts, *runs, *self.settings.model_flags, *flags)
+        command = launched_command(self.settings.processes, "train", *data, *parts, *runs, *flags)
         with TrainingBar(results, label) as bar:
             self._run(label, command, watch=bar.update)
 

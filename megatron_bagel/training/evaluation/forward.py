@@ -43,14 +43,18 @@ def most_of_replicas(count: int, device: torch.device | str) -> int:
     return int(largest.item())
 
 
-def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, collect: Collector) -> tuple[Any, Callable[..., Any]]:
-    """Return the stage's output and the function that collects it on the last stage (Megatron's ``forward_step_func``)."""
-    batch = next(batches)
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, collect: Collector) -> tuple[Tensor, Callable[..., Any]]:
+    """Return the stage's output and the function that collects it on the last stage (Megatron's ``forward_step_func``).
 
-    def collect_output(output: tuple[Tensor, Tensor], non_loss_data: bool = False) -> Any:
+    The last stage has two outputs. Megatron asks for one tensor, of which it reads the device if the model has sparse experts.
+    """
+    batch = next(batches)
+    output = model(batch)
+
+    def collect_output(tensor: Tensor, non_loss_data: bool = False) -> Any:
         return collect(batch, *output)
 
-    return model(batch), collect_output
+    return output[0] if isinstance(output, tuple) else output, collect_output
 
 
 def forward_only(trainable: Trainable, batches: Sequence[MicroBatch], settings: StepSettings, collect: Collector) -> list[Any]:
