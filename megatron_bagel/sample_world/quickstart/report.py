@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; m
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dde5 } .facts { color: #5b6b7a }
 table { border-collapse: collapse } td, th { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #e3e9ef }
 td.number { text-align: right; font-variant-numeric: tabular-nums } .bar { display: inline-block; height: .7rem; background: #2f7ed8 }
-.row { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; max-width: 12rem; font-size: .85rem }
+.row { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; max-width: 13.5rem; font-size: .85rem }
 figure img { width: 96px; height: 96px; image-rendering: pixelated; border: 1px solid #d5dde5 } img.wide { max-width: 100% }
 .right { color: #157a3c } .wrong { color: #b3261e } pre { background: #f3f6f9; padding: .8rem; overflow-x: auto }
 """
