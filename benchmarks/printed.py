@@ -4,8 +4,8 @@
     python -m benchmarks.printed --output FILE -- python tools/verify_golden.py
     python -m benchmarks.printed --output FILE --keep "step=" "^saved" -- megatron-bagel train --config train.yaml
 
-The record's command is what follows ``--``. Peak memory is that of the largest process that the command started. Without ``--keep`` the
-last line is kept. A command that fails leaves no record.
+The record's command is what follows ``--``. Processor seconds are those of all processes that the command started, and peak memory is that
+of the largest one. Without ``--keep`` the last line is kept. A command that fails leaves no record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Sequence[str], keep: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Run a command and pass on what it prints. Return its exit status and its figures."""
-    start, printed = time.monotonic(), []
+    before, start, printed = _processor_seconds(), time.monotonic(), []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -50,10 +50,17 @@ def run(command: Sequence[str], keep: Sequence[str]) -> tuple[int, dict[str, Any
             printed.append(line)
     figures = {
         "seconds": round(time.monotonic() - start, 1),
+        "processor_seconds": round(_processor_seconds() - before, 2),
         "peak_megabytes": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3),
         "printed": kept_lines(printed, keep),
     }
     return process.returncode, figures
+
+
+def _processor_seconds() -> float:
+    """Return what the processes that this one started, and has waited for, have used of all cores together."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def kept_lines(printed: Sequence[str], keep: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ import pytest
 from benchmarks.printed import as_typed, kept_lines, main
 from benchmarks.record import ROOT, read_record
 
+_FIGURES = {"seconds", "processor_seconds", "peak_megabytes", "printed"}
+
 
 def test_a_command_leaves_a_record_of_its_last_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r.json"
@@ -18,8 +20,9 @@ def test_a_command_leaves_a_record_of_its_last_line(tmp_path: Path, capfd: pytes
     assert main(["--output", str(output), "--", sys.executable, "-c", code]) == 0
     assert capfd.readouterr().out == "first\n48 cases\n"
     recorded = read_record(output)
-    assert recorded.command.startswith("python -c ") and set(recorded.figures) == {"seconds", "peak_megabytes", "printed"}
+    assert recorded.command.startswith("python -c ") and set(recorded.figures) == _FIGURES
     assert recorded.figures["printed"] == ["48 cases"] and recorded.figures["peak_megabytes"] > 1
+    assert recorded.figures["processor_seconds"] > 0
 
 
 def test_a_command_that_fails_leaves_none(tmp_path: Path) -> None:
