@@ -22,6 +22,7 @@ _FIRST = {
     "benchmarks.data": ("fill", "imbalance", "per_s", "seconds"),
     "benchmarks.generate": ("tokens_per_s", "seconds", "largest_difference"),
     "benchmarks.layout": ("layout_seconds", "area_imbalance", "block_mask seconds"),
+    "benchmarks.new_colour": ("trained_share", "training_minutes", "after"),
     "benchmarks.parallel_step": ("loss", "step", "peak"),
     "benchmarks.train_step": ("step_s", "tokens_per_s", "peak_mem_bytes", "achieved_gflops", "share_of_matmul_rate", "loss"),
 }
