@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import socket
 import zlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from megatron_bagel.common.json_text import decode
 
 _CHUNK = 1 << 22
+_UNFINISHED = re.compile(r"\.[0-9a-f]{8}-(?P<host>.*)-(?P<process>[0-9]+)\..*", re.DOTALL)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -43,6 +45,30 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def is_unfinished(name: str) -> bool:
+    """Return whether a file name is one of ``replacing``: a process is writing the file, or was killed while it did."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes of this host were writing in ``folder`` and below. Files of running processes and other hosts stay."""
+    for leftover in folder.rglob(".*"):
+        writer = _UNFINISHED.fullmatch(leftover.name)
+        if writer and writer["host"] == socket.gethostname() and not process_exists(int(writer["process"])):
+            leftover.unlink(missing_ok=True)
+
+
+def process_exists(process: int) -> bool:
+    """Return whether this host has a process of that number, running or not yet waited for."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def is_stray(name: str) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_bagel.common.files import digest, write_whole
+from megatron_bagel.common.files import digest, is_unfinished, remove_unfinished, write_whole
 from megatron_bagel.common.finite import is_finite
 from megatron_bagel.common.json_files import read_json
 from megatron_bagel.data.index.format import Manifest, dataset_folder
@@ -104,6 +104,7 @@ def write_latent_cache(
     if not all(_marker(output, shard).is_file() for shard in work):
         return False
     files = {shard.name: read_json(_marker(output, shard), "finished shard") for shard in work}
+    remove_unfinished(output)
     write_whole(output / CACHE_MANIFEST, json.dumps({**key, "files": files}, indent=1) + "\n")
     return True
 
@@ -117,8 +118,8 @@ def total_images(manifest: Manifest, groups: Sequence[GroupConfig]) -> int:
 def _prepare(output: Path, key: dict[str, Any], autoencoder: AutoEncoder) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "key.json"
-    # Jobs may start at the same moment, and another job's key.json.partial... is then part of this cache.
-    names = {file.name for file in output.iterdir() if not file.name.startswith(f"{path.name}.partial")}
+    # Jobs may start at the same moment, and a killed one may have left its file: another job's unfinished key.json says nothing.
+    names = {file.name for file in output.iterdir() if not is_unfinished(file.name)}
     if path.name in names:
         difference = key_difference(read_json(path, "--output"), key)
         if difference:
@@ -220,6 +221,7 @@ def clear_latent_cache(output: Path) -> None:
     """Remove a cache if it exists. Raises ValueError when ``output`` is something else."""
     if not output.exists():
         return
-    if not (output / "key.json").is_file():
+    killed_at_once = output.is_dir() and all(is_unfinished(file.name) for file in output.iterdir())
+    if not (output / "key.json").is_file() and not killed_at_once:
         raise ValueError(f"{output} is not a latent cache; remove it yourself or give another --output")
     shutil.rmtree(output)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 from megatron_bagel.cli.data.latents import main
 from megatron_bagel.cli.data.verify import main as verify
-from megatron_bagel.common.files import write_whole
+from megatron_bagel.common.files import replacing, write_whole
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import read_manifest
 from megatron_bagel.data.index.latent_cache import LatentCache
@@ -93,16 +95,33 @@ def test_evaluated_as_a_run_that_encodes(world: Path, tmp_path: Path) -> None:
         assert np.abs(found["cached"][1][name] - sheet).max() <= 1
 
 
+def killed_while_writing(path: Path) -> None:
+    """Leave what a process leaves that is killed while it writes ``path``."""
+
+    def write() -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(b"{")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = fork(write)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 def test_jobs_make_the_same_cache_and_a_stopped_one_goes_on(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(world, tmp_path / "whole")) == 0
     parts = tmp_path / "parts"
+    parts.mkdir()
+    killed_while_writing(parts / "key.json")
     assert main(command(world, parts, "--num-jobs", "2", "--job-index", "1")) == 0 and "others are not" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is not complete"):
         open_cache(world, parts)
     assert main(command(world, parts, "--num-jobs", "2", "--job-index", "0")) == 0
     assert tree(parts) == tree(tmp_path / "whole")
     (parts / "latents.json").unlink()
-    next(parts.rglob("00000.json")).unlink()
+    marker = next(parts.rglob("00000.json"))
+    marker.unlink()
+    killed_while_writing(marker)
     assert main(command(world, parts)) == 0 and tree(parts) == tree(tmp_path / "whole")
 
 
@@ -175,7 +194,7 @@ def test_jobs_that_start_at_the_same_moment_do_not_disturb_each_other(world: Pat
     assert json.loads((tmp_path / "key.json").read_text()) == {"number": 199} and len(list(tmp_path.iterdir())) == 1
     cache = tmp_path / "latents"
     cache.mkdir()
-    (cache / "key.json.partial-elsewhere-1").write_text("{")
+    (cache / ".0123abcd-elsewhere-1.key.json").write_text("{")
     assert main(command(world, cache, "--num-jobs", "1")) == 0
     open_cache(world, cache)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megatron_bagel.common.files import process_exists
 from megatron_bagel.common.json_text import parse_json
 
 
@@ -62,12 +63,8 @@ class LockHolder:
 
     def is_alive(self) -> bool:
         """Return whether the holder still runs. Only for a holder that ``is_here``."""
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
+        if not process_exists(self.process):
             return False
-        except PermissionError:  # it exists and belongs to another user
-            pass
         state, started = _state_of(self.process), _start_of(self.process)
         return state != "Z" and started == self.started
 
