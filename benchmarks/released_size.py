@@ -3,10 +3,11 @@
 
     python -m benchmarks.released_size --folder DISK --output benchmarks/results/released-size.json
 
-Reported are peak memory and seconds of both directions beside copies of 4 GB of the same file, and the bytes that a rank of tensor 4 x
-pipeline 2 reads of the folder beside its share of the weights. Copies read from the disk, as the converters do: the page cache is
-emptied of the file first. The disk needs room for two such folders. ``--zero-layers N`` makes every N-th layer zeros, which files hold
-without room, where the disk is smaller. All files are removed in the end.
+Reported are peak memory and seconds of both directions, and the bytes that a rank of tensor 4 x pipeline 2 reads of the folder beside its
+share of the weights. Beside each direction stands what a plain copy of its input takes right before and right after it, by the copy
+of 4 GB from the middle of it. Copies read from the disk, as the converters do: the page cache is emptied of the file first. The disk needs
+room for two such folders. ``--zero-layers K/N`` makes K of every N layers zeros, which an input holds without room, where the disk is
+smaller; they are written in full. All files are removed in the end.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import _module, copy_seconds, run_measured
+from benchmarks.checkpoint import _module, run_measured
 from benchmarks.record import report
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
@@ -44,31 +47,53 @@ def released_arch() -> BagelArch:
     return BagelArch(llm, vit, AutoencoderArch(ch=32), max_latent_size=64)
 
 
-class Values:
-    """The bits of every weight, a function of its name: random, or zeros in every ``zero_layers``-th layer."""
+@dataclass(frozen=True)
+class ZeroLayers:
+    """``count`` of every ``of`` layers of the decoder."""
 
-    def __init__(self, zero_layers: int) -> None:
+    count: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> ZeroLayers:
+        """Read "2/3", or "3" for one of three. This is an argparse type."""
+        count, _, of = text.partition("/") if "/" in text else ("1", "", text)
+        if not (count.isdigit() and of.isdigit() and 0 < int(count) < int(of)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no share of the layers; write 2/3 for two of every three")
+        return cls(int(count), int(of))
+
+    def __contains__(self, layer: int) -> bool:
+        return layer % self.of < self.count
+
+    def __str__(self) -> str:
+        return f"{self.count}/{self.of}" if self.count else "none"
+
+
+class Values:
+    """The bits of every weight, a function of its name: random, or zeros in some layers."""
+
+    def __init__(self, zero_layers: ZeroLayers) -> None:
         self._zero_layers = zero_layers
         self._noise = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(1)).bfloat16()
 
     def of(self, entry: Entry) -> torch.Tensor:
         """The full tensor of one of our parameters."""
         parts = entry.name.split(".")
-        if self._zero_layers and parts[:2] == ["decoder", "layers"] and int(parts[2]) % self._zero_layers == 0:
+        if parts[:2] == ["decoder", "layers"] and int(parts[2]) in self._zero_layers:
             return torch.zeros(entry.shape, dtype=torch.bfloat16)
         size, start = torch.Size(entry.shape).numel(), zlib.crc32(entry.name.encode()) % _PERIOD
         return self._noise.repeat(-(-(size + start) // _PERIOD))[start : start + size].view(entry.shape)
 
 
-def needed_bytes(zero_layers: int) -> float:
+def needed_bytes(zero_layers: ZeroLayers) -> float:
     """The room that both folders need, and what stays free for others."""
     from megatron_bagel.checkpoint.hf.folder import WeightFile
 
     weight_map = WeightMap(released_arch())
     whole = WeightFile(torch.zeros, "bf16").bytes(weight_map)
     layer = sum(2 * torch.Size(entry.shape).numel() for name, entry in weight_map.entries.items() if name.startswith("decoder.layers.0."))
-    zeros = layer * -(-28 // zero_layers) if zero_layers else 0
-    return max(2 * whole - zeros, whole + 2 * COPIED_BYTES) + SPARE_BYTES
+    zeros = layer * sum(number in zero_layers for number in range(28))
+    return max(2 * whole - zeros, whole + COPIED_BYTES) + SPARE_BYTES
 
 
 def write_input(folder: Path, values: Values) -> None:
@@ -85,11 +110,6 @@ def write_input(folder: Path, values: Values) -> None:
     save_autoencoder(AutoEncoder(AutoencoderArch(ch=32)), folder.parent / "ae" / "ae.safetensors")
     files = {"ema": WeightFile(lambda name: values.of(entries[name]))}
     write_folder(folder, arch, files, sincos_2d, folder.parent / "tokenizer", folder.parent / "ae" / "ae.safetensors")
-
-
-def dig_holes(file: Path) -> None:
-    """Give the room of zeros in a file back to the disk."""
-    subprocess.run(["fallocate", "--dig-holes", str(file)], check=True)
 
 
 def rank_main(rank: int, folder: Path) -> dict[str, float]:
@@ -129,32 +149,56 @@ def equal(weights: Path, values: Values) -> bool:
     return all(torch.equal(entry.fuse([reader.get(name) for name in entry.hf]), values.of(entry)) for entry in entries.values())
 
 
-def measure(folder: Path, zero_layers: int) -> dict[str, Any]:
+def measure(folder: Path, zero_layers: ZeroLayers) -> dict[str, Any]:
     """Both directions, and what ranks read. The input's weights are removed before the way back."""
     source, values = folder / "hf", Values(zero_layers)
     write_input(source, values)
     weights = source / "ema.safetensors"
     size = weights.stat().st_size
-    copies = [_copy_part(weights, folder / "copied")]
-    if zero_layers:
-        dig_holes(weights)
-    drop_from_cache(weights)
-    ranks = [_rank(rank, source) for rank in (0, TENSOR * PIPELINE - 1)]
+    _give_back_zeros(weights, zero_layers)
     start = run_measured("from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert")
-    arguments = ["--model", str(source), "--output", str(folder / "checkpoint")]
-    to_megatron = run_measured(_module("tools.checkpoint_convert.hf_to_megatron"), arguments)
+    copies = [copy_seconds(weights, folder / "copied")]
+    drop_from_cache(weights)
+    to_megatron = run_measured(_module("tools.checkpoint_convert.hf_to_megatron"), _words(model=source, output=folder / "checkpoint"))
     weights.unlink()
-    for file in (folder / "checkpoint").rglob("*.distcp") if zero_layers else ():
-        dig_holes(file)
-    copies.append(_copy_part(next((folder / "checkpoint").rglob("*.distcp")), folder / "copied"))
-    arguments = ["--checkpoint", str(folder / "checkpoint"), "--output", str(folder / "back")]
-    to_hf = run_measured(_module("tools.checkpoint_convert.megatron_to_hf"), arguments)
+    stored = next((folder / "checkpoint").rglob("*.distcp"))
+    _give_back_zeros(stored, zero_layers)
+    copies.append(copy_seconds(stored, folder / "copied"))
+    _tell("in", to_megatron, copies[:2])
+    drop_from_cache(stored)
+    to_hf = run_measured(
+        _module("tools.checkpoint_convert.megatron_to_hf"), _words(checkpoint=folder / "checkpoint", output=folder / "back")
+    )
+    stored.unlink()
+    copies.append(copy_seconds(folder / "back/ema.safetensors", folder / "copied"))
+    _tell("out", to_hf, copies[1:])
     is_equal = equal(folder / "back/ema.safetensors", values)
+    print(f"equal after both: {is_equal}", file=sys.stderr, flush=True)
+    drop_from_cache(folder / "back/ema.safetensors")
+    ranks = [_rank(rank, folder / "back") for rank in (0, TENSOR * PIPELINE - 1)]
     return {
-        "weight_bytes": size, "zero_layers": zero_layers, "equal_after_both": is_equal, "start_s": start["wall_s"],
-        "copy_seconds_of_that_size": [seconds * size / COPIED_BYTES for seconds in copies],
-        "hf_to_megatron": to_megatron, "megatron_to_hf": to_hf, "ranks": ranks,
+        "weight_bytes": size, "zero_layers": str(zero_layers), "equal_after_both": is_equal, "start_s": start["wall_s"],
+        "start_peak_bytes": start["peak_bytes"], "hf_to_megatron": to_megatron | {"copy_s": copies[:2]},
+        "megatron_to_hf": to_hf | {"copy_s": copies[1:]}, "ranks": ranks,
     }  # fmt: skip
+
+
+def _words(**flags: Path) -> list[str]:
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+
+
+def _tell(way: str, measured: dict[str, float], copies: list[float]) -> None:
+    """Print a direction beside its copies as soon as it is known."""
+    before, after = copies
+    peak = measured["peak_bytes"] / 1e9
+    took = f"{way}: {measured['wall_s']:.0f} s, {measured['cpu_s']:.0f} s of processor, at most {peak:.3f} GB of memory"
+    print(f"{took}; a plain copy of the same bytes: {before:.0f} s before, {after:.0f} s after", file=sys.stderr, flush=True)
+
+
+def _give_back_zeros(file: Path, zero_layers: ZeroLayers) -> None:
+    """Give the room of zeros in a file back to the disk."""
+    if zero_layers.count:
+        subprocess.run(["fallocate", "--dig-holes", str(file)], check=True)
 
 
 def drop_from_cache(file: Path) -> None:
@@ -164,16 +208,21 @@ def drop_from_cache(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _copy_part(source: Path, target: Path) -> float:
-    """Seconds to copy the last ``COPIED_BYTES`` of a file, which hold no zeros, and sync them to disk."""
-    part = target.with_name("part")
-    with source.open("rb") as file, part.open("wb") as written:
-        file.seek(-COPIED_BYTES, os.SEEK_END)
-        shutil.copyfileobj(file, written, 1 << 24)
-    drop_from_cache(part)
-    seconds = copy_seconds(part, target)
-    part.unlink()
-    return seconds
+def copy_seconds(file: Path, target: Path) -> float:
+    """Seconds that a copy of a file would take that ends on the disk, by the copy of 4 GB from its middle."""
+    os.sync()  # nothing of what was written before waits any more
+    drop_from_cache(file)
+    size = file.stat().st_size
+    start, copied = time.perf_counter(), 0
+    with file.open("rb") as read, target.open("wb") as written:
+        while copied < COPIED_BYTES:
+            copied += os.sendfile(
+                written.fileno(), read.fileno(), size // 2 - COPIED_BYTES // 2 + copied, min(1 << 26, COPIED_BYTES - copied)
+            )
+        os.fsync(written.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds * size / COPIED_BYTES
 
 
 def _rank(rank: int, folder: Path) -> dict[str, Any]:
@@ -191,7 +240,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write (default: %(default)s)")
     parser.add_argument(
-        "--zero-layers", type=int, default=0, metavar="N", help="every N-th layer is zeros, for a smaller disk (default: none)"
+        "--zero-layers",
+        type=ZeroLayers.parse,
+        default=ZeroLayers(),
+        metavar="K/N",
+        help="K of every N layers are zeros, for a smaller disk (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="file for the record (default: none)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
