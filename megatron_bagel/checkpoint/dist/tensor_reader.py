@@ -7,15 +7,17 @@ from its shards by name. Peak memory is one tensor.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents
+from megatron_bagel.checkpoint.dist.write_errors import write_reasons
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.config.architecture import BagelArch
@@ -35,6 +37,18 @@ class _Reader(torch_checkpoint.FileSystemReader):
             self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
+
+    def whole(self, key: str, stored: TensorStorageMetadata) -> torch.Tensor | None:
+        """Return a tensor that was stored in one piece, or None. ``torch_checkpoint.load`` holds such a tensor twice: as read, and in place."""
+        places = self.read_metadata().storage_data or {}
+        if len(stored.chunks) != 1 or stored.chunks[0].sizes != stored.size:
+            return None
+        place = places.get(MetadataIndex(key, stored.chunks[0].offsets))
+        if place is None or place.transform_descriptors:
+            return None
+        with self.fs.create_stream(self.fs.concat_path(self.path, place.relative_path), "rb") as stream:
+            tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True).detach()
+        return tensor if tensor.shape == stored.size and tensor.dtype == stored.properties.dtype else None
 
 
 class CheckpointWeights:
@@ -81,10 +95,17 @@ class CheckpointWeights:
         return tuple(stored.size), stored.properties.dtype
 
     def read(self, key: str) -> torch.Tensor:
-        """Return one stored tensor, assembled from its shards. Raises ValueError if it is checked and not finite."""
+        """Return one stored tensor, assembled from its shards. Raises ValueError if it cannot be read, or is checked and not finite."""
         stored = self._stored[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        try:
+            tensor = self._reader.whole(key, stored)
+            if tensor is None:
+                tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+                torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, torch_checkpoint.CheckpointException) as error:
+            raise ValueError(
+                f"{self.folder}: tensor {key} cannot be read ({write_reasons(error)}); copy the checkpoint again, or use another step"
+            ) from error
         refuse_not_finite(tensor, key, self.folder, self.check_weights)
         return tensor
 

@@ -28,6 +28,7 @@ _DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_BLOCK_VALUES = 1 << 24
 _NAME_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
 
@@ -197,9 +198,10 @@ class SafetensorsWriter:
         shape, dtype = self._specs[name]
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, announced was {tuple(shape)}")
-        raw = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8)
+        values = tensor.detach().to(device="cpu").contiguous().reshape(-1)
         self._file.seek(len(self._preamble) + self._offsets[name][0])
-        self._file.write(raw.numpy().data)
+        for block in values.split(_BLOCK_VALUES) if values.dtype != dtype else (values,):  # no second whole tensor of another type
+            self._file.write(block.to(dtype).view(torch.uint8).numpy().data)
         self._pending.discard(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
