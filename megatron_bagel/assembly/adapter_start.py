@@ -41,7 +41,7 @@ def adapter_of_run(lora: LoraSettings, source: WeightSource, start: StartSetting
             )
         return StoredAdapter(lora, identify(folder, source.weights, source.weights_name))
     _check_same_adapters(stored.lora, lora, folder)
-    path = path_of(stored.base, start.adapter_base)
+    path = path_of(stored.base, start.adapter_base, "say where it is now with --lora_base")
     current = identify(path, stored.base.weights, stored.base.weights_name)
     stored.base.check(current, folder)
     return StoredAdapter(lora, current)

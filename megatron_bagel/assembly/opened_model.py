@@ -182,7 +182,8 @@ def _open_base(checkpoint: Path, stored: StoredAdapter, options: OpenOptions) ->
         raise ValueError(f"--model {checkpoint} is a checkpoint of adapters already; give its base with --model to use --adapter")
     base = stored.base
     of_base = replace(options, weights=base.weights, weights_name=base.weights_name)
-    return open_model(path_of(base, None), replace(of_base, adapter=str(checkpoint), adapter_weights=options.weights))
+    path = path_of(base, None, f"give it as --model, where it is now, and {checkpoint} as --adapter")
+    return open_model(path, replace(of_base, adapter=str(checkpoint), adapter_weights=options.weights))
 
 
 def _existing(path_from_flag: str | None, recorded_path: Path | None, flag: str, checkpoint: Path) -> Path:

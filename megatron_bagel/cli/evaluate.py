@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bagel import platform
+from megatron_bagel.cli.usage import report_error
 from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable, writing_to
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     try:
         run(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(prog, error)
         return 2
     finally:
         shutdown_distributed()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_bagel import platform
+from megatron_bagel.cli.usage import report_error
 from megatron_bagel.inference.batch.arguments import build_parser, parse_arguments, parse_size, text_limits
 from megatron_bagel.inference.batch.prompts import Prompt, make_prompt, read_prompts
 from megatron_bagel.inference.batch.run import run_prompts
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m megatron_bage
             return 0
         count = run_prompts(args, collect_prompts(args))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(prog, error)
         return 2
     finally:
         shutdown_distributed()

@@ -40,7 +40,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "megatron-bagel quickstart") -> int:
-    """Run the stages. Returns the exit status: 0, 1 if a stage failed, 130 if it was interrupted."""
+    """Run the stages. Returns the exit status: 0, 1 if a stage failed, 2 for bad input, 130 if it was interrupted."""
     # The output folder comes first: after a flag of training, a word would be that flag's value.
     chosen, flags = build_parser(prog).parse_known_args(sys.argv[1:] if arguments is None else arguments)
     folders = QuickstartFolders(chosen.out.absolute())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron-bagel qui
         rows = read_marks(folders)
     except (CommandFailedError, ValueError, OSError) as error:
         report_error(prog, error)
-        return 1
+        return 1 if isinstance(error, CommandFailedError) else 2
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on where it was: {prog} {chosen.out}", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_bagel import platform
+from megatron_bagel.common.console_log import log_to_console
 
 
 def main(checkpoint: str, out: str) -> int:
@@ -20,7 +21,7 @@ def main(checkpoint: str, out: str) -> int:
     Adapters are merged into their base.
     """
     os.nice(10)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     platform.install_for_streaming()
     from megatron_bagel.checkpoint.convert import export_checkpoint
     from megatron_bagel.checkpoint.convert_adapter import merge_adapter
@@ -34,7 +35,7 @@ def main(checkpoint: str, out: str) -> int:
             merge_adapter(Path(checkpoint), None, Path(out), sincos_2d)
     except (ValueError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

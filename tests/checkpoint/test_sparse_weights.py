@@ -106,7 +106,7 @@ def test_an_upcycled_folder_computes_what_the_dense_one_did(goldens: Path, tmp_p
             results.append(model.decode(hidden[:, 0], 5, 4, torch.arange(9), EmptyPlan()))
     assert HFFolder(out).arch.llm.sparse is not None
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
-    assert upcycle.main(["--model", str(out), *flags[:-1], str(tmp_path / "again")]) == 1
+    assert upcycle.main(["--model", str(out), *flags[:-1], str(tmp_path / "again")]) == 2
 
 
 #: config.json of Qwen/Qwen3-30B-A3B, as published.

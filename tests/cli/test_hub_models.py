@@ -73,7 +73,7 @@ print(json.dumps([codes, str(path), options.adapter, options.autoencoder]))
 """
 
 
-def _adapter(folder: Path) -> Path:
+def peft_folder(folder: Path) -> Path:
     """Write an adapter of one weight of the goldens' model in PEFT's format."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def _adapter(folder: Path) -> Path:
 
 
 def test_adapters_and_other_models_of_converters_are_named_too(goldens: Path, tmp_path: Path) -> None:
-    folder = _adapter(tmp_path / "adapter")
+    folder = peft_folder(tmp_path / "adapter")
     with running_hub() as hub:
         hub.add("owner/bagel", goldens / "hf")
         hub.add("owner/adapter", folder)
@@ -93,7 +93,7 @@ def test_adapters_and_other_models_of_converters_are_named_too(goldens: Path, tm
         done = subprocess.run([sys.executable, "-c", NAMED, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         codes, model, adapter, autoencoder = json.loads(done.stdout.splitlines()[-1])
-    assert codes == [0, 0, 1] and "--adapter: owner/bagel has no adapter_model weights in safetensors; it has ae.safetensors" in done.stderr
+    assert codes == [0, 0, 2] and "--adapter: owner/bagel has no adapter_model weights in safetensors; it has ae.safetensors" in done.stderr
     assert {path.name for path in Path(adapter).iterdir()} == {path.name for path in folder.iterdir()}
     assert Path(autoencoder) == Path(model) / "ae.safetensors" and Path(autoencoder).is_file()
     merge_adapter(folder, goldens / "hf", tmp_path / "by_folder", sincos_2d)

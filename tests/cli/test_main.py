@@ -87,7 +87,7 @@ def test_words_that_name_no_command(words: list[str], message: str, capsys: pyte
 def test_errors_name_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "verify", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("megatron-bagel data verify: ")
-    assert main(["convert", "inspect", "show", str(tmp_path / "nowhere")]) == 1
+    assert main(["convert", "inspect", "show", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("megatron-bagel convert inspect: ")
     assert main(["train", "--lrr", "1"]) == 2
     assert capsys.readouterr().err.startswith("megatron-bagel train: error: ")

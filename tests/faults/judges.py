@@ -19,7 +19,7 @@ from tests.faults.phases import LIMIT, STEPS, World
 from tests.faults.small_disk import SmallDisk, size_of
 
 #: Exit statuses of a command that cannot go on because of something to change: files, flags, a full disk.
-REFUSALS = {"export": {1}, "convert": {1}, "verify": {1, 2}}
+REFUSALS = {"verify": {1, 2}}
 WATCHDOG = 18
 
 

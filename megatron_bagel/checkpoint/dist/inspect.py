@@ -102,23 +102,21 @@ def compare(folder: Path, other_folder: Path, prefix: str = "") -> list[str]:
     return lines
 
 
-def verify(folder: Path) -> None:
-    """Read every file of a checkpoint and compare checksums. Raises ValueError naming damaged files, or if it has no checksums."""
-    unpickle_guard.refuse_code(folder)
+def damage(folder: Path) -> list[str]:
+    """Read every file of a checkpoint and return what differs from its checksums. Raises ValueError if it has none, or holds code."""
+    if problems := file_problems(folder):
+        return problems
     sums = read_checksums(folder)
     if sums is None:
         raise ValueError(f"{folder} has no checksums: an earlier version of megatron_bagel wrote it")
-    problems = file_problems(folder)
+    progress = tqdm(sorted(sums), unit="file", desc="verifying", mininterval=1.0, disable=None)
+    problems = [
+        f"{name} does not have the checksum it was written with" for name in progress if digest(folder / name).sha256 != sums[name]["sha256"]
+    ]
     if not problems:
-        progress = tqdm(sorted(sums), unit="file", desc="verifying", mininterval=1.0, disable=None)
-        problems = [
-            f"{name} does not have the checksum it was written with"
-            for name in progress
-            if digest(folder / name).sha256 != sums[name]["sha256"]
-        ]
-    if problems:
-        raise ValueError(f"{folder} is damaged: {'; '.join(problems)}")
-    print(f"{folder}: {len(sums)} files, {sum(entry['bytes'] for entry in sums.values()) / 1e9:.3f} GB, as they were written")
+        unpickle_guard.refuse_code(folder)
+        print(f"{folder}: {len(sums)} files, {sum(entry['bytes'] for entry in sums.values()) / 1e9:.3f} GB, as they were written")
+    return problems
 
 
 def _part(key: str) -> str:

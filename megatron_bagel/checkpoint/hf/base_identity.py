@@ -68,9 +68,9 @@ def digest_of_sums(sums: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(repr(tensors).encode()).hexdigest()
 
 
-def path_of(identity: BaseIdentity, moved_to: str | None) -> Path:
-    """Return where the base is now. Raises ValueError if it is in neither place."""
+def path_of(identity: BaseIdentity, moved_to: str | None, remedy: str) -> Path:
+    """Return where the base is now. Raises ValueError if it is in neither place; ``remedy`` says how to name its place."""
     path = Path(moved_to) if moved_to is not None else Path(identity.folder)
     if not path.exists():
-        raise ValueError(f"the base of the adapter, {path}, does not exist; say where it is now with --lora_base{hub_hint(str(path))}")
+        raise ValueError(f"the base of the adapter, {path}, does not exist; {remedy}{hub_hint(str(path))}")
     return path

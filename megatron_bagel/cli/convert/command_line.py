@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_bagel import platform
 from megatron_bagel.checkpoint.dist import step_folders
 from megatron_bagel.cli.usage import report_error
+from megatron_bagel.common.console_log import log_to_console
 from megatron_bagel.common.json_files import read_json_as
 from megatron_bagel.config.architecture import AutoencoderArch
 
@@ -18,16 +18,15 @@ WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("ema", "model")}
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def run(prog: str, work: Callable[[], None]) -> int:
-    """Call ``work``. Returns the exit status: 1 after an error of the user, which is printed as one sentence."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def run(prog: str, work: Callable[[], int | None]) -> int:
+    """Call ``work`` and return the exit status: what it returns, 0 for None, or 2 after bad input, which is printed as one sentence."""
+    log_to_console()
     platform.install_for_streaming()
     try:
-        work()
-    except ValueError as error:
+        return work() or 0
+    except (ValueError, OSError) as error:
         report_error(prog, error)
-        return 1
-    return 0
+        return 2
 
 
 def step_folder(path: Path) -> Path:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 
 from megatron_bagel.cli.convert import command_line as command
-from megatron_bagel.cli.usage import command_parser
+from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import path_flag
 
 
@@ -42,21 +42,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
     """Show, compare or verify. Returns the exit status."""
     args = parser(prog).parse_args(argv)
 
-    def work() -> None:
+    def work() -> int:
         from megatron_bagel.checkpoint.dist import inspect
 
+        folder = command.step_folder(args.checkpoint)
         if args.mode == "show":
-            summary = inspect.summary(command.step_folder(args.checkpoint), tensors=args.tensors or args.json)
+            summary = inspect.summary(folder, tensors=args.tensors or args.json)
             print(json.dumps(summary, indent=1) if args.json else inspect.page(summary))
-            return
+            return 0
         if args.mode == "verify":
-            inspect.verify(command.step_folder(args.checkpoint))
-            return
-        differences = inspect.compare(command.step_folder(args.checkpoint), command.step_folder(args.other), args.only)
+            if problems := inspect.damage(folder):
+                report_error(prog, ValueError(f"{folder} is damaged: {'; '.join(problems)}"))
+            return 1 if problems else 0
+        differences = inspect.compare(folder, command.step_folder(args.other), args.only)
         for difference in differences:
             print(difference)
         if differences:
-            raise ValueError(f"{len(differences)} tensors differ")
+            report_error(prog, ValueError(f"{len(differences)} tensors differ"))
+            return 1
         print("all tensors are equal")
+        return 0
 
     return command.run(prog, work)

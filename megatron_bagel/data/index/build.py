@@ -49,7 +49,8 @@ _shared_row_count: Synchronized[int]  # in a worker process: rows written by all
 class BuildOptions:
     """Options of one build job, which is number ``job_index`` of ``num_jobs`` and writes its share of the shards.
 
-    ``workers`` 0 builds in this process. ``progress`` goes to stderr: a bar, or a line now and then in a log file.
+    ``workers`` 0 builds in this process; errors call the number ``workers_flag``. ``progress`` goes to stderr: a bar, or a line now
+    and then in a log file.
     """
 
     workers: int = 0
@@ -60,10 +61,13 @@ class BuildOptions:
     progress: bool = True
     num_jobs: int = 1
     job_index: int = 0
+    workers_flag: str = "--workers"
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.rows_per_shard < 1:
-            raise ValueError(f"--workers must be 0 or more and --rows-per-shard 1 or more, got {self.workers} and {self.rows_per_shard}")
+            raise ValueError(
+                f"{self.workers_flag} must be 0 or more and --rows-per-shard 1 or more, got {self.workers} and {self.rows_per_shard}"
+            )
         if not 0 <= self.job_index < self.num_jobs:
             raise ValueError(f"--job-index counts from 0 to --num-jobs - 1, got index {self.job_index} of {self.num_jobs} jobs")
 
@@ -129,11 +133,11 @@ def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: B
             for shard in open_shards:
                 write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
         else:
-            for count in _in_processes(build, open_shards, tokenizer_path, options.workers, fresh=plan.is_remote):
+            for count in _in_processes(build, open_shards, tokenizer_path, options, fresh=plan.is_remote):
                 bar.update(count)
 
 
-def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path, workers: int, fresh: bool) -> Iterator[int]:
+def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path, options: BuildOptions, fresh: bool) -> Iterator[int]:
     """Write shards in worker processes and yield the rows written since the last time, about every second.
 
     ``fresh`` processes are for remote sources: clients of remote file systems run threads, which do not survive a fork. They are forks of
@@ -143,9 +147,9 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
     if fresh:
         context.set_forkserver_preload([__name__])
     start = partial(_start_worker, end_with_client if fresh else partial(end_with_parent, os.getpid()))
-    with starting(f"{workers} worker processes of the build", "--workers 0 builds in this one"):
+    with starting(f"{options.workers} worker processes of the build", f"{options.workers_flag} 0 builds in this one"):
         row_count, yielded_rows = context.Value("q"), 0
-        workers_pool = ProcessPoolExecutor(min(workers, len(shards)), context, start, (row_count,))
+        workers_pool = ProcessPoolExecutor(min(options.workers, len(shards)), context, start, (row_count,))
     try:
         with workers_pool as pool:
             pending = {pool.submit(_write_in_worker, build, shard, tokenizer_path) for shard in shards}
@@ -157,8 +161,8 @@ def _in_processes(build: Path, shards: Sequence[ShardPlan], tokenizer_path: Path
                 yield yielded_rows - previous_rows
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process of the build was killed, perhaps because memory ran out; run the same command again with fewer --workers: "
-            "finished shards are kept"
+            "a worker process of the build was killed, perhaps because memory ran out; run the same command again with fewer "
+            f"{options.workers_flag}: finished shards are kept"
         ) from error
 
 

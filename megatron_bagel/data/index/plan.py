@@ -179,11 +179,11 @@ def _plan_dataset(group: GroupConfig, entry: DatasetEntry, rules: PlanRules) -> 
         return _plan_files(group.name, entry, list(hub_files), rules, row_format)
     if container != "jsonl":
         if location.data_dir is None:
-            raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data-root")
+            raise ValueError(f"{label}: no data_dir; give it under dataset_info in the YAML, or give --data_root")
         files = _source_files(location.data_dir, f".{container}", label, rules.with_strays)
         return _plan_files(group.name, entry, files, rules, row_format)
     if location.jsonl_path is None or (group.name == VLM and location.data_dir is None):
-        raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data-root")
+        raise ValueError(f"{label}: jsonl_path (and for images data_dir) missing; give them under dataset_info, or give --data_root")
     if not is_file(location.jsonl_path):
         raise ValueError(f"{label}: there is no file {location.jsonl_path} (jsonl_path)")
     if group.name != TEXT and location.data_dir is not None and not is_folder(location.data_dir):

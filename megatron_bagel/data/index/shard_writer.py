@@ -101,7 +101,9 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
                     skipped_rows.write(skipped_line(plan.group, plan.dataset, unit.path, row, str(error)))
                     continue
                 except MemoryError as error:
-                    raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer --workers") from error
+                    raise ValueError(
+                        f"{unit.path}, row {row}: memory ran out while the row was read; use fewer worker processes"
+                    ) from error
                 finally:
                     progress(1)
                 _add_sample(builder, checksums, ids, sample.images)

@@ -74,7 +74,8 @@ def ensure_index(settings: DataSettings, tokenizer: Tokenizer) -> Path:
         groups = load_groups(settings.dataset_config_file, settings.data_root)
         try:
             remedy = "remove this folder to have it built again, or give another --results_dir or a finished index as --index_dir"
-            build_index(groups, Path(tokenizer.path), folder, BuildOptions(workers=settings.reader.num_workers), remedy)
+            options = BuildOptions(workers=settings.reader.num_workers, workers_flag="--num_workers")
+            build_index(groups, Path(tokenizer.path), folder, options, remedy)
         except ValueError as error:
             raise ValueError(f"the index of {settings.dataset_config_file} could not be made in {folder}: {error}") from error
     elif not (folder / MANIFEST).is_file():

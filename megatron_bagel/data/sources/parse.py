@@ -12,7 +12,7 @@ from typing import Any
 from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.sources.pictures import SHOWN_NAME, image_bytes, read_file
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample
-from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.row_rules import BUILD, DEFAULT_RULES, RowRules
 from megatron_bagel.data.sources.unit import SourceUnit
 from megatron_bagel.data.sources.video import video_frames
 
@@ -80,7 +80,7 @@ def check_text_size(texts: list[str], rules: RowRules) -> None:
     """Raise BadRow if the texts of a row have more bytes together than the rules allow."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > rules.max_text_bytes:
-        raise BadRow(f"{size} bytes of text are above the limit of {rules.max_text_bytes} (--max_text_bytes)")
+        raise BadRow(f"{size} bytes of text are above the limit of {rules.max_text_bytes} (--max_text_bytes of {BUILD})")
 
 
 def parse_line(line: bytes, rules: RowRules) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_bagel.data.sources.files import is_below, join, read_raw
 from megatron_bagel.data.sources.records import BadRow, bad_row
+from megatron_bagel.data.sources.row_rules import BUILD
 from megatron_bagel.data.sources.unit import SourceUnit
 
 SHOWN_NAME = 200  # characters of a file name in a reason
@@ -31,7 +32,7 @@ def read_file(kind: str, name: str, unit: SourceUnit) -> bytes:
     """Return the bytes of a file below the unit's image folder; ``kind`` says what it is. Raises BadRow if it cannot be read."""
     shown = name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}..."
     if not unit.rules.allow_outside_root and not is_below(unit.image_dir, name):
-        raise BadRow(f"{kind} {shown} leaves the folder {unit.image_dir}; --allow_outside_root reads it")
+        raise BadRow(f"{kind} {shown} leaves the folder {unit.image_dir}; --allow_outside_root of {BUILD} reads it")
     try:
         return read_raw(join(unit.image_dir, name))
     except MemoryError:

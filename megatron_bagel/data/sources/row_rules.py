@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from megatron_bagel.common.text_limits import TextLimits
 
+#: The command whose flags these are. Reasons name it, for training builds an index too and lacks the flags.
+BUILD = "megatron-bagel data build"
+
 
 @dataclass(frozen=True)
 class RowRules(TextLimits):

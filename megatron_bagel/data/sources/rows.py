@@ -22,7 +22,7 @@ from megatron_bagel.data.sources.parse import parse_edit, parse_line, parse_t2i,
 from megatron_bagel.data.sources.pictures import Pictures
 from megatron_bagel.data.sources.records import BadRow, RawSample, bad_row
 from megatron_bagel.data.sources.row_format import RowFormat
-from megatron_bagel.data.sources.row_rules import DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.row_rules import BUILD, DEFAULT_RULES, RowRules
 from megatron_bagel.data.sources.row_samples import columns_of, sample_of
 from megatron_bagel.data.sources.tar_files import read_tar
 from megatron_bagel.data.sources.unit import SourceUnit
@@ -56,7 +56,7 @@ def _sample(unit: SourceUnit, row: int, parse: Callable[[], RawSample]) -> RawSa
             check_encodable(text)
         return sample
     except MemoryError as error:
-        raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer --workers") from error
+        raise ValueError(f"{unit.path}, row {row}: memory ran out while the row was read; use fewer worker processes") from error
     except Exception as error:  # a decoder, or the client of a remote file system, may raise anything
         return bad_row(error)
 
@@ -128,7 +128,7 @@ def _read_jsonl(unit: SourceUnit) -> Iterator[tuple[int, RawSample | BadRow]]:
                     raise ValueError(f"{unit.path}, row {row}: the file has become shorter; run the build again")
                 if len(line) > limit and not line.endswith(b"\n"):
                     size = len(line) + _skip_rest(file)
-                    yield row, BadRow(f"the line has {size} bytes, above the limit of {limit} (--max_text_bytes)")
+                    yield row, BadRow(f"the line has {size} bytes, above the limit of {limit} (--max_text_bytes of {BUILD})")
                 elif line.strip():
                     yield row, _sample(unit, row, partial(_parse_line, line, unit, row))
                 row += 1

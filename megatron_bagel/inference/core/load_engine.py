@@ -61,7 +61,8 @@ def load_engine(path: str | Path, options: LoadOptions | None = None) -> Engine:
     if len(model.tokenizer) > model.arch.llm.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(model.tokenizer)} ids, but the model's vocabulary only {model.arch.llm.vocab_size} rows: not a pair. "
-            "Give the tokenizer that the model was trained with (--tokenizer); a training run gives new tokens rows with --grow_vocabulary"
+            "Give the tokenizer that the model was trained with (--tokenizer); megatron-bagel train --grow_vocabulary True gives new "
+            "tokens rows"
         )
     dtype = _dtype(options)
     transforms = image_transforms(model.arch, options.vae_transform, options.vit_transform)

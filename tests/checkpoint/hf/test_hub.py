@@ -144,7 +144,7 @@ def test_an_export_is_pushed_with_its_card_and_comes_back_equal(goldens: Path, t
         refused = (TOKEN, [str(out), *to, "other"]), ("", [str(out), *to, "mit"]), (TOKEN, [str(torn), *to, "mit"])
         pushes = (*refused, (TOKEN, [str(out), *to, "apache-2.0", "--private"]))
         codes, printed, errors = push(hub, tmp_path / "cache", *pushes)
-        assert codes == [1, 1, 1, 0]
+        assert codes == [2, 2, 2, 0]
         reasons = ("--license-name and --license-link", "set HF_TOKEN", "not a complete safetensors file")
         assert all(reason in error for error, reason in zip(errors, reasons, strict=True))
         assert [request for request in hub.requests if "commit" in request or "create" in request] == [

@@ -75,7 +75,7 @@ def test_a_bad_folder_is_refused_in_one_sentence(
     folder = Path(shutil.copytree(goldens / "hf", tmp_path / "hf"))
     make, reason = REFUSED[form]
     make(folder)
-    assert hf_to_megatron.main(["--model", str(folder), "--output", str(tmp_path / "out"), "--weights", "ema"]) == 1
+    assert hf_to_megatron.main(["--model", str(folder), "--output", str(tmp_path / "out"), "--weights", "ema"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-bagel convert hf-to-megatron: ")]
     assert len(lines) == 1 and reason in lines[0] and "make room" not in lines[0], lines
     assert not (folder / "executed").exists() and not list(tmp_path.glob("out/0*"))

@@ -136,9 +136,9 @@ def test_a_tied_model_travels_with_its_head(goldens: Path, tmp_path: Path, store
 
 
 def test_errors_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
+    assert megatron_to_hf.main(["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert hf_to_megatron.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
+    assert hf_to_megatron.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_does_not_say_its_latent_size_keeps_it_and_a_wrong_one_is_
     assert torch.equal(load_file(tmp_path / "out/ema.safetensors")[table], load_file(silent / "ema.safetensors")[table])
     for folder in (silent, goldens / "hf"):
         command = ["--model", str(folder), "--output", str(tmp_path / "wrong"), "--max-latent-size", "8"]
-        assert hf_to_megatron.main(command) == 1
+        assert hf_to_megatron.main(command) == 2
         assert "max_latent_size 16, the side of its position table, but --max-latent-size says 8" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
@@ -212,7 +212,7 @@ def test_what_a_folder_lacks_is_refused_or_on_request_seeded(
     whole = load_file(goldens / "hf/ema.safetensors")
     save_file({name: tensor for name, tensor in whole.items() if not name.startswith("time_embedder")}, source / "ema.safetensors")
     convert = ["--model", str(source), "--output", str(tmp_path / "ckpt")]
-    assert hf_to_megatron.main(convert) == 1
+    assert hf_to_megatron.main(convert) == 2
     assert "lacks 4 tensors this model needs: time_embedder" in capsys.readouterr().err
     with caplog.at_level(logging.INFO):
         assert hf_to_megatron.main([*convert, "--allow-missing", "time_embedder*"]) == 0

@@ -63,11 +63,14 @@ def test_rows_are_checked_against_the_schema(tmp_path: Path, capsys: pytest.Capt
     assert main([*arguments, "--form", "trace"]) == 1 and "no list of steps under 'trace'" in capsys.readouterr().out
     write_lines(tmp_path / "rows.jsonl", rows[:1])
     assert main(arguments) == 0 and "1 row(s), all as they should be" in capsys.readouterr().out
-    assert main([*arguments, "--max_text_bytes", "20"]) == 1 and "above the limit of 20 (--max_text_bytes)" in capsys.readouterr().out
+    assert (
+        main([*arguments, "--max_text_bytes", "20"]) == 1
+        and "above the limit of 20 (--max_text_bytes of megatron-bagel data build)" in capsys.readouterr().out
+    )
     assert main([*arguments, "--max-json-depth", "2"]) == 1 and "nested deeper than 2 levels" in capsys.readouterr().out
     write_lines(tmp_path / "rows.jsonl", [{"items": [{"text": "q"}, {"image": "../b.png", "loss": True}]}])
     (tmp_path / "b.png").write_bytes(png(1))
-    assert main(arguments) == 1 and "--allow_outside_root reads it" in capsys.readouterr().out
+    assert main(arguments) == 1 and "--allow_outside_root of megatron-bagel data build reads it" in capsys.readouterr().out
     assert main([*arguments, "--allow_outside_root"]) == 0
     assert main([str(tmp_path / "none.jsonl")]) == 2
 

@@ -236,7 +236,9 @@ def test_lines_of_any_length_cost_themselves_only(goldens: Path, tmp_path: Path)
         groups_of(tmp_path, "text"), goldens / "hf", tmp_path / "index", BuildOptions(rows_per_shard=2, row_rules=rules, progress=False)
     )
     told = {row: reason for _, row, reason in skipped(tmp_path / "index")}
-    assert sorted(told) == [0, 2, 3, 5] and all("above the limit of 101 (--max_text_bytes)" in reason for reason in told.values())
+    assert sorted(told) == [0, 2, 3, 5] and all(
+        "above the limit of 101 (--max_text_bytes of megatron-bagel data build)" in reason for reason in told.values()
+    )
     reader = IndexedSamples.open(tmp_path / "index").datasets["text/plain"]
     assert [reader.source(row)[1] for row in range(len(reader))] == [1, 4]
 

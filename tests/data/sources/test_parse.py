@@ -108,7 +108,9 @@ def test_a_flat_list_has_one_instruction_for_each_step() -> None:
 def test_limits_are_those_of_the_flags() -> None:
     rules = RowRules(max_text_bytes=20, max_json_depth=2)
     assert parse_t2i(png(0), RED, rules).texts == ["red"]
-    assert "above the limit of 20 (--max_text_bytes)" in reason(parse_t2i, png(0), json.dumps({"a": "x" * 20}), rules)
+    assert "above the limit of 20 (--max_text_bytes of megatron-bagel data build)" in reason(
+        parse_t2i, png(0), json.dumps({"a": "x" * 20}), rules
+    )
     assert "above the limit of 20" in reason(parse_edit, [png(0), png(1)], [["x" * 21]], rules)
     assert "deeper than 2" in reason(parse_line, b'{"a": [[1]]}', rules)
     for name in ("max_text_bytes", "max_json_depth"):
