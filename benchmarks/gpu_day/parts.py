@@ -41,6 +41,7 @@ PARTS = (
     Part("tests-training", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_training.py"), records=False),
     Part("tests-attention", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_attention.py"), records=False),
     Part("tests-te", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_transformer_engine.py"), records=False),
+    Part("tests-offload", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_offload.py"), records=False),
     Part("tests-generation", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_generation.py"), records=False),
     Part("layers", 120, _benchmark("train_step", "layers", "--hidden", "3584", "--layers", "4", "--tokens", "16384")),
     Part("overhead", 120, _benchmark("overhead", "--config", "bench-53m")),

@@ -22,6 +22,7 @@ from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.fp8 import check_fp8_gpu
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.offload_rules import check_offload_package
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.resolve import ResolvedSizes, autoencoder_path, resolve, tokenizer_path
 from megatron_bagel.config.validate import validate_architecture
@@ -65,6 +66,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
     training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
     tokenizer, grown_arch = tokenizer_and_model(config, arch)
     check_fp8_gpu(config.megatron, compute_capability(), device_name())
+    check_offload_package(config.megatron)
     costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
     megatron = encoder_memory_of_a_run(costs, device_memory_bytes())
     if (config.megatron.encoder_memory, megatron.encoder_memory) == ("auto", "constant"):
@@ -195,6 +197,8 @@ def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSetting
         overlap_grad_reduce=megatron.overlap_grad_reduce,
         overlap_param_gather=megatron.overlap_param_gather,
         distributed_optimizer_instances=sizes.distributed_optimizer_instances,
+        offload_fraction=megatron.optimizer_offload_fraction if megatron.optimizer_cpu_offload else 0.0,
+        overlap_offload=megatron.overlap_cpu_optimizer_d2h_h2d,
     )
 
 

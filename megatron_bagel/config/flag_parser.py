@@ -133,8 +133,21 @@ def _add_aliases(parser: FlagParser) -> None:
         )  # fmt: skip
 
 
+#: Flags of Megatron-LM that have no counterpart, with the reason and what to take instead.
+_ACTIVATION_OFFLOAD = (
+    "Megatron-Core's offload of activations does not reach this decoder's layers (docs/fine_tuning.md). --recompute_granularity full "
+    "saves the same memory"
+)
+WITHOUT_COUNTERPART = dict.fromkeys(
+    ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading", "offload_modules"), _ACTIVATION_OFFLOAD
+)
+
+
 def unknown_flag(text: str, options: Iterable[str]) -> str:
     """Return a sentence that says that no flag of training takes ``text``, with the options that resemble it."""
+    name = text.split("=", 1)[0].replace("-", "_").lstrip("_")
+    if text.startswith("--") and name in WITHOUT_COUNTERPART:
+        return f"there is no flag --{name}: {WITHOUT_COUNTERPART[name]}"
     return flag_names.unknown_flag(text, options, OTHER_NAMES)
 
 

@@ -50,6 +50,18 @@ class MegatronArguments(MoEArguments):
         minimum=1,
         on_resume=FREE,
     )
+    optimizer_cpu_offload: bool = megatron_flag(
+        False,
+        "Keep the optimizer's fp32 weights and moments, and the average, in host memory, and update them there. For full training on few "
+        "GPUs; steps take longer. Needs a GPU, bf16 and use_distributed_optimizer.",
+        on_resume=FREE,
+    )
+    optimizer_offload_fraction: float = megatron_flag(
+        1.0, "Share of the parameters whose optimizer state optimizer_cpu_offload moves to host memory.", above=0, maximum=1, on_resume=FREE
+    )
+    overlap_cpu_optimizer_d2h_h2d: bool = megatron_flag(
+        False, "Copy gradients to host memory and weights back on streams of their own while other parameters are updated.", on_resume=FREE
+    )
     overlap_grad_reduce: bool = megatron_flag(False, "Reduce gradients while the backward pass runs.", on_resume=FREE)
     overlap_param_gather: bool = megatron_flag(
         False, "Gather updated weights while the next forward pass runs. Needs overlap_grad_reduce.", on_resume=FREE

@@ -9,6 +9,7 @@ from megatron_bagel.config.flag_rules import check_consistency, check_observing,
 from megatron_bagel.config.fp8 import check_fp8_settings, check_fp8_sizes
 from megatron_bagel.config.lora import check_adapted_parts, lora_settings
 from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
+from megatron_bagel.config.offload_rules import check_optimizer_offload
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
 from megatron_bagel.config.parser import Config
 from megatron_bagel.config.required_paths import check_paths
@@ -42,6 +43,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     check_consistency(config)
     check_observing(config, world_size)
     check_fp8_settings(config.megatron, has_gpu)
+    check_optimizer_offload(config, has_gpu)
     resolve(config, world_size, has_gpu)
 
 
@@ -54,7 +56,10 @@ def refuse_unsupported_values(config: Config) -> None:
             "prefetch. Overlap of communication is set by --overlap_grad_reduce and --overlap_param_gather"
         )
     if training.cpu_offload:
-        raise ValueError("--cpu_offload True is not supported: optimizer state is sharded over ranks instead (--use_distributed_optimizer)")
+        raise ValueError(
+            "--cpu_offload True is not supported: FSDP's offload of weights has no counterpart here. --optimizer_cpu_offload moves "
+            "optimizer state and fp32 weights to host memory, and --use_distributed_optimizer shards them over ranks"
+        )
     if not training.freeze_vae:
         raise ValueError("--freeze_vae False is not supported: the autoencoder is never trained, and is not in the original either")
     if config.megatron.micro_batch_size != 1:

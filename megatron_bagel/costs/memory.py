@@ -40,6 +40,8 @@ class RankMemory:
     optimizer_bytes: int
     average_bytes: int
     autoencoder_bytes: int
+    #: What the hybrid optimizer keeps in host memory: fp32 weights, moments, gradients and average.
+    host_bytes: int = 0
 
     def __add__(self, other: RankMemory) -> RankMemory:
         return RankMemory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -187,7 +189,7 @@ class MemoryModel:
             padded = -(-sum(-(-tensor.numel // ALIGNMENT) * ALIGNMENT * tensor.copies for tensor in trained) // alignment) * alignment
         # Two moments, and a main weight if the model's weight is not fp32.
         state = (3 if bf16 else 2) * FP32
-        return RankMemory(
+        memory = RankMemory(
             parameters=total,
             trained=trained_count,
             weight_bytes=(total - trained_count + padded) * (2 if bf16 else FP32),
@@ -196,6 +198,18 @@ class MemoryModel:
             optimizer_bytes=trained_count * state // shards if sharded else trained_count * state,
             average_bytes=trained_count * FP32 // (shards if sharded else replicas),
             autoencoder_bytes=0,
+        )
+        return self._offloaded(memory, trained_count // shards) if self.megatron.optimizer_cpu_offload else memory
+
+    def _offloaded(self, memory: RankMemory, own_elements: int) -> RankMemory:
+        """Return the memory with the offloaded share of optimizer and average on the host, and the host's copy of these gradients."""
+        share = self.megatron.optimizer_offload_fraction
+        optimizer, average = round(memory.optimizer_bytes * share), round(memory.average_bytes * share)
+        return replace(
+            memory,
+            optimizer_bytes=memory.optimizer_bytes - optimizer,
+            average_bytes=memory.average_bytes - average,
+            host_bytes=optimizer + average + round(own_elements * share) * FP32,
         )
 
 

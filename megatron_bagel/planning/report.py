@@ -82,6 +82,8 @@ def memory_table(plan: ParallelPlan, problem: Problem) -> str:
     rows = [["GiB per rank", *(f"stage {stage.stage}" for stage in stages)]]
     rows.append(["parameters, millions", *(f"{stage.static.parameters / 1e6:.1f}" for stage in stages)])
     rows += [[title, *(f"{amount(stage) / GIB:.2f}" for stage in stages)] for title, amount in _MEMORY.items()]
+    if any(stage.static.host_bytes for stage in stages):
+        rows.append(["in host memory besides", *(f"{stage.static.host_bytes / GIB:.2f}" for stage in stages)])
     rows.append(["peak", *(f"{stage.peak / GIB:.2f}" for stage in stages)])
     rows.append(["share of the GPU", *(f"{stage.peak / GIB / problem.gpu.memory_gib:.0%}" for stage in stages)])
     return table(rows)

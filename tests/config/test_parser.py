@@ -96,6 +96,7 @@ def test_an_automatic_average_is_the_default_decay_that_warms_up(words, tmp_path
     ("words", "message"),
     [
         (["--max_latent_sizes", "3"], r"no flag --max_latent_sizes; did you mean --max_latent_size"),
+        (["--cpu-offloading-num-layers", "2"], r"no flag --cpu_offloading_num_layers: .*--recompute_granularity full"),
         (["--tensor-parallel-size", "2"], r"did you mean --tensor_model_parallel_size"),
         (["--ema", "auto", "--ema_warmup", "False"], r"--ema auto warms up, and --ema_warmup False says not to"),
         (["--xyzzy", "2"], r"no flag --xyzzy; see --help"),

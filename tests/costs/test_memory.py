@@ -50,6 +50,7 @@ def held(config: Config) -> tuple[int, dict[str, int]]:
         "optimizer_bytes": sum(tensor.nbytes for tensor in state),
         "average_bytes": run.trainable.ema.local_bytes(),
         "autoencoder_bytes": sum(weight.nbytes for weight in autoencoder.parameters()) if autoencoder is not None else 0,
+        "host_bytes": 0,
     }
 
 

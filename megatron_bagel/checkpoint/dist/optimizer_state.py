@@ -13,9 +13,14 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_bagel.platform import megatron_compat
 
+_HYBRID_SETTINGS = (
+    "cpu_optimizer_cls", "gpu_optimizer_cls", "offload_fraction", "param_update_in_fp32", "pin_cpu_grads", "pin_cpu_params",
+    "overlap_cpu_optimizer_d2h_h2d", "fused",
+)  # fmt: skip
 #: Entries of the main optimizer and of others.
 MAIN_ENTRY, OTHER_ENTRIES = "optimizer", ("optimizer_beside", "optimizer_beside_2")
 
@@ -46,12 +51,22 @@ def optimizer_state(
             entry: leaf.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(metadata))
             for entry, leaf in optimizers_with_state(optimizer).items()
         }
+    for state in states.values():
+        _drop_hybrid_settings(state)
     if metadata["distrib_optim_sharding_type"] == "dp_reshardable":
         # In this format the keys are buffer numbers, which all optimizers count from 0.
         for entry in OTHER_ENTRIES:
             if entry in states:
                 add_prefix_for_sharding(states[entry], f"{entry}.")
     return states
+
+
+def _drop_hybrid_settings(state: Any) -> None:
+    """Drop what the hybrid optimizer writes into its groups: classes, which no loader may read, and where its parts are. In place."""
+    settings = state.get("optimizer") if isinstance(state, Mapping) else None
+    for group in settings["param_groups"] if isinstance(settings, Mapping) else ():
+        for name in _HYBRID_SETTINGS:
+            group.pop(name, None)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer | None, loaded: Mapping[str, Any]) -> None:
@@ -61,6 +76,18 @@ def load_optimizer_state(optimizer: MegatronOptimizer | None, loaded: Mapping[st
     states = {entry: loaded[MAIN_ENTRY] if entry == MAIN_ENTRY else _merge_settings(loaded[entry], loaded[MAIN_ENTRY]) for entry in leaves}
     for entry, leaf in leaves.items():
         leaf.load_state_dict(states[entry])
+        _leave_steps_to_the_parts(leaf)
+
+
+def _leave_steps_to_the_parts(leaf: MegatronOptimizer) -> None:
+    """Drop the step count that a load leaves in the hybrid optimizer's groups. In place.
+
+    Before every step the hybrid optimizer copies its groups over those of its parts. Nobody advances its own count, so the part on the GPU,
+    which counts in its groups, would take every step after a resume for the first one after it.
+    """
+    if isinstance(leaf.optimizer, HybridDeviceOptimizer):
+        for group in leaf.optimizer.param_groups:
+            group.pop("step", None)
 
 
 def _merge_settings(entry_state: Any, main_state: Any) -> Any:

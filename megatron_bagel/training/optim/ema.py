@@ -141,7 +141,7 @@ class ShardedEma:
                 raise ValueError(f"parameter {entry.name} is trained but is not in the model's sharded state: it would not be saved")
             group_size, is_owner = dist.get_world_size(entry.owned.group), owner == dist.get_rank(entry.owned.group)
             if is_loading:
-                tensor = torch.empty(entry.parameter.shape, dtype=torch.float32, device=entry.average.device) if is_owner else None
+                tensor = torch.empty(entry.parameter.shape, dtype=torch.float32, device=entry.parameter.device) if is_owner else None
             else:
                 tensor = _assemble(entry, entry.average, owner)
             if is_owner and tensor is not None:
@@ -156,9 +156,9 @@ class ShardedEma:
         for entry, owner in zip(self._entries, self._owners(), strict=True):
             group = entry.owned.group
             if owner == dist.get_rank(group):
-                tensor = state[entry.name].detach().to(entry.average.device, torch.float32).contiguous()
+                tensor = state[entry.name].detach().to(entry.parameter.device, torch.float32).contiguous()
             else:
-                tensor = torch.empty(entry.parameter.shape, dtype=torch.float32, device=entry.average.device)
+                tensor = torch.empty(entry.parameter.shape, dtype=torch.float32, device=entry.parameter.device)
             if dist.get_world_size(group) > 1:
                 dist.broadcast(tensor, src=dist.get_global_rank(group, owner), group=group)
             entry.average.copy_(tensor.reshape(-1)[entry.owned.start : entry.owned.stop])
@@ -196,7 +196,8 @@ def _single_replica(replica_id: int | tuple[int, ...], instance: int) -> int | t
 def _assemble(entry: _Entry, local_slice: Tensor, owner: int | None = None) -> Tensor:
     """Return the full tensor of all ranks' slices, on every rank of the group or, with ``owner``, valid on that group rank only."""
     group = entry.owned.group
-    tensor = torch.zeros(entry.parameter.numel(), dtype=torch.float32, device=local_slice.device)
+    # An average in host memory is joined where the collectives work.
+    tensor = torch.zeros(entry.parameter.numel(), dtype=torch.float32, device=entry.parameter.device)
     tensor[entry.owned.start : entry.owned.stop] = local_slice
     if dist.get_world_size(group) > 1:
         bits = tensor.view(torch.int32)

@@ -8,9 +8,10 @@ in no gradient buffer and in no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from megatron_bagel import platform
 from megatron_bagel.model.lora import SUMMED_OVER_TP
 from megatron_bagel.platform.launch.fake_world import is_fake
+from megatron_bagel.training.optim.cpu_offload import hybrid_main_weight, is_hybrid, offload_settings
 
 #: The world's group and a group of this rank alone, made when it is first needed.
 _single_rank: tuple[Any, Any] | None = None
@@ -52,6 +54,9 @@ class OptimizerSettings:
     overlap_param_gather: bool = False
     distributed_optimizer_instances: int = 1
     bucket_size: int | None = None
+    #: Share of the parameters whose fp32 weights and moments are in host memory, and whether copies overlap with the updates there.
+    offload_fraction: float = 0.0
+    overlap_offload: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
@@ -188,6 +193,7 @@ def _optimizer_config(settings: OptimizerSettings) -> OptimizerConfig:
         params_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
+        **(offload_settings(settings.offload_fraction, settings.overlap_offload) if settings.offload_fraction else {}),
     )
 
 
@@ -236,7 +242,9 @@ def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
     for leaf in leaf_optimizers(optimizer):
         parameters = [] if getattr(leaf, "is_stub_optimizer", False) else leaf.get_parameters()
         if parameters and leaf.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=leaf.config.clip_grad, total_norm=norm)
+            # The hybrid optimizer has its gradients under another name.
+            decoupled = leaf.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, max_norm=leaf.config.clip_grad, total_norm=norm, use_decoupled_grad=decoupled)
     optimizer.step_with_ready_grads()
 
 
@@ -265,12 +273,14 @@ class OwnedSlice:
     """The elements [start, stop) of a flattened parameter that this rank of ``group`` updates and averages.
 
     ``instance`` is the number of the copy if several groups hold the same slices (``distributed_optimizer_instances`` above 1).
+    ``main`` returns the main weights of the slice if the hybrid optimizer holds them.
     """
 
     start: int
     stop: int
     group: dist.ProcessGroup
     instance: int = 0
+    main: Callable[[], torch.Tensor] | None = None
 
 
 def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -311,11 +321,14 @@ def _distributed_slice(leaves: Sequence[DistributedOptimizer], parameter: torch.
     if parameter not in owner.model_param_gbuf_map:
         return OwnedSlice(0, 0, owner.data_parallel_group, owner.distributed_optimizer_instance_id)
     piece = owner._get_model_param_range_map(parameter)["param"]
-    return OwnedSlice(piece.start, piece.end, owner.data_parallel_group, owner.distributed_optimizer_instance_id)
+    main = partial(hybrid_main_weight, owner, parameter) if is_hybrid(owner) else None
+    return OwnedSlice(piece.start, piece.end, owner.data_parallel_group, owner.distributed_optimizer_instance_id, main)
 
 
 def main_weight_slice(parameter: torch.nn.Parameter, owned: OwnedSlice) -> torch.Tensor:
     """Return this rank's slice of the fp32 main weight, flat. The main weight of an fp32 parameter is the parameter."""
+    if owned.main is not None:
+        return owned.main()
     main = getattr(parameter, "main_param", None)
     if main is None:
         if parameter.dtype != torch.float32 and owned.stop > owned.start:
