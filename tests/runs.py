@@ -96,7 +96,8 @@ def open_run(config: Config) -> Run:
     return setup.set_up(run)
 
 
-def _execute(config: Config) -> None:
+def execute(config: Config) -> None:
+    """Run to the end on this rank."""
     import torch.distributed as dist
 
     from megatron_bagel.training.setup import set_up as setup
@@ -107,7 +108,7 @@ def _execute(config: Config) -> None:
 def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:
     """Run to the end on forked ranks; the records of ``metrics.jsonl``."""
     preload()
-    run_ranks(_execute, ranks, config, timeout=240)
+    run_ranks(execute, ranks, config, timeout=240)
     return read_history(Path(config.training.results_dir) / "metrics.jsonl")
 
 
@@ -121,7 +122,7 @@ def _start_main(config: Config, ranks: int) -> None:
     import os
 
     os.setsid()
-    run_ranks(_execute, ranks, config, timeout=240)
+    run_ranks(execute, ranks, config, timeout=240)
 
 
 NUMBERS = ("loss", "ce", "mse", "grad_norm", "lr", "consumed_samples", "consumed_tokens", "ce_tokens", "mse_tokens")
