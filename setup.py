@@ -52,6 +52,8 @@ EXTRAS_REQUIRE = {
     "video": ["av>=11"],
     # WebDataset shards (docs/data.md).
     "data": ["webdataset>=0.2.86"],
+    # Ray builds indexes and encodes latents (docs/data.md).
+    "ray": ["ray[client]>=2.30"],
     # An index at s3:// (docs/data.md).
     "s3": ["s3fs>=2024.2"],
     # The page of generation. 6.24 is the first that can be told to keep no history of what was asked (docs/generation.md). Not among the

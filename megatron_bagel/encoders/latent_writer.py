@@ -11,7 +11,7 @@ import json
 import shutil
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,19 +60,25 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
-class _ShardWork:
+class ShardWork:
+    """One shard of a cache: the images of shard ``number`` of a dataset of the index."""
+
     reader: DatasetReader
     group: GroupConfig
     number: int
 
     @property
     def name(self) -> str:
+        """Return ``group/dataset/shard``."""
         return f"{self.reader.name}/{self.reader.info.shards[self.number].name}"
+
+
+ShardsWriter = Callable[[Sequence[ShardWork]], Iterator[int]]
 
 
 def write_latent_cache(
     index: IndexedSamples, groups: Sequence[GroupConfig], weights: Path, autoencoder: AutoEncoder, output: Path, options: CacheOptions,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None, write: ShardsWriter | None = None,
 ) -> bool:  # fmt: skip
     """Write this job's shards of a latent cache. The job that finishes last writes the manifest.
 
@@ -84,6 +90,7 @@ def write_latent_cache(
         output: The folder of the cache.
         options: Options of this job.
         progress: Receives the number of images after each write.
+        write: Writes the shards and yields the number of images of each; by default this process does.
 
     Returns:
         Whether the cache is complete now.
@@ -94,13 +101,17 @@ def write_latent_cache(
     key = cache_key(index.manifest, groups, options.dtype, digest(weights).sha256)
     _prepare(output, key, autoencoder)
     work = [
-        _ShardWork(index.reader(group, entry), group, number)
+        ShardWork(index.reader(group, entry), group, number)
         for group in groups if group.makes_images
         for entry in group.datasets for number in range(len(index.reader(group, entry).info.shards))
     ]  # fmt: skip
-    for shard in work[options.job_index :: options.num_jobs]:
-        if not _marker(output, shard).is_file():
-            _write_shard(output, shard, autoencoder, options, progress)
+    open_work = [shard for shard in work[options.job_index :: options.num_jobs] if not _marker(output, shard).is_file()]
+    if write is not None:
+        for images in write(open_work):
+            progress(images)
+    else:
+        for shard in open_work:
+            write_latent_shard(output, shard, autoencoder, options, progress)
     if not all(_marker(output, shard).is_file() for shard in work):
         return False
     files = {shard.name: read_json(_marker(output, shard), "finished shard") for shard in work}
@@ -130,7 +141,7 @@ def _prepare(output: Path, key: dict[str, Any], autoencoder: AutoEncoder) -> Non
     write_whole(output / "ae_config.json", json.dumps(autoencoder.arch.to_dict(), indent=1) + "\n")
 
 
-def _marker(output: Path, shard: _ShardWork) -> Path:
+def _marker(output: Path, shard: ShardWork) -> Path:
     info = shard.reader.info
     return dataset_folder(output, info.group, info.name) / f"{info.shards[shard.number].name}.json"
 
@@ -185,9 +196,10 @@ class _Writer:
         return num_written
 
 
-def _write_shard(
-    output: Path, shard: _ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], object]
+def write_latent_shard(
+    output: Path, shard: ShardWork, autoencoder: AutoEncoder, options: CacheOptions, progress: Callable[[int], object] = lambda _: None
 ) -> None:
+    """Write one shard of a cache below ``output``. The description is written last and marks it as complete."""
     marker = _marker(output, shard)
     marker.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(str(marker.with_suffix(".bin")), dtype=np.uint8, multimodal=False)
@@ -202,7 +214,7 @@ def _write_shard(
     write_whole(marker, json.dumps(cached_files(marker.with_suffix(""))))
 
 
-def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
+def _pixels(shard: ShardWork, row: int, image: int) -> torch.Tensor:
     record, transform = shard.reader.record(row), transform_of(shard.group, "vae")
     width, height = int(record.widths[image]), int(record.heights[image])
     try:
@@ -212,7 +224,7 @@ def _pixels(shard: _ShardWork, row: int, image: int) -> torch.Tensor:
     return image_tensor(decoded, transform, *output_size(transform, width, height))
 
 
-def _label(shard: _ShardWork, row: int, image: int) -> str:
+def _label(shard: ShardWork, row: int, image: int) -> str:
     path, line = shard.reader.source(row)
     return f"image {image} of {shard.reader.name} sample {row} ({path}, row {line})"
 

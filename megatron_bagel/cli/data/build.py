@@ -7,7 +7,8 @@ Rows that cannot be used are left out, counted on the console, and listed with f
 The same command continues an interrupted build. Sources may be URLs (s3://, gs://, hdfs://, or any scheme of fsspec).
 
 Many machines build one index with --num-jobs N --job-index 0 ... N-1, with equal other flags and a shared file system. Then
-megatron-bagel data merge (or data_tools/merge_index.py) merges the parts. examples/build_index.sbatch does both under Slurm.
+megatron-bagel data merge (or data_tools/merge_index.py) merges the parts. examples/build_index.sbatch does both under Slurm, with
+--engine slurm-array. Or --engine ray spreads the shards over a Ray cluster with a shared file system (--ray_address).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bagel.cli.data.engine import add_engine_flags, chosen_engine
 from megatron_bagel.cli.hub_models import needs, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.json_text import MAX_JSON_DEPTH
@@ -58,8 +60,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     flag("max_json_depth", type=int, default=MAX_JSON_DEPTH, help=f"leave out JSON that is nested deeper (default {MAX_JSON_DEPTH})")
     flag("allow_outside_root", action="store_true", help="read images and videos whose names leave the folder of the dataset's images: "
          "names with .., absolute paths, URLs. Give it only for data that you trust")  # fmt: skip
-    flag("num_jobs", type=int, default=1, help="number of jobs that share the shards of this index (default 1)")
-    flag("job_index", type=int, default=0, help="number of this job, from 0")
+    add_engine_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
     return parser.parse_args(argv)
 
@@ -74,10 +75,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
     try:
         check_writable(args.output.parent, "--output: the folder")
         groups = load_groups(args.dataset_config_file, args.data_root)
+        engine = chosen_engine(args)
         options = BuildOptions(
             args.workers, args.rows_per_shard, ImageChecks(args.check_images, args.max_image_pixels, args.exif),
             RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root), args.overwrite,
-            num_jobs=args.num_jobs, job_index=args.job_index,
+            num_jobs=engine.num_jobs, job_index=engine.job_index, cluster=engine.cluster,
         )  # fmt: skip
         args, _ = with_local_folders(args, {"tokenizer": needs("--tokenizer")})
         with writing_to(args.output.parent, "--output: the folder"):
@@ -86,8 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
         report_error(prog, error)
         return 2
     if manifest is None:
-        part = build_folder(args.output, args.job_index, args.num_jobs)
-        print(f"job {args.job_index} of {args.num_jobs} is done: {part} ({time.monotonic() - start:.1f} s)")
+        part = build_folder(args.output, engine.job_index, engine.num_jobs)
+        print(f"job {engine.job_index} of {engine.num_jobs} is done: {part} ({time.monotonic() - start:.1f} s)")
         print(f"when all are: {merge_command(prog)} --output {args.output}")
         return 0
     print(manifest.summary())

@@ -34,12 +34,14 @@ from megatron_bagel.data.index.plan import (
     plan_index,
 )
 from megatron_bagel.data.index.publish import INDEX, PLAN, build_folder, finished_shard, locked, publish
+from megatron_bagel.data.index.ray_engine import write_in_ray
 from megatron_bagel.data.index.shard_writer import write_shard
 from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent, starting
+from megatron_bagel.platform.launch.ray_cluster import RayCluster
 
 _LOG_SECONDS = 30.0  # between progress lines without a terminal
 _shared_row_count: Synchronized[int]  # in a worker process: rows written by all workers together
@@ -49,8 +51,8 @@ _shared_row_count: Synchronized[int]  # in a worker process: rows written by all
 class BuildOptions:
     """Options of one build job, which is number ``job_index`` of ``num_jobs`` and writes its share of the shards.
 
-    ``workers`` 0 builds in this process; errors call the number ``workers_flag``. ``progress`` goes to stderr: a bar, or a line now
-    and then in a log file.
+    ``workers`` 0 builds in this process; errors call the number ``workers_flag``. ``cluster`` runs shards as tasks of Ray, and not in
+    processes. ``progress`` goes to stderr: a bar, or a line now and then in a log file.
     """
 
     workers: int = 0
@@ -62,6 +64,7 @@ class BuildOptions:
     num_jobs: int = 1
     job_index: int = 0
     workers_flag: str = "--workers"
+    cluster: RayCluster | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.rows_per_shard < 1:
@@ -129,7 +132,10 @@ def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: B
     rows, open_rows = (sum(shard.rows for shard in shards) for shards in (job_shards, open_shards))
     tqdm_settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "ascii": True}
     with tqdm(total=rows, initial=rows - open_rows, unit="row", desc="index", disable=not options.progress, **tqdm_settings) as bar:
-        if options.workers == 0 or len(open_shards) < 2:
+        if options.cluster is not None and open_shards:
+            for count in write_in_ray(build, open_shards, tokenizer_path, options.cluster):
+                bar.update(count)
+        elif options.workers == 0 or len(open_shards) < 2:
             for shard in open_shards:
                 write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
         else:
