@@ -30,7 +30,8 @@ class Item:
     ``dropped`` marks a condition that dropout removed; a dropped image still advances the rope position by one.
     ``height`` and ``width`` are pixels after the image transform of the item's kind. ``special_token_label`` adds a
     cross-entropy target of weight 1 at the item's closing token. ``split_start`` and ``split_end`` let several images
-    (frames of a clip) share one split; ``frame_delta`` is then the rope distance to the next frame.
+    (frames of a clip) share one split; ``frame_delta`` is then the rope distance to the next frame. ``frame`` is the
+    number of a frame where ``image`` is a video.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Item:
     split_start: bool = True
     split_end: bool = True
     frame_delta: int | None = None
+    frame: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ITEM_KINDS:

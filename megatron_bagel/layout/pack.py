@@ -35,7 +35,10 @@ class LayoutSpec:
 
 @dataclass(frozen=True)
 class PackImage:
-    """One encoded image of a pack. ``draw`` numbers the timestep draws inside the sample; frames of one clip share one."""
+    """One encoded image of a pack. ``draw`` numbers the timestep draws inside the sample; frames of one clip share one.
+
+    ``frame`` is the number of a frame where ``image`` is a video.
+    """
 
     kind: str
     sample: int
@@ -45,6 +48,7 @@ class PackImage:
     noised: bool
     draw: int
     tokens: int
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class _Builder:
             self.lists["mse_positions"].extend(positions)
             self.draws += item.split_start
         self.lists["images"].append(
-            PackImage(item.kind, sample, item.image, item.height, item.width, noised, max(self.draws - 1, 0), count)
+            PackImage(item.kind, sample, item.image, item.height, item.width, noised, max(self.draws - 1, 0), count, item.frame)
         )
         self.cursor += count
         self.closing(self.spec.end_of_image, item.special_token_label)

@@ -60,6 +60,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     flag("max_json_depth", type=int, default=MAX_JSON_DEPTH, help=f"leave out JSON that is nested deeper (default {MAX_JSON_DEPTH})")
     flag("allow_outside_root", action="store_true", help="read images and videos whose names leave the folder of the dataset's images: "
          "names with .., absolute paths, URLs. Give it only for data that you trust")  # fmt: skip
+    flag("store_videos", action="store_true", help="put videos into the index as they are: training then chooses other frames in every "
+         "epoch, as the original does, and decodes them (needs PyAV). Without it, frames become images once")  # fmt: skip
     add_engine_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an index of other sources at --output")
     return parser.parse_args(argv)
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data bui
         engine = chosen_engine(args)
         options = BuildOptions(
             args.workers, args.rows_per_shard, ImageChecks(args.check_images, args.max_image_pixels, args.exif),
-            RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root), args.overwrite,
+            RowRules(args.max_text_bytes, args.max_json_depth, args.allow_outside_root, args.store_videos), args.overwrite,
             num_jobs=engine.num_jobs, job_index=engine.job_index, cluster=engine.cluster,
         )  # fmt: skip
         args, _ = with_local_folders(args, {"tokenizer": needs("--tokenizer")})

@@ -41,6 +41,11 @@ class PlanningColumns:
     height: Ragged
 
     @cached_property
+    def largest_number(self) -> int:
+        """Return the largest number of the structure column."""
+        return int(self.structure.values.max(initial=0))
+
+    @cached_property
     def structure_sums(self) -> np.ndarray:
         """Return the cumulative sums of the structure column, [values + 1]."""
         return np.concatenate([[0], np.cumsum(self.structure.values, dtype=np.int64)])

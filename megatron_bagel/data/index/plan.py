@@ -150,11 +150,13 @@ def _plan_datasets(groups: Sequence[GroupConfig], rules: PlanRules) -> list[Data
 
 
 def _contents(datasets: Sequence[DatasetPlan]) -> list[dict[str, Any]]:
-    """Return the plans as JSON values; units of the guide's rows look as they did before there were others, so that keys stay."""
+    """Return the plans as JSON values. What a unit does not use looks as it did before it existed, so that keys stay."""
     contents = [dataclasses.asdict(dataset) for dataset in datasets]
     for unit in (unit for content in contents for shard in content["shards"] for unit in shard["units"]):
         if unit["row_format"] is None:
             del unit["row_format"]
+        if not unit["rules"]["store_videos"]:
+            del unit["rules"]["store_videos"]
     return contents
 
 

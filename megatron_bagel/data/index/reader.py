@@ -26,8 +26,10 @@ from megatron_bagel.data.index.index_cache import IndexCache
 from megatron_bagel.data.index.sequences import OPENING, StoredSequences, checked_size
 from megatron_bagel.data.index.train_val_split import ALL_ROWS, TrainValRows, TrainValSplit
 from megatron_bagel.data.keyed_random import keyed_uniform
-from megatron_bagel.data.sources.dataset_config import DatasetEntry, GroupConfig
+from megatron_bagel.data.sources.dataset_config import VLM, DatasetEntry, GroupConfig
 from megatron_bagel.data.sources.records import Record
+from megatron_bagel.data.sources.stored_videos import has_video
+from megatron_bagel.data.sources.video import VideoReader
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import decode_rgb
 
@@ -142,13 +144,15 @@ class DatasetReader:
             return shard.sequences.read(self._first_sequence(shard, row) + texts + image).tobytes()
 
     def picture(self, index: int, image: int) -> Image:
-        """Return one image of row ``index`` as RGB, of the size that planning uses.
+        """Return one image of row ``index`` as RGB, of the size that planning uses; of a video its first frame.
 
         Raises ValueError if it cannot be decoded or has another size.
         """
         record = self.record(index)
         width, height = int(record.widths[image]), int(record.heights[image])
-        picture = decode_rgb(self.image_bytes(index, image), width * height, self.exif)
+        data = self.image_bytes(index, image)
+        is_video = self.group == VLM and has_video(record.structure)
+        picture = VideoReader(data).frame(0) if is_video else decode_rgb(data, width * height, self.exif)
         if picture.size != (width, height):
             raise ValueError(f"the picture is {picture.width} x {picture.height}, the index says {width} x {height}; build it again")
         return picture

@@ -35,6 +35,8 @@ from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow,
 from megatron_bagel.data.sources.rows import read_unit
 from megatron_bagel.data.sources.stored_items import LOSS, stored_items
 from megatron_bagel.data.sources.stored_items import TEXT as TEXT_KIND
+from megatron_bagel.data.sources.stored_videos import VIDEO_ITEM, conversation_items, has_video
+from megatron_bagel.data.sources.video import video_info
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
 
@@ -130,7 +132,7 @@ def _write_shard(build: Path, plan: ShardPlan, tokenizer: Tokenizer, progress: C
 def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
     """Return the sizes of a sample's images and the ids of its texts. Raises BadRow whatever a decoder or a tokenizer raises."""
     try:
-        sizes = [image_size(image, checks) for image in sample.images]
+        sizes = _stored_video_size(sample) if _holds_video(sample, group) else [image_size(image, checks) for image in sample.images]
         ids = [np.asarray(tokenizer.encode(text), dtype="<i4") for text in sample.texts]
     except MemoryError:
         raise
@@ -141,12 +143,23 @@ def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Token
     return sizes, ids
 
 
+def _holds_video(sample: RawSample, group: str) -> bool:
+    return group == VLM and has_video(np.array(sample.structure))
+
+
+def _stored_video_size(sample: RawSample) -> list[tuple[int, int]]:
+    """Return the size of the frames of a sample's video, its only image."""
+    info = video_info(sample.images[0])
+    return [(info.width, info.height)]
+
+
 def _learned_texts(sample: RawSample, group: str) -> list[int]:
     """Return the numbers of the texts with a loss."""
     if group == INTERLEAVED:
-        items = [item for item in stored_items(sample.structure) if item.kind == TEXT_KIND for _ in range(item.count)]
-        return [text for text, item in enumerate(items) if item.has(LOSS)]
-    codes = [code for code in sample.structure if code != IMAGE_ITEM] if group in (VLM, TEXT) else []
+        texts = [item for item in stored_items(sample.structure) if item.kind == TEXT_KIND for _ in range(item.count)]
+        return [text for text, item in enumerate(texts) if item.has(LOSS)]
+    found = conversation_items(np.array(sample.structure)) if group in (VLM, TEXT) else ()
+    codes = [code for code, _, _ in found if code not in (IMAGE_ITEM, VIDEO_ITEM)]
     return [text for text, code in enumerate(codes) if code == ANSWER_ITEM]
 
 

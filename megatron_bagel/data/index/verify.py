@@ -11,9 +11,11 @@ import numpy as np
 from megatron_bagel.common.files import digest
 from megatron_bagel.data.index.format import DatasetInfo, Manifest, ShardInfo, dataset_folder
 from megatron_bagel.data.index.reader import Shard
-from megatron_bagel.data.sources.dataset_config import EDIT, INTERLEAVED, T2I
-from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, forms_per_instruction
+from megatron_bagel.data.sources.dataset_config import EDIT, INTERLEAVED, T2I, VLM
+from megatron_bagel.data.sources.records import forms_per_instruction
 from megatron_bagel.data.sources.stored_items import structure_problem
+from megatron_bagel.data.sources.stored_videos import conversation_problem, has_video
+from megatron_bagel.data.sources.video import video_info
 from megatron_bagel.data.transforms import decode_rgb
 
 
@@ -65,6 +67,7 @@ def _row_problems(data: Shard, dataset: DatasetInfo, shard: ShardInfo, manifest:
 
 def _sample_problems(data: Shard, row: int, sequence: int, group: str, manifest: Manifest, decode: bool) -> Iterator[str]:
     vocabulary = manifest.vocabulary_size
+    is_video = group == VLM and has_video(data.structure[row])
     tokens, widths, heights = data.text_tokens[row], data.width[row], data.height[row]
     if problem := _structure_problem(group, data.structure[row], len(tokens), len(widths)):
         yield problem
@@ -80,7 +83,8 @@ def _sample_problems(data: Shard, row: int, sequence: int, group: str, manifest:
             yield f"text {text} has token ids outside the vocabulary of {vocabulary}"
     for image, (width, height) in enumerate(zip(widths.tolist(), heights.tolist(), strict=True)) if decode else ():
         try:
-            size = decode_rgb(data.sequences.read(sequence + len(tokens) + image).data, width * height, manifest.exif).size
+            content = data.sequences.read(sequence + len(tokens) + image)
+            size = video_info(content.tobytes())[2:] if is_video else decode_rgb(content.data, width * height, manifest.exif).size
         except ValueError as error:
             yield f"image {image}: {error}"
             continue
@@ -97,6 +101,5 @@ def _structure_problem(group: str, structure: np.ndarray, texts: int, images: in
     elif group == EDIT:
         is_consistent = images >= 2 and len(structure) == images - 1 and int(structure.sum()) * forms_per_instruction(images) == texts
     else:
-        has_known_codes = bool(np.isin(structure, np.arange(ANSWER_ITEM + 1)).all())
-        is_consistent = has_known_codes and int((structure == IMAGE_ITEM).sum()) == images and len(structure) == texts + images
+        is_consistent = not conversation_problem(structure, texts, images)
     return None if is_consistent else f"structure {structure.tolist()} does not describe {texts} texts and {images} images"

@@ -15,6 +15,7 @@ from megatron_bagel.data.sources.dataset_config import INTERLEAVED, TEXT, VLM
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, Record
 from megatron_bagel.data.sources.stored_items import LOSS, NEVER, NEXT_TOKENS, ROLES, VAE, VIT, StoredItem, own_probability, stored_items
 from megatron_bagel.data.sources.stored_items import TEXT as TEXT_KIND
+from megatron_bagel.data.sources.stored_videos import VIDEO_ITEM, conversation_items
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.pack import Pack
@@ -99,7 +100,9 @@ def describe_sample(reader: DatasetReader, index: int, tokenizer: Tokenizer) -> 
     if record.group == INTERLEAVED:
         return "\n".join([*lines, *_item_lines(reader, index, record, tokenizer)])
     lines += [f"  image {i}: {w} x {h}" for i, (w, h) in enumerate(zip(record.widths, record.heights, strict=True))]
-    turns = [code for code in record.structure if code != IMAGE_ITEM] if record.group in (VLM, TEXT) else []
+    found = list(conversation_items(record.structure)) if record.group in (VLM, TEXT) else []
+    lines += [f"  a video of {frames} frames, {fps:g} per second" for code, frames, fps in found if code == VIDEO_ITEM]
+    turns = [code for code, _, _ in found if code not in (IMAGE_ITEM, VIDEO_ITEM)]
     for i, count in enumerate(record.text_tokens):
         learned = " (learned)" if turns and turns[i] == ANSWER_ITEM else ""
         lines.append(f"  text {i}{learned}, {count} tokens: {tokenizer.decode(reader.text_ids(index, i).tolist())!r}")

@@ -26,7 +26,9 @@ from megatron_bagel.data.planner.sample_plan import (
     drop_conditions,
     transform_of,
 )
+from megatron_bagel.data.planner.shown_frames import expanded, shown_images, stored_items
 from megatron_bagel.data.sources.dataset_config import GroupConfig
+from megatron_bagel.data.sources.video import VideoReader
 from megatron_bagel.data.transforms import RawImage, resized
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.pack import PackImage
@@ -54,6 +56,16 @@ class _LastPicture(threading.local):
         return _LastPicture, ()
 
 
+class _LastVideo(threading.local):
+    """The last video that a thread opened, and its location: dataset, row, number. It is not pickled with the source."""
+
+    location: tuple[str, int, int] | None = None
+    reader: VideoReader
+
+    def __reduce__(self) -> tuple[type[_LastVideo], tuple[()]]:
+        return _LastVideo, ()
+
+
 class GroupSource:
     """The samples of a group: its datasets one after the other, each in one or more passes (``DatasetReader.used_rows``).
 
@@ -73,6 +85,7 @@ class GroupSource:
         self.name, self.weight, self.is_mandatory = group.source_name, group.weight, group.is_mandatory
         self.keep_position = group.resume_data_status
         self._last_picture = _LastPicture()
+        self._last_video = _LastVideo()
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
             passes = reader.used_rows(entry, group, train_val_split)
@@ -131,11 +144,16 @@ class GroupSource:
         """Return the plan of one sample, with its token ids."""
         reader, row, epoch = self._locate(index, epoch)
         record = reader.record(row)
+        shown = shown_images(record, self.group, self.settings.seed, reader.name, row, epoch)
+        if shown is not None:
+            record = expanded(record, shown)
         draws = KeyedDraws(self.settings.seed, reader.name, row, epoch)
         planned = drop_conditions(choose_items(record, draws), self.settings.dropout, draws)
         if not self.settings.visual_und:
             planned = [item for item in planned if item.kind != "vit"]
         items = build_items(planned, record, self.group, lambda text: reader.text_ids(row, text), self.settings.next_tokens)
+        if shown is not None:
+            items = stored_items(items, shown)
         return Sample(reader.name, row, epoch, items, self.group.name)
 
     def pixels(self, index: int, image: PackImage) -> torch.Tensor | RawImage:
@@ -161,7 +179,7 @@ class GroupSource:
 
     def _resized(self, index: int, image: PackImage) -> RawImage:
         reader, row, _ = self._locate(index, 0)
-        decoded = self._decoded(reader, row, image.image)
+        decoded = self._decoded(reader, row, image.image) if image.frame is None else self._frame(reader, row, image.image, image.frame)
         return resized(decoded, transform_of(self.group, image.kind), image.width, image.height)
 
     def _decoded(self, reader: DatasetReader, row: int, number: int) -> Image:
@@ -171,6 +189,17 @@ class GroupSource:
         decoded = reader.picture(row, number)
         self._last_picture.location, self._last_picture.picture = (reader.name, row, number), decoded
         return decoded
+
+    def _frame(self, reader: DatasetReader, row: int, number: int, frame: int) -> Image:
+        """Decode one frame of a video. The last video stays open, because the frames of a sample come in ascending order."""
+        last = self._last_video
+        if last.location != (reader.name, row, number):
+            last.location, last.reader = (reader.name, row, number), VideoReader(reader.image_bytes(row, number))
+        record, picture = reader.record(row), last.reader.frame(frame)
+        width, height = int(record.widths[number]), int(record.heights[number])
+        if picture.size != (width, height):
+            raise ValueError(f"frame {frame} is {picture.width} x {picture.height}, the index says {width} x {height}; build it again")
+        return picture
 
     def describe(self, index: int) -> str:
         """Return where a sample comes from, for messages."""

@@ -13,6 +13,7 @@ from megatron_bagel.data.index.columns import PlanningColumns
 from megatron_bagel.data.planner.cost_model import COST_UNIT
 from megatron_bagel.data.planner.interleaved_lengths import interleaved_slots
 from megatron_bagel.data.planner.sample_plan import JOIN_PROBABILITY, MAX_CHAIN, PlanSettings
+from megatron_bagel.data.planner.shown_frames import expanded_columns
 from megatron_bagel.data.planner.slots import ABSENT, CLEAN_SLOT, NOISED_FRAME, NOISED_SLOT, TEXT_SLOT, VIT_SLOT, Batch, Slots
 from megatron_bagel.data.sources.dataset_config import EDIT, INTERLEAVED, T2I, GroupConfig
 from megatron_bagel.data.sources.records import CONTINUED, ENDED, IMAGE_ITEM, PLAIN
@@ -26,6 +27,7 @@ def measure_rows(
 
     ``indexes`` are their rows in ``dataset``.
     """
+    shard, rows = expanded_columns(shard, rows, group, settings.seed, dataset, indexes, epoch)
     batch = Batch(shard, rows, dataset, indexes, epoch, group, settings)
     slots = {T2I: _t2i, EDIT: _edit, INTERLEAVED: interleaved_slots}.get(group.name, _turns)(batch)
     if not settings.visual_und:

@@ -13,8 +13,9 @@ from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.data.sources.pictures import SHOWN_NAME, image_bytes, read_file
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM, BadRow, RawSample
 from megatron_bagel.data.sources.row_rules import BUILD, DEFAULT_RULES, RowRules
+from megatron_bagel.data.sources.stored_videos import video_numbers
 from megatron_bagel.data.sources.unit import SourceUnit
-from megatron_bagel.data.sources.video import video_frames
+from megatron_bagel.data.sources.video import video_frames, video_info
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 
@@ -112,6 +113,8 @@ def parse_vlm(content: dict[str, Any], unit: SourceUnit, row: int) -> RawSample:
     names, video = _image_names(content.get("image")), content.get("video")
     if names and video and VIDEO_MARK in str(content.get("conversations")):
         raise BadRow(f"the line holds an image and a video; only one of them can be read, and the text has a {VIDEO_MARK} mark")
+    if video and not names and unit.rules.store_videos:
+        return _stored_video(content.get("conversations"), video, unit)
     frames = _frames_of(video, unit, row) if video and not names else []
     texts, structure = conversation(content.get("conversations"), len(frames))
     marks, images = structure.count(IMAGE_ITEM), len(frames) or len(names)
@@ -132,12 +135,33 @@ def _image_names(names: Any) -> list[str]:
     return names
 
 
-def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
+def _stored_video(turns: Any, name: Any, unit: SourceUnit) -> RawSample:
+    """Return a conversation about a video, whose bytes are its only image."""
+    data = _video_bytes(name, unit)
+    try:
+        info = video_info(data)
+    except ValueError as error:
+        raise BadRow(f"video {name[:SHOWN_NAME]}: {error}") from error
+    texts, structure = conversation(turns, 1)
+    if structure.count(IMAGE_ITEM) > 1:
+        raise BadRow(f"{structure.count(IMAGE_ITEM) - 1} {IMAGE_MARK} marks but no images beside the video")
+    if ANSWER_ITEM not in structure:
+        raise BadRow("no answer, so nothing to learn from")
+    mark = structure.index(IMAGE_ITEM)
+    return RawSample(texts, [*structure[:mark], *video_numbers(info), *structure[mark + 1 :]], [data])
+
+
+def _video_bytes(name: Any, unit: SourceUnit) -> bytes:
     if unit.frames is None:
         raise BadRow("the line holds a video, and the group has no frame_sampler_args in the dataset config")
     if not isinstance(name, str):
         raise BadRow("video is not a file name")
-    data = read_file("video", name, unit)
+    return read_file("video", name, unit)
+
+
+def _frames_of(name: Any, unit: SourceUnit, row: int) -> list[bytes]:
+    data = _video_bytes(name, unit)
+    assert unit.frames is not None, "_video_bytes has checked it"
     try:
         return video_frames(data, unit.frames, unit.source, row)
     except ValueError as error:

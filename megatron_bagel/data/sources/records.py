@@ -5,7 +5,7 @@
 | --- | --- | --- |
 | t2i_pretrain | the alternative captions | empty |
 | unified_edit | per step, per alternative instruction a: "a", and with 3 images or more also "a." and " a." | alternatives per step |
-| vlm_sft, text | the texts in order | IMAGE_ITEM, TEXT_ITEM or ANSWER_ITEM per item, in order |
+| vlm_sft, text | the texts in order | IMAGE_ITEM, TEXT_ITEM, ANSWER_ITEM or a video (stored_videos.py) per item, in order |
 | interleaved | the texts in order, each with its alternatives | the items, see stored_items.py |
 
 A joined instruction ("a. b.") consists of the two extra forms of its parts: its ids are those of "a." and " b.".

@@ -17,9 +17,11 @@ class RowRules(TextLimits):
 
     Attributes:
         allow_outside_root: Whether names of images and videos may leave their folder, by ``..``, as an absolute path or as a URL.
+        store_videos: Whether a video stays a video, whose frames are chosen in every epoch, or becomes images once.
     """
 
     allow_outside_root: bool = False
+    store_videos: bool = False
 
 
 DEFAULT_RULES = RowRules()

@@ -2,21 +2,25 @@
 """Which frames of a video a conversation shows, and the frames themselves: the index build turns a video into images.
 
 It needs PyAV (the extra ``video``). The original draws other frames in every epoch. Here each row is drawn once, so that an index
-holds pictures of known size and training decodes no video.
+holds pictures of known size and training decodes no video; with ``--store_videos`` the index holds the video, and epochs differ.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from megatron_bagel.data.keyed_random import keyed_integers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
     import av
+    from PIL.Image import Image
 
 JPEG_QUALITY = 95
 
@@ -65,15 +69,71 @@ class FrameSampler:
         return (edges[:-1] + draws).tolist()
 
 
+class VideoInfo(NamedTuple):
+    """What planning needs of a video: the number of its frames, frames per second, and pixels."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
+def video_library() -> ModuleType:
+    """Return PyAV. Raises ValueError if it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("videos need PyAV, which is not installed (pip install 'megatron-bagel[video]')") from error
+    return av
+
+
+def video_info(data: bytes) -> VideoInfo:
+    """Return what planning needs of a video file. It counts packets and decodes one frame.
+
+    Raises ValueError if PyAV is not installed, or if it cannot decode the bytes.
+    """
+    av = video_library()
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            rate = container.streams.video[0].average_rate
+            frames = sum(packet.size > 0 for packet in container.demux(video=0))
+        with av.open(io.BytesIO(data)) as container:
+            first = next(container.decode(video=0), None)
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"not a readable video ({error})") from error
+    if first is None or not frames:
+        raise ValueError("the video has no frame")
+    return VideoInfo(frames, float(rate or 1), first.width, first.height)
+
+
+class VideoReader:
+    """Reads frames of a video in ascending order in one pass; an earlier frame begins another."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._next = data, 0
+        self._frames: Iterator[av.VideoFrame] = iter(())
+
+    def frame(self, number: int) -> Image:
+        """Return frame ``number`` as RGB. Raises ValueError if it cannot be decoded, or PyAV is not installed."""
+        av = video_library()
+        try:
+            if number < self._next or not self._next:
+                self._frames, self._next = av.open(io.BytesIO(self._data)).decode(video=0), 0
+            for frame in self._frames:
+                self._next += 1
+                if self._next == number + 1:
+                    return frame.to_image()
+        except (av.error.FFmpegError, IndexError) as error:
+            raise ValueError(f"frame {number} of the video cannot be decoded ({error})") from error
+        raise ValueError(f"the video has {self._next} frames that can be decoded, no frame {number}")
+
+
 def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[bytes]:
     """Return the chosen frames of a video file, each as the bytes of a JPEG file.
 
     Raises ValueError if PyAV is not installed, or if it cannot decode the bytes.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("videos need PyAV, which is not installed (pip install 'megatron-bagel[video]')") from error
+    av = video_library()
     try:
         with av.open(io.BytesIO(data)) as container:
             rate = container.streams.video[0].average_rate
