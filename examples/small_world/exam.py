@@ -74,7 +74,7 @@ def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
         rows.append({"step": int(folder.name), "marks": shares})
     (answers / "marks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_curves(rows, answers / "marks.png")
-    if any("image" in row for row in read_lines(steps_of(answers)[-1] / "results.jsonl")):
+    if any("image" in item for row in read_lines(steps_of(answers)[-1] / "results.jsonl") for item in row.get("items", [row])):
         picture_grid(asked, steps_of(answers)[-1]).save(answers / "grid.png")
     print(f"after {rows[-1]['step']} steps")
     print_table(table)
@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     asking = commands.add_parser("ask", help="write prompts and the pictures they show")
     asking.add_argument("world", type=Path, help="world.json of the data trained on")
     asking.add_argument("out", type=Path)
-    for name, what in (("pictures", "pictures from words"), ("questions", "questions of each kind"), ("edits", "edits of each kind")):
+    for name, what in (("pictures", "pictures from words"), ("questions", "questions of each kind"), ("edits", "edits of each kind"),
+                       ("puzzles", "puzzles: a question, a thought and a picture in one sample")):  # fmt: skip
         asking.add_argument(f"--{name}", type=int, default=getattr(Exam, name), metavar="N", help=f"{what} (default %(default)s)")
     asking.add_argument("--edit-kinds", nargs="+", default=["recolour"], choices=list(EDITS), help="default recolour")
     marking = commands.add_parser("marks", help="mark the answers")
@@ -116,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.command == "ask":
-            write_exam(read_world(args.world), Exam(args.pictures, args.questions, args.edits, tuple(args.edit_kinds)), args.out)
+            write_exam(
+                read_world(args.world), Exam(args.pictures, args.questions, args.edits, tuple(args.edit_kinds), args.puzzles), args.out
+            )
         elif args.command == "compare":
             compare(args.runs)
         else:

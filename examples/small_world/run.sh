@@ -8,6 +8,8 @@
 # A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
 # PROCESSES, T2I, EDIT, VLM, WEIGHTS and DATA_SEED in the environment change how many processes train, how much data of each kind is made
 # and how often it is drawn, QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
+# INTERLEAVED makes that many puzzles (question, thought and picture in one sample), WORLD holds more flags of make_sample_data.py; SIDE is
+# the side of a picture, GUIDANCE the scale of the guidance by text, and ANSWER_TOKENS limits an answer. interleaved.sh sets these.
 set -euo pipefail
 # torch warns of an old package at every import, the launcher's included, which only the environment reaches.
 export PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
@@ -32,14 +34,16 @@ AUTOENCODER=megatron_bagel/sample_world/assets/vae/ae.safetensors
 # One process per GPU, at most two; two where there is none.
 PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 QUESTIONS=600
+SIDE=${SIDE:-64}
 SECONDS=0
 stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 stage "data: one large shape per picture; four (colour, shape) pairs never appear"
 if [ ! -f "$OUT/data/world.json" ]; then
-  # shellcheck disable=SC2086 # WEIGHTS holds several words
+  # shellcheck disable=SC2086 # WEIGHTS and WORLD hold several words
   "$PYTHON" data_tools/make_sample_data.py "$OUT/data" --t2i "${T2I:-4000}" --edit "${EDIT:-4000}" --vlm "${VLM:-4000}" \
     --seed "${DATA_SEED:-0}" --captions-per-image 1 --questions-per-image 5 --edit-kinds recolour --weights ${WEIGHTS:-1.5 2 0.25 1} --vit-image-size 42 \
+    --interleaved "${INTERLEAVED:-0}" ${WORLD:-} \
     --hold-out red:square green:circle purple:triangle cyan:cross
 else echo "reusing $OUT/data"; fi
 
@@ -78,8 +82,8 @@ for CHECKPOINT in "$OUT"/checkpoints/[0-9]*/; do
   STEP=$(basename "$CHECKPOINT")
   if [ -f "$OUT/answers/$STEP/complete" ]; then continue; fi
   "$PYTHON" -m megatron_bagel.generate --model "$CHECKPOINT" --input "$OUT/exam/prompts.jsonl" --out "$OUT/answers/$STEP" --resume \
-    --image-size 64x64 --num-timesteps 13 --timestep-shift 3 --cfg-text-scale 1.5 --cfg-img-scale 1 --cfg-interval 0 1 \
-    --max-length 12 --vae-transform 64 64 --vit-transform 42 42 --batch-size 24 > "$OUT/answers.log"
+    --image-size "${SIDE}x$SIDE" --num-timesteps 13 --timestep-shift 3 --cfg-text-scale "${GUIDANCE:-1.5}" --cfg-img-scale 1 --cfg-interval 0 1 \
+    --max-length "${ANSWER_TOKENS:-12}" --vae-transform "$SIDE" "$SIDE" --vit-transform 42 42 --batch-size 24 > "$OUT/answers.log"
   touch "$OUT/answers/$STEP/complete"
 done
 

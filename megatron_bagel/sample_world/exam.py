@@ -18,6 +18,7 @@ from PIL import Image
 
 from megatron_bagel.common.json_files import json_lines
 from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.puzzles import draw_puzzle
 from megatron_bagel.sample_world.score import Reading, read_single
 from megatron_bagel.sample_world.text import captions, draw_edit, position_phrase
 from megatron_bagel.sample_world.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, Shape, World, draw_scene, pick, render, to_png
@@ -34,12 +35,13 @@ CHANCE = {"colour": 1 / len(COLOURS), "position": 1 / len(POSITIONS), "shape": 1
 
 @dataclass(frozen=True)
 class Exam:
-    """The number of prompts of each kind: pictures from words, questions of each kind, and edits of each kind in ``edit_kinds``."""
+    """The number of prompts of each kind: pictures from words, questions of each kind, edits of each kind in ``edit_kinds``, puzzles."""
 
     pictures: int = 48
     questions: int = 48
     edits: int = 48
     edit_kinds: tuple[str, ...] = ("recolour",)
+    puzzles: int = 0
 
 
 def exam_rows(world: World, exam: Exam) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray | None]]:
@@ -61,6 +63,12 @@ def exam_rows(world: World, exam: Exam) -> Iterable[tuple[dict[str, Any], dict[s
             name = f"edit_{kind}_{number:03d}"
             truth = {**_truth(name, f"edit {kind}", pairs, edit.after), "before": asdict(scene)}
             yield {"id": name, "task": "edit", "prompt": edit.instructions[0], "image": f"{name}.png"}, truth, render(scene)
+    for number in range(exam.puzzles):
+        scene, pairs = exam_scene(world, "interleaved", number)
+        puzzle = draw_puzzle(scene, world, keyed_generator(SEED, "puzzle", number))
+        name = f"interleaved_{number:03d}"
+        prompt = {"id": name, "task": "interleave", "terms": [{"text": puzzle.question}], "output": ["text", "image"]}
+        yield prompt, {**_truth(name, "interleaved", pairs, scene), "thought": puzzle.thought}, None
 
 
 def exam_scene(world: World, kind: str, number: int) -> tuple[Scene, str]:
@@ -101,7 +109,9 @@ def marks(exam_folder: Path, answer_folder: Path, colours: tuple[str, ...] = tup
         if truth["id"] not in results:
             raise ValueError(f"{answer_folder / 'results.jsonl'} has no answer to {truth['id']}; generate the others with --resume")
         result = results[truth["id"]]
-        if "answer" in truth:
+        if "thought" in truth:
+            results_by_name = puzzle_marks(truth, result["items"], answer_folder)
+        elif "answer" in truth:
             results_by_name = {truth["kind"]: result["text"].strip() == truth["answer"]}
         else:
             results_by_name = picture_marks(truth, read_picture(answer_folder / result["image"], colours))
@@ -126,6 +136,14 @@ def picture_marks(truth: Mapping[str, Any], reading: Reading) -> dict[str, bool]
         all(value for name, value in correct.items() if name not in changed_names),
     )
     return {f"{truth['kind']} asked": is_done, f"{truth['kind']} kept": is_kept, f"{truth['kind']} success": is_done and is_kept}
+
+
+def puzzle_marks(truth: Mapping[str, Any], items: Sequence[Mapping[str, Any]], answer_folder: Path) -> dict[str, bool]:
+    """Mark a thought, word for word, each attribute of the picture after it, and the picture as a whole."""
+    thought, picture = items
+    drawn = picture_marks(truth, read_picture(answer_folder / picture["image"]))
+    is_right = {f"{truth['kind']} thought": thought["text"].strip() == truth["thought"], **drawn}
+    return {**is_right, f"{truth['kind']} all": all(is_right.values())}
 
 
 def attributes(scene: Scene) -> dict[str, str]:
@@ -155,10 +173,12 @@ def picture_grid(exam_folder: Path, answer_folder: Path, columns: int = 8, ids: 
     """Arrange drawn pictures in a grid at twice their size, edits as pairs of before and after. Raises ValueError if there are none."""
     pictures = []
     for row in read_lines(answer_folder / "results.jsonl"):
-        if "image" in row and (ids is None or row["id"] in ids):
-            if row["task"] == "edit":
-                pictures.append(Image.open(exam_folder / f"{row['id']}.png").convert("RGB"))
-            pictures.append(Image.open(answer_folder / row["image"]).convert("RGB"))
+        if ids is not None and row["id"] not in ids:
+            continue
+        if "image" in row and row["task"] == "edit":
+            pictures.append(Image.open(exam_folder / f"{row['id']}.png").convert("RGB"))
+        drawn = [item["image"] for item in row.get("items", [row]) if "image" in item]
+        pictures += [Image.open(answer_folder / name).convert("RGB") for name in drawn]
     if not pictures:
         raise ValueError(f"{answer_folder / 'results.jsonl'} holds no picture")
     width, height = pictures[0].size

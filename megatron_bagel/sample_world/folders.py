@@ -6,6 +6,7 @@ editing/seedxedit_multi/NNNN.parquet  image_list, instruction_list (per step a l
 editing/parquet_info/seedxedit_multi.json
 vlm/images/N.png, vlm/llava_ov_si.jsonl
 text/text.jsonl                       {"text": ...}; this project's addition, only on request
+interleaved/rows.jsonl                puzzles (puzzles.py) and their pictures; likewise
 dataset.yaml                          groups, weights, transforms and the location of the data
 """
 
@@ -23,6 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from megatron_bagel.data.keyed_random import keyed_generator
+from megatron_bagel.sample_world.puzzles import draw_puzzle
 from megatron_bagel.sample_world.text import QUESTION_KINDS, captions, draw_edit, questions
 from megatron_bagel.sample_world.world import World, draw_scene, pick, render, to_png
 
@@ -57,13 +59,21 @@ class FolderSpec:
     weights: tuple[float, ...] = tuple(WEIGHTS.values())
     #: Longest side at which the vision tower sees pictures; None for their own.
     vit_side: int | None = None
+    #: Puzzles, and how often they are drawn.
+    interleaved: int = 0
+    interleaved_weight: float = 1.0
     rows_per_file: int = 500
     rows_per_group: int = 100
 
     def __post_init__(self) -> None:
         """Check the counts. Raises ValueError naming the flag if they make no dataset."""
-        if min(self.t2i, self.edit, self.vlm, self.text) < 0 or self.t2i + self.edit + self.vlm + self.text == 0:
-            raise ValueError("--t2i, --edit, --vlm and --text are counts of samples: not negative, and not all zero")
+        counts = (self.t2i, self.edit, self.vlm, self.text, self.interleaved)
+        if min(counts) < 0 or not any(counts):
+            raise ValueError("--t2i, --edit, --vlm, --text and --interleaved are counts of samples: not negative, and not all zero")
+        if self.interleaved_weight <= 0:
+            raise ValueError(f"--interleaved-weight must be above 0, not {self.interleaved_weight}")
+        if self.interleaved and self.world.max_count > 1:
+            raise ValueError("--interleaved makes puzzles about one shape, and --max-count allows several; leave one of the two out")
         if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
             raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
         if self.vit_side is not None and self.vit_side < VIT_STRIDE:
@@ -120,6 +130,13 @@ def text_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     return {"text": pick(rng, captions(draw_scene(spec.world, rng), spec.world))}
 
 
+def interleaved_row(spec: FolderSpec, i: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Return line i of the interleaved data, and its picture: a puzzle."""
+    rng = keyed_generator(spec.seed, "interleaved", i)
+    puzzle = draw_puzzle(draw_scene(spec.world, rng), spec.world, rng)
+    return {"prompt": puzzle.question, "thought": puzzle.thought, "target": f"{i}.png"}, render(puzzle.scene)
+
+
 def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict[str, Any]:
     """Write the data under ``root`` for later use at ``final``, which paths inside the files name; return the dataset YAML."""
     dataset: dict[str, Any] = {}
@@ -146,7 +163,7 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict[str, Any]:
             "data_dir": str(folder), "num_files": len(counts), "num_total_samples": spec.edit, "parquet_info_path": str(info),
         }}  # fmt: skip
     if spec.vlm:
-        _write_conversations(root / "vlm", spec)
+        _write_pictured_lines(root / "vlm", "llava_ov_si.jsonl", vlm_row, spec, spec.vlm, "image")
         dataset["vlm_sft"] = {
             "dataset_names": ["llava_ov"], "image_transform_args": dict(size["vit"]),
             "shuffle_lines": True, "shuffle_seed": 0, **_weight(spec, "vlm_sft", [spec.vlm]),
@@ -159,6 +176,15 @@ def write_folders(spec: FolderSpec, root: Path, final: Path) -> dict[str, Any]:
         _write_lines(root / "text/text.jsonl", (text_row(spec, i) for i in _progress(spec.text, "text")))
         dataset["text"] = {"dataset_names": ["text"], **_weight(spec, "text", [spec.text])}
         dataset_info["text"] = {"text": {"jsonl_path": str(final / "text/text.jsonl"), "num_total_samples": spec.text}}
+    if spec.interleaved:
+        _write_pictured_lines(root / "interleaved", "rows.jsonl", interleaved_row, spec, spec.interleaved, "target")
+        dataset["interleaved"] = {
+            "dataset_names": ["puzzles"], "format": "think_then_draw", "image_transform_args": dict(size["vae"]),
+            "vit_image_transform_args": dict(size["vit"]), "is_mandatory": True, "weight": spec.interleaved_weight,
+        }  # fmt: skip
+        dataset_info["interleaved"] = {"puzzles": {
+            "data_dir": str(final / "interleaved/images"), "jsonl_path": str(final / "interleaved/rows.jsonl"),
+        }}  # fmt: skip
     return {**dataset, "dataset_info": dataset_info}
 
 
@@ -211,16 +237,24 @@ def _write_parquet(
     return file_counts
 
 
-def _write_conversations(folder: Path, spec: FolderSpec) -> None:
+def _write_pictured_lines(
+    folder: Path,
+    name: str,
+    make: Callable[[FolderSpec, int], tuple[dict[str, Any], np.ndarray]],
+    spec: FolderSpec,
+    count: int,
+    picture: str,
+) -> None:
+    """Write lines 0 to count - 1 to ``name``, and their pictures, whose names are under the key ``picture``, to ``images``."""
     (folder / "images").mkdir(parents=True)
 
     def lines() -> Iterator[dict[str, Any]]:
-        for i in _progress(spec.vlm, "vlm"):
-            line, pixels = vlm_row(spec, i)
-            (folder / "images" / line["image"]).write_bytes(to_png(pixels))
+        for i in _progress(count, folder.name):
+            line, pixels = make(spec, i)
+            (folder / "images" / line[picture]).write_bytes(to_png(pixels))
             yield line
 
-    _write_lines(folder / "llava_ov_si.jsonl", lines())
+    _write_lines(folder / name, lines())
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

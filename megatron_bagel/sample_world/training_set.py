@@ -14,6 +14,7 @@ from typing import Any
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.assets import AUTOENCODER, TRAIN_CONFIG
 from megatron_bagel.sample_world.folders import FolderSpec, write_folders, write_yaml
+from megatron_bagel.sample_world.puzzles import draw_puzzle
 from megatron_bagel.sample_world.text import captions, draw_edit, questions
 from megatron_bagel.sample_world.tokenizer_training import train_tokenizer
 from megatron_bagel.sample_world.world import draw_scene
@@ -90,6 +91,8 @@ def world_texts(spec: FolderSpec) -> Iterator[str]:
         for question, answer in questions(scene, spec.world):
             yield question
             yield answer
+        if spec.interleaved:
+            yield draw_puzzle(scene, spec.world, rng).question
 
 
 def llm_config(vocab_size: int, size: LLMSize) -> dict[str, Any]:

@@ -43,6 +43,10 @@ FITTINGS: dict[str, Fitting] = {
         "--total_steps 2 --warmup_steps 1 --save_every 2",
         variables={"T2I": "60", "EDIT": "30", "VLM": "60", "QUESTION_STEPS": "2", "EXAM": "--pictures 2 --questions 2 --edits 2"},
     ),
+    "small_world/interleaved.sh": Fitting(
+        "--total_steps 2 --warmup_steps 1 --save_every 2",
+        variables={"INTERLEAVED": "60", "EXAM": "--pictures 0 --questions 0 --edits 0 --puzzles 2"},
+    ),
     "small_world/layouts.sh": Fitting("--total_steps 2 --warmup_steps 1 --save_every 2"),
     "--profile_step_start 2": Fitting(),
     "-m megatron_bagel.train": Fitting(_STEPS),

@@ -17,9 +17,9 @@ SHORT = ["--total_steps", "2", "--warmup_steps", "0", "--save_every", "2", "--ev
          "--global_batch_size", "2", "--split", "50,50"]  # fmt: skip
 
 
-def run(out: Path) -> str:
-    command = ["bash", "examples/small_world/run.sh", str(out), *SHORT]
-    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **FEW}, capture_output=True, text=True)
+def run(out: Path, script: str = "run.sh", **variables: str) -> str:
+    command = ["bash", f"examples/small_world/{script}", str(out), *SHORT]
+    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **FEW, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -40,3 +40,15 @@ def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
     again = run(tmp_path / "out")
     assert again.count("reusing") == 3 and "after 2 steps" in again
     assert answered.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.distributed
+def test_puzzles_are_trained_and_asked_in_order(tmp_path: Path) -> None:
+    few = {"INTERLEAVED": "60", "EXAM": "--pictures 0 --questions 0 --edits 0 --puzzles 4"}
+    said = run(tmp_path / "out", "interleaved.sh", **few)
+    assert all(f"interleaved {name}" in said for name in ("thought", "colour", "position", "shape", "background", "all"))
+    rows = read_lines(tmp_path / "out/answers/0000002/results.jsonl")
+    assert len(rows) == 4 and all([*item] == ["text", "finished"] for item in (row["items"][0] for row in rows))
+    assert all((tmp_path / "out/answers/0000002" / row["items"][1]["image"]).is_file() for row in rows)

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.inference.batch.prompts import read_prompts
 from megatron_bagel.sample_world.exam import Exam, marks, picture_grid, picture_marks, read_lines, to_scene, write_exam
+from megatron_bagel.sample_world.puzzles import draw_puzzle
 from megatron_bagel.sample_world.score import read_single
-from megatron_bagel.sample_world.world import World, parse_pairs, render
+from megatron_bagel.sample_world.text import captions
+from megatron_bagel.sample_world.world import World, draw_scene, parse_pairs, render
 
 WORLD = World(held_out=parse_pairs(["red:square", "green:circle"]))
-EXAM = Exam(pictures=8, questions=4, edits=6, edit_kinds=("recolour", "move"))
+EXAM = Exam(pictures=8, questions=4, edits=6, edit_kinds=("recolour", "move"), puzzles=8)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,11 @@ def answer(asked: Path, answered: Path, perfect: bool) -> None:
     rows = []
     for prompt, truth in zip(read_lines(asked / "prompts.jsonl"), read_lines(asked / "truth.jsonl"), strict=True):
         row = {"id": truth["id"], "task": prompt["task"]}
-        if "answer" in truth:
+        if "thought" in truth:
+            row["items"] = [{"text": truth["thought"] if perfect else "a"}, {"image": f"{truth['id']}-1.png"}]
+            pixels = render(to_scene(truth["scene"])) if perfect else np.full((64, 64, 3), 90, np.uint8)
+            Image.fromarray(pixels).save(answered / f"{truth['id']}-1.png")
+        elif "answer" in truth:
             row["text"] = truth["answer"] if perfect else "yes"
         else:
             row["image"] = f"{truth['id']}.png"
@@ -44,7 +51,8 @@ def answer(asked: Path, answered: Path, perfect: bool) -> None:
 
 def test_prompts_are_those_generation_reads(asked: Path) -> None:
     prompts = read_prompts(asked / "prompts.jsonl", "t2i", {})
-    assert len(prompts) == 8 + 3 * 4 + 2 * 6
+    assert len(prompts) == 8 + 3 * 4 + 2 * 6 + 8
+    assert prompts[-1].outputs == ("text", "image")
     for prompt in prompts:
         prompt.check_files()
 
@@ -79,10 +87,23 @@ def test_a_missing_answer_is_named(asked: Path, tmp_path: Path) -> None:
     answer(asked, tmp_path / "a", True)
     lines = (tmp_path / "a/results.jsonl").read_text().splitlines()
     (tmp_path / "a/results.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match="no answer to edit_move_005"):
+    with pytest.raises(ValueError, match="no answer to interleaved_007"):
         marks(asked, tmp_path / "a")
 
 
 def test_scenes_survive_json(asked: Path) -> None:
     for truth in read_lines(asked / "truth.jsonl"):
         assert json.loads(json.dumps(asdict(to_scene(truth["scene"])))) == truth["scene"]
+
+
+def test_puzzles_say_what_changes_and_draw_what_they_say(asked: Path) -> None:
+    """The question names every attribute of the scene before and the new word; training shows no held-out pair, not even in words."""
+    for number in range(60):
+        rng = keyed_generator(0, "puzzle", number)
+        scene = draw_scene(WORLD, rng)
+        puzzle = draw_puzzle(scene, WORLD, rng)
+        before, change = puzzle.question.split(": ")
+        assert puzzle.thought == captions(scene, WORLD)[0] and puzzle.scene == scene and before != puzzle.thought
+        assert not {tuple(before.split()[1:3])} & WORLD.held_out
+        new = set(puzzle.thought.split()) - set(before.split())
+        assert new <= set(change.split())

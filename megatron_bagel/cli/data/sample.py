@@ -31,6 +31,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--edit", type=int, default=1000, metavar="N", help="editing examples (default 1000)")
     parser.add_argument("--vlm", type=int, default=1000, metavar="N", help="pictures with questions and answers (default 1000)")
     parser.add_argument("--text", type=int, default=0, metavar="N", help="plain texts (default 0, which makes no such group)")
+    parser.add_argument("--interleaved", type=int, default=0, metavar="N", help="puzzles: a question in words, a thought and a picture in "
+                        "one sample (default 0, which makes no such group)")  # fmt: skip
+    parser.add_argument("--interleaved-weight", type=float, default=1.0, metavar="W", help="weight of the puzzles (default 1)")
     parser.add_argument("--weights", type=float, nargs=4, default=list(WEIGHTS.values()), metavar=("T2I", "EDIT", "VLM", "TEXT"),
                         help=f"weight of each kind in training (default: {' '.join(map(str, WEIGHTS.values()))})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures and texts (default 0)")
@@ -96,7 +99,7 @@ def spec_of(args: argparse.Namespace) -> FolderSpec:
     draw_edit(draw_scene(world, rng), world, rng, kinds)  # refuses unknown kinds before anything is written
     return FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
                       args.questions_per_image, args.edit_steps, kinds, tuple(args.question_kinds), tuple(args.weights),
-                      vit_side=args.vit_image_size)  # fmt: skip
+                      vit_side=args.vit_image_size, interleaved=args.interleaved, interleaved_weight=args.interleaved_weight)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sample") -> int:
@@ -113,5 +116,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sam
     except ValueError as error:
         parser.error(str(error))
     counts = f"{spec.t2i} t2i, {spec.edit} edit, {spec.vlm} vlm, {spec.text} text samples"
+    if spec.interleaved:
+        counts += f", {spec.interleaved} puzzles"
     print(f"{args.out.resolve()}: {counts}; a tokenizer of {tokens} tokens")
     return 0
