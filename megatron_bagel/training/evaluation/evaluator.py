@@ -128,8 +128,8 @@ class Evaluation:
         probes: list[Probe] = []
         for number, source in enumerate(self.sources):
             for indexes in held_out_samples(source, count, limit, purpose="probe").values() if count else ():
-                candidates = [Probe.of(source.sample(int(index), 0), number, int(index)) for index in indexes]
-                probes += [probe for probe in candidates if probe is not None and self._fits(probe, capacity)]
+                candidates = [probe for index in indexes for probe in Probe.each(source.sample(int(index), 0), number, int(index))]
+                probes += [probe for probe in candidates if self._fits(probe, capacity)]
         return probes
 
     def _fits(self, probe: Probe, capacity: int) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.data.planner.assign import PackPlan
+from megatron_bagel.data.sources.dataset_config import INTERLEAVED
 from megatron_bagel.layout.items import Item, Sample
-from megatron_bagel.layout.pack import LayoutSpec, Pack, sample_tokens
+from megatron_bagel.layout.pack import LayoutSpec, Pack, PackImage, sample_tokens
 from megatron_bagel.model.batch import Features
 
 
@@ -41,11 +42,29 @@ class Probe:
     def of(cls, sample: Sample, source: int, index: int) -> Probe | None:
         """Make a probe whose target is the first item with a loss. Return None without such an item, or if no item precedes it."""
         target = next((index for index, item in enumerate(sample.items) if item.loss), None)
-        conditions = tuple(item for item in sample.items[:target] if not item.dropped)
+        conditions = _conditions(sample.items[:target])
         if target is None or not conditions:
             return None
         name = f"{sample.dataset} {sample.index}"
         return cls(name, sample.group or sample.dataset, source, index, sample, conditions, sample.items[target])
+
+    @classmethod
+    def each(cls, sample: Sample, source: int, index: int) -> list[Probe]:
+        """Make the probes of a sample: of an interleaved one a probe for each text and picture with a loss, else the first one alone.
+
+        A later item of an interleaved sample follows the true items before it, as in training: texts between their special tokens, and
+        pictures clean.
+        """
+        first = cls.of(sample, source, index)
+        if first is None or sample.group != INTERLEAVED:
+            return [] if first is None else [first]
+        probes = [first]
+        start = next(number for number, item in enumerate(sample.items) if item is first.target)
+        for number, target in enumerate(sample.items[start + 1 :], start + 1):
+            if target.loss and target.split_start and target.split_end:
+                conditions = _conditions(sample.items[:number])
+                probes.append(replace(first, name=f"{first.name} item {number}", conditions=conditions, target=target))
+        return probes
 
     @property
     def draws(self) -> bool:
@@ -73,12 +92,21 @@ class Probe:
         return replace(self.sample, items=(*self.conditions, blank))
 
 
+def _conditions(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Return the items that a later one sees, none of which has a loss of its own."""
+    return tuple(
+        replace(item, loss=False, special_token_label=None) if item.loss or item.special_token_label is not None else item
+        for item in items
+        if not item.dropped and not (item.kind == "vae" and item.loss)
+    )
+
+
 @dataclass(frozen=True)
 class EncodedProbe:
-    """A probe with the features of its images: rows by (kind, image number). There are no ``vit`` rows on stages that do not read them."""
+    """A probe with the features of its images: rows by kind, image number and frame. Stages that do not read ``vit`` rows have none."""
 
     probe: Probe
-    rows: dict[tuple[str, int], Tensor]
+    rows: dict[tuple[str, int, int | None], Tensor]
 
 
 def in_packs(samples: Sequence[Sample], spec: LayoutSpec, capacity: int) -> list[list[int]]:
@@ -121,16 +149,20 @@ def encoded(probes: Sequence[Probe], pack: Pack, features: Features) -> list[Enc
         images = pack.images_of(kind)
         for image, part in zip(images, rows.split([image.tokens for image in images]), strict=True):
             if not image.noised:
-                encoded_probes[image.sample].rows[kind, image.image] = part.detach()
+                encoded_probes[image.sample].rows[_key(image)] = part.detach()
     return encoded_probes
+
+
+def _key(image: PackImage) -> tuple[str, int, int | None]:
+    return image.kind, image.image, image.frame
 
 
 def condition_features(pack: Pack, members: Sequence[EncodedProbe], channels: int, device: torch.device | str) -> Features:
     """Return the features of a pack of views or answers. ``members`` are the probes of its samples; targets are zeros."""
-    vit = [members[image.sample].rows.get(("vit", image.image)) for image in pack.images_of("vit")]
+    vit = [members[image.sample].rows.get(_key(image)) for image in pack.images_of("vit")]
     vit_rows = [part for part in vit if part is not None]
     latents = [
-        torch.zeros(image.tokens, channels, device=device) if image.noised else members[image.sample].rows["vae", image.image]
+        torch.zeros(image.tokens, channels, device=device) if image.noised else members[image.sample].rows[_key(image)]
         for image in pack.images_of("vae")
     ]
     rows = torch.cat(latents) if latents else torch.zeros(0, channels, device=device)
