@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Ray starts workers at a low priority, which on a busy machine would hardly let them run.
+WORKERS_IN_TURN = {"RAY_worker_niceness": "0"}
 
 
 def workers_of(driver: int, task: str) -> list[psutil.Process]:
@@ -24,10 +27,13 @@ def workers_of(driver: int, task: str) -> list[psutil.Process]:
 
 def run_and_kill(command: list[str], task: str, kills: int) -> int:
     """Run a command whose Ray loses workers at random moments. Returns how many were killed in the middle of a shard."""
-    driver = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **WORKERS_IN_TURN}
+    driver = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     killed, rng = 0, random.Random(0)
     while driver.poll() is None and killed < kills:
-        time.sleep(rng.uniform(0.0, 1.0))
+        time.sleep(rng.uniform(0.0, 0.5))
         if workers := workers_of(driver.pid, task):
             rng.choice(workers).kill()
             killed += 1

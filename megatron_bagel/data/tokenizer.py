@@ -8,6 +8,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,9 @@ def load_tokenizer(path: str | Path, add_special: bool = True) -> Tokenizer:
     if not has_config:
         raise ValueError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model")
     return HuggingFaceTokenizer(path, add_special)
+
+
+@lru_cache(maxsize=1)
+def process_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer at ``path``, which a process loads once: loading takes longer than the texts of a small shard."""
+    return load_tokenizer(path)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -39,7 +39,7 @@ from megatron_bagel.data.index.shard_writer import write_shard
 from megatron_bagel.data.index.source_contents import has_same_sources
 from megatron_bagel.data.sources.dataset_config import GroupConfig
 from megatron_bagel.data.sources.row_rules import RowRules
-from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bagel.data.tokenizer import load_tokenizer, process_tokenizer
 from megatron_bagel.platform.launch.child_processes import end_with_client, end_with_parent, starting
 from megatron_bagel.platform.launch.ray_cluster import RayCluster
 
@@ -137,7 +137,7 @@ def _write_shards(build: Path, plan: IndexPlan, tokenizer_path: Path, options: B
                 bar.update(count)
         elif options.workers == 0 or len(open_shards) < 2:
             for shard in open_shards:
-                write_shard(build, shard, _tokenizer(tokenizer_path), bar.update)
+                write_shard(build, shard, process_tokenizer(tokenizer_path), bar.update)
         else:
             for count in _in_processes(build, open_shards, tokenizer_path, options, fresh=plan.is_remote):
                 bar.update(count)
@@ -184,10 +184,4 @@ def _write_in_worker(build: Path, shard: ShardPlan, tokenizer_path: Path) -> Non
         with _shared_row_count.get_lock():
             _shared_row_count.value += rows
 
-    write_shard(build, shard, _tokenizer(tokenizer_path), count)
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    """Load the tokenizer once per process."""
-    return load_tokenizer(path)
+    write_shard(build, shard, process_tokenizer(tokenizer_path), count)

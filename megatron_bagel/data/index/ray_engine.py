@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_bagel.data.index.plan import ShardPlan
 from megatron_bagel.data.index.shard_writer import write_shard
-from megatron_bagel.data.tokenizer import load_tokenizer
+from megatron_bagel.data.tokenizer import process_tokenizer
 from megatron_bagel.platform.launch.ray_cluster import MAX_RETRIES, RayCluster, attempt, connected, finished_parts, remove_attempts
 
 _MAX_QUEUED = 1024  # shards that wait in Ray for a processor
@@ -48,4 +48,4 @@ def _label(shard: ShardPlan) -> str:
 def _write(build: Path, shard: ShardPlan, tokenizer: Path) -> None:
     """Write one shard in a worker of the cluster."""
     with attempt(build) as folder:
-        write_shard(folder, shard, load_tokenizer(tokenizer), lambda _: None)
+        write_shard(folder, shard, process_tokenizer(tokenizer), lambda _: None)

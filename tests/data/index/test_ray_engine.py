@@ -18,15 +18,15 @@ from megatron_bagel.data.sources.dataset_config import load_groups
 from megatron_bagel.platform.launch.ray_cluster import attempt
 from tests.data.index_files import SIZES, files_of, write_t2i
 from tests.data.interleaved_rows import picture
-from tests.ray_kills import ROOT, run_and_kill
+from tests.ray_kills import ROOT, WORKERS_IN_TURN, run_and_kill
 from tests.waiting import eventually
 
-SHARDS, ROWS, KILLS = 40, 100, 10
+SHARDS, ROWS, KILLS = 80, 50, 10
 
 
 def source(root: Path) -> Path:
     """Parquet files of one shard each, large pictures that take a while to decode. The last file has a row that cannot be used."""
-    pictures = [picture(1024, 1024, colour) for colour in ("red", "green", "blue")]
+    pictures = [picture(512, 512, colour) for colour in ("red", "green", "blue")]
     for number in range(SHARDS):
         rows = [(pictures[(number + row) % 3], json.dumps({"a": f"picture {number * ROWS + row}"})) for row in range(ROWS)]
         write_t2i(root / "t2i", rows if number < SHARDS - 1 else [*rows, (b"none", "{}")], f"{number:04d}.parquet")
@@ -55,8 +55,15 @@ def test_an_attempt_appears_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "1.bin").exists() and not list((tmp_path / "attempts").iterdir())
 
 
-def alone(config: Path, goldens: Path, output: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path, goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files of the index that one process makes."""
+    output = tmp_path_factory.mktemp("alone") / "index"
     options = BuildOptions(rows_per_shard=ROWS, checks=ImageChecks("decode"), progress=False)
     build_index(load_groups(config), goldens / "hf", output, options)
     return files_of(output)
@@ -71,23 +78,24 @@ def command(config: Path, goldens: Path, output: Path, *engine: str) -> list[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_killed_workers_change_no_byte(goldens: Path, tmp_path: Path) -> None:
+def test_killed_workers_change_no_byte(config: Path, expected: dict[str, str], goldens: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    config = source(tmp_path)
-    expected = alone(config, goldens, tmp_path / "alone")
     assert run_and_kill(command(config, goldens, tmp_path / "ray", "--workers", "2"), "ray::_write", KILLS) == KILLS
     assert files_of(tmp_path / "ray") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_cluster_that_loses_a_machine(goldens: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_loses_a_machine(
+    config: Path, expected: dict[str, str], goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two Ray nodes of a processor each, reached by their ``ray://`` address, one of which goes away in the middle."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    config, port = source(tmp_path), free_port()
-    expected = alone(config, goldens, tmp_path / "alone")
+    for name, value in WORKERS_IN_TURN.items():
+        monkeypatch.setenv(name, value)
+    port = free_port()
     settings = {"num_cpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**settings, "ray_client_server_port": port})
     try:
