@@ -40,10 +40,10 @@ def encode_in_ray(job: LatentJob, cluster: RayCluster, shards: Sequence[ShardWor
     Raises:
         ValueError: Ray is not installed or cannot be reached, or a shard fails.
     """
-    if not shards:
-        return
     job, work = job.absolute(), {shard.name: shard for shard in shards}
     remove_attempts(job.output)
+    if not shards:
+        return
     with connected(cluster) as ray:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
