@@ -20,7 +20,7 @@ from tests.data.index_files import write_lines
 from tests.data.interleaved_rows import picture
 from tests.distributed import run_ranks
 from tests.runs import execute, make_world, numbers, run, run_config
-from tests.training.equal_runs import COMM, CP, PP, SP_TP2, Result, assert_equal, stored_tensors
+from tests.training.equal_runs import CP, PP, SP_TP2, Result, assert_equal, stored_tensors
 
 pytestmark = pytest.mark.distributed
 VAE = {"image_stride": 16, "max_image_size": 32, "min_image_size": 16}
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "pp2": [{PP: 2}],
     "tp2-sp": [SP_TP2],
     "dp2-then-pp2": [HALF, {PP: 2}],
-    "tp2-then-cp2-a2a": [{**SP_TP2, **HALF}, {CP: 2, COMM: "a2a", "num_workers": 1}],
+    "tp2-then-cp2": [{**SP_TP2, **HALF}, {CP: 2, "num_workers": 1}],
 }
 
 
@@ -90,7 +90,12 @@ def result(results: Path) -> Result:
 
 
 @pytest.mark.parametrize(
-    "names", [pytest.param(["dp2-three-workers"], id="dp2"), pytest.param(list(LAYOUTS), marks=pytest.mark.slow, id="all")]
+    "names",
+    [
+        pytest.param(["dp2-three-workers"], id="dp2"),
+        pytest.param([name for name in LAYOUTS if "then" not in name], marks=pytest.mark.slow, id="layouts"),
+        pytest.param([name for name in LAYOUTS if "then" in name], marks=pytest.mark.slow, id="resumes"),
+    ],
 )
 def test_layouts_and_a_resume_on_another_equal_one_process(world: Path, tmp_path: Path, names: list[str]) -> None:
     history = run(run_config(world, tmp_path / "one", **mixed(world, **SETTINGS)))
