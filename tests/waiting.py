@@ -11,9 +11,9 @@ PATIENCE = 120.0  # seconds
 Found = TypeVar("Found")
 
 
-def eventually(look: Callable[[], Found]) -> Found:
-    """The first answer of ``look`` that is true; TimeoutError after a long while."""
-    end = time.monotonic() + PATIENCE
+def eventually(look: Callable[[], Found], patience: float = PATIENCE) -> Found:
+    """The first answer of ``look`` that is true; TimeoutError after ``patience`` seconds."""
+    end = time.monotonic() + patience
     while not (found := look()):
         if time.monotonic() > end:
             raise TimeoutError("what was waited for did not come")

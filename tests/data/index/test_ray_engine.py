@@ -93,21 +93,24 @@ def test_a_cluster_that_loses_a_machine(
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    for name, value in WORKERS_IN_TURN.items():
+    for name, value in {**WORKERS_IN_TURN, "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
     port = free_port()
     settings = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    driver = None
     cluster = Cluster(initialize_head=True, head_node_args={**settings, "ray_client_server_port": port})
     try:
         lost = cluster.add_node(**settings)
         words = command(config, goldens, tmp_path / "ray", "--ray_address", f"ray://127.0.0.1:{port}")
         driver = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         states = tmp_path / "ray.building/state"
-        eventually(lambda: driver.poll() is not None or len(list(states.rglob("*.json"))) >= SHARDS // 8)
+        eventually(lambda: driver.poll() is not None or len(list(states.rglob("*.json"))) >= SHARDS // 8, 900)
         assert driver.poll() is None, driver.communicate()[0]
         cluster.remove_node(lost, allow_graceful=False)
         output = driver.communicate(timeout=1200)[0]
         assert driver.returncode == 0, output
     finally:
+        if driver is not None:
+            driver.kill()
         cluster.shutdown()
     assert files_of(tmp_path / "ray") == expected
