@@ -49,7 +49,9 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
         import ray
     except ImportError as error:
         raise ValueError("--engine ray needs Ray, which is not installed (pip install 'megatron-bagel[ray]')") from error
-    here: dict[str, Any] = {"num_cpus": cluster.workers or None, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    # Without "local", Ray would join a cluster that runs on this machine.
+    here: dict[str, Any] = {"address": "local", "num_cpus": cluster.workers or None, "include_dashboard": False,
+                            "object_store_memory": _OBJECT_STORE_BYTES}  # fmt: skip
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here sends no reports
     try:
         ray.init(**({"address": cluster.address} if cluster.address else here), log_to_driver=False)
