@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Ray starts workers at a low priority, which on a busy machine would hardly let them run.
-WORKERS_IN_TURN = {"RAY_worker_niceness": "0"}
+#: On a busy machine Ray's workers, which have a low priority, would hardly run, and its server for clients would start too late.
+WORKERS_IN_TURN = {"RAY_worker_niceness": "0", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
 
 
 def workers_of(driver: int, task: str) -> list[psutil.Process]:

@@ -57,7 +57,7 @@ def connected(cluster: RayCluster) -> Iterator[ModuleType]:
         ray.init(**({"address": cluster.address} if cluster.address else here), log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"--ray_address {cluster.address} cannot be reached" if cluster.address else "Ray cannot be started on this machine"
-        raise ValueError(f"{place} ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{place} ({_summary(error)})") from error
     try:
         yield ray
     finally:
@@ -88,12 +88,17 @@ def finished_parts(ray: ModuleType, parts: Sequence[_Part], workers: Sequence[Ca
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                raise ValueError(f"{label} {part} failed in Ray: {str(cause).splitlines()[-1] if str(cause) else cause!r}") from error
+                raise ValueError(f"{label} {part} failed in Ray: {_summary(getattr(error, 'cause', None) or error)}") from error
             if waiting:
                 following = waiting.pop()
                 running[start(following)] = (following, start)
             yield part
+
+
+def _summary(error: BaseException) -> str:
+    """Return the last line of a message: Ray puts tracebacks of other processes before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
 
 
 @contextmanager
