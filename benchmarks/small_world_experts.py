@@ -5,14 +5,12 @@ token and with four experts of the same width of which one serves a token, on th
     python -m benchmarks.small_world_experts OUT --output benchmarks/results/small-world-experts.json
 
 The world and the settings are those of the quickstart's first lesson (docs/small_world.md). The record has the marks of both, the last
-losses, the processor time of each training, and the share of tokens that each expert got in the last logged steps, by layer. A second call
-goes on where the first one stopped; its processor time is then only its own.
+losses, and the share of tokens that each expert got in the last logged steps, by layer. A second call does only what the first one has not.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import sys
 from collections.abc import Sequence
@@ -68,40 +66,30 @@ def make_data(out: Path, seed: int) -> None:
         run([module_command("data", "build", *paths)], out / "logs/index.txt")
 
 
-def learn(out: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one model, examine it, and return what it reached."""
+def train(out: Path, name: str, arguments: argparse.Namespace) -> Path:
+    """Train one model if its last checkpoint is not there, and return that checkpoint."""
     data, folder, steps = out / "data", out / name, str(arguments.steps)
     flags = ("--config", QUESTIONS_CONFIG, "--dataset_config_file", data / "questions.yaml", "--index_dir", out / "index")
     flags += ("--llm_path", data / "llm", "--vit_path", data / "vit", "--global_seed", str(arguments.seed), "--auto_resume", "True")
-    flags += (
-        "--results_dir",
-        folder / "results",
-        "--checkpoint_dir",
-        folder / "checkpoints",
-        "--total_steps",
-        steps,
-        "--save_every",
-        steps,
-    )
+    flags += ("--results_dir", folder / "results", "--checkpoint_dir", folder / "checkpoints", "--total_steps", steps)
     words = [word for flag, value in MODELS[name].items() for word in (f"--{flag}", str(value))]
-    began = _child_seconds()
-    run([launched_command(arguments.processes, "train", *flags, *words)], out / f"logs/{name}.txt")
-    seconds = _child_seconds() - began
+    checkpoint = folder / f"checkpoints/{arguments.steps:07d}"
+    if not checkpoint.exists():
+        run([launched_command(arguments.processes, "train", *flags, "--save_every", steps, *words)], out / f"logs/{name}.txt")
+    return checkpoint
+
+
+def examine(out: Path, name: str, checkpoint: Path) -> dict[str, Any]:
+    """Let a model answer the exam if it has not, and return what it reached."""
+    folder = out / name
     if not (folder / "answers/complete").exists():
-        asked = (
-            "--model",
-            folder / f"checkpoints/{arguments.steps:07d}",
-            "--input",
-            out / "exam/prompts.jsonl",
-            "--out",
-            folder / "answers",
-        )
+        asked = ("--model", checkpoint, "--input", out / "exam/prompts.jsonl", "--out", folder / "answers")
         run([module_command("generate", *asked, "--max-length", "12", "--vit-transform", "42", "42")], out / f"logs/{name}.txt")
         (folder / "answers/complete").touch()
     history = read_lines(folder / "results/metrics.jsonl")
     return {
-        "steps": history[-1]["step"] + 1, "ce": float(np.mean([record["ce"] for record in history[-LAST:]])), "training_cpu_s": seconds,
-        "active_matrix_elements": active_elements(data, name), "marks": marks_of(out / "exam", folder / "answers"),
+        "steps": int(checkpoint.name), "ce": float(np.mean([record["ce"] for record in history[-LAST:]])),
+        "active_matrix_elements": active_elements(out / "data", name), "marks": marks_of(out / "exam", folder / "answers"),
     }  # fmt: skip
 
 
@@ -127,11 +115,6 @@ def load_shares(results: Path) -> dict[str, list[float]]:
     return {f"layer {layer}": row.round(4).tolist() for layer, row in zip(records[-1]["layers"], shares, strict=True)}
 
 
-def _child_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and examine both, print one JSON object, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,10 +127,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     out = arguments.out.absolute()
     make_data(out, arguments.seed)
-    runs = {}
-    for name in MODELS:
-        print(name, file=sys.stderr, flush=True)
-        runs[name] = learn(out, name, arguments)
+    checkpoints = {name: train(out, name, arguments) for name in MODELS}
+    runs = {name: examine(out, name, checkpoint) for name, checkpoint in checkpoints.items()}
     if arguments.picture is not None:
         shutil.copyfile(out / "experts/results/expert_load.png", arguments.picture)
     result = {"seed": arguments.seed, "flags_of_experts": MODELS["experts"], **runs}
