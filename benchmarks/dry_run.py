@@ -7,7 +7,7 @@
 
 The parallel sizes are tensor 4 with sequence parallelism x pipeline 2, or pipeline 4 with expert parallelism 8 and full recomputation; the
 rest is data. Packs hold 36,864 tokens, and the index 64 samples with pictures of 512 pixels. Each dry run is a process of its own, bound to
-one core; its time and memory include its imports. One line for each stage goes to the error output.
+one core; its time (wall, and the processor's) and its memory include its imports. One line for each stage goes to the error output.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _PARALLEL: dict[str, tuple[int, list[str]]] = {
     "qwen3-30b-a3b-mot": (4, ["--pipeline_model_parallel_size=4", "--expert_model_parallel_size=8", "--recompute_granularity=full"]),
 }
 _RESIDENT = re.compile(r"largest resident memory\D*([\d.]+) GiB")
+_PROCESSOR = re.compile(r"process: user ([\d.]+) s, system ([\d.]+) s")
 _PHASES = re.compile(r"^seconds: (.+)$", re.MULTILINE)
 
 
@@ -71,11 +72,12 @@ def measure(shared: Sequence[str], world: int, replica: int, rank: int) -> dict[
     start = time.monotonic()
     printed = _run([sys.executable, "-m", "megatron_bagel", "train", *shared, *fake])
     seconds = time.monotonic() - start
-    resident, phases = _RESIDENT.search(printed), _PHASES.search(printed)
-    if resident is None or phases is None:
-        raise RuntimeError(f"the dry run of rank {rank} told of no memory or phases:\n{printed[-2000:]}")
+    resident, phases, processor = (pattern.search(printed) for pattern in (_RESIDENT, _PHASES, _PROCESSOR))
+    if resident is None or phases is None or processor is None:
+        raise RuntimeError(f"the dry run of rank {rank} told of no memory, phases or processor time:\n{printed[-2000:]}")
     by_phase = {name: float(value) for name, value in (phase.rsplit(" ", 1) for phase in phases.group(1).split(", "))}
-    return {"seconds": seconds, "resident_gib": float(resident.group(1)), "phase_seconds": by_phase}
+    cpu_s = sum(map(float, processor.groups()))
+    return {"seconds": seconds, "cpu_s": cpu_s, "resident_gib": float(resident.group(1)), "phase_seconds": by_phase}
 
 
 def _run(command: Sequence[str]) -> str:
