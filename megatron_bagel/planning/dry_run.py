@@ -148,8 +148,6 @@ def dry_run(resolved: ResolvedRun, rank: int) -> DryRunReport:
                 )
                 for pack in packs
             ]  # fmt: skip
-            # It would go on to plan the steps after the first one.
-            loader.close()
         with _timed(seconds, "model and optimizer"), on_meta(), MetaCountsAsCuda():
             trainable, trained = build_trainable(resolved, None, replica, share)
             built = built_bytes(trainable, trained)
