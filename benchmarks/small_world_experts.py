@@ -95,7 +95,7 @@ def examine(out: Path, name: str, checkpoint: Path) -> dict[str, Any]:
 
 def active_elements(data: Path, name: str) -> int:
     """The elements of the decoder's matrices that serve a text token."""
-    words = {"llm_path": str(data / "llm"), "vit_path": str(data / "vit"), "visual_gen": False, "layer_module": "Qwen2MoTDecoderLayer"}
+    words = {"llm_path": str(data / "llm"), "visual_gen": False, "visual_und": False, "layer_module": "Qwen2MoTDecoderLayer"}
     return token_matrix_elements(architecture(Config.from_values({**words, **MODELS[name]})).llm, "und")
 
 
