@@ -199,6 +199,8 @@ def optimizer_settings(config: Config, sizes: ResolvedSizes) -> OptimizerSetting
         distributed_optimizer_instances=sizes.distributed_optimizer_instances,
         offload_fraction=megatron.optimizer_offload_fraction if megatron.optimizer_cpu_offload else 0.0,
         overlap_offload=megatron.overlap_cpu_optimizer_d2h_h2d,
+        one_pass=megatron.one_pass_optimizer,
+        state_dtype=megatron.optimizer_state_dtype,
     )
 
 

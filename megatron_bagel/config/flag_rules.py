@@ -31,6 +31,7 @@ def check_consistency(config: Config) -> None:
         )
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
+    _check_one_pass(config)
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
         raise ValueError("--fake_world_size and --fake_rank describe a dry run: add --dry_run, or drop them")
     if megatron.moe_grouped_gemm and find_spec("transformer_engine") is None:
@@ -151,3 +152,19 @@ def check_observing(config: Config, world_size: int) -> None:
         raise ValueError(f"--profile_ranks {' '.join(map(str, unknown_ranks))}: give ranks of this run, 0 to {world_size - 1}")
     if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
         raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")
+
+
+def _check_one_pass(config: Config) -> None:
+    """Refuse what the optimizer in one pass cannot do. Raises ValueError."""
+    megatron, beta2 = config.megatron, config.training.beta2
+    if megatron.one_pass_optimizer and not megatron.use_distributed_optimizer:
+        raise ValueError("--one_pass_optimizer needs --use_distributed_optimizer, whose slices of weights it goes through")
+    if megatron.optimizer_state_dtype == "fp32":
+        return
+    if not megatron.one_pass_optimizer:
+        raise ValueError(f"--optimizer_state_dtype {megatron.optimizer_state_dtype} needs --one_pass_optimizer True")
+    if beta2 > 0.99:
+        raise ValueError(
+            f"--optimizer_state_dtype bf16 with --beta2 {beta2}: a step changes the squared average by {1 - beta2:.1%}, and bf16 rounds "
+            "changes below 0.4 % away. Use fp32 moments, or --beta2 0.99 or less"
+        )

@@ -44,6 +44,17 @@ class MegatronArguments(MoEArguments):
     use_distributed_optimizer: bool = megatron_flag(
         True, "Split optimizer state and fp32 weights over data-parallel ranks.", on_resume=MUST_MATCH
     )
+    one_pass_optimizer: bool = flag(
+        False,
+        "Update moments, weights and their average in one pass over the weights of a rank. With fp32 moments on a CPU the numbers stay the "
+        "same, bit for bit. Needs use_distributed_optimizer.",
+        on_resume=SAID,
+    )
+    optimizer_state_dtype: Literal["fp32", "bf16"] = flag(
+        "fp32",
+        "Type of AdamW's moments in memory. bf16 halves them; checkpoints keep fp32. Needs one_pass_optimizer, and beta2 of 0.99 or less.",
+        on_resume=SAID,
+    )
     num_distributed_optimizer_instances: int | None = megatron_flag(
         None,
         "Groups of data-parallel ranks. Each group holds one sharded copy of the optimizer state. Default: num_replicate.",

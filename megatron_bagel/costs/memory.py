@@ -188,7 +188,7 @@ class MemoryModel:
             alignment = lcm(shards, BUFFER_ALIGNMENT)
             padded = -(-sum(-(-tensor.numel // ALIGNMENT) * ALIGNMENT * tensor.copies for tensor in trained) // alignment) * alignment
         # Two moments, and a main weight if the model's weight is not fp32.
-        state = (3 if bf16 else 2) * FP32
+        state = 2 * (2 if self.megatron.optimizer_state_dtype == "bf16" else FP32) + (FP32 if bf16 else 0)
         memory = RankMemory(
             parameters=total,
             trained=trained_count,

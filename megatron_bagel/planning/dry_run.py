@@ -32,7 +32,8 @@ from megatron_bagel.planning.rank_tokens import RankTokens, rank_tokens
 from megatron_bagel.planning.report import GIB, table
 from megatron_bagel.platform.device import peak_memory_bytes
 from megatron_bagel.platform.launch.fake_world import MetaCountsAsCuda, fake_world
-from megatron_bagel.training.optim.optimizer import gradient_buffers
+from megatron_bagel.training.optim.one_pass import OnePassAdamW
+from megatron_bagel.training.optim.optimizer import gradient_buffers, leaf_optimizers
 from megatron_bagel.training.resolved_run import ResolvedRun
 from megatron_bagel.training.setup import set_up as setup
 from megatron_bagel.training.setup.build import build_trainable
@@ -181,15 +182,24 @@ def built_bytes(trainable: Trainable, trained: Trained) -> dict[str, int]:
         weights += buffer.param_data.nbytes if sharded else sum(parameter.nbytes for parameter in buffer.params)
     parameter_ids = {id(parameter) for parameter in parameters}
     mains = _main_weights(trainable)
+    moment_bytes = _moment_bytes(trainable)
     has_main_weights = any(parameter.dtype != torch.float32 for parameter in parameters)
     autoencoder = trainable.image_encoder.autoencoder
     return {
         "weight_bytes": weights,
         "gradient_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer_bytes": sum((3 if has_main_weights and id(main) not in parameter_ids else 2) * 4 * main.numel() for main in mains),
+        "optimizer_bytes": sum(
+            (2 * moment_bytes + (4 if has_main_weights and id(main) not in parameter_ids else 0)) * main.numel() for main in mains
+        ),
         "average_bytes": trainable.ema.local_bytes() if trainable.ema is not None else 0,
         "autoencoder_bytes": sum(weight.nbytes for weight in autoencoder.parameters()) if autoencoder is not None else 0,
     }
+
+
+def _moment_bytes(trainable: Trainable) -> int:
+    """Return the bytes of a number of the optimizers' moments."""
+    types = [leaf.optimizer.state_dtype for leaf in leaf_optimizers(trainable.optimizer) if isinstance(leaf.optimizer, OnePassAdamW)]
+    return types[0].itemsize if types else 4
 
 
 def _main_weights(trainable: Trainable) -> list[torch.Tensor]:

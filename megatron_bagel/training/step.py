@@ -198,6 +198,7 @@ def train_step(
     lr = trainable.learning_rate.lr
     if good:
         with timed("optimizer"):
+            trainable.ema.prepare(trainable.learning_rate.steps)
             update_weights(trainable.optimizer, attempt.grad_norm)
         with timed("ema"):
             trainable.ema.update(trainable.learning_rate.steps)

@@ -23,7 +23,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_bagel.common.assignment import longest_first
-from megatron_bagel.training.optim.optimizer import OwnedSlice, main_weight_slice, owned_slices, synced_parameters
+from megatron_bagel.training.optim.one_pass import OnePassAdamW
+from megatron_bagel.training.optim.optimizer import (
+    OwnedSlice,
+    leaf_optimizers,
+    main_weight_slice,
+    owned_slices,
+    synced_parameters,
+)
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -64,6 +71,8 @@ class ShardedEma:
             for (name, parameter), owned in zip(tracked.items(), slices, strict=True)
         ]
         self._by_name = {entry.name: entry for entry in self._entries}
+        self._one_pass = [leaf.optimizer for leaf in leaf_optimizers(optimizer) if isinstance(leaf.optimizer, OnePassAdamW)]
+        self._in_one_pass = self._join()
 
     @property
     def names(self) -> list[str]:
@@ -82,13 +91,36 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(self, steps: int = 0) -> None:
-        """Move the average towards the current main weights, without communication. With ``warmup`` the decay depends on the steps done."""
-        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
-        averages = [entry.average for entry in self._entries]
-        weights = [main_weight_slice(entry.parameter, entry.owned) for entry in self._entries]
+        """Move the average towards the current main weights, without communication. With ``warmup`` the decay depends on the steps done.
+
+        Averages that the optimizer has already updated with the weights stay as they are (``prepare``).
+        """
+        entries = [entry for entry in self._entries if entry.name not in self._in_one_pass]
+        averages = [entry.average for entry in entries]
+        weights = [main_weight_slice(entry.parameter, entry.owned) for entry in entries]
+        decay = self._decay(steps)
         # lerp is the same formula with one rounding fewer than scaling and adding, and reads each tensor once.
         if averages:
             torch._foreach_lerp_(averages, weights, 1.0 - decay)
+
+    def prepare(self, steps: int = 0) -> None:
+        """Tell optimizers that update averages with their weights (``one_pass.py``) the decay of the coming update."""
+        for optimizer in self._one_pass:
+            optimizer.decay = self._decay(steps)
+
+    def _decay(self, steps: int) -> float:
+        return min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
+
+    def _join(self) -> set[str]:
+        """Hand the averages of weights that are slices of this rank to their optimizer, and return the names of these parameters."""
+        entries = {_location(main_weight_slice(entry.parameter, entry.owned)): entry for entry in self._entries}
+        joined = set()
+        for optimizer in self._one_pass:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                if (entry := entries.get(_location(weight))) is not None:
+                    optimizer.averages[weight] = entry.average
+                    joined.add(entry.name)
+        return joined
 
     def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every average as a full fp32 tensor with the parameter's (tensor-parallel local) shape, one at a time."""
@@ -175,6 +207,11 @@ class ShardedEma:
             for index, owner in zip(indexes, group_owners, strict=True):
                 owners[index] = owner
         return owners
+
+
+def _location(tensor: Tensor) -> tuple[int, int]:
+    """Return where the numbers of a tensor are. Tensors without memory or elements are nowhere, so no two of them are the same."""
+    return (tensor.data_ptr(), tensor.numel()) if tensor.numel() and not tensor.is_meta else (id(tensor), 0)
 
 
 def _replicas_of(module: DistributedDataParallel, parameter: torch.nn.Parameter) -> dist.ProcessGroup:

@@ -29,6 +29,7 @@ from megatron_bagel import platform
 from megatron_bagel.model.lora import SUMMED_OVER_TP
 from megatron_bagel.platform.launch.fake_world import is_fake
 from megatron_bagel.training.optim.cpu_offload import hybrid_main_weight, is_hybrid, offload_settings
+from megatron_bagel.training.optim.one_pass import OnePassAdamW, StateDtype
 
 #: The world's group and a group of this rank alone, made when it is first needed.
 _single_rank: tuple[Any, Any] | None = None
@@ -41,6 +42,7 @@ class OptimizerSettings:
     ``max_grad_norm`` 0 turns clipping off; the norm is still reported. ``use_distributed_optimizer`` shards fp32 main weights and
     moments over the data-parallel ranks. ``overlap_param_gather`` needs it, and ``overlap_grad_reduce`` helps only with the streams
     of a GPU. ``distributed_optimizer_instances`` above 1 shards inside groups of ranks and replicates between them.
+    ``one_pass`` updates weights and averages together (``one_pass.py``), with moments of ``state_dtype``.
     """
 
     lr: float
@@ -57,6 +59,8 @@ class OptimizerSettings:
     #: Share of the parameters whose fp32 weights and moments are in host memory, and whether copies overlap with the updates there.
     offload_fraction: float = 0.0
     overlap_offload: bool = False
+    one_pass: bool = False
+    state_dtype: StateDtype = "fp32"
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
@@ -64,6 +68,10 @@ class OptimizerSettings:
                 "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: without sharded weights "
                 "there is nothing to gather. Add both flags or remove it"
             )
+        if self.one_pass and not self.use_distributed_optimizer:
+            raise ValueError("--one_pass_optimizer needs --use_distributed_optimizer: it goes through the slice of weights of this rank")
+        if self.state_dtype != "fp32" and not self.one_pass:
+            raise ValueError("--optimizer_state_dtype bf16 needs --one_pass_optimizer, the only one with moments of another type")
         if self.distributed_optimizer_instances > 1 and not self.use_distributed_optimizer:
             raise ValueError("--num-distributed-optimizer-instances above 1 needs --use-distributed-optimizer")
 
@@ -172,11 +180,20 @@ def build_optimizer(
     # There are no overrides, because without weight decay biases need no group of their own.
     optimizer = get_megatron_optimizer(config, trainable or list(modules), config_overrides={}, use_gloo_process_groups=not is_fake())
     if over_world is None:
-        return optimizer
+        return _in_one_pass(optimizer, settings)
     world_optimizer = get_megatron_optimizer(
         config, [over_world], config_overrides={}, use_gloo_process_groups=False, pg_collection=_world_groups()
     )
-    return ChainedOptimizer([*leaf_optimizers(optimizer), *leaf_optimizers(world_optimizer)])
+    return _in_one_pass(ChainedOptimizer([*leaf_optimizers(optimizer), *leaf_optimizers(world_optimizer)]), settings)
+
+
+def _in_one_pass(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> MegatronOptimizer:
+    """Give Megatron's optimizers the update in one pass, if it is asked for. Sharding, gradients and checkpoints stay theirs."""
+    if settings.one_pass:
+        for leaf in leaf_optimizers(optimizer):
+            if not getattr(leaf, "is_stub_optimizer", False):
+                leaf.optimizer = OnePassAdamW(leaf.optimizer.param_groups, settings.state_dtype)
+    return optimizer
 
 
 def _optimizer_config(settings: OptimizerSettings) -> OptimizerConfig:
