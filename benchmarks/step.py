@@ -25,6 +25,7 @@ from megatron_bagel.model.batch import Features, make_microbatch
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
 from megatron_bagel.training.optim.ema import ShardedEma
+from megatron_bagel.training.optim.one_pass import StateDtype
 from megatron_bagel.training.optim.optimizer import OptimizerSettings, build_optimizer, finalize_gradients, optimizer_step, wrap_ddp
 
 
@@ -66,6 +67,8 @@ class StepOptions:
         stored_latents: Whether latents come from a cache, so that the autoencoder does not run.
         vit_chunk_tokens: The ViT tokens whose activations exist at one time; None keeps those of the step.
         ce_chunk_tokens: The loss tokens whose logits exist at one time; 0 keeps all.
+        one_pass: Whether moments, weights and averages are updated in one pass.
+        optimizer_state_dtype: The type of the moments.
     """
 
     recompute_layers: int = 0
@@ -76,6 +79,8 @@ class StepOptions:
     stored_latents: bool = False
     vit_chunk_tokens: int | None = None
     ce_chunk_tokens: int = 0
+    one_pass: bool = False
+    optimizer_state_dtype: StateDtype = "fp32"
 
 
 class BenchStep:
@@ -97,7 +102,7 @@ class BenchStep:
         decoder = build_decoder(arch, config, **kernels)
         # The head starts at zero, which would leave the decoder without a gradient from the images.
         torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
-        settings = OptimizerSettings(lr=1e-4, bf16=bf16)
+        settings = OptimizerSettings(lr=1e-4, bf16=bf16, one_pass=options.one_pass, state_dtype=options.optimizer_state_dtype)
         self.modules = wrap_ddp(config, [decoder.to(device, dtype), vision.to(device, dtype)], settings)
         self.optimizer = build_optimizer(self.modules, settings)
         self.ema = ShardedEma(dict(zip(("decoder", "vision"), self.modules, strict=True)), self.optimizer, 0.9999)
@@ -136,6 +141,7 @@ class BenchStep:
         self.tower_pass.backward(features.grad)
         watch.lap("backward")
         finalize_gradients(self.modules)
+        self.ema.prepare()
         optimizer_step(self.optimizer)
         watch.lap("optimizer")
         self.ema.update()

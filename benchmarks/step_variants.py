@@ -49,6 +49,9 @@ VARIANTS: dict[str, StepOptions] = {
     "vae_channels_last": StepOptions(vae_kernels="channels_last", vae_bf16=True),
     "chunked_ce": StepOptions(ce_chunk_tokens=1024),
     "constant_encoder": StepOptions(vit_chunk_tokens=4096),
+    "flex_flash": StepOptions(backend="flex_flash"),
+    "one_pass": StepOptions(one_pass=True),
+    "one_pass_bf16": StepOptions(one_pass=True, optimizer_state_dtype="bf16"),
     "recompute": StepOptions(recompute_layers=1),
     "all": StepOptions(
         transformer_impl="transformer_engine", vae_kernels="channels_last", vae_bf16=True, ce_chunk_tokens=1024, stored_latents=True

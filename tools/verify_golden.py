@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="verify_golden.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--goldens", type=Path, default=ROOT / "tests" / "goldens", help="folder of recorded numbers (default: %(default)s)")
     p.add_argument(
-        "--attention-backend", choices=("sdpa", "flex", "dense"), default="sdpa", help="of the training cases (default: %(default)s)"
+        "--attention-backend",
+        choices=("sdpa", "flex", "flex_flash", "dense"),
+        default="sdpa",
+        help="of the training cases (default: %(default)s)",
     )
     return p
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (goldens / "train" / "expected.json").is_file():
         print(f"--goldens {goldens}: there is no train/expected.json in it", file=sys.stderr)
         return 2
-    if arguments.attention_backend == "flex" and not platform.has_gpu():
+    if arguments.attention_backend.startswith("flex") and not platform.has_gpu():
         print("--attention-backend flex has no backward pass on a CPU; use sdpa or dense", file=sys.stderr)
         return 2
     torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU would round to ten bits

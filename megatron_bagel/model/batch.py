@@ -78,7 +78,7 @@ class Features:
 
 
 def attention_backend(name: str) -> Callable[..., AttentionPlan]:
-    """Return the plan class of backend ``name``: sdpa, flex or dense. Raises ValueError for any other name."""
+    """Return the plan class of backend ``name``: sdpa, flex, flex_flash or dense. Raises ValueError for any other name."""
     if name == "sdpa":
         from megatron_bagel.model.attention.sdpa import SdpaPlan
 
@@ -87,11 +87,15 @@ def attention_backend(name: str) -> Callable[..., AttentionPlan]:
         from megatron_bagel.model.attention.flex import FlexPlan
 
         return FlexPlan
+    if name == "flex_flash":
+        from megatron_bagel.model.attention.flex import FlexFlashPlan
+
+        return FlexFlashPlan
     if name == "dense":
         from megatron_bagel.model.attention.dense import DensePlan
 
         return DensePlan
-    raise ValueError(f"--attention-backend {name!r} is unknown; use sdpa, flex or dense")
+    raise ValueError(f"--attention-backend {name!r} is unknown; use sdpa, flex, flex_flash or dense")
 
 
 def attention_plan(

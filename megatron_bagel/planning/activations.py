@@ -190,7 +190,7 @@ class ActivationModel:
         row, kv_row = self.heads * d * width, self.groups * d * width
         # Queries are sliced from the rotated queries and keys, which copies them unless there is one group.
         inputs = n * (row + kv_row) + (n * row if self.groups > 1 else 0) + mixed
-        if self.backend == "flex":
+        if self.backend in ("flex", "flex_flash"):
             statistics = FP32 * n * self.heads
             gathered = tokens.keys * 2 * kv_row if self.megatron.context_parallel_size > 1 else 0
             # flex saves its result in [heads, tokens] order, in addition to the copy that the projection reads.
@@ -218,7 +218,7 @@ class ActivationModel:
         """Return the bytes that all layers of a pass share: rotary angles and, for SDPA, masks."""
         # Cosines and sines; in fp32 half of each table is a view of the full table.
         angles = 2 * tokens.slots * self.arch.llm.head_dim * (FP32 if self.bytes == FP32 else self.bytes // 2)
-        if self.backend == "flex":
+        if self.backend in ("flex", "flex_flash"):
             # Four tables with one number for each block of 128 x 128.
             return angles + 4 * 4 * (-(-tokens.num_tokens // 128)) * (-(-tokens.keys // 128))
         masks = sum(count * num_queries * num_keys for count, num_queries, num_keys in tokens.documents) * self.bytes

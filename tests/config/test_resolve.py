@@ -59,6 +59,7 @@ def test_accumulation_and_global_batch_are_two_views_of_one_setting(replicas, ac
         ("--num_replicate 2 --use_distributed_optimizer False", 2, r"needs --use_distributed_optimizer True"),
         ("--use_flex False --attention_backend flex", 1, r"contradict"),
         ("--attention_backend flex", 1, r"no backward pass on CPU"),
+        ("--attention_backend flex_flash", 1, r"flex_flash needs a GPU: .* no backward pass on CPU"),
     ],
 )
 def test_refused(words, world_size, message):
@@ -71,6 +72,14 @@ def test_fsdp_names_become_optimizer_settings():
     assert layout("--num_shard 2 --num_replicate 2 --sharding_strategy HYBRID_SHARD", 4).distributed_optimizer_instances == 2
     assert layout("--num-distributed-optimizer-instances 2", 4) == layout("--num_replicate 2", 4)
     assert not layout("--sharding_strategy NO_SHARD", 2).use_distributed_optimizer
+
+
+def test_flash_attention_4_is_a_choice_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("megatron_bagel.config.resolve._has_flash_attention_4", lambda: False)
+    with pytest.raises(ValueError, match="needs the package flash-attn-4"):
+        layout("--attention_backend flex_flash", has_gpu=True)
+    monkeypatch.setattr("megatron_bagel.config.resolve._has_flash_attention_4", lambda: True)
+    assert layout("--attention_backend flex_flash --use_flex True", has_gpu=True).attention_backend == "flex_flash"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder, expert_order
 from megatron_bagel.layout.pack import build_pack
 from megatron_bagel.model.attention.dense import DensePlan
-from megatron_bagel.model.attention.flex import FlexPlan
+from megatron_bagel.model.attention.flex import FlexFlashPlan, FlexPlan
 from megatron_bagel.model.attention.sdpa import SdpaPlan
 from tests.strategies import SPEC
 
 DEVICE = "cuda"
 #: Heads, key/value heads, head size: a small model, Qwen2.5-7B's, and one whose head size is no power of two.
 HEADS = {"small": (4, 2, 16), "7b": (28, 4, 128), "odd": (6, 3, 80)}
-BACKENDS = {"flex": FlexPlan, "sdpa": SdpaPlan}
+BACKENDS = {"flex": FlexPlan, "sdpa": SdpaPlan} | ({"flex_flash": FlexFlashPlan} if find_spec("flash_attn") else {})
 
 
 def mixed_pack(seed: int, samples: int = 6) -> tuple[PackMask, TokenOrder]:

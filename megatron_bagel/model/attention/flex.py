@@ -2,7 +2,8 @@
 """Attention with torch's FlexAttention: on GPUs one compiled kernel skips every empty block of the pack's mask.
 
 The block mask comes from the segments (``layout/blocks.py``); one mask serves all heads. FlexAttention has no backward pass on
-CPUs, where this backend only serves for comparison with the dense one.
+CPUs, where this backend only serves for comparison with the dense one. ``FlexFlashPlan`` asks for FlashAttention-4's kernel of the same
+mask, which is faster on Hopper and Blackwell.
 """
 
 from __future__ import annotations
@@ -100,12 +101,24 @@ class FlexPlan:
         self.mask = block_mask(mask, order, device, keys)
         self.kernel = _kernel(platform.compiles_kernels(device))
 
+    def _kernel_options(self) -> dict[str, Any] | None:
+        """Return FlexAttention's options of the kernel; None leaves the choice to torch."""
+        return None
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """Compute attention as ``AttentionPlan.attend`` describes; every layer does the same."""
         q, k, v = _padded(q, self.padding), _padded(k, self.key_padding), _padded(v, self.key_padding)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        output = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        grouped, options = q.shape[1] != k.shape[1], self._kernel_options()
+        output = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=grouped, kernel_options=options)
         return output[0].transpose(0, 1).flatten(1)[: self.real_rows]
+
+
+class FlexFlashPlan(FlexPlan):
+    """FlexAttention on the kernel of FlashAttention-4 (the package flash-attn-4). Other kernels of torch do not stand in for it."""
+
+    def _kernel_options(self) -> dict[str, Any] | None:
+        return {"BACKEND": "FLASH"}
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import find, given, settings
@@ -18,7 +19,7 @@ from megatron_bagel.layout.pack import build_pack
 from megatron_bagel.model.attention.dense import DensePlan
 from megatron_bagel.model.attention.flex import FlexPlan, block_mask
 from megatron_bagel.model.attention.sdpa import SdpaPlan
-from megatron_bagel.model.batch import attention_plan
+from megatron_bagel.model.batch import attention_backend, attention_plan
 from tests.strategies import SPEC, samples
 
 
@@ -74,6 +75,21 @@ def test_flex_equals_the_oracle_forward(plan: list[Sample]) -> None:
     q, k, v = (x.detach() for x in _qkv(len(order.positions), dim=16))
     oracle = DensePlan(mask, order).attend(q, k, v, layer_number=1)
     torch.testing.assert_close(FlexPlan(mask, order).attend(q, k, v, layer_number=1), oracle, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_4_gets_the_same_mask() -> None:
+    """Its kernel exists on a GPU only. Here is shown what reaches it: the same block mask, and the order to use this kernel."""
+    pack = build_pack([Sample("set", 0, 0, (Item("text", ids=np.arange(5, 25)),))], SPEC)
+    mask, order = PackMask.of(pack), expert_order(pack)
+    calls, q, k, v = [], *(x.detach() for x in _qkv(len(order.positions), dim=16))
+    for backend in ("flex", "flex_flash"):
+        plan = attention_backend(backend)(mask, order)
+        plan.kernel = lambda *args, kernel=plan.kernel, **kwargs: (
+            calls.append(kwargs) or kernel(*args, **{**kwargs, "kernel_options": None})
+        )
+        torch.testing.assert_close(plan.attend(q, k, v, 1), DensePlan(mask, order).attend(q, k, v, 1), atol=1e-5, rtol=1e-5)
+    assert [call["kernel_options"] for call in calls] == [None, {"BACKEND": "FLASH"}]
+    assert torch.equal(calls[0]["block_mask"].to_dense(), calls[1]["block_mask"].to_dense())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
