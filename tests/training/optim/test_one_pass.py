@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_bagel.platform.cuda_on_cpu.fused_adam import StepInGroupAdam
 from megatron_bagel.training.optim import one_pass
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.one_pass import OnePassAdamW
@@ -42,7 +43,6 @@ def _train(settings: OptimizerSettings, warmup: bool = True) -> tuple[dict, dict
 
 
 def _both_ways() -> dict[str, list]:
-    one_pass._BLOCK = 16  # several blocks of these small weights, with a rest
     results = {}
     for kind, settings in SETTINGS.items():
         ways = replace(settings, one_pass=True), replace(settings, one_pass=True, state_dtype="bf16")
@@ -60,6 +60,25 @@ def test_one_pass_equals_adamw_and_the_average_bit_for_bit() -> None:
             for name, average in plain[1].items():
                 assert not torch.equal(rounded[1][name], average)
                 torch.testing.assert_close(rounded[1][name], average, rtol=0, atol=1e-3)  # of updates of 1e-2 each
+
+
+def test_blocks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of whole vectors of the processor, with a rest, against torch's kernel over everything and the average after it."""
+    monkeypatch.setattr(one_pass, "_BLOCK", 64)
+    torch.manual_seed(0)
+    group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.0}
+    weights = [torch.nn.Parameter(torch.randn(200)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    averages = [weight.detach().clone() for weight in weights]
+    ours, plain = OnePassAdamW([{"params": weights[:1], **group}], "fp32"), StepInGroupAdam([{"params": weights[1:], **group}])
+    ours.averages, ours.decay = {weights[0]: averages[0]}, 0.9
+    for _ in range(3):
+        for weight, gradient in zip(weights, [torch.randn(200)] * 2, strict=True):
+            weight.grad = gradient.clone()
+        ours.step()
+        plain.step()
+        torch._foreach_lerp_(averages[1:], [weights[1].detach()], 1 - 0.9)
+    assert torch.equal(*(weight.detach() for weight in weights)) and torch.equal(*averages)
 
 
 def test_the_function_of_the_gpu_has_the_same_formulas() -> None:
