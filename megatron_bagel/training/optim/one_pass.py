@@ -49,7 +49,9 @@ class OnePassAdamW(GroupwiseOptimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], state_dtype: StateDtype) -> None:
-        super().__init__(groups, {})
+        # torch takes no views as weights, and the slices of Megatron's distributed optimizer are views.
+        super().__init__([{"params": [torch.zeros(0)]}], {})
+        self.param_groups = list(groups)
         if any(group["weight_decay"] for group in self.param_groups):
             raise ValueError("the optimizer in one pass has no weight decay")
         self.state_dtype = STATE_DTYPES[state_dtype]
