@@ -159,6 +159,8 @@ def _check_one_pass(config: Config) -> None:
     megatron, beta2 = config.megatron, config.training.beta2
     if megatron.one_pass_optimizer and not megatron.use_distributed_optimizer:
         raise ValueError("--one_pass_optimizer needs --use_distributed_optimizer, whose slices of weights it goes through")
+    if megatron.one_pass_optimizer and megatron.optimizer_cpu_offload:
+        raise ValueError("--one_pass_optimizer does not work with --optimizer_cpu_offload, which has an update of its own in host memory")
     if megatron.optimizer_state_dtype == "fp32":
         return
     if not megatron.one_pass_optimizer:

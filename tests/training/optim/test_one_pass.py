@@ -96,6 +96,8 @@ def test_the_function_of_the_gpu_has_the_same_formulas() -> None:
 def test_what_it_needs() -> None:
     with pytest.raises(ValueError, match="needs --use_distributed_optimizer"):
         OptimizerSettings(lr=1.0, one_pass=True, use_distributed_optimizer=False)
+    with pytest.raises(ValueError, match="does not work with --optimizer_cpu_offload"):
+        OptimizerSettings(lr=1.0, bf16=True, one_pass=True, offload_fraction=1.0)
     with pytest.raises(ValueError, match="needs --one_pass_optimizer"):
         OptimizerSettings(lr=1.0, state_dtype="bf16")
 
