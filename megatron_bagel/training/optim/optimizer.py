@@ -71,7 +71,7 @@ class OptimizerSettings:
         if self.one_pass and not self.use_distributed_optimizer:
             raise ValueError("--one_pass_optimizer needs --use_distributed_optimizer: it goes through the slice of weights of this rank")
         if self.one_pass and self.offload_fraction:
-            raise ValueError("--one_pass_optimizer does not work with --optimizer_cpu_offload, which has an update of its own in host memory")
+            raise ValueError("--one_pass_optimizer does not work with --optimizer_cpu_offload, which updates in host memory")
         if self.state_dtype != "fp32" and not self.one_pass:
             raise ValueError("--optimizer_state_dtype bf16 needs --one_pass_optimizer, the only one with moments of another type")
         if self.distributed_optimizer_instances > 1 and not self.use_distributed_optimizer:
