@@ -44,8 +44,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
 
     def work() -> int:
         from megatron_bagel.checkpoint.dist import inspect
+        from megatron_bagel.checkpoint.dist.checksums import CHECKSUM_FILE
 
-        folder = command.step_folder(args.checkpoint)
+        # A step without one of its files is not found as a step, and is what verify is asked about.
+        is_step = args.mode == "verify" and (args.checkpoint / CHECKSUM_FILE).is_file()
+        folder = args.checkpoint if is_step else command.step_folder(args.checkpoint)
         if args.mode == "show":
             summary = inspect.summary(folder, tensors=args.tensors or args.json)
             print(json.dumps(summary, indent=1) if args.json else inspect.page(summary))
