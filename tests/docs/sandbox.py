@@ -78,7 +78,7 @@ ELSEWHERE = {
     "-m pip install": "makes the environment in which the tests run",
     "setup_env.sh": "makes the environment in which the tests run",
     "build_index.sbatch": "tests/examples/test_build_index_sbatch.py, with a stand-in for Slurm",
-    "--engine ray": "tests/data/index/test_ray_engine.py, on a Ray cluster of this machine",
+    "--engine ray": "tests/data/index/test_ray_engine.py, on Ray clusters of this machine",
     "verify_golden.py": "tests/tools/test_verify_golden.py, where the recorded numbers are",
     "record_runs.py": "tests/tools/test_record_runs.py, which records two cases and continues them",
     "compare_runs.py": "tests/tools/test_compare_runs.py, on each kind of input",

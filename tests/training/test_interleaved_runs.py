@@ -28,15 +28,12 @@ VIT = {"image_stride": 14, "max_image_size": 42, "min_image_size": 28}
 COLOURS = ("red", "blue", "green", "black")
 STEPS = 4
 SETTINGS = {"global_batch_size": 4, "total_steps": STEPS, "save_every": 2, "max_grad_norm": 0.5, "eps": 1e-6, "warmup_steps": 0}
-HALF = {"total_steps": STEPS // 2}
-#: Runs on two ranks: the flags of each start. A second start continues the checkpoint of the first on another layout.
+#: Runs on two ranks: the flags of each start.
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "dp2-three-workers": [{"num_workers": 3}],
     "cp2": [{CP: 2}],
     "pp2": [{PP: 2}],
     "tp2-sp": [SP_TP2],
-    "dp2-then-pp2": [HALF, {PP: 2}],
-    "tp2-then-cp2": [{**SP_TP2, **HALF}, {CP: 2, "num_workers": 1}],
 }
 
 
@@ -93,11 +90,10 @@ def result(results: Path) -> Result:
     "names",
     [
         pytest.param(["dp2-three-workers"], id="dp2"),
-        pytest.param([name for name in LAYOUTS if "then" not in name], marks=pytest.mark.slow, id="layouts"),
-        pytest.param([name for name in LAYOUTS if "then" in name], marks=pytest.mark.slow, id="resumes"),
+        pytest.param(list(LAYOUTS), marks=pytest.mark.slow, id="layouts"),
     ],
 )
-def test_layouts_and_a_resume_on_another_equal_one_process(world: Path, tmp_path: Path, names: list[str]) -> None:
+def test_layouts_equal_one_process(world: Path, tmp_path: Path, names: list[str]) -> None:
     history = run(run_config(world, tmp_path / "one", **mixed(world, **SETTINGS)))
     assert all(record["ce_tokens"] > 0 and record["mse_tokens"] > 0 for record in history)
     run_ranks(launch, 2, world, tmp_path, names, timeout=1500)
