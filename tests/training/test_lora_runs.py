@@ -34,7 +34,7 @@ from tests.costs.test_memory import held
 from tests.distributed import run_ranks
 from tests.planning.test_activations import kept_bytes
 from tests.runs import numbers, open_run, resolved, run, run_config
-from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, TP, VPP, assert_equal, cases, stored_tensors, trained, world_of
+from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, TP, VPP, Result, assert_equal, cases, stored_tensors, trained, world_of
 
 pytestmark = pytest.mark.distributed
 
@@ -59,6 +59,16 @@ def reference(world: Path) -> Any:
     return trained(world, world / "reference", 1, from_base(world, LORA))
 
 
+def assert_losses(ours: Result, theirs: Result) -> None:
+    """Loss, cross entropy and flow loss of every step to 1e-6.
+
+    With the epsilon of ``SETTINGS``. At 1e-15 AdamW makes a full update of a gradient that only rounding keeps from zero, and rounding
+    differs between layouts.
+    """
+    for left, right in zip(ours[0], theirs[0], strict=True):
+        assert left[1:4] == pytest.approx(right[1:4], rel=1e-6), left[0]
+
+
 LAYOUTS = {
     "tp2-sp-pp2": (4, {**SP_TP2, PP: 2}),
     "tp2": (2, {TP: 2}),
@@ -76,8 +86,7 @@ LAYOUTS = {
 def test_adapters_are_equal_on_every_layout(world: Path, tmp_path: Path, reference: Any, ranks: int, flags: dict[str, Any]) -> None:
     result = trained(world, tmp_path, ranks, from_base(world, {**LORA, **flags}))
     assert_equal(result, reference)
-    for left, right in zip(result[0], reference[0], strict=True):
-        assert left[1] == pytest.approx(right[1], rel=1e-6)
+    assert_losses(result, reference)
 
 
 @pytest.mark.slow
@@ -89,7 +98,7 @@ def test_the_other_layer_kinds_are_equal_on_layouts_too(world: Path, tmp_path: P
     one = trained(world, tmp_path / "one", 1, flags)
     result = trained(world, tmp_path / "four", 4, {**flags, **SP_TP2, PP: 2})
     assert_equal(result, one)
-    assert [step[1] for step in result[0]] == pytest.approx([step[1] for step in one[0]], rel=1e-6)
+    assert_losses(result, one)
 
 
 def test_a_checkpoint_holds_adapters_and_their_state_alone(reference: Any) -> None:
