@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of experts in the small world averages loads over the last steps."""
+"""The benchmark of experts in the small world compares models of equal active size, and averages loads over the last steps."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from benchmarks.small_world_experts import load_shares
+from benchmarks.small_world_experts import active_elements, load_shares
 
 
 def test_shares_are_those_of_the_last_steps(tmp_path: Path) -> None:
@@ -14,3 +14,11 @@ def test_shares_are_those_of_the_last_steps(tmp_path: Path) -> None:
     records = [{"step": step, "understanding": {"layers": [2], "load": load}} for step, load in enumerate(loads)]
     (tmp_path / "expert_load.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert load_shares(tmp_path) == {"layer 2": [0.5, 0.5]}
+
+
+def test_both_models_are_active_alike_but_for_the_routers(tmp_path: Path) -> None:
+    llm = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text(json.dumps(llm))
+    dense, experts = (active_elements(tmp_path, name) for name in ("dense", "experts"))
+    assert experts - dense == 3 * 4 * 32

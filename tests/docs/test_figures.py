@@ -15,7 +15,12 @@ from tests.docs.commands import PAGES, ROOT
 FIGURES = ROOT / "docs" / "figures"
 DRAWN = ("step", "pack", "expert_order", "shared_images", "index_files")
 #: Pictures of trained models, which their commands draw: picture -> the page that names the command.
-TRAINED = {"small_world_grid.png": "small_world.md", "small_world_marks.png": "small_world.md", "strip.png": "figures/strip.py"}
+TRAINED = {
+    "small_world_grid.png": "small_world.md",
+    "small_world_marks.png": "small_world.md",
+    "small_world_experts.png": "sparse_experts.md",
+    "strip.png": "figures/strip.py",
+}
 
 
 @pytest.fixture
