@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json
 from megatron_bagel.common.files import digest, write_whole
+from megatron_bagel.common.json_files import read_json
 
 CHECKSUM_FILE = "checksums.json"
 _PART = ".sums-"

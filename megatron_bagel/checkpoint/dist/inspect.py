@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_bagel.checkpoint.dist import unpickle_guard
-from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.checksums import file_problems, read_checksums
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.common.files import digest
 
 _PARALLEL_SIZES = (
@@ -111,7 +111,9 @@ def damage(folder: Path) -> list[str]:
         raise ValueError(f"{folder} has no checksums: an earlier version of megatron_bagel wrote it")
     progress = tqdm(sorted(sums), unit="file", desc="verifying", mininterval=1.0, disable=None)
     problems = [
-        f"{name} does not have the checksum it was written with" for name in progress if digest(folder / name).sha256 != sums[name]["sha256"]
+        f"{name} does not have the checksum it was written with"
+        for name in progress
+        if digest(folder / name).sha256 != sums[name]["sha256"]
     ]
     if not problems:
         unpickle_guard.refuse_code(folder)

@@ -21,11 +21,11 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 
 from megatron_bagel.checkpoint.dist import step_folders
-from megatron_bagel.parallel.rank_zero import from_all_ranks, on_first_rank
+from megatron_bagel.checkpoint.dist.load import fill
 from megatron_bagel.checkpoint.dist.local_files import RankFiles
 from megatron_bagel.checkpoint.dist.optimizer_state import optimizers_with_state
-from megatron_bagel.checkpoint.dist.load import fill
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
+from megatron_bagel.parallel.rank_zero import from_all_ranks, on_first_rank
 from megatron_bagel.platform.launch.nvidia_resiliency import local_checkpoint_manager
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class LocalCheckpoints:
             return
         newest_global_step = _newest_global_step(self._global) if self._rank == 0 else None
         head = {
-            **provenance(step, trained.arch, dist.get_world_size()), "start": self._start, "layout": parallel_sizes(), "run": dict(run_state),
-            "shape": shape_of(trained), "follows": newest_global_step,
+            **provenance(step, trained.arch, dist.get_world_size()), "start": self._start, "layout": parallel_sizes(),
+            "run": dict(run_state), "shape": shape_of(trained), "follows": newest_global_step,
         }  # fmt: skip
         # Ranks share the work once: after the first update the optimizer has its moments, and the set of tensors stays the same.
         content, self._distribution = MCoreTensorAwareStateDict.from_state_dict(

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bagel.common.json_files import read_json
 from megatron_bagel.checkpoint.dist.checksums import digests
 from megatron_bagel.common.files import write_whole
+from megatron_bagel.common.json_files import read_json
 
 _NAME = re.compile(r"iter_(\d+)_\d+_local(\.dirty)?\.(pt|json|json\.new)")
 

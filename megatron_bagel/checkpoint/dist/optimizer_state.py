@@ -2,7 +2,8 @@
 """Optimizer state in a checkpoint, which is the same on disk whether one optimizer holds all parameters or several share them.
 
 The vision tower has a separate optimizer if it is data-parallel over the world, and so have sparse experts that are divided over ranks. In
-all cases tensors are stored under their parameters' names. Everything else (step, learning rate, ...) is equal in all optimizers of a run and stored once.
+all cases tensors are stored under their parameters' names. Everything else (step, learning rate, ...) is equal in all optimizers of a
+run and stored once.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bagel.checkpoint.dist import checksums, step_folders
-from megatron_bagel.parallel.rank_zero import on_first_rank
-from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.state import Trained, data_parallel_group, provenance, sharded_state
+from megatron_bagel.checkpoint.dist.stored_run import belongs_to
 from megatron_bagel.checkpoint.dist.write_errors import is_space_short, space_advice, write_reasons
+from megatron_bagel.parallel.rank_zero import on_first_rank
 from megatron_bagel.platform import megatron_compat
 
 logger = logging.getLogger(__name__)

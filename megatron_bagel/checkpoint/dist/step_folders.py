@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from megatron_bagel.common.json_files import read_json
 from megatron_bagel.checkpoint.dist.checksums import file_problems, write_checksums
+from megatron_bagel.common.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -49,8 +49,8 @@ def refuse_adapters(state: Mapping[str, Any], folder: Path) -> None:
     stored = adapter_in(state)
     if stored is not None:
         raise ValueError(
-            f"{folder} holds the adapters of {stored.base.folder} and not a whole model. Continue it with the flags of its run (--lora_rank "
-            f"{stored.lora.rank} ...), or merge it first: megatron-bagel convert adapter merge"
+            f"{folder} holds the adapters of {stored.base.folder} and not a whole model. Continue it with the flags of its run "
+            f"(--lora_rank {stored.lora.rank} ...), or merge it first: megatron-bagel convert adapter merge"
         )
 
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_bagel.common.json_text import parse_json
 from megatron_bagel.checkpoint.dist.step_folders import LATEST_FILE, REPLACED, SAVING, STATE_FILE
+from megatron_bagel.common.json_text import parse_json
 
 #: Key of the run's identity in the state that a run continues with.
 RUN_ID = "run_id"

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.checkpoint.dist.state import provenance
+from megatron_bagel.checkpoint.dist.write_errors import is_space_short, source_error, write_reasons
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
-from megatron_bagel.checkpoint.dist.write_errors import is_space_short, source_error, write_reasons
 from megatron_bagel.common.writable import nearest_folder
 from megatron_bagel.config.architecture import BagelArch
 

@@ -39,7 +39,10 @@ class _Reader(torch_checkpoint.FileSystemReader):
         return self._metadata
 
     def whole(self, key: str, stored: TensorStorageMetadata) -> torch.Tensor | None:
-        """Return a tensor that was stored in one piece, or None. ``torch_checkpoint.load`` holds such a tensor twice: as read, and in place."""
+        """Return a tensor that was stored in one piece, or None.
+
+        ``torch_checkpoint.load`` holds such a tensor twice: as read, and in place.
+        """
         places = self.read_metadata().storage_data or {}
         if len(stored.chunks) != 1 or stored.chunks[0].sizes != stored.size:
             return None

@@ -127,7 +127,7 @@ def test_any_damage_to_any_file_is_found_by_name(saved: Path, tmp_path: Path, ca
             assert (at_once or harm is _flip) and later, f"{harm} of {name}"
             assert name == checksums.CHECKSUM_FILE or any(name in line for line in later)
             assert inspect_checkpoint.main(["verify", str(copy)]) == 1, f"{harm} of {name}"
-            assert capsys.readouterr().err.startswith("inspect_checkpoint: ")
+            assert capsys.readouterr().err.startswith("megatron-bagel convert inspect: ")
             shutil.rmtree(copy)
     assert inspect_checkpoint.main(["verify", str(saved)]) == 0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bagel.checkpoint.dist import step_folders
-from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.saver import Saver, SaveSettings
+from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.dist.write_errors import is_space_short
 from tests.checkpoint.tiny_run import tiny_run, train_step
 from tests.distributed import run_ranks

@@ -89,6 +89,8 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
     (folder / step_folders.STATE_FILE).write_text(content)
     with pytest.raises(ValueError, match=rf"{step_folders.STATE_FILE} is damaged"):
         step_folders.read_state(folder)
+
+
 def test_retention_counts_and_removes_only_the_own_checkpoints(tmp_path: Path) -> None:
     own, other = [_fake(tmp_path, step) for step in (2, 4, 6)], _fake(tmp_path, 3)
     assert step_folders.retain(tmp_path, keep_last=2, keep_every=0, is_own=lambda folder: folder != other) == own[:1]
