@@ -20,7 +20,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bagel"
 TRAINING = ("config", "costs", "data", "encoders", "layout", "model", "parallel", "planning", "platform", "training")
 INFERENCE = ("inference", "assembly/opened_model.py")
 #: Modules of these rooms that commands of data alone reach.
-DATA_COMMANDS = ("data/inspect", "data/index/publish.py", "data/index/clean_copy.py", "encoders/latent_writer.py")
+DATA_COMMANDS = (
+    "data/inspect", "data/index/publish.py", "data/index/clean_copy.py", "encoders/latent_writer.py", "encoders/latent_ray.py",
+    "platform/launch/ray_cluster.py",
+)  # fmt: skip
 #: Flags of Docker and of torchrun, and what is no setting.
 FOREIGN = {"__ipc", "__shm_size", "__nproc_per_node", "__help", "__no_", "__config", "__x_y"}
 #: What a build inside of training, whose options are defaults, never meets.

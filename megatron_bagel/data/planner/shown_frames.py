@@ -23,7 +23,9 @@ def frame_sampler(group: GroupConfig) -> FrameSampler:
     """Return the group's sampler. Raises ValueError if the config has none although the index holds videos, or PyAV is not installed."""
     video_library()
     if group.frame_sampler is None:
-        raise ValueError(f"group {group.name}: the index holds videos (--store_videos); give the group frame_sampler_args")
+        raise ValueError(
+            f"group {group.name}: the index holds videos (megatron-bagel data build --store_videos); give the group frame_sampler_args"
+        )
     return group.frame_sampler
 
 
