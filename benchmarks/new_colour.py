@@ -139,8 +139,10 @@ def trained_share(lesson: Lesson) -> tuple[int, int]:
     if stored is None:
         raise ValueError(f"{lesson.work}/checkpoints holds no adapters; remove {lesson.work} and begin again")
     arch = HFFolder(lesson.model).arch
-    adapters, base = AdapterMap(arch, stored.lora).entries, WeightMap(arch).entries
-    return tuple(sum(prod(entry.shape) for entry in entries.values()) for entries in (adapters, base))  # type: ignore[return-value]
+    adapters, base = (
+        sum(prod(entry.shape) for entry in weight_map.entries.values()) for weight_map in (AdapterMap(arch, stored.lora), WeightMap(arch))
+    )
+    return adapters, base
 
 
 def table_of(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a file too, without installing the benchmarks
 
 from benchmarks.record import report  # noqa: E402
-from megatron_bagel.training.optim.one_pass import OnePassAdamW  # noqa: E402
+from megatron_bagel.training.optim.one_pass import OnePassAdamW, StateDtype  # noqa: E402
 
 DECAY = 0.9999
 
@@ -47,10 +47,10 @@ def plain(weights: list[torch.nn.Parameter]) -> Callable[[], None]:
     return step
 
 
-def in_one_pass(weights: list[torch.nn.Parameter], state_dtype: str) -> Callable[[], None]:
+def in_one_pass(weights: list[torch.nn.Parameter], state_dtype: StateDtype) -> Callable[[], None]:
     """The same in one pass."""
     group = {"params": weights, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.0}
-    optimizer = OnePassAdamW([group], state_dtype)  # type: ignore[arg-type]
+    optimizer = OnePassAdamW([group], state_dtype)
     optimizer.decay, optimizer.averages = DECAY, {weight: weight.detach().clone() for weight in weights}
     return optimizer.step
 

@@ -66,8 +66,8 @@ def process_exists(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
-        return True
+    except PermissionError:  # it belongs to another user
+        pass
     return True
 
 

@@ -7,6 +7,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_bagel.platform.launch.ray_cluster import RayCluster
 
@@ -26,8 +27,8 @@ class Engine:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that ``chosen_engine`` reads."""
 
-    def flag(name: str, **settings: object) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)  # type: ignore[arg-type]
+    def flag(name: str, **settings: Any) -> None:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
     flag("engine", choices=ENGINES, default=ENGINES[0], help="what does the work: this machine (processes, default); the tasks of a Slurm "
          "array, each of which takes its number from Slurm (slurm-array); or a Ray cluster, which starts the shard of a lost worker "

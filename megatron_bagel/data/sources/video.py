@@ -8,6 +8,7 @@ holds pictures of known size and training decodes no video; with ``--store_video
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,18 +93,30 @@ def video_info(data: bytes) -> VideoInfo:
 
     Raises ValueError if PyAV is not installed, or if it cannot decode the bytes.
     """
-    av = video_library()
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            rate = container.streams.video[0].average_rate
-            frames = sum(packet.size > 0 for packet in container.demux(video=0))
+    with _readable() as av:
+        frames, fps = _frames_and_rate(data)
         with av.open(io.BytesIO(data)) as container:
             first = next(container.decode(video=0), None)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"not a readable video ({error})") from error
     if first is None or not frames:
         raise ValueError("the video has no frame")
-    return VideoInfo(frames, float(rate or 1), first.width, first.height)
+    return VideoInfo(frames, fps, first.width, first.height)
+
+
+@contextmanager
+def _readable() -> Iterator[ModuleType]:
+    """Yield PyAV, and raise ValueError where it cannot decode a video in the block, or is not installed."""
+    av = video_library()
+    try:
+        yield av
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"not a readable video ({error})") from error
+
+
+def _frames_and_rate(data: bytes) -> tuple[int, float]:
+    """Return the number of frames of a video file, counted by packets, and frames per second."""
+    with video_library().open(io.BytesIO(data)) as container:
+        rate = container.streams.video[0].average_rate
+        return sum(packet.size > 0 for packet in container.demux(video=0)), float(rate or 1)
 
 
 class VideoReader:
@@ -133,16 +146,11 @@ def video_frames(data: bytes, sampler: FrameSampler, *key: int | str) -> list[by
 
     Raises ValueError if PyAV is not installed, or if it cannot decode the bytes.
     """
-    av = video_library()
-    try:
+    with _readable() as av:
+        total, fps = _frames_and_rate(data)
         with av.open(io.BytesIO(data)) as container:
-            rate = container.streams.video[0].average_rate
-            total = sum(packet.size > 0 for packet in container.demux(video=0))
-        with av.open(io.BytesIO(data)) as container:
-            frame_numbers = set(sampler.choose(total, float(rate or 1), *key)) if total else set()
+            frame_numbers = set(sampler.choose(total, fps, *key)) if total else set()
             frames = [_jpeg(frame) for number, frame in enumerate(container.decode(video=0)) if number in frame_numbers]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"not a readable video ({error})") from error
     if not frames:
         raise ValueError("the video has no frame")
     return frames

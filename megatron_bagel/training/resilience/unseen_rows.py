@@ -44,15 +44,14 @@ class UnseenRows(StepHook):
         self._rows, self._events = rows, events
         self._ids = np.array(sorted(rows.tokens), dtype=np.int64)
         self._seen = np.zeros(len(self._ids), dtype=bool)
-        self._steps, self._due = 0, min(_PATIENCE, rows.total_steps)
+        self._steps, self._due, self._said = 0, min(_PATIENCE, rows.total_steps), False
 
     def start(self) -> None:
         """Stay silent in a run that has said it before."""
         file = self._rows.results_dir / EVENTS
         # Not read as JSON: a killed run may have left half a line.
         said = file.is_file() and re.search(f'"event": "{_KIND}"', file.read_text(encoding="utf-8", errors="replace"))
-        if said:
-            self._due = 0
+        self._said = bool(said)
 
     def packs(self, packs: Sequence[LoadedPack]) -> None:
         """Note the tokens of this replica's texts."""
@@ -65,8 +64,9 @@ class UnseenRows(StepHook):
         self._steps += 1
         if self._steps != self._due:
             return
+        # Every rank takes part, also one that has not said it: where results_dir is a disk of its own, ranks see different files.
         missing = [self._rows.tokens[int(row)] for row in self._ids[~self._seen_by_all()]]
-        if missing:
+        if missing and not self._said:
             self._events.write(
                 done.step, _KIND,
                 f"{len(missing)} of the {len(self._ids)} new rows of the vocabulary have not come in {self._due} steps "

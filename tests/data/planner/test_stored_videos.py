@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 
@@ -21,28 +20,12 @@ from megatron_bagel.data.sources.row_rules import RowRules
 from megatron_bagel.data.sources.stored_videos import conversation_problem, video_numbers, with_frames
 from megatron_bagel.data.sources.video import FrameSampler, VideoInfo
 from megatron_bagel.layout.pack import PackImage, build_pack
+from tests.data.clips import FRAMES, video
 from tests.data.index_files import groups_of, noise_png, talk, write_lines
 from tests.data.interleaved_rows import VIT
 from tests.strategies import SPEC
 
-FRAMES = 20
 SAMPLER = {"max_num_frames": 6, "min_num_frames": 2}
-
-
-def video() -> bytes:
-    """A clip of 20 frames that grow brighter."""
-    av = pytest.importorskip("av")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(FRAMES):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 12 * number, dtype=np.uint8), format="rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return file.getvalue()
 
 
 @given(st.integers(1, 300), st.sampled_from([5.0, 29.97]), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))

@@ -17,6 +17,7 @@ from megatron_bagel.data.index.reader import IndexedSamples
 from megatron_bagel.data.sources import parse
 from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, TEXT_ITEM
 from megatron_bagel.data.sources.video import FrameSampler, video_frames
+from tests.data.clips import video
 from tests.data.index_files import groups_of, reasons, talk, write_lines
 
 QUIET = BuildOptions(progress=False)
@@ -109,19 +110,8 @@ def test_videos_are_kept_out_where_they_cannot_be_read(goldens: Path, tmp_path: 
 
 
 def test_frames_of_a_real_video() -> None:
-    """A clip of 20 frames that grow brighter, written and read by PyAV (the extra ``video``)."""
-    av = pytest.importorskip("av")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 12 * number, dtype=np.uint8), format="rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    frames = [Image.open(io.BytesIO(data)) for data in video_frames(file.getvalue(), FrameSampler(5, 5, "middle"), 0, 0)]
+    """The chosen frames of a clip whose frames grow brighter."""
+    frames = [Image.open(io.BytesIO(data)) for data in video_frames(video(), FrameSampler(5, 5, "middle"), 0, 0)]
     assert [frame.size for frame in frames] == [(64, 48)] * 5
     shown = [np.asarray(frame).mean() / 12 for frame in frames]
     assert shown == pytest.approx([1, 5, 9, 13, 17], abs=1.0)
