@@ -66,7 +66,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.2",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.7",
         "pytest-cov>=7",
         "hypothesis>=6.90",
         "webdataset>=0.2.86",

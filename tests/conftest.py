@@ -25,6 +25,12 @@ hypothesis.settings.load_profile("no-deadline")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that start several processes first: a long file that begins last keeps one process of the suite busy alone."""
+    files = {item.path for item in items if item.get_closest_marker("distributed") is not None}
+    items.sort(key=lambda item: item.path not in files)
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Return the folder with numbers recorded from the original implementation: ``tests/goldens``, or what the environment names."""

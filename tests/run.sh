@@ -14,8 +14,8 @@ python=${MEGATRON_BAGEL_VENV:-$root/.venv}/bin/python
 # Tests start hundreds of processes, each of which would compile the package again.
 unset PYTHONDONTWRITEBYTECODE
 # The whole suite runs in three processes, because tests of several ranks wait for each other often enough to leave one of two cores idle; a file
-# stays in one of them, because its tests share fixtures.
-if [ $# -eq 0 ]; then set -- -n 3 --dist loadfile; fi
+# stays in one of them, because its tests share fixtures, and files go in the order of tests/conftest.py.
+if [ $# -eq 0 ]; then set -- -n 3 --dist loadfile --no-loadscope-reorder; fi
 if [ "$1" != --cov ]; then exec "$python" -m pytest -q -m "not slow" "$@"; fi
 
 shift

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--goldens {goldens}: there is no train/expected.json in it", file=sys.stderr)
         return 2
     if arguments.attention_backend.startswith("flex") and not platform.has_gpu():
-        print("--attention-backend flex has no backward pass on a CPU; use sdpa or dense", file=sys.stderr)
+        print(f"--attention-backend {arguments.attention_backend} has no backward pass on a CPU; use sdpa or dense", file=sys.stderr)
         return 2
     torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU would round to ten bits
     results = []

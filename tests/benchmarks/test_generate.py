@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.generate import main
 from benchmarks.record import read_record
 
 
+@pytest.mark.slow
 def test_cached_and_anew_agree(tmp_path: Path) -> None:
     argv = ["--config", "bench-tiny", "--tokens", "4", "--side", "32", "--steps", "3", "--batch", "2", "--output", str(tmp_path / "a.json")]
     result = main(argv)

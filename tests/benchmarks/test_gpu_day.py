@@ -19,6 +19,7 @@ def run_tiny(results: Path, *words: str) -> int:
     return main(["--tiny", "--results", str(results), *words])
 
 
+@pytest.mark.slow
 def test_a_part_leaves_a_record_and_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tiny(tmp_path, "--only", "step", "autoencoder") == 0
     records = {path.stem.rpartition("-")[2]: read_record(path) for path in tmp_path.glob("gpu_day-*.json")}

@@ -21,6 +21,7 @@ def test_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert set(result) == SIZES and all(len(figures["later_faults"]) == 2 for figures in result.values())
 
 
+@pytest.mark.slow
 def test_a_fresh_process() -> None:
     result = measure_settings(huge_pages=False, keep_freed=False, repeats=1)
     assert set(result) == SIZES and all(len(figures["later_faults"]) == 1 for figures in result.values())

@@ -19,6 +19,7 @@ def test_host_work_is_measured_for_each_size(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_scaling_tables_go_into_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"

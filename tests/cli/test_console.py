@@ -19,7 +19,7 @@ LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] .+")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_prints_only_its_own_lines(tmp_path: Path, processes: int) -> None:
     config = tmp_path / "run.yaml"
     flags = {"global_batch_size": 2, "total_steps": 2, "auto_resume": False}

@@ -84,6 +84,7 @@ def peft_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_and_other_models_of_converters_are_named_too(goldens: Path, tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "adapter")
     with running_hub() as hub:

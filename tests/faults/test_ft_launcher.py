@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 LAUNCH = "--standalone --nproc-per-node 2 --max-restarts 2 --ft-rank-heartbeat-timeout 20 --ft-workload-check-interval 1"
 
 
+@pytest.mark.slow
 def test_the_monitor_ends_a_rank_that_is_stopped_and_the_run_continues(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     config = run_config(world, tmp_path, 2, total_steps=STEPS, save_every=2, auto_resume=False)
     config.save(tmp_path / "run.yaml")

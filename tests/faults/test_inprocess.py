@@ -37,6 +37,7 @@ def reports(config: Config) -> list[str]:
     return [path.read_text() for path in sorted((Path(config.training.results_dir) / "errors").glob("*.txt"))]
 
 
+@pytest.mark.slow
 def test_an_error_of_all_ranks_starts_them_again_in_the_same_processes(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     config = restarting(world, tmp_path, 1)
     ranks = start_ranks(config, 2, fault=_errors(3))

@@ -88,6 +88,7 @@ def test_killed_ranks_continue_from_the_local_step(
     assert_same_end(config, straight, tensors)
 
 
+@pytest.mark.slow
 def test_without_one_ranks_file_the_checkpoint_is_used(
     world: Path, lost: Path, straight: list[tuple], tensors: dict[str, torch.Tensor]
 ) -> None:

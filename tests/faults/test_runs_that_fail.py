@@ -69,6 +69,7 @@ def _slow_steps(rank: int) -> None:
     after_gradients(lambda model, computation: time.sleep(0.5))
 
 
+@pytest.mark.slow
 def test_too_little_time_for_a_save_is_told_before_the_signal(world: Path, tmp_path: Path) -> None:
     config = two(world, tmp_path, total_steps=50, save_every=2, preemption_grace_seconds=0.7)
     ranks = start_ranks(config, 2, fault=_slow_steps)
@@ -130,6 +131,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(world: Path, tmp
     assert again(config) == straight
 
 
+@pytest.mark.slow
 def test_a_skipped_step_moves_nothing_but_the_data(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 
@@ -148,6 +150,7 @@ def test_a_skipped_step_moves_nothing_but_the_data(world: Path, tmp_path: Path, 
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["bad_steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_rerun_finds_the_rank_that_computed_wrongly(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     """A wrong result that does not come again: the second one is used, and the run is the one without the fault."""
     config = two(world, tmp_path, on_bad_step="rerun")
@@ -186,6 +189,7 @@ def _shifted_clock(rank: int) -> None:
         time.time = lambda: real() - 3600
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_wrong_changes_nothing(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     config = two(world, tmp_path, straggler_every=2)
     ranks = start_ranks(config, 2, fault=_shifted_clock)
@@ -205,6 +209,7 @@ def _slow_loader(rank: int) -> None:
     PackReader.__getitem__ = slow
 
 
+@pytest.mark.slow
 def test_a_slow_loader_is_named_and_changes_nothing(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     config = two(world, tmp_path, straggler_every=3)
     ranks = start_ranks(config, 2, fault=_slow_loader)

@@ -48,7 +48,9 @@ def _dense_blocks(pack: Pack, queries: np.ndarray, keys: np.ndarray, block: int)
     return np.array(some), np.array(full)
 
 
-@pytest.mark.parametrize("plan", KINDS[:3], ids=lambda kind: kind.__name__, indirect=True)
+@pytest.mark.parametrize(
+    "plan", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:3])], ids=lambda kind: kind.__name__, indirect=True
+)
 def test_block_masks_of_long_packs_equal_the_oracle(plan: list[Sample]) -> None:
     """128 x 128 blocks: all of one rank alone, and a rank's queries against the keys of sixteen."""
     pack = build_pack(plan, LONG)

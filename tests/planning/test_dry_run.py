@@ -88,7 +88,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "dp2", "tp2-sp"))
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp"))
 def test_a_dry_run_is_the_run(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, "bf16": True, **flags})
     reports = dry_runs(config, ranks, tmp_path)

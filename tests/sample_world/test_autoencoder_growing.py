@@ -31,6 +31,7 @@ def test_grown_model_codes_a_picture_as_the_small_one_codes_it_shrunk() -> None:
         assert large.decode(latents).shape == (2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_growing_model_learns_at_every_stage() -> None:
     generator = torch.Generator().manual_seed(0)
     model, losses = seed_autoencoder(ARCH, generator), []

@@ -118,8 +118,13 @@ def test_without_goldens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.skipif(platform.has_gpu(), reason="flex is for GPUs")
-def test_flex_is_refused_on_a_cpu_and_another_backend_is_used(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_golden.main(["--goldens", str(goldens), "--attention-backend", "flex"]) == 2
-    assert "backward" in capsys.readouterr().err
+@pytest.mark.parametrize("backend", ["flex", "flex_flash"])
+def test_flex_is_refused_on_a_cpu(goldens: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    assert verify_golden.main(["--goldens", str(goldens), "--attention-backend", backend]) == 2
+    assert f"--attention-backend {backend} has no backward" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_backend_is_used(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_golden.main(["--goldens", str(goldens), "--attention-backend", "dense"]) == 0
     assert "all within tolerance" in capsys.readouterr().out

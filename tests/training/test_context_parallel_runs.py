@@ -54,7 +54,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "cp2", "tp2-sp-cp2-a2a"))
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-cp2-a2a"))
 def test_shared_packs_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     assert_equal(trained(world, tmp_path, ranks, flags), reference.run({}))
 
@@ -73,7 +73,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "layout", "flags"), cases(KINDS, "text-alone-pp2"))
+@pytest.mark.parametrize(("ranks", "layout", "flags"), cases(KINDS))
 def test_every_kind_of_training_equals_one_process(
     world: Path, tmp_path: Path, reference: Reference, ranks: int, layout: dict, flags: dict
 ) -> None:

@@ -50,7 +50,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "tp2-sp-pp2-workers", "constant-memory-pp2-overlap"))
+@pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "constant-memory-pp2-overlap"))
 def test_placements_equal_one_process(world: Path, tmp_path: Path, reference: Reference, ranks: int, flags: dict) -> None:
     """Whatever the process-wide generators hold, which the ranks inherit: nothing of a run may be drawn from them."""
     # What a checkpoint stores of the optimizer depends on its kind.

@@ -121,6 +121,7 @@ def test_a_hook_sees_every_moment_of_a_run(world: Path, tmp_path: Path) -> None:
     assert error == ""
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_hook_that_fails_ends_the_run_with_its_error(world: Path, tmp_path: Path) -> None:
     config = run_config(world, tmp_path / "broken", 2, total_steps=3, save_every=1)

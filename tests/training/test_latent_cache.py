@@ -76,6 +76,7 @@ def test_the_same_losses_without_a_vae(world: Path, tmp_path: Path, ranks: int, 
     assert all(record["mse"] > 0 for record in encoded)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_evaluated_as_a_run_that_encodes(world: Path, tmp_path: Path) -> None:
     assert main(command(world, tmp_path / "latents")) == 0

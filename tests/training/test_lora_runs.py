@@ -222,6 +222,7 @@ def test_what_cannot_work_is_refused_with_the_reason(world: Path, tmp_path: Path
         run_config(world, tmp_path, **from_base(world, {**LORA, **flags}))
 
 
+@pytest.mark.slow
 def test_dropout_and_resume_on_another_layout(world: Path, tmp_path: Path) -> None:
     """Dropout draws the same on two stages with recomputation as in one process, before and after a resume."""
     one = trained(world, tmp_path / "one", 1, from_base(world, DROPOUT))

@@ -72,6 +72,7 @@ def test_two_ranks_give_the_same_numbers(world: Path, tmp_path: Path, straight: 
     close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags), ranks=2)), straight)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_continues_the_run(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
     run(run_config(world, tmp_path, total_steps=3), ranks=2)
     close(numbers(run(run_config(world, tmp_path, total_steps=6))), straight)

@@ -38,6 +38,7 @@ def _flip(path: Path, where: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_background_saves_are_the_waited_for_ones_and_old_ones_go(world: Path, tmp_path: Path) -> None:
     flags = {"total_steps": 4, "save_every": 1}
     waited = run_config(world, tmp_path / "waited", 2, **flags)

@@ -29,7 +29,9 @@ def test_continuation_equals_the_run_that_was_not_stopped(tmp_path: Path, option
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("bf16", "others"), [(False, (1, 3)), (True, (1,))], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("bf16", "others"), [pytest.param(False, (1, 3), id="fp32"), pytest.param(True, (1,), id="bf16", marks=pytest.mark.slow)]
+)
 def test_two_ranks_continue_and_another_number_takes_over(tmp_path: Path, bf16: bool, others: tuple[int, ...]) -> None:
     options = {"bf16": bf16}
     expected = run_ranks(train_and_save, 2, tmp_path, options, parallel={})

@@ -100,6 +100,7 @@ def test_a_packs_picture_has_a_value_for_every_token(samples: list) -> None:
         assert len(values) == pack.sequence_length and set(values.tolist()) <= set(range(len(colours))), title
 
 
+@pytest.mark.slow
 def test_the_short_name_hides_no_module_of_python(index: Path) -> None:
     told = subprocess.run([sys.executable, "-m", "data_tools.inspect", str(index)], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

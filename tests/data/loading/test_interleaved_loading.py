@@ -65,7 +65,7 @@ def step(loaders: list[PackLoader]) -> dict[int, str]:
     return digests
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
 @given(st.lists(item_lists(), min_size=2, max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, STEPS))
 def test_any_replicas_and_any_resume_give_the_packs_of_one(goldens: Path, rows: list, first: int, second: int, stop: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

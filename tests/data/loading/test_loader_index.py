@@ -177,6 +177,7 @@ def test_a_slow_picture_does_not_stop_the_reading_of_others(goldens: Path, index
     slow.close()
 
 
+@pytest.mark.slow
 def test_memory_is_steady(goldens: Path, index: IndexedSamples, spec: LayoutSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of steps over many epochs leave nothing behind; a pack's pixels alone are half a megabyte."""
     monkeypatch.setattr("megatron_bagel.data.planner.planner._REMEMBERED_PACKS", 16)

@@ -80,7 +80,7 @@ def _every_pack(plans: list[list[Sample]], ranks: int) -> None:
             _check(pack, context_orders(pack, ranks, multiple=4), comm_type, "dense")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @settings(max_examples=4, deadline=None)
 @given(plans=st.lists(samples(max_samples=6), min_size=6, max_size=12))
 def test_ranks_equal_the_oracle(ranks: int, plans: list[list[Sample]]) -> None:

@@ -39,6 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_on_two_ranks_tells_of_the_same_batches_as_on_one(world: Path, tmp_path: Path) -> None:
     traces = {"profile": True, "profile_step_start": 1, "profile_step_end": 2, "profile_ranks": [1]}

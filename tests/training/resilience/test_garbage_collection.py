@@ -135,6 +135,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ranks_of_a_run_collect_at_the_same_steps_and_its_numbers_stay(world: Path, tmp_path: Path) -> None:
     from megatron_bagel.training.observability.metrics_file import read_history

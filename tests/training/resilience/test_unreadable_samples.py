@@ -70,6 +70,7 @@ def test_broken_pictures_are_replaced_alike_on_any_layout(world: Path, tmp_path:
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_replacement_continues_bit_for_bit(world: Path, without_checksums: Path, tmp_path: Path) -> None:
     """The last checkpoint is gone, as after a kill before it: steps done again are the same, and nothing is listed twice.
 
