@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.20",
     "transformers>=4.49",
+    "tokenizers>=0.21",
     "safetensors>=0.4",
     "huggingface_hub>=0.26",
     "numpy>=1.26",
