@@ -73,6 +73,7 @@ EXTRAS_REQUIRE = {
         "webdataset>=0.2.86",
         "s3fs>=2024.2",
         "moto[server]>=5",
+        "av>=11",
         "peft>=0.17",
         "diffusers>=0.30",
         "mypy>=2.4,<3",
