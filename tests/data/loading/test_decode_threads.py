@@ -33,7 +33,7 @@ def test_results_come_in_the_order_of_the_jobs(threads: int) -> None:
 
 
 def test_jobs_run_side_by_side_and_their_errors_arrive() -> None:
-    together = threading.Barrier(3, timeout=20)
+    together = threading.Barrier(3, timeout=240)
     DecodeThreads(3).map(lambda _: together.wait(), range(3))  # would end in a broken barrier, one after the other
     with pytest.raises(ZeroDivisionError):
         DecodeThreads(2).map(lambda job: 1 // job, [1, 0])

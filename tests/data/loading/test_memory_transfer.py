@@ -42,7 +42,7 @@ def test_a_record_arrives_as_it_was_sent(monkeypatch: pytest.MonkeyPatch, has_me
 
     process = context.Process(target=sender)
     process.start()
-    arrived, expected = queue.get(timeout=60).open(), record()
+    arrived, expected = queue.get(timeout=240).open(), record()
     received.set()
     process.join()
     assert arrived.number == expected.number

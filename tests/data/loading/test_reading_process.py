@@ -87,7 +87,7 @@ for pages in range(1, 13, 2):
 def end(process: subprocess.Popen) -> tuple[int, list[str]]:
     """The exit status and what was printed. A process that does not end is killed with its children and fails the test."""
     try:
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
