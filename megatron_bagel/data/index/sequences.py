@@ -124,6 +124,9 @@ def _offset_problem(path: Path, count: int, data_bytes: int, multimodal: bool) -
     ends = np.cumsum(lengths, dtype=np.int64)
     if count and (lengths.min() < 0 or offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1])):
         return "its offsets and lengths disagree"
+    starts = np.frombuffer(content, "<i8", documents, HEADER_BYTES + 12 * count)  # of samples, and the end of the last one
+    if not documents or starts[0] != 0 or starts[-1] != count or (starts[1:] < starts[:-1]).any():
+        return "the samples that it lists do not follow each other"
     total = int(ends[-1]) if count else 0
     return None if total == data_bytes else f"its sequences fill {total} bytes, the .bin has {data_bytes}"
 

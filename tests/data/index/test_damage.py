@@ -13,7 +13,7 @@ from megatron_bagel.cli.data.verify import main as verify
 from megatron_bagel.data.index.build import BuildOptions, build_index
 from megatron_bagel.data.index.format import MANIFEST
 from megatron_bagel.data.index.reader import DatasetReader, IndexedSamples
-from megatron_bagel.data.index.sequences import SMALL_BYTES
+from megatron_bagel.data.index.sequences import SMALL_BYTES, open_indexed
 from tests.data.index_files import groups_of, noise_png, write_t2i
 
 RED = '{"a": "red", "b": "a red circle"}'
@@ -74,6 +74,25 @@ def test_a_flipped_bit_of_the_offsets(index: Path, offset: int) -> None:
     flip(shard_file(index, "idx"), offset)
     with pytest.raises(ValueError, match=r"00000\.idx is damaged"):
         opened(index).image_bytes(0, 0)
+
+
+def test_a_flipped_bit_anywhere_in_the_table_is_refused_or_harmless(index: Path) -> None:
+    """Of the two tables at its end, samples and modes, nothing is read; what Megatron-Core asserts of them is checked before."""
+    path = shard_file(index, "idx")
+    whole = path.read_bytes()
+    undamaged = [opened(index).image_bytes(row, 0) for row in range(3)]
+    harmless = []
+    for offset in range(len(whole)):
+        for bit in (0, 7):
+            flip(path, offset, bit)
+            open_indexed.cache_clear()
+            try:
+                assert [opened(index).image_bytes(row, 0) for row in range(3)] == undamaged
+                harmless.append(offset)
+            except ValueError as error:
+                assert "00000.idx is damaged" in str(error)
+            path.write_bytes(whole)
+    assert min(harmless) >= 34 + 9 * 12
 
 
 def test_a_table_of_zeros(index: Path) -> None:
