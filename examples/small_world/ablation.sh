@@ -28,7 +28,7 @@ one() { # NAME EXAM_FLAGS TRAINING_FLAGS...
     ln -sfn "$OUT/both/index" "$OUT/$name/index"
   fi
   printf '\n#### %s\n' "$name"
-  QUESTION_STEPS=0 WEIGHTS="1.5 1 1.5 1" EXAM=$exam bash $HERE/run.sh "$OUT/$name" "$@"
+  QUESTION_STEPS=0 PUZZLE_STEPS=0 WEIGHTS="1.5 1 1.5 1" EXAM=$exam bash $HERE/run.sh "$OUT/$name" "$@"
 }
 
 one both "" "$@"

@@ -3,7 +3,8 @@
 
 python examples/small_world/exam.py ask WORLD_JSON OUT          writes OUT/prompts.jsonl, OUT/truth.jsonl and the pictures shown
 python examples/small_world/exam.py marks ASKED ANSWERS         reads ANSWERS/<step>/results.jsonl, prints the last step's table, and
-                                                               writes marks.jsonl, marks.png and grid.png into ANSWERS
+                                                               writes marks.jsonl, marks.png and grid.png into ANSWERS;
+                                                               --puzzles RUN adds the last marks of an output folder of interleaved.sh
 python examples/small_world/exam.py compare RUN RUN ...         a table of the last marks of several output folders of run.sh
 """
 
@@ -63,8 +64,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
-    """Marks of every step on disk, the last one's table on the console."""
+def mark(asked: Path, answers: Path, autoencoder: Path | None, puzzles: Path | None) -> None:
+    """Marks of every step on disk, the last one's table on the console, with the last marks of the puzzles' own model below."""
     rows = []
     for folder in steps_of(answers):
         table = marks(asked, folder)
@@ -76,8 +77,8 @@ def mark(asked: Path, answers: Path, autoencoder: Path | None) -> None:
     draw_curves(rows, answers / "marks.png")
     if any("image" in item for row in read_lines(steps_of(answers)[-1] / "results.jsonl") for item in row.get("items", [row])):
         picture_grid(asked, steps_of(answers)[-1]).save(answers / "grid.png")
-    print(f"after {rows[-1]['step']} steps")
-    print_table(table)
+    print(f"after {rows[-1]['step']} steps" + (f"; puzzles: after {int(steps_of(puzzles / 'answers')[-1].name)}" if puzzles else ""))
+    print_table({**table, **(marks(puzzles / "exam", steps_of(puzzles / "answers")[-1]) if puzzles else {})})
     if autoencoder is not None:
         # What the autoencoder alone loses is lost to every picture above.
         from train_autoencoder import judge, load_autoencoder, told
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     marking = commands.add_parser("marks", help="mark the answers")
     marking.add_argument("asked", type=Path, help="the folder that `ask` wrote")
     marking.add_argument("answers", type=Path, help="a folder with a folder of answers for each step")
+    marking.add_argument("--puzzles", type=Path, metavar="RUN", help="output folder of interleaved.sh, whose last marks join the table")
     marking.add_argument("--autoencoder", type=Path, help="ae.safetensors, to measure what it loses by itself")
     comparing = commands.add_parser("compare", help="marks of several runs beside each other")
     comparing.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of run.sh")
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.command == "compare":
             compare(args.runs)
         else:
-            mark(args.asked, args.answers, args.autoencoder)
+            mark(args.asked, args.answers, args.autoencoder, args.puzzles)
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Trains a small BAGEL on the sample world on 2 processes, questions first and then everything, examines every checkpoint, and prints a
-# table: pictures from words, questions, edits, on (colour, shape) pairs that training showed and on pairs that it never did.
+# Trains a small BAGEL on the sample world on 2 processes, questions first and then everything, and examines every checkpoint. A second,
+# smaller model learns puzzles: to think and then draw. The table has pictures from words, questions, edits and puzzles, on (colour, shape)
+# pairs that training showed and on pairs that it never did.
 #
 #   bash examples/small_world/run.sh OUTPUT_FOLDER [flags of megatron_bagel.train, such as --total_steps 2000 --global_seed 1]
 #
 # A second run goes on where the first one stopped. PYTHON=... chooses the interpreter (default: the .venv of examples/setup_env.sh).
 # PROCESSES, T2I, EDIT, VLM, WEIGHTS and DATA_SEED in the environment change how many processes train, how much data of each kind is made
 # and how often it is drawn, QUESTION_STEPS how long questions are trained alone (0: not at all), EXAM holds flags of `exam.py ask`.
-# INTERLEAVED makes that many puzzles (question, thought and picture in one sample), WORLD holds more flags of make_sample_data.py; SIDE is
-# the side of a picture, GUIDANCE the scale of the guidance by text, and ANSWER_TOKENS limits an answer. interleaved.sh sets these.
+# PUZZLE_STEPS is how long the puzzles' model trains (0: there is none), PUZZLES how many it learns from, PUZZLE_EXAM flags of `exam.py ask`.
+# INTERLEAVED puts that many puzzles among the data of the first model, WORLD holds more flags of make_sample_data.py; SIDE is the side of a
+# picture, GUIDANCE the scale of the guidance by text, and ANSWER_TOKENS limits an answer. interleaved.sh, which trains on puzzles alone, sets
+# these.
 set -euo pipefail
 # torch warns of an old package at every import, the launcher's included, which only the environment reaches.
 export PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
@@ -34,6 +37,7 @@ AUTOENCODER=megatron_bagel/sample_world/assets/vae/ae.safetensors
 # One process per GPU, at most two; two where there is none.
 PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 QUESTIONS=600
+PUZZLE_STEPS=${PUZZLE_STEPS:-550}
 SIDE=${SIDE:-64}
 SECONDS=0
 stage() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
@@ -87,5 +91,13 @@ for CHECKPOINT in "$OUT"/checkpoints/[0-9]*/; do
   touch "$OUT/answers/$STEP/complete"
 done
 
+PUZZLE_TABLE=()
+if [ "$PUZZLE_STEPS" -gt 0 ]; then
+  stage "puzzles: a question, a thought and a picture in one sample, and a model of their own"
+  EXAM=${PUZZLE_EXAM:-} INTERLEAVED=${PUZZLES:-} bash $HERE/interleaved.sh "$OUT/puzzles" "$@" --lr 3.0e-3 \
+    --total_steps "$PUZZLE_STEPS" --save_every "$PUZZLE_STEPS" --eval_every "$PUZZLE_STEPS"
+  PUZZLE_TABLE=(--puzzles "$OUT/puzzles")
+fi
+
 stage "marks"
-"$PYTHON" $HERE/exam.py marks "$OUT/exam" "$OUT/answers" --autoencoder $AUTOENCODER
+"$PYTHON" $HERE/exam.py marks "$OUT/exam" "$OUT/answers" --autoencoder $AUTOENCODER ${PUZZLE_TABLE[@]+"${PUZZLE_TABLE[@]}"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,8 @@ def nearest_folder(folder: str | Path) -> Path:
 def check_writable(folder: str | Path, flag: str) -> None:
     """Check that files can be written into ``folder``, or into the nearest folder above it where it does not exist yet.
 
-    A file is written and removed again: permissions alone do not tell of a full disk or a file system that is mounted read-only.
+    A file is written and removed again: permissions alone do not tell of a full disk or a file system that is mounted read-only. The file
+    has no name where the system allows that, so that a process killed meanwhile leaves nothing.
 
     Args:
         folder: The folder, which need not exist.
@@ -37,15 +38,11 @@ def check_writable(folder: str | Path, flag: str) -> None:
     existing = nearest_folder(folder)
     if not existing.is_dir():
         raise ValueError(f"{flag} {folder} cannot be written: {existing} is not a folder; choose another folder")
-    probe = existing / f".writable-{secrets.token_hex(8)}"
     try:
-        try:
-            with probe.open("wb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=existing, prefix=".writable-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise ValueError(
             f"{flag} {folder} cannot be written ({error.strerror or error}, found in {existing}); choose another folder, or make this one "

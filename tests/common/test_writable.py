@@ -26,6 +26,13 @@ def test_a_writable_folder_is_left_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_is_killed_while_it_looks_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Path]] = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(list(tmp_path.iterdir())))
+    check_writable(tmp_path, "--output")
+    assert seen == [[]], "the written file has no name"
+
+
 def test_a_closed_folder_and_a_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--results_dir {OUT} cannot be written \(.+, found in {CLOSED}\); choose another folder"):
         check_writable(OUT, "--results_dir")

@@ -41,7 +41,16 @@ FITTINGS: dict[str, Fitting] = {
     ),
     "small_world/run.sh": Fitting(
         "--total_steps 2 --warmup_steps 1 --save_every 2",
-        variables={"T2I": "60", "EDIT": "30", "VLM": "60", "QUESTION_STEPS": "2", "EXAM": "--pictures 2 --questions 2 --edits 2"},
+        variables={
+            "T2I": "60",
+            "EDIT": "30",
+            "VLM": "60",
+            "QUESTION_STEPS": "2",
+            "EXAM": "--pictures 2 --questions 2 --edits 2",
+            "PUZZLES": "60",
+            "PUZZLE_STEPS": "2",
+            "PUZZLE_EXAM": "--pictures 0 --questions 0 --edits 0 --puzzles 2",
+        },
     ),
     "small_world/interleaved.sh": Fitting(
         "--total_steps 2 --warmup_steps 1 --save_every 2",

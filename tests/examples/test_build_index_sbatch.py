@@ -29,6 +29,7 @@ echo 4711
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.distributed
 def test_the_array_and_the_merge_make_the_index(goldens: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "text/plain.jsonl", [{"text": f"number {i}"} for i in range(10)])
@@ -43,7 +44,7 @@ def test_the_array_and_the_merge_make_the_index(goldens: Path, tmp_path: Path) -
         "OUTPUT": str(tmp_path / "index"), "SBATCH_OPTIONS": "--partition cpu",
     }  # fmt: skip
     script = ["bash", str(ROOT / "examples/build_index.sbatch")]
-    done = subprocess.run(script, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(script, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "--array=0-1" in calls[0] and "--partition cpu" in calls[0] and "--dependency=afterok:4711" in calls[1]

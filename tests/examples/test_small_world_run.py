@@ -11,8 +11,10 @@ import pytest
 from megatron_bagel.sample_world.exam import read_lines
 
 REPOSITORY = Path(__file__).parents[2]
+ONLY_PUZZLES = "--pictures 0 --questions 0 --edits 0 --puzzles"
 FEW = {"T2I": "30", "EDIT": "30", "VLM": "60", "PROCESSES": "1", "QUESTION_STEPS": "2",
-       "EXAM": "--pictures 2 --questions 2 --edits 2", "PYTHON": sys.executable}  # fmt: skip
+       "EXAM": "--pictures 2 --questions 2 --edits 2", "PYTHON": sys.executable,
+       "PUZZLES": "60", "PUZZLE_STEPS": "2", "PUZZLE_EXAM": f"{ONLY_PUZZLES} 2"}  # fmt: skip
 SHORT = ["--total_steps", "2", "--warmup_steps", "0", "--save_every", "2", "--eval_every", "2", "--eval_samples", "4", "--num_workers", "0",
          "--global_batch_size", "2", "--split", "50,50"]  # fmt: skip
 
@@ -29,7 +31,9 @@ def run(out: Path, script: str = "run.sh", **variables: str) -> str:
 @pytest.mark.distributed
 def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
     said = run(tmp_path / "out")
-    assert "after 2 steps" in said and "edit recolour success" in said and "autoencoder alone" in said
+    table = said.rpartition("== marks (")[2]
+    assert "after 2 steps; puzzles: after 2" in table and "autoencoder alone" in table
+    assert all(name in table for name in ("t2i colour", "question shape", "edit recolour success", "interleaved all"))
     [line] = [line for line in said.splitlines() if "tensors are absent and allowed to be" in line]
     assert "time_embedder.mlp.0.weight" in line, "the second stage starts from the first one's weights"
     (row,) = read_lines(tmp_path / "out/answers/marks.jsonl")
@@ -38,7 +42,7 @@ def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
     answered = tmp_path / "out/answers/0000002/results.jsonl"
     before = answered.stat().st_mtime_ns
     again = run(tmp_path / "out")
-    assert again.count("reusing") == 3 and "after 2 steps" in again
+    assert again.count("reusing") == 6 and "after 2 steps" in again
     assert answered.stat().st_mtime_ns == before
 
 
@@ -46,7 +50,7 @@ def test_one_command_from_nothing_to_the_table(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.distributed
 def test_puzzles_are_trained_and_asked_in_order(tmp_path: Path) -> None:
-    few = {"INTERLEAVED": "60", "EXAM": "--pictures 0 --questions 0 --edits 0 --puzzles 4"}
+    few = {"INTERLEAVED": "60", "EXAM": f"{ONLY_PUZZLES} 4"}
     said = run(tmp_path / "out", "interleaved.sh", **few)
     assert all(f"interleaved {name}" in said for name in ("thought", "colour", "position", "shape", "background", "all"))
     rows = read_lines(tmp_path / "out/answers/0000002/results.jsonl")

@@ -8,7 +8,7 @@
 
 Of a file of interleaved rows (.jsonl, .parquet, .tar) it checks every row against the schema of items. Of a latent cache it checks sizes,
 checksums, and that every stored number is finite. Every problem is a line with shard, source file and row, or image. The exit status is 1
-if there is one.
+if there is one, and 0 where --fix has written a copy without them.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from megatron_bagel.data.index.format import MANIFEST, Manifest, ShardInfo, read
 
 _DATA = "bin"
 _PARTIAL = ".partial"
+_SPACE_LOCK = "space.lock"  # held while files are counted and removed
 _MAX_ATTEMPTS, _FIRST_PAUSE = 4, 1.0  # of a fetch; seconds before the second attempt, doubled for each further one
 _WAIT = 0.1  # seconds between two looks whether other processes have left enough space
 _CHUNK = 8 << 20
@@ -56,7 +57,7 @@ class IndexCache:
         return self.root / hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]
 
     def fetch_manifest(self) -> Manifest:
-        """Fetch the manifest and return it.
+        """Fetch the manifest and return it. Shards that an earlier run with a higher limit left are removed down to the limit.
 
         Raises:
             ValueError: There is no index at the URL, the folder holds files of an earlier index of this URL, or the limit is too small.
@@ -73,7 +74,10 @@ class IndexCache:
             if not path.is_file():
                 write_whole(path, content)
         manifest = read_manifest(self.folder)
-        self._data_limit(manifest)
+        limit = self._data_limit(manifest)
+        if limit is not None:
+            with FileLock(self.folder / _SPACE_LOCK):
+                self._make_space(limit)
         return manifest
 
     def fetch_planning_files(self, stem: Path, info: ShardInfo) -> None:
@@ -124,7 +128,7 @@ class IndexCache:
         limit = self._data_limit(read_manifest(self.folder))
         Path(f"{path}{_PARTIAL}").unlink(missing_ok=True)  # of a process that was killed
         while True:
-            with FileLock(self.folder / "space.lock"):
+            with FileLock(self.folder / _SPACE_LOCK):
                 if limit is None or self._make_space(limit - size):
                     with open(f"{path}{_PARTIAL}", "wb") as file:
                         file.truncate(size)

@@ -75,7 +75,8 @@ def plan_block(stream: CandidateStream, waiting: np.ndarray, number: int, settin
     mandatory = [number for number, source in enumerate(stream.sources) if source.is_mandatory]
     waiting = _draw_candidates(stream, waiting, settings)
     tokens = waiting[:, TOKENS]
-    count = int((tokens.sum() - _reserve(tokens, settings)) // settings.capacity)
+    reserve = 0 if stream.is_used_up else _reserve(tokens, settings)
+    count = int((tokens.sum() - reserve) // settings.capacity)
     limits = [len(stream.sources[source]) // _EPOCH_SHARE for source in mandatory]
     count = max(1, min(count, settings.max_packs, *limits))
     mandatory_rows, returned = _mandatory_rows(stream, mandatory, count, settings)
@@ -92,13 +93,14 @@ def plan_block(stream: CandidateStream, waiting: np.ndarray, number: int, settin
 
 
 def _draw_candidates(stream: CandidateStream, waiting: np.ndarray, settings: BlockSettings) -> np.ndarray:
-    """Draw until candidates for a block wait, and in any case for one pack beyond the reserve."""
+    """Draw until candidates for a block wait, and in any case for one pack beyond the reserve. A stream that ends gives its last ones."""
     min_count = min(_MAX_CANDIDATES, max(settings.window, _epoch_part(stream)))
     max_total = int(settings.max_packs * (1 + 1 / _SLACK) + 1) * settings.capacity
     while True:
         count, total = len(waiting), int(waiting[:, TOKENS].sum())
         missing_tokens = settings.capacity + _reserve(waiting[:, TOKENS], settings) - total
-        if missing_tokens <= 0 and (count >= min_count or total >= max_total):
+        is_enough = missing_tokens <= 0 and (count >= min_count or total >= max_total)
+        if is_enough or (count and stream.is_used_up):
             return waiting
         mean = total / count if count else settings.capacity
         num_draws = int(np.ceil(max(missing_tokens / mean, min(min_count - count, (max_total - total) / mean), 1)))

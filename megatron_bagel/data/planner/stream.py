@@ -82,6 +82,11 @@ class CandidateStream:
         """Return the weight of every source at ``step``, the step that the next candidates are planned for; 0 if it is used up."""
         return weights_now(self.rules, self.step, self.positions, [len(source) for source in self.sources])
 
+    @property
+    def is_used_up(self) -> bool:
+        """Return whether no source has a weight at ``step`` and samples left."""
+        return sum(self.weights) <= 0
+
     def draw(self, count: int) -> np.ndarray:
         """Return up to ``count`` candidates of groups drawn by weight, [n, COLUMNS]; skipped ones are left out, so n may be 0."""
         source_numbers = self._draw_sources(count)
@@ -119,7 +124,7 @@ class CandidateStream:
         """Return the source numbers of the next ``count`` draws."""
         begin, self.draws = self.draws, self.draws + count
         weights = self.weights
-        if sum(weights) <= 0:
+        if sum(weights) <= 0:  # is_used_up
             raise ValueError(
                 f"no sample is left to draw at step {self.step:.0f}: every dataset has weight 0 or has reached its max_epochs; raise them, "
                 "or end the run earlier (--train_iters)"

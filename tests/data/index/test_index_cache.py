@@ -109,6 +109,10 @@ def test_the_shard_not_used_for_longest_makes_space(tmp_path: Path, local: Path,
         time.sleep(0.01)
     assert sorted(path.stem for path in cache.folder.rglob("*.bin")) == ["00000", "00002"]
     assert contents(reader, range(SHARDS * ROWS)) == content
+    lower = IndexCache(cache.url, tmp_path, smallest(local, 1))
+    reader = opened(lower)
+    assert bytes_used(cache.folder) <= smallest(local, 1), "a limit that is lower than before holds at once"
+    assert contents(reader, [0]) == content[:1]
 
 
 def _read_at_random(cache: IndexCache, seed: int, reads: int, answers: multiprocessing.Queue) -> None:
@@ -137,7 +141,7 @@ def test_processes_share_the_space_and_a_killed_one_leaves_none_taken(tmp_path: 
             killed.kill()
         time.sleep(0.005)
     for _ in readers:
-        rows, found = answers.get(timeout=60)
+        rows, found = answers.get(timeout=240)
         assert found == [content[row] for row in rows]
     for process in [killed, *readers]:
         process.join()

@@ -56,9 +56,11 @@ def test_epochs_end_exactly_and_the_run_says_when_nothing_is_left() -> None:
     plans = planner({"small": SourceRule(((0, 1.0),), max_epochs=2)}, *sources).packs(0, 300)
     seen = Counter(index for plan in plans for source, index, _ in plan.samples if source == 0)
     assert seen == Counter(dict.fromkeys(range(25), 2))
-    ending = planner({"small": SourceRule(((0, 1.0),), max_epochs=2)}, sources[0])
+    ending, seen = planner({"small": SourceRule(((0, 1.0),), max_epochs=2)}, sources[0]), Counter()
     with pytest.raises(ValueError, match="every dataset has weight 0 or has reached its max_epochs"):
-        ending.packs(0, 300)
+        for number in range(300):
+            seen.update(index for plan in ending.packs(number, 1) for _, index, _ in plan.samples)
+    assert seen == Counter(dict.fromkeys(range(25), 2)), "the last samples are not kept back for a choice"
 
 
 def test_datasets_come_and_go_at_a_resume() -> None:
