@@ -4,8 +4,9 @@ token and with four experts of the same width of which one serves a token, on th
 
     python -m benchmarks.small_world_experts OUT --output benchmarks/results/small-world-experts.json
 
-The world and the settings are those of the quickstart's first lesson (docs/small_world.md). The record has the marks of both, the last
-losses, and the share of tokens that each expert got in the last logged steps, by layer. A second call does only what the first one has not.
+The world and the settings are those of the quickstart's first lesson (docs/small_world.md), its packs one a step and not two. The record
+has the marks of both, losses on the way, and the share of tokens that each expert got in the last logged steps, by layer. Both train side
+by side, one process each. A second call does only what the first one has not.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ WORLD = (
     "--vlm", "2000", "--captions-per-image", "1", "--edit-kinds", "recolour", "--questions-per-image", "3",
     "--question-kinds", "colour", "shape", "position", "--hold-out", "red:square", "green:circle", "purple:triangle", "cyan:cross",
 )  # fmt: skip
-EXAM = Exam(pictures=0, questions=16, edits=0)
+EXAM = Exam(pictures=0, questions=48, edits=0)
 #: An expert has the dense MLP's width, so a token meets as many parameters, and the router's few.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -51,6 +52,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 #: Logged steps whose loads and losses are averaged.
 LAST = 3
+#: Points of a training at which its loss is recorded.
+POINTS = 6
 
 
 def make_data(out: Path, seed: int) -> None:
@@ -66,17 +69,32 @@ def make_data(out: Path, seed: int) -> None:
         run([module_command("data", "build", *paths)], out / "logs/index.txt")
 
 
-def train(out: Path, name: str, arguments: argparse.Namespace) -> Path:
-    """Train one model if its last checkpoint is not there, and return that checkpoint."""
+def train(out: Path, arguments: argparse.Namespace) -> dict[str, Path]:
+    """Train, side by side, the models whose last checkpoints are not there, and return all these checkpoints."""
+    checkpoints = {name: out / name / f"checkpoints/{arguments.steps:07d}" for name in MODELS}
+    commands = [training(out, name, arguments) for name, checkpoint in checkpoints.items() if not checkpoint.exists()]
+    if commands:
+        run(commands, out / "logs/train.txt")
+    return checkpoints
+
+
+def training(out: Path, name: str, arguments: argparse.Namespace) -> list[str]:
+    """Return the command that trains one model."""
     data, folder, steps = out / "data", out / name, str(arguments.steps)
     flags = ("--config", QUESTIONS_CONFIG, "--dataset_config_file", data / "questions.yaml", "--index_dir", out / "index")
     flags += ("--llm_path", data / "llm", "--vit_path", data / "vit", "--global_seed", str(arguments.seed), "--auto_resume", "True")
-    flags += ("--results_dir", folder / "results", "--checkpoint_dir", folder / "checkpoints", "--total_steps", steps)
+    flags += (
+        "--results_dir",
+        folder / "results",
+        "--checkpoint_dir",
+        folder / "checkpoints",
+        "--total_steps",
+        steps,
+        "--save_every",
+        steps,
+    )
     words = [word for flag, value in MODELS[name].items() for word in (f"--{flag}", str(value))]
-    checkpoint = folder / f"checkpoints/{arguments.steps:07d}"
-    if not checkpoint.exists():
-        run([launched_command(arguments.processes, "train", *flags, "--save_every", steps, *words)], out / f"logs/{name}.txt")
-    return checkpoint
+    return launched_command(1, "train", *flags, "--global_batch_size", "1", *words)
 
 
 def examine(out: Path, name: str, checkpoint: Path) -> dict[str, Any]:
@@ -88,9 +106,16 @@ def examine(out: Path, name: str, checkpoint: Path) -> dict[str, Any]:
         (folder / "answers/complete").touch()
     history = read_lines(folder / "results/metrics.jsonl")
     return {
-        "steps": int(checkpoint.name), "ce": float(np.mean([record["ce"] for record in history[-LAST:]])),
+        "steps": int(checkpoint.name), "ce": losses_of(history),
         "active_matrix_elements": active_elements(out / "data", name), "marks": marks_of(out / "exam", folder / "answers"),
     }  # fmt: skip
+
+
+def losses_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The loss at ``POINTS`` equal distances: the mean of the logged steps up to each, ``LAST`` at most, by the last one's number."""
+    ends = [len(history) * (point + 1) // POINTS for point in range(POINTS)]
+    parts = [history[max(0, end - LAST) : end] for end in ends if end]
+    return {f"step {part[-1]['step']}": round(float(np.mean([record["ce"] for record in part])), 4) for part in parts}
 
 
 def active_elements(data: Path, name: str) -> int:
@@ -119,15 +144,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and examine both, print one JSON object, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of both runs")
-    parser.add_argument("--steps", type=int, default=160, help="of each training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=480, help="of each training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="that train (default: %(default)s)")
     parser.add_argument("--picture", type=Path, help="copy the drawing of the loads here")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
     out = arguments.out.absolute()
     make_data(out, arguments.seed)
-    checkpoints = {name: train(out, name, arguments) for name in MODELS}
+    checkpoints = train(out, arguments)
     runs = {name: examine(out, name, checkpoint) for name, checkpoint in checkpoints.items()}
     if arguments.picture is not None:
         shutil.copyfile(out / "experts/results/expert_load.png", arguments.picture)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.small_world_experts import active_elements, load_shares
+from benchmarks.small_world_experts import active_elements, load_shares, losses_of
 
 
 def test_shares_are_those_of_the_last_steps(tmp_path: Path) -> None:
@@ -14,6 +14,12 @@ def test_shares_are_those_of_the_last_steps(tmp_path: Path) -> None:
     records = [{"step": step, "understanding": {"layers": [2], "load": load}} for step, load in enumerate(loads)]
     (tmp_path / "expert_load.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert load_shares(tmp_path) == {"layer 2": [0.5, 0.5]}
+
+
+def test_losses_are_means_of_the_last_steps_before_each_point() -> None:
+    losses = losses_of([{"step": 10 * number, "ce": float(number)} for number in range(12)])
+    assert losses == {"step 10": 0.5, "step 30": 2.0, "step 50": 4.0, "step 70": 6.0, "step 90": 8.0, "step 110": 10.0}
+    assert losses_of([{"step": 0, "ce": 1.0}]) == {"step 0": 1.0}
 
 
 def test_both_models_are_active_alike_but_for_the_routers(tmp_path: Path) -> None:
