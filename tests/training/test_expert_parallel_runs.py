@@ -79,10 +79,11 @@ def check_metrics(results: Path) -> None:
 
 
 #: ``moe-layer`` has another seed: with the default one two logits of a token of step 2 tie (2.8e-7 apart), and the token goes to one expert
-#: on one process and to the other on two ranks. ``RoutedReference`` refuses every run with such a token.
+#: on one process and to the other on two ranks. ``RoutedReference`` refuses every run with such a token. With seed 1 the closest logits
+#: are 1.8e-5 apart.
 MODELS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one-mlp": (2, {EP: 2}, {"layer_module": "Qwen2DecoderLayer"}),
-    "moe-layer": (2, {EP: 2}, {"layer_module": "Qwen2MoEDecoderLayer", "global_seed": 7}),
+    "moe-layer": (2, {EP: 2}, {"layer_module": "Qwen2MoEDecoderLayer", "global_seed": 1}),
     "only-generation": (2, {**SP_TP2, EP: 2, ETP: 1}, {"moe_kinds": ["gen"]}),
     "only-understanding-frozen": (2, {**SP_TP2, EP: 2, ETP: 1}, {"moe_kinds": ["und"], "freeze_und": True}),
     "freeze-und": (4, {PP: 2, EP: 2}, {"freeze_und": True}),

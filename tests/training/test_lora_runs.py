@@ -33,6 +33,7 @@ from tests.checkpoint.parameter_tree import model_like
 from tests.costs.test_memory import held
 from tests.distributed import run_ranks
 from tests.planning.test_activations import kept_bytes
+from tests.planning.test_dry_run import dry_runs
 from tests.runs import numbers, open_run, resolved, run, run_config
 from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, TP, VPP, Result, assert_equal, cases, stored_tensors, trained, world_of
 
@@ -188,11 +189,14 @@ MEMORY = {
 
 @pytest.mark.parametrize(("ranks", "flags"), cases(MEMORY, "one"))
 def test_plans_predict_the_memory_of_adapters(world: Path, tmp_path: Path, ranks: int, flags: dict[str, Any]) -> None:
-    """Bytes between steps to 1 %, and what a forward pass keeps to 2 %."""
+    """Bytes between steps to 1 %, and what a forward pass keeps to 2 %. A dry run, which is in bf16, builds exactly what is held."""
     config = run_config(world, tmp_path, ranks, **from_base(world, {**LORA, "global_batch_size": 4, **flags}))
-    costs = resolved(config, ranks).costs
-    for stage, found in run_ranks(held, ranks, config):
+    costs, memories = resolved(config, ranks).costs, run_ranks(held, ranks, config)
+    for stage, found in memories:
         assert found == pytest.approx(asdict(MemoryModel(costs).rank(stage)), rel=0.01)
+    if "bf16" in flags:
+        for (*_, built), (_, found) in zip(dry_runs(config, ranks, tmp_path), memories, strict=True):
+            assert built == {name: found[name] for name in built}
     model = ActivationModel(costs)
     for stage, (cp_rank, pack), found in run_ranks(kept_bytes, ranks, config):
         megatron = config.megatron
