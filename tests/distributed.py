@@ -25,7 +25,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 270.0,
     parallel: dict[str, Any] | None = None,
     seed: int | None = 1234,
 ) -> list[Any]:

@@ -20,7 +20,7 @@ from megatron_bagel.data.sources.files import absolute, last_parts
 #: Settings of a group that say where its data are, or that are described otherwise.
 _DESCRIBED_APART = ("name", "datasets", "resume_data_status")
 #: Settings that checkpoints of earlier versions do not have, with the value that leaves everything as it was then.
-_LATER_DEFAULTS: dict[str, Any] = {"share_max_pixels": False, "weight_points": (), "dataset_weights": (), "max_epochs": (), "part": ""}
+LATER_DEFAULTS: dict[str, Any] = {"share_max_pixels": False, "weight_points": (), "dataset_weights": (), "max_epochs": (), "part": ""}
 
 
 def data_fingerprint(sources: Sequence[ReadableSource]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def data_fingerprint(sources: Sequence[ReadableSource]) -> dict[str, Any]:
         rows = source.datasets()
         datasets = [[reader.name, len(rows[reader.name]), dataset_digest(reader.info)] for reader in source.readers()]
         settings = {name: value for name, value in dataclasses.asdict(source.group).items() if name not in _DESCRIBED_APART}
-        settings = {name: value for name, value in settings.items() if name not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[name]}
+        settings = {name: value for name, value in settings.items() if name not in LATER_DEFAULTS or value != LATER_DEFAULTS[name]}
         groups[source.name] = {"datasets": datasets, "settings": settings}
     return as_stored(groups)
 

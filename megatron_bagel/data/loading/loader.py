@@ -59,6 +59,7 @@ class PackLoader:
         self._position = planner.position_at(planner.packs_made)  # behind the packs handed out
         self._steps: PlannedSteps | None = None
         self._planned: deque[PlannedStep] = deque()  # planned but not yet handed out
+        self._planning_error: ValueError | None = None  # kept until the packs planned before it are used up
         self._loaded: Iterator[Any] | None = None  # packs, or what reading processes send in their place
         self._stop_request: StopRequest | None = None
         self._patience = STOP_PATIENCE
@@ -121,7 +122,10 @@ class PackLoader:
     def _next_pack(self) -> LoadedPack:
         if self._loaded is None:
             self._loaded = self._start()
-        return next_record(self._loaded, self._stop_request, self._patience) if self.num_workers else next(self._loaded)
+        try:
+            return next_record(self._loaded, self._stop_request, self._patience) if self.num_workers else next(self._loaded)
+        except StopIteration as end:
+            raise (self._planning_error or end) from None
 
     def _start(self) -> Iterator[Any]:
         sampler = _Plans(self)
@@ -140,13 +144,20 @@ class PackLoader:
         self._planned.clear()
 
     def plan_next(self) -> list[PackPlan]:
-        """Plan the next global batch after all planned ones, and return this replica's packs of it."""
+        """Plan the next global batch after all planned ones, and return this replica's packs of it.
+
+        Plans run ahead of training. So an error in them is kept until its batch is due, and no pack follows: the list is empty.
+        """
         if self._steps is None:
             if self._plans_aside and self.planner.packs_made != self.consumed_packs:
                 self.planner.load_state_dict(self.state_dict())  # or the new process would plan again what the last one planned
             planner = StepPlanner(self.planner, self.replica, self.replicas)
             self._steps = PlannedSteps(planner, self.sizes, self.consumed_packs, self._plans_aside)
-        step = self._steps.next(self._stop_request, self._patience)
+        try:
+            step = self._steps.next(self._stop_request, self._patience)
+        except ValueError as error:
+            self._planning_error = error
+            return []
         self._planned.append(step)
         return list(step.plans)
 
@@ -158,6 +169,5 @@ class _Plans:
         self.loader = loader
 
     def __iter__(self) -> Iterator[StepPlan]:
-        while True:
-            packs = tuple(self.loader.plan_next())
+        while packs := tuple(self.loader.plan_next()):
             yield from (StepPlan(packs, number) for number in range(len(packs)))

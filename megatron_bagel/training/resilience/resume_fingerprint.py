@@ -7,7 +7,7 @@ Checkpoints of earlier versions have only the flags, which are compared as far a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_bagel.common.json_files import as_stored
 from megatron_bagel.config.flag import FREE, MUST_MATCH, Flag
 from megatron_bagel.config.resolve import ResolvedSizes
 from megatron_bagel.config.sections import SETTINGS
+from megatron_bagel.data.loading.fingerprint import LATER_DEFAULTS
 
 #: Key in the state that a run continues with.
 FINGERPRINT = "fingerprint"
@@ -95,12 +96,33 @@ def _compare_group(name: str, saved: Mapping[str, Any], current: Mapping[str, An
         for key, _, digest in current["datasets"]
         if digests.get(key, digest) != digest
     )
-    settings = current["settings"]
     result.said.extend(
-        f"dataset group {name!r}: {key} is {_word(value)}, and {_word(saved['settings'][key])} in the checkpoint"
-        for key, value in settings.items()
-        if key in saved["settings"] and saved["settings"][key] != value
+        f"dataset group {name!r}: {key} is {value}, and {saved_value} in the checkpoint"
+        for key, saved_value, value in _changed_settings(saved["settings"], current["settings"])
     )
+
+
+def _changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, value in the checkpoint, value now) of the settings of a group that differ, in words."""
+    defaults = as_stored(LATER_DEFAULTS)
+    for key in dict.fromkeys([*current, *(key for key in saved if key in defaults)]):
+        if key == "weight_points" or not (key in saved or key in defaults):
+            continue  # told with the weight; or a setting of which the checkpoint says nothing
+        if key == "weight":
+            before, now = _weight(saved), _weight(current)
+        else:
+            before, now = (_word(settings.get(key, defaults.get(key))) for settings in (saved, current))
+        if before != now:
+            yield key, before, now
+
+
+def _weight(settings: Mapping[str, Any]) -> str:
+    """Return the weight of a group, or its schedule, in words."""
+    points = settings.get("weight_points")
+    if not points:
+        return f"{settings['weight']}"
+    (_, first), *later = points
+    return ", ".join([f"{first:g} at step 0", *(f"{weight:g} from step {step} on" for step, weight in later)])
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,4 +136,4 @@ def _counted(datasets: list[list[Any]]) -> str:
 
 
 def _word(value: Any) -> str:
-    return "not given" if value in (None, []) else f"{value}"
+    return "not given" if value in (None, [], [None]) else f"{value}"

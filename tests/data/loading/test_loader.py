@@ -115,10 +115,15 @@ def test_a_planning_process_reports_what_it_skips_and_why_it_fails() -> None:
     shared = min(len(aside.skipped()), len(here.skipped()))  # the process plans further ahead
     assert shared and aside.skipped()[:shared] == here.skipped()[:shared] and not aside.planner.skipped()
     aside.close()
-    short = loader(workers=1, large_batch=1, rules={"unified_edit": SourceRule(((0, 1.0),), 1)})
-    with pytest.raises(ValueError, match="no sample is left to draw"):
-        for _ in range(100):
-            next(short)
+    ends = []
+    for workers, large_batch in ((0, 5), (2, 5), (1, 1)):  # plans run ahead of training, and the end comes when it is due
+        short = loader(workers=workers, large_batch=large_batch, rules={"unified_edit": SourceRule(((0, 1.0),), 4)})
+        with pytest.raises(ValueError, match="no sample is left to draw"):
+            ends.append(0)
+            while ends[-1] < 100:
+                next(short)
+                ends[-1] += 1
+    assert ends[0] > 0 and len(set(ends)) == 1
 
 
 def test_replicas_share_one_global_order() -> None:

@@ -99,6 +99,22 @@ def test_other_content_and_group_settings_are_said() -> None:
     )
 
 
+def test_a_schedule_and_a_limit_of_epochs_are_said_in_words() -> None:
+    """Also where one side has none, and its fingerprint does not name them."""
+    plain, changing = copy.deepcopy(DATA), copy.deepcopy(DATA)
+    plain["t2i_pretrain"]["settings"]["weight"] = 4.0
+    changing["t2i_pretrain"]["settings"] |= {"weight": 4.0, "weight_points": [[0, 4.0], [50, 1.5]], "max_epochs": [2]}
+    weight, epochs = "4 at step 0, 1.5 from step 50 on", "max_epochs is"
+    group = "dataset group 't2i_pretrain'"
+    for saved, current, told in (
+        (plain, changing, [f"weight is {weight}, and 4.0 in the checkpoint", f"{epochs} [2], and not given in the checkpoint"]),
+        (changing, plain, [f"weight is 4.0, and {weight} in the checkpoint", f"{epochs} not given, and [2] in the checkpoint"]),
+        (changing, changing, []),
+    ):
+        found = differences(fingerprint(data=saved), fingerprint(data=current))
+        assert (found.refused, found.said) == ([], [f"{group}: {sentence}" for sentence in told])
+
+
 def test_groups_that_come_or_go_are_left_to_the_planner() -> None:
     assert compared(data={**DATA, "text": {"datasets": [["text/x", 1, "x"]], "settings": {}}}) == ([], [])
     assert compared(data={}) == ([], [])
