@@ -20,6 +20,7 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine")
 _FIRST = {
     "benchmarks.checkpoint": ("speed_of", "peak", "wall_s"),
     "benchmarks.data": ("fill", "imbalance", "per_s", "seconds"),
+    "benchmarks.encoder_memory": ("peak_megabytes", "difference"),
     "benchmarks.generate": ("tokens_per_s", "seconds", "largest_difference"),
     "benchmarks.layout": ("layout_seconds", "area_imbalance", "block_mask seconds"),
     "benchmarks.new_colour": ("trained_share", "training_minutes", "after"),
