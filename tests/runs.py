@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 SIZES = ["--hidden-size", "64", "--layers", "2", "--vit-hidden-size", "32", "--vit-layers", "2", "--vit-patches-per-side", "10"]
 AUTOENCODER = AutoencoderArch(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
 
+#: Seconds after which a run counts as hung. It is long because gloo's collectives wait for each other's turns on a busy machine.
+RUN_TIMEOUT = 900
+
 
 def make_world(folder: Path) -> Path:
     """Sample data of every kind, its index, and an autoencoder with random weights."""
@@ -108,7 +111,7 @@ def execute(config: Config) -> None:
 def run(config: Config, ranks: int = 1) -> list[Mapping[str, Any]]:
     """Run to the end on forked ranks; the records of ``metrics.jsonl``."""
     preload()
-    run_ranks(execute, ranks, config, timeout=240)
+    run_ranks(execute, ranks, config, timeout=RUN_TIMEOUT)
     return read_history(Path(config.training.results_dir) / "metrics.jsonl")
 
 
@@ -122,7 +125,7 @@ def _start_main(config: Config, ranks: int) -> None:
     import os
 
     os.setsid()
-    run_ranks(execute, ranks, config, timeout=240)
+    run_ranks(execute, ranks, config, timeout=RUN_TIMEOUT)
 
 
 NUMBERS = ("loss", "ce", "mse", "grad_norm", "lr", "consumed_samples", "consumed_tokens", "ce_tokens", "mse_tokens")
