@@ -26,6 +26,7 @@ from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
 from megatron_bagel.checkpoint.hf.model_card import CardFacts
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.common.folder_files import AUTOENCODER_CONFIG_FILES
 from megatron_bagel.common.hub_names import pinned_hub_name
 from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
 from megatron_bagel.config.architecture import BagelArch
@@ -47,7 +48,8 @@ class Companions:
         if tokenizer is not None and not tokenizer.exists() and (name := pinned_hub_name(str(tokenizer))) is not None:
             tokenizer = download(HubRequest("the run's tokenizer", name), str(name.revision))
         if autoencoder is not None and not autoencoder.exists() and (name := pinned_hub_name(str(autoencoder.parent))) is not None:
-            autoencoder = download(HubRequest("the run's autoencoder", name, autoencoder="needed"), str(name.revision)) / AUTOENCODER_FILE
+            request = HubRequest("the run's autoencoder", name, files=AUTOENCODER_CONFIG_FILES, autoencoder="needed")
+            autoencoder = download(request, str(name.revision)) / AUTOENCODER_FILE
         return Companions(tokenizer, autoencoder)
 
 

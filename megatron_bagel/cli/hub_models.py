@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bagel.checkpoint.hf.hub import ADAPTER_FILES, ADAPTER_WEIGHTS, HubRequest
+from megatron_bagel.common.folder_files import AUTOENCODER_CONFIG_FILES
 from megatron_bagel.common.hub_names import HubName, hub_name
 from megatron_bagel.common.notices import notice
 from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
@@ -63,7 +64,8 @@ def _requests(config: Config, names: Mapping[str, HubName], weights: bool) -> It
     for setting, name in names.items():
         request = HubRequest(f"--{setting}", name)
         if setting in ("model_path", "vae_path"):
-            yield setting, replace(request, autoencoder="needed" if weights and has_images else "no")
+            files = AUTOENCODER_CONFIG_FILES if setting == "vae_path" else request.files
+            yield setting, replace(request, files=files, autoencoder="needed" if weights and has_images else "no")
         elif setting in ("llm_path", "vit_path"):
             yield setting, replace(request, weights=pretrained if setting == "llm_path" or training.visual_und else ())
         elif setting == "resume_from":
@@ -107,6 +109,11 @@ def with_local_folders(arguments: Namespace, requests: Mapping[str, HubRequest])
 def needs(flag: str, **files: Any) -> HubRequest:
     """Return the request of a flag, for ``with_local_folders``; ``files`` are attributes of ``HubRequest``."""
     return HubRequest(flag, HubName(""), **files)
+
+
+def needs_autoencoder(flag: str) -> HubRequest:
+    """Return the request of a flag that names an autoencoder."""
+    return needs(flag, files=AUTOENCODER_CONFIG_FILES, autoencoder="needed")
 
 
 def needs_adapter(flag: str) -> HubRequest:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 #: Files that describe a model here.
 CONFIG_FILES = ("config.json", "llm_config.json", "vit_config.json", "ae_config.json")
+#: What describes an autoencoder, beside its weights.
+AUTOENCODER_CONFIG_FILES = ("ae_config.json",)
 #: Files of a tokenizer, which exports copy.
 TOKENIZER_FILES = (
     "vocab.json",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_bagel.cli.convert import command_line as command
-from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.cli.hub_models import needs, needs_autoencoder, with_local_folders
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
         requests = {
             "llm": needs("--llm", weights=("model",)),
             "vit": needs("--vit", weights=("model",)),
-            "vae": needs("--vae", autoencoder="needed"),
+            "vae": needs_autoencoder("--vae"),
             "tokenizer": needs("--tokenizer"),
         }
         args, _ = with_local_folders(typed, requests)

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_bagel.cli.convert import command_line as command
-from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.cli.hub_models import needs, needs_autoencoder, with_local_folders
 from megatron_bagel.common.flag_names import CommandParser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel convert 
 
         check_writable(typed.output, "--output")
         untrained = needs("--untrained-from", weights=WEIGHT_KINDS, first_only=True, autoencoder="wanted")
-        autoencoder = needs("--autoencoder", autoencoder="needed")
+        autoencoder = needs_autoencoder("--autoencoder")
         requests = {"untrained_from": untrained, "tokenizer": needs("--tokenizer"), "autoencoder": autoencoder}
         args, _ = with_local_folders(typed, requests)
         folder = command.step_folder(args.checkpoint)

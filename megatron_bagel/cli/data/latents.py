@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_bagel import platform
 from megatron_bagel.cli.data.engine import add_engine_flags, chosen_engine
-from megatron_bagel.cli.hub_models import needs, with_local_folders
+from megatron_bagel.cli.hub_models import needs_autoencoder, with_local_folders
 from megatron_bagel.cli.usage import command_parser, report_error
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable, writing_to
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data lat
             raise ValueError("--workers needs --engine ray; without it, start several jobs with --num-jobs")
         options = CacheOptions(args.dtype, platform.device(), engine.num_jobs, engine.job_index)
         check_writable(args.output, "--output")
-        args, _ = with_local_folders(args, {"vae": needs("--vae", autoencoder="needed")})
+        args, _ = with_local_folders(args, {"vae": needs_autoencoder("--vae")})
         groups = [group for group in load_groups(args.dataset_config_file) if group.makes_images]
         index = IndexedSamples.open(args.index)
         if not groups:

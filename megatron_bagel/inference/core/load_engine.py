@@ -16,6 +16,7 @@ from megatron_bagel.assembly.opened_model import OpenOptions, open_model
 from megatron_bagel.assembly.whole_modules import filled_modules
 from megatron_bagel.checkpoint.hf.hub import ADAPTER_FILES, ADAPTER_WEIGHTS, HubRequest
 from megatron_bagel.common.dtypes import SHORT
+from megatron_bagel.common.folder_files import AUTOENCODER_CONFIG_FILES
 from megatron_bagel.common.hub_names import HubName, hub_name
 from megatron_bagel.common.safetensors_header import AUTOENCODER_FILE
 from megatron_bagel.config.architecture import BagelArch
@@ -79,7 +80,7 @@ def _on_this_machine(path: str, options: LoadOptions) -> tuple[Path, LoadOptions
             autoencoder="wanted" if options.autoencoder is None else "no",
         ),
         **{name: HubRequest(f"--{name.replace('_', '-')}", HubName("")) for name in ("tokenizer", "llm_path", "vit_path")},
-        "autoencoder": HubRequest("--autoencoder", HubName(""), autoencoder="needed"),
+        "autoencoder": HubRequest("--autoencoder", HubName(""), files=AUTOENCODER_CONFIG_FILES, autoencoder="needed"),
         "adapter": HubRequest("--adapter", HubName(""), files=ADAPTER_FILES, weights=ADAPTER_WEIGHTS),
     }  # fmt: skip
     texts = {name: path if name == "model" else getattr(options, name) for name in needs}
