@@ -14,6 +14,8 @@ import pytest
 
 from megatron_bagel.cli.convert import megatron_to_hf
 from megatron_bagel.common.folder_files import TOKENIZER_FILES
+from megatron_bagel.config.parser import Config
+from megatron_bagel.training.observability.metrics_file import read_history
 from tests.hub_server import Hub, running_hub
 from tests.runs import make_world, run, run_config
 
@@ -95,3 +97,35 @@ def test_an_autoencoder_comes_from_a_hub(world: Path, hub: Hub, tmp_path: Path) 
     assert len(pictures) >= 4 and pictures == made(tmp_path / "folder")
     downloads = set(hub.downloads())
     assert {name for name in downloads if name.endswith(".safetensors")} == {"ae.safetensors"} and downloads.isdisjoint(TOKENIZER_FILES)
+
+
+def train_words(config: Config, **settings: str) -> list[str]:
+    values = {name: config.value_of(name) for name in config.given} | settings
+    return ["train", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+
+
+def test_the_base_of_adapters_comes_from_a_hub(world: Path, hub: Hub, tmp_path: Path) -> None:
+    """The base has moved: a run that continues takes it from the hub and goes on as it would have with the folder."""
+    base = Path(shutil.copytree(world / "model", tmp_path / "base"))
+    start = {
+        "resume_from": str(base),
+        "resume_model_only": True,
+        "finetune_from_ema": True,
+        "init_random": False,
+        "lora_rank": 2,
+        "lr": 1e-2,
+    }
+    losses = {}
+    for name in ("folder", "name"):
+        run(run_config(world, tmp_path / name, total_steps=2, **start))
+    run(again := run_config(world, tmp_path / "folder", total_steps=4, **start))
+    losses["folder"] = [step["loss"] for step in read_history(tmp_path / "folder/metrics.jsonl")]
+    base.rename(tmp_path / "moved")
+    results = {"resume_from": f"{NAME}@main", "results_dir": str(tmp_path / "name"), "checkpoint_dir": str(tmp_path / "name/checkpoints")}
+    lines = [train_words(again, **results, lora_base=name) for name in ("owner/bare", "owner/smal", f"{NAME}@main")]
+    hub.add("owner/bare", world / "data/tokenizer")
+    statuses, errors = commands(hub, tmp_path / "cache", lines)
+    assert statuses == [2, 2, 0], errors
+    assert "--lora_base: owner/bare has no" in errors[0] and "has no model owner/smal: check the spelling" in errors[1]
+    losses["name"] = [step["loss"] for step in read_history(tmp_path / "name/metrics.jsonl")]
+    assert len(losses["name"]) == 4 and losses["name"] == losses["folder"]
