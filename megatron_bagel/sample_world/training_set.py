@@ -25,16 +25,11 @@ TOKENIZER_SCENES = 2000
 
 @dataclass(frozen=True)
 class LLMSize:
-    """Width and depth of the decoder, and its first weights.
-
-    ``initializer_range`` is their deviation; None for one that suits short trainings of many kinds. ``generation_start`` is how the
-    generation expert starts (checkpoint/hf/same_place.py).
-    """
+    """Width and depth of the decoder, and the deviation of its first weights; None for one that suits short trainings of many kinds."""
 
     hidden: int
     layers: int
     initializer_range: float | None = None
-    generation_start: str = "usual"
 
 
 @dataclass(frozen=True)
@@ -103,14 +98,13 @@ def world_texts(spec: FolderSpec) -> Iterator[str]:
 def llm_config(vocab_size: int, size: LLMSize) -> dict[str, Any]:
     """Return a Qwen2 config with heads of 32 channels, two of them per key/value head."""
     heads = max(2, size.hidden // 32)
-    start = {} if size.generation_start == "usual" else {"generation_start": size.generation_start}
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         "hidden_size": size.hidden, "intermediate_size": 3 * size.hidden, "num_hidden_layers": size.layers, "num_attention_heads": heads,
         "num_key_value_heads": heads // 2, "hidden_act": "silu", "max_position_embeddings": 4096,
         # The usual 0.02 is for widths of thousands: at small ones hardly any signal would pass at first.
         "initializer_range": size.initializer_range or round(0.7 * size.hidden**-0.5, 3),
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False, **start,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
     }  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from torch import nn
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.load import LoadReport, assign, check_against, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.pretrained import View, llm_source, vit_source
-from megatron_bagel.checkpoint.hf.same_place import same_place_value
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
 
@@ -30,15 +29,6 @@ logger = logging.getLogger(__name__)
 
 def initial_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
     """Return the full fp32 start value of one parameter, a function of (seed, name) alone.
-
-    That is its usual one, unless the decoder's config asks for another start of the generation expert (same_place.py).
-    """
-    value = usual_value(entry, arch, seed)
-    return same_place_value(entry, arch, seed, value) if arch.llm.generation_start == "same_place" else value
-
-
-def usual_value(entry: Entry, arch: BagelArch, seed: int) -> torch.Tensor:
-    """Return the usual start value of one parameter.
 
     Norm weights are 1, biases 0, and ``llm2vae`` 0 (the original starts the velocity head at zero). Decoder and embeddings are normal with
     the LLM's ``initializer_range``. Adapters (connector, vae2llm, time embedder) are uniform in +-1/sqrt(fan in), torch's default for a

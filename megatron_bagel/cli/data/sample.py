@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from megatron_bagel.cli.usage import command_parser
 from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable, writing_to
-from megatron_bagel.config.architecture.llm import GENERATION_STARTS
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec
 from megatron_bagel.sample_world.text import EDITS, QUESTION_KINDS, draw_edit
@@ -64,8 +63,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--layers", type=int, default=6, help="layers of the decoder (default 6)")
     model.add_argument("--initializer-range", type=float, default=None, metavar="STD",
                        help="deviation of the decoder's first weights (default: 0.7 / sqrt(hidden size))")  # fmt: skip
-    model.add_argument("--generation-start", choices=GENERATION_STARTS, default="usual", help="first weights of the generation expert: the "
-                       "usual ones, or such that it looks at the same place of other pictures, which edits learn sooner from")  # fmt: skip
     model.add_argument("--vit-hidden-size", type=int, default=96, help="hidden size of the vision transformer (default 96)")
     model.add_argument(
         "--vit-layers", type=int, default=4, help="layers of the vision transformer, including the unused last one (default 4)"
@@ -109,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sam
     """Make the set. Errors of the input end with one line and exit status 2."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    llm = LLMSize(args.hidden_size, args.layers, args.initializer_range, args.generation_start)
+    llm = LLMSize(args.hidden_size, args.layers, args.initializer_range)
     vit = ViTSize(args.vit_hidden_size, args.vit_layers, args.vit_patches_per_side)
     try:
         spec = spec_of(args)

@@ -13,9 +13,6 @@ from megatron_bagel.config.whole_numbers import require_sizes
 _LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
-#: How a seeded generation expert may start (checkpoint/hf/same_place.py).
-GENERATION_STARTS = ("usual", "same_place")
-
 
 @dataclass
 class LLMArch:
@@ -39,7 +36,7 @@ class LLMArch:
     kv_channels: int | None = None
     #: The experts that replace MLPs, or None for a dense decoder.
     sparse: SparseArch | None = None
-    #: Keys of the source file that decide no stored tensor. They are written back unchanged.
+    #: Keys of the source file that this code does not interpret. They are written back unchanged.
     extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,8 +52,6 @@ class LLMArch:
             )
         if self.head_dim % 2:
             raise ValueError(f"head size {self.head_dim} must be even for rotary positions")
-        if self.generation_start not in GENERATION_STARTS:
-            raise ValueError(f"generation_start {self.generation_start!r} is not one of {', '.join(GENERATION_STARTS)}")
         if self.sparse is not None and not any(map(self.is_sparse, range(self.num_hidden_layers))):
             raise ValueError(f"all {self.num_hidden_layers} layers are dense by moe_layer_freq (mlp_only_layers); leave num_experts out")
 
@@ -64,14 +59,6 @@ class LLMArch:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def generation_start(self) -> str:
-        """How a seeded generation expert starts: "usual", or "same_place" (checkpoint/hf/same_place.py).
-
-        It decides no stored tensor, so it is kept among the other keys of the source file.
-        """
-        return str(self.extra.get("generation_start", "usual"))
 
     @property
     def has_gen_mlp(self) -> bool:

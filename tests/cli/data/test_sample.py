@@ -15,7 +15,6 @@ from megatron_bagel.cli.data.sample import main as make_sample_data
 from megatron_bagel.cli.data.tokenizer import main as train_tokenizer
 from megatron_bagel.config.architecture import LLMArch, ViTArch
 from megatron_bagel.sample_world.score import read_single
-from megatron_bagel.sample_world.training_set import LLMSize, llm_config
 
 SMALL = ["--t2i", "7", "--edit", "5", "--vlm", "4", "--text", "3", "--edit-steps", "3"]
 
@@ -149,10 +148,3 @@ def test_train_tokenizer_reads_text_and_json_lines(tmp_path: Path, capsys) -> No
     with pytest.raises(SystemExit):
         train_tokenizer([str(tmp_path / "tok"), "--text", str(tmp_path / "b.jsonl")])
     assert "b.jsonl, line 2" in capsys.readouterr().err
-
-
-def test_the_generation_experts_start_is_written_where_it_is_asked_for() -> None:
-    usual, asked = (llm_config(300, LLMSize(128, 4, generation_start=start)) for start in ("usual", "same_place"))
-    assert asked == {**usual, "generation_start": "same_place"}
-    assert LLMArch.from_hf(asked).generation_start == "same_place" and LLMArch.from_hf(usual).generation_start == "usual"
-    assert LLMArch.from_hf(asked).to_hf()["generation_start"] == "same_place", "an export keeps it"
