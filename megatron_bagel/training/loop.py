@@ -14,6 +14,7 @@ from megatron_bagel.checkpoint.dist.stored_run import RUN_ID
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.data.loading.loader import PackLoader, StepBatch
+from megatron_bagel.data.planner.stream import NoSampleLeft
 from megatron_bagel.training.evaluation.evaluator import Evaluation
 from megatron_bagel.training.hooks import Hooks, Pause
 from megatron_bagel.training.observability.logging_sinks import RunLog
@@ -76,7 +77,10 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train until ``total_steps`` or until a signal requests a stop. The last state is always saved."""
+    """Train until ``total_steps`` or until a signal requests a stop. The last state is always saved.
+
+    Raises NoSampleLeft, after saving, if every sample has been trained on as often as it may before that.
+    """
     with run.hooks:
         if run.loop.eval_at_start and run.counters.steps == 0 and run.evaluation is not None:
             _evaluate_now(run, run.evaluation)
@@ -85,7 +89,11 @@ def train(run: Run) -> None:
             start_time = time.perf_counter()
             table = run.step_log.table(run.counters.steps)
             run.hooks.before_step(run.counters.steps)
-            batch = next_batch(run)
+            try:
+                batch = next_batch(run)
+            except NoSampleLeft:  # at the same step on every rank
+                finish(run)
+                raise
             result = step(run, batch, table)
             run.counters = run.counters.after(result, run.replacements.count, run.survival.bad_steps.count)
             done = StepDone(result, run.counters, time.perf_counter() - start_time)

@@ -36,7 +36,7 @@ _NEW_INDEX, _NEW_CHECKPOINTS = "rm -rf index", "rm -rf results/checkpoints"
 #: Part of a command -> its fitting; the first that is found in it counts.
 FITTINGS: dict[str, Fitting] = {
     "examples/quickstart.sh": Fitting(
-        "quickstart --question_steps 1 --total_steps 2 --warmup_steps 1 --split 90,10 --eval_every 2 --eval_samples 2",
+        "quickstart --question_steps 2 --total_steps 2 --warmup_steps 1 --split 90,10 --eval_every 2 --eval_samples 2",
         "python data_tools/make_sample_data.py quickstart/data --t2i 20 --edit 20 --vlm 20 --edit-kinds recolour",
     ),
     "small_world/run.sh": Fitting(
@@ -130,6 +130,7 @@ def make_shared(folder: Path) -> Path:
         (folder / "flux/vae").mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder / "flux/vae" / file.name)
     Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
+    Image.new("RGB", (64, 64), "blue").save(folder / "room.png")
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "size": [64, 64]}) + "\n")
     (folder / "evaluation_metadata.jsonl").write_text(json.dumps({"tag": "single_object", "include": [], "prompt": "a red circle"}) + "\n")
     (folder / "MME_FOLDER").mkdir()
@@ -151,11 +152,18 @@ def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
     shutil.copytree(world, folder / "quickstart_output")
     (folder / "data/configs").mkdir(parents=True)
     (folder / "data/configs/example.yaml").symlink_to(world / "data/dataset.yaml")
-    for name in ("hf", "flux", "photo.png", "prompts.jsonl", "evaluation_metadata.jsonl", "MME_FOLDER"):
+    for name in ("hf", "flux", "photo.png", "room.png", "prompts.jsonl", "evaluation_metadata.jsonl", "MME_FOLDER"):
         (folder / name).symlink_to(shared / name)
     (folder / "hf").unlink()
     shutil.copytree(shared / "hf", folder / "hf")
     (folder / "hf/BAGEL-7B-MoT").symlink_to(world / "model")
+    (folder / "models").mkdir()
+    for name in ("BAGEL-7B-MoT", "dense"):
+        (folder / "models" / name).symlink_to(world / "model")
+    (folder / "run.yaml").write_text(
+        "{model_path: models/BAGEL-7B-MoT, dataset_config_file: data.yaml, index_dir: index, max_num_tokens: 320, expected_num_tokens: 256, "
+        "max_num_tokens_per_sample: 256, ema: 0.9}\n"
+    )
     for name, target in {"DIR": "model", "bagel_example": "data", "data.yaml": "data/dataset.yaml", "index": "index"}.items():
         (folder / name).symlink_to(world / target)
     shutil.copytree(world / "results", folder / "results")

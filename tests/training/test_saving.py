@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from megatron_bagel.checkpoint.dist.step_folders import checkpoints
 from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
+from megatron_bagel.training.observability.metrics_file import read_history
 from megatron_bagel.training.saving import HFExporter
 from tests.checkpoint.tiny_run import train_and_save
 from tests.distributed import run_ranks
@@ -59,6 +61,20 @@ def test_background_saves_are_the_waited_for_ones_and_old_ones_go(world: Path, t
     name = "decoder.layers.1.mlp.gen.linear_fc2.weight"
     hf = WeightMap(checkpoint.arch).entries[name].hf[0]
     assert torch.equal(written[hf], checkpoint.ema(name).bfloat16())
+
+
+@pytest.mark.slow
+def test_a_run_whose_epochs_are_used_up_saves_its_last_step(world: Path, tmp_path: Path) -> None:
+    groups = yaml.safe_load((world / "data/dataset.yaml").read_text())
+    for name in groups.keys() - {"dataset_info"}:
+        groups[name] |= {"max_epochs": 1, "is_mandatory": False}
+    (world / "data/once.yaml").write_text(yaml.safe_dump(groups))
+    flags = {"dataset_config_file": str(world / "data/once.yaml"), "total_steps": 1000, "save_every": 1000, "num_workers": 1}
+    config = run_config(world, tmp_path, 2, **flags)
+    with pytest.raises(AssertionError, match="no sample is left to draw at step"):
+        run(config, ranks=2)
+    done = len(read_history(tmp_path / "metrics.jsonl"))
+    assert done > 2 and [int(folder.name) for folder in checkpoints(config.training.checkpoint_dir)] == [done]
 
 
 def test_an_export_runs_beside_the_training_and_a_failed_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

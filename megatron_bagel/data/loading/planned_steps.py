@@ -16,6 +16,7 @@ from megatron_bagel.data.loading.reading_process import STOP_PATIENCE, next_reco
 from megatron_bagel.data.planner.assign import PackPlan, pack_owners
 from megatron_bagel.data.planner.planner import Planner
 from megatron_bagel.data.planner.position import PlannerPosition
+from megatron_bagel.data.planner.stream import NoSampleLeft
 from megatron_bagel.platform.launch.signals import StopRequest
 
 #: Packs of a global batch from which a process of its own plans them; fewer take a few milliseconds per step.
@@ -49,6 +50,13 @@ class PlannedStep:
     skipped: tuple[dict[str, Any], ...] = ()
 
 
+@dataclass(frozen=True)
+class _NothingLeft:
+    """What a planning process sends in place of a step that it cannot plan, because no sample is left."""
+
+    reason: str
+
+
 class StepPlanner:
     """Plans the share of replica ``replica`` of ``replicas`` in a global batch."""
 
@@ -69,8 +77,12 @@ class _RemotePlanner:
     def __init__(self, planner: StepPlanner) -> None:
         self._planner, self._reported = planner, len(planner.planner.skips.reasons)
 
-    def plan(self, batch: tuple[int, int]) -> PlannedStep:
-        step, skips = self._planner.plan(batch), self._planner.planner.skips
+    def plan(self, batch: tuple[int, int]) -> PlannedStep | _NothingLeft:
+        try:
+            step = self._planner.plan(batch)
+        except NoSampleLeft as end:
+            return _NothingLeft(str(end))  # an error would arrive without its class
+        skips = self._planner.planner.skips
         if len(skips.reasons) == self._reported:
             return step
         skipped = self._planner.planner.skipped()[self._reported :]
@@ -98,11 +110,13 @@ class PlannedSteps:
 
         Raises:
             ReadingError: The planning process failed or ended, or did not answer in time after a stop signal.
-            ValueError: There is nothing left to plan.
+            NoSampleLeft: There is nothing left to plan.
         """
         if self._sent is None:
             return self._planner.plan(next(self._batches))
-        step: PlannedStep = next_record(self._sent, stop_request, patience)
+        step: PlannedStep | _NothingLeft = next_record(self._sent, stop_request, patience)
+        if isinstance(step, _NothingLeft):
+            raise NoSampleLeft(step.reason)
         self._skipped += step.skipped
         return step
 

@@ -25,6 +25,10 @@ _MAX_LISTED = 1000  # skipped samples recorded by name; later ones are only coun
 _STREAK_LIMITS = 64, 1_000_000  # bounds of the skips in a row that end a run; between them it is the source's size
 
 
+class NoSampleLeft(ValueError):
+    """Every sample has been drawn as often as it may. Every rank plans the same, so all of them meet this at the same step."""
+
+
 @dataclass
 class Skips:
     """Samples skipped while planning: their number per source, and the reasons of the first ones by (source name, index, epoch)."""
@@ -125,7 +129,7 @@ class CandidateStream:
         begin, self.draws = self.draws, self.draws + count
         weights = self.weights
         if sum(weights) <= 0:  # is_used_up
-            raise ValueError(
+            raise NoSampleLeft(
                 f"no sample is left to draw at step {self.step:.0f}: every dataset has weight 0 or has reached its max_epochs; raise them, "
                 "or end the run earlier (--train_iters)"
             )

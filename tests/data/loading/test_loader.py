@@ -20,6 +20,7 @@ from megatron_bagel.data.planner.assign import PackPlan, assign_packs
 from megatron_bagel.data.planner.cost_model import CostModel, Measures
 from megatron_bagel.data.planner.mix import SourceRule
 from megatron_bagel.data.planner.planner import Planner, PlannerConfig
+from megatron_bagel.data.planner.stream import NoSampleLeft
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.pack import LayoutSpec, PackImage, build_pack
 from tests.data.planner.measured_sample import measure_sample
@@ -118,7 +119,7 @@ def test_a_planning_process_reports_what_it_skips_and_why_it_fails() -> None:
     ends = []
     for workers, large_batch in ((0, 5), (2, 5), (1, 1)):  # plans run ahead of training, and the end comes when it is due
         short = loader(workers=workers, large_batch=large_batch, rules={"unified_edit": SourceRule(((0, 1.0),), 4)})
-        with pytest.raises(ValueError, match="no sample is left to draw"):
+        with pytest.raises(NoSampleLeft, match="no sample is left to draw"):
             ends.append(0)
             while ends[-1] < 100:
                 next(short)
