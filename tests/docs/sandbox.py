@@ -58,6 +58,7 @@ FITTINGS: dict[str, Fitting] = {
     ),
     "small_world/layouts.sh": Fitting("--total_steps 2 --warmup_steps 1 --save_every 2"),
     "--profile_step_start 2": Fitting(),
+    "--lora_experts gen --lr 1e-4": Fitting(_STEPS, "rm -rf results"),
     "-m megatron_bagel.train": Fitting(_STEPS),
     "data sample first/data": Fitting("--t2i 40 --edit 20 --vlm 40"),
     "evaluate geneval": Fitting("--image-size 64x64 --num-timesteps 2 --limit 1 --num-samples 1"),
@@ -161,8 +162,8 @@ def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
     for name in ("BAGEL-7B-MoT", "dense"):
         (folder / "models" / name).symlink_to(world / "model")
     (folder / "run.yaml").write_text(
-        "{model_path: models/BAGEL-7B-MoT, dataset_config_file: data.yaml, index_dir: index, max_num_tokens: 320, expected_num_tokens: 256, "
-        "max_num_tokens_per_sample: 256, ema: 0.9}\n"
+        "{model_path: models/BAGEL-7B-MoT, finetune_from_hf: true, dataset_config_file: data.yaml, index_dir: index, "
+        "max_num_tokens: 320, expected_num_tokens: 256, max_num_tokens_per_sample: 256, ema: 0.9}\n"
     )
     for name, target in {"DIR": "model", "bagel_example": "data", "data.yaml": "data/dataset.yaml", "index": "index"}.items():
         (folder / name).symlink_to(world / target)
