@@ -35,7 +35,7 @@ from megatron_bagel.data.sources.records import ANSWER_ITEM, IMAGE_ITEM, BadRow,
 from megatron_bagel.data.sources.rows import read_unit
 from megatron_bagel.data.sources.stored_items import LOSS, stored_items
 from megatron_bagel.data.sources.stored_items import TEXT as TEXT_KIND
-from megatron_bagel.data.sources.stored_videos import VIDEO_ITEM, conversation_items, has_video
+from megatron_bagel.data.sources.stored_videos import VIDEO_ITEM, conversation_items
 from megatron_bagel.data.sources.video import video_info
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.data.transforms import complete_size, decoded_size, header_size
@@ -138,13 +138,14 @@ def measure(sample: RawSample, group: str, checks: ImageChecks, tokenizer: Token
         raise
     except Exception as error:  # decoders and tokenizers are plugins of other packages
         raise bad_row(error) from error
-    if any(not len(ids[text]) for text in _learned_texts(sample, group)):
+    empty = {text for text, tokens in enumerate(ids) if not len(tokens)}
+    if empty and not empty.isdisjoint(_learned_texts(sample, group)):
         raise BadRow("an answer without tokens, which would teach the model to stop at once")
     return sizes, ids
 
 
 def _holds_video(sample: RawSample, group: str) -> bool:
-    return group == VLM and has_video(np.array(sample.structure))
+    return group == VLM and VIDEO_ITEM in sample.structure
 
 
 def _stored_video_size(sample: RawSample) -> list[tuple[int, int]]:

@@ -98,10 +98,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
 def test_a_run_in_host_memory_is_the_run_without(plain: Path, tmp_path: Path, fraction: float) -> None:
-    """Losses, clipped gradients, weights, moments and average; also after a resume from one to the other, in both directions."""
+    """Losses, clipped gradients, weights, moments and average; after resumes from one to the other and to itself too."""
     wanted = numbers(read_history(plain / "plain/metrics.jsonl"))
     stored = stored_tensors(plain / "plain/checkpoints/0000004")
-    for name, start, share in (("offloaded", None, fraction), ("there", tmp_path / "offloaded", 0.0), ("back", plain / "plain", fraction)):
+    offloaded = tmp_path / "offloaded"
+    runs = (("offloaded", None, fraction), ("there", offloaded, 0.0), ("back", plain / "plain", fraction), ("again", offloaded, fraction))
+    for name, start, share in runs:
         middle = {} if start is None else {"resume_from": str(start / "checkpoints/0000002"), "init_random": False}
         run_ranks(_execute, 1, run_config(plain, tmp_path / name, **FLAGS, **middle), share, timeout=400)
         found = numbers(read_history(tmp_path / name / "metrics.jsonl"))
