@@ -7,8 +7,7 @@ Reported are peak memory and seconds of both directions, and the bytes that a ra
 share of the weights. Beside each direction stands what a plain copy of its input takes right before and right after it, by the copy
 of 4 GB from the middle of it. Copies read from the disk, as the converters do: the page cache is emptied of the file first. The disk needs
 room for two such folders. ``--zero-layers K/N`` makes K of every N layers zeros, which an input holds without room, where the disk is
-smaller; they are written in full. ``--way out`` measures only the way from a checkpoint to a folder, where time is short: the checkpoint
-then comes from torch's writer directly, without checksums, which an export does not read. All files are removed in the end.
+smaller; they are written in full. All files are removed in the end.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from unittest import mock
+from typing import Any
 
-import numpy
 import torch
 
 from benchmarks.checkpoint import _module, run_measured
@@ -115,39 +112,6 @@ def write_input(folder: Path, values: Values) -> None:
     write_folder(folder, arch, files, sincos_2d, folder.parent / "tokenizer", folder.parent / "ae" / "ae.safetensors")
 
 
-class _HoleFile:
-    """A file whose zeros are holes: what ``stream_write`` writes to in place of a file with a checksum."""
-
-    def __init__(self, file: IO[bytes], _pool: object) -> None:
-        self._file, self._bytes = file, 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._bytes += len(data)
-        if len(data) < 4096 or len(data) % 8 or numpy.frombuffer(data, numpy.uint64).any():
-            return self._file.write(data)
-        self._file.seek(len(data), os.SEEK_CUR)
-        return len(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def entry(self) -> dict[str, Any]:
-        """Return an entry of ``checksums.json`` that no checkpoint for use may have."""
-        return {"bytes": self._bytes, "sha256": ""}
-
-
-def write_checkpoint_input(folder: Path, values: Values) -> Path:
-    """A checkpoint as an import writes it, but without checksums. Returns its one file of tensors."""
-    from megatron_bagel.checkpoint.dist import stream_write
-
-    entries = WeightMap(released_arch()).entries
-    specs = {name: (tuple(entry.shape), torch.bfloat16) for name, entry in entries.items()}
-    head = {"run": {"config": {}}, "ema_is_model": True}
-    with mock.patch.object(stream_write, "_SummedFile", _HoleFile):
-        stream_write.write_checkpoint(folder, 0, released_arch(), specs, lambda name: values.of(entries[name]), head)
-    return next(folder.rglob("*.distcp"))
-
-
 def rank_main(rank: int, folder: Path) -> dict[str, float]:
     """Load the share of one rank, alone in a world of ranks that do not exist; bytes read and bytes held."""
     platform.install()
@@ -219,22 +183,6 @@ def measure(folder: Path, zero_layers: ZeroLayers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_out(folder: Path, zero_layers: ZeroLayers) -> dict[str, Any]:
-    """The way from a checkpoint to a folder alone."""
-    values = Values(zero_layers)
-    stored = write_checkpoint_input(folder / "checkpoint", values)
-    copies = [copy_seconds(stored, folder / "copied")]
-    drop_from_cache(stored)
-    words = _words(checkpoint=folder / "checkpoint", output=folder / "back")
-    to_hf = run_measured(_module("tools.checkpoint_convert.megatron_to_hf"), words)
-    stored.unlink()
-    weights = folder / "back/ema.safetensors"
-    copies.append(copy_seconds(weights, folder / "copied"))
-    _tell("out", to_hf, copies)
-    figures = {"weight_bytes": weights.stat().st_size, "zero_layers": str(zero_layers), "equal": equal(weights, values)}
-    return figures | {"megatron_to_hf": to_hf | {"copy_s": copies}}
-
-
 def _words(**flags: Path) -> list[str]:
     return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
 
@@ -298,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         metavar="K/N",
         help="K of every N layers are zeros, for a smaller disk (default: %(default)s)",
     )
-    parser.add_argument("--way", choices=("both", "out"), default="both", help="what to measure (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file for the record (default: none)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -309,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if free < needed:
         raise ValueError(f"{args.folder} has {free / 1e9:.0f} GB free, and {needed / 1e9:.0f} GB are needed (less with --zero-layers)")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="released_size_") as folder:
-        result = (measure_out if args.way == "out" else measure)(Path(folder).resolve(), args.zero_layers)
+        result = measure(Path(folder).resolve(), args.zero_layers)
     report(result, args.output)
     return result
 

@@ -87,7 +87,7 @@ def test_an_autoencoder_comes_from_a_hub(world: Path, hub: Hub, tmp_path: Path) 
     wrong = [*drawing(world, "owner/bare", tmp_path / "wrong"), *drawing(world, "owner/smal", tmp_path / "typo")]
     statuses, errors = commands(hub, tmp_path / "cache", [*by_name, *by_folder, *wrong])
     assert statuses == [0] * 6 + [2] * 6
-    names = [name for name in ("data latents", "generate", "evaluate")] * 2
+    names = ["data latents", "generate", "evaluate"] * 2
     flags = ["--vae", "--autoencoder", "--autoencoder"] * 2
     for name, flag, error in zip(names, flags, errors, strict=True):
         assert error.startswith(f"megatron-bagel {name}: {flag}"), error
