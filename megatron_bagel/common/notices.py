@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices about files that are read before a run has its log: one line on rank 0, once per process."""
+"""Lines that a process says once: notices about files that are read before a run has its log, and what a start has loaded."""
 
 from __future__ import annotations
 
@@ -16,3 +16,10 @@ def notice(text: str) -> None:
         return
     _given.add(text)
     logger.warning(text)
+
+
+def say_once(log: logging.Logger, text: str) -> None:
+    """Log ``text`` as information, unless this process has said it: a start fills the model for its weights and again for their average."""
+    if text not in _given:
+        _given.add(text)
+        log.info(text)

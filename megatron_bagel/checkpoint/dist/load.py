@@ -34,6 +34,7 @@ from megatron_bagel.checkpoint.dist.stored_adapter import refuse_adapters
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.checkpoint.hf.load import assign, entries_of, matches, named_weights
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.common.notices import say_once
 from megatron_bagel.common.wording import shorten
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.lora import is_factor
@@ -177,10 +178,8 @@ def _log_loaded(folder: Path, weights: str, requested_keys: Set[str], saved: Wei
             "%s: %d tensors loaded (%s weights); not used by this model: %s", folder, len(requested_keys), weights, shorten(unused_names)
         )
     if missing_names:
-        logger.info(
-            "%s: %d tensors are absent and allowed to be; they start from their seeded values: %s",
-            folder, len(missing_names), shorten(sorted(missing_names)),
-        )  # fmt: skip
+        said = f"{len(missing_names)} tensors are absent and allowed to be; they start from their seeded values"
+        say_once(logger, f"{folder}: {said}: {shorten(sorted(missing_names))}")
 
 
 def _read_safely(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import nn
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.checkpoint.hf.shard import take_shard
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
+from megatron_bagel.common.notices import say_once
 from megatron_bagel.common.wording import by_prefix, shorten
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.lora import is_factor
@@ -204,7 +205,7 @@ def load_weights(
         elif initial_value is not None:
             assign(parameter, initial_value(entry), entry)
     for line in report.lines(source.path):
-        logger.info(line)
+        say_once(logger, line)
     return report
 
 

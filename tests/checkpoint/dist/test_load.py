@@ -109,6 +109,10 @@ def test_a_part_that_was_not_trained_may_be_missing_by_permission_alone(tmp_path
     assert f"{len(tower)} tensors are absent and allowed to be; they start from their seeded values: {min(tower)}, " in line
     caplog.clear()
     with caplog.at_level(logging.INFO):
+        load_weights_only(folder, trained.modules, whole, "model", allow_missing=["connector.*", "vit_model.*"])
+    assert "(model weights)" in caplog.text and "absent" not in caplog.text, "a start that fills the model twice lists them once"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
         load_weights_only(folder, {"decoder": trained.modules["decoder"]}, replace(whole, vit=None))
     assert "(model weights); not used by this model: nothing" in caplog.text
 
