@@ -13,7 +13,7 @@ dataset.yaml                          groups, weights, transforms and the locati
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class FolderSpec:
     questions_per_image: int = 2
     edit_steps: int = 1
     edit_kinds: tuple[str, ...] | None = None
+    #: Most shapes of a picture that is edited; None for the world's.
+    edit_max_count: int | None = None
     question_kinds: tuple[str, ...] = QUESTION_KINDS
     #: How often each kind is drawn, in the order of WEIGHTS.
     weights: tuple[float, ...] = tuple(WEIGHTS.values())
@@ -74,6 +76,10 @@ class FolderSpec:
             raise ValueError(f"--interleaved-weight must be above 0, not {self.interleaved_weight}")
         if self.interleaved and self.world.max_count > 1:
             raise ValueError("--interleaved makes puzzles about one shape, and --max-count allows several; leave one of the two out")
+        if self.edit_max_count is not None and not 1 <= self.edit_max_count <= len(self.world.positions):
+            raise ValueError(
+                f"--edit-max-count: an edited picture holds 1 to {len(self.world.positions)} shapes, not {self.edit_max_count}"
+            )
         if len(self.weights) != len(WEIGHTS) or min(self.weights) <= 0:
             raise ValueError(f"--weights takes {len(WEIGHTS)} numbers above 0, for {', '.join(WEIGHTS)}; got {self.weights}")
         if self.vit_side is not None and self.vit_side < VIT_STRIDE:
@@ -89,6 +95,11 @@ class FolderSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
 
+    @property
+    def edit_world(self) -> World:
+        """The world of pictures that are edited."""
+        return replace(self.world, max_count=self.edit_max_count or self.world.max_count)
+
 
 def t2i_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     """Return row i of the text-to-image data: a picture and its captions."""
@@ -101,10 +112,10 @@ def t2i_row(spec: FolderSpec, i: int) -> dict[str, Any]:
 def edit_row(spec: FolderSpec, i: int) -> dict[str, Any]:
     """Return row i of the editing data: 2 to ``edit_steps`` + 1 pictures and the instruction for each step."""
     rng = keyed_generator(spec.seed, "edit", i)
-    scene = draw_scene(spec.world, rng)
+    scene = draw_scene(spec.edit_world, rng)
     images, instructions = [to_png(render(scene))], []
     for _ in range(int(rng.integers(1, spec.edit_steps + 1))):
-        edit = draw_edit(scene, spec.world, rng, spec.edit_kinds)
+        edit = draw_edit(scene, spec.edit_world, rng, spec.edit_kinds)
         scene = edit.after
         images.append(to_png(render(scene)))
         instructions.append(list(edit.instructions))

@@ -63,11 +63,11 @@ def questions(scene: Scene, world: World, kinds: tuple[str, ...] = QUESTION_KIND
 
 
 def draw_edit(scene: Scene, world: World, rng: np.random.Generator, kinds: tuple[str, ...] | None = None) -> Edit:
-    """Draw a random edit that changes the scene; ``kinds`` limits it to some of ``EDITS``. Its result has no held-out pairs.
+    """Draw a random edit that changes the scene, of one of ``kinds``, or of those that change one thing. Its result has no held-out pairs.
 
     Raises ValueError if no edit of these kinds can change any scene of this world.
     """
-    kind_names = list(kinds or EDITS)
+    kind_names = list(kinds or SINGLE_EDITS)
     unknown = [kind for kind in kind_names if kind not in EDITS]
     if unknown:
         raise ValueError(f"unknown kind of edit {', '.join(unknown)}; the sample world has {', '.join(EDITS)}")
@@ -96,6 +96,16 @@ def _recolour(scene: Scene, world: World, rng: np.random.Generator) -> Edit | No
     colour, subject = pick(rng, other_colours), _subject(scene, shape)
     words = (f"make {subject} {colour}", f"change the color of {subject} to {colour}")
     return Edit("recolour", words, _changed(scene, shape, replace(shape, colour=colour)))
+
+
+def _recolour_all(scene: Scene, world: World, rng: np.random.Generator) -> Edit | None:
+    colours = [c for c in world.colours if all((c, shape.shape) not in world.held_out for shape in scene.shapes)]
+    other_colours = [c for c in colours if any(c != shape.colour for shape in scene.shapes)]
+    if not other_colours:
+        return None
+    colour, subject = pick(rng, other_colours), "it" if len(scene.shapes) == 1 else "them"
+    words = (f"make {subject} {colour}", f"change the color of {subject} to {colour}")
+    return Edit("recolour-all", words, replace(scene, shapes=tuple(replace(shape, colour=colour) for shape in scene.shapes)))
 
 
 def _reshape(scene: Scene, world: World, rng: np.random.Generator) -> Edit | None:
@@ -128,9 +138,7 @@ def _background(scene: Scene, world: World, rng: np.random.Generator) -> Edit | 
     return Edit("background", words, replace(scene, background=background))
 
 
-EDITS: dict[str, Callable[[Scene, World, np.random.Generator], Edit | None]] = {
-    "recolour": _recolour,
-    "reshape": _reshape,
-    "move": _move,
-    "background": _background,
-}
+DrawEdit = Callable[[Scene, World, np.random.Generator], Edit | None]
+#: Edits of one shape, which pictures of several name by its position, or of the background.
+SINGLE_EDITS: dict[str, DrawEdit] = {"recolour": _recolour, "reshape": _reshape, "move": _move, "background": _background}
+EDITS: dict[str, DrawEdit] = SINGLE_EDITS | {"recolour-all": _recolour_all}

@@ -85,9 +85,11 @@ def world_texts(spec: FolderSpec) -> Iterator[str]:
     """Yield sentences of the world to train the tokenizer on, from scenes of their own, so every word occurs even in tiny data sets."""
     for i in range(TOKENIZER_SCENES):
         rng = keyed_generator(spec.seed, "tokenizer", i)
-        scene = draw_scene(spec.world, rng)
+        scene = edited = draw_scene(spec.world, rng)
+        if spec.edit_world != spec.world:
+            edited = draw_scene(spec.edit_world, rng)
         yield from captions(scene, spec.world)
-        yield from draw_edit(scene, spec.world, rng, spec.edit_kinds).instructions
+        yield from draw_edit(edited, spec.edit_world, rng, spec.edit_kinds).instructions
         for question, answer in questions(scene, spec.world):
             yield question
             yield answer

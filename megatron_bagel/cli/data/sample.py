@@ -18,7 +18,7 @@ from megatron_bagel.common.paths import path_flag
 from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.data.keyed_random import keyed_generator
 from megatron_bagel.sample_world.folders import WEIGHTS, FolderSpec
-from megatron_bagel.sample_world.text import EDITS, QUESTION_KINDS, draw_edit
+from megatron_bagel.sample_world.text import EDITS, QUESTION_KINDS, SINGLE_EDITS, draw_edit
 from megatron_bagel.sample_world.training_set import LLMSize, ViTSize, make_training_set
 from megatron_bagel.sample_world.world import SHAPES, SIZES, World, draw_scene, parse_pairs
 
@@ -48,7 +48,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     words.add_argument("--captions-per-image", type=int, default=2, metavar="N", help="wordings per caption, 1 or 2 (default 2)")
     words.add_argument("--questions-per-image", type=int, default=2, metavar="N", help="questions per conversation (default 2)")
     words.add_argument("--edit-steps", type=int, default=1, metavar="N", help="edits per example, 1 to N (default 1)")
-    words.add_argument("--edit-kinds", nargs="+", default=None, metavar="KIND", help=f"of {', '.join(EDITS)} (default all)")
+    words.add_argument("--edit-kinds", nargs="+", default=None, metavar="KIND",
+                       help=f"of {', '.join(EDITS)} (default: {', '.join(SINGLE_EDITS)})")  # fmt: skip
+    words.add_argument("--edit-max-count", type=int, default=None, metavar="N",
+                       help="shapes of a picture that is edited, 1 to N (default: --max-count)")  # fmt: skip
     words.add_argument("--question-kinds", nargs="+", default=list(QUESTION_KINDS), metavar="KIND",
                        help=f"what questions ask for, of {', '.join(QUESTION_KINDS)} (default all)")  # fmt: skip
     words.add_argument("--vocab-size", type=int, default=512, help="largest number of tokens of the tokenizer (default 512)")
@@ -95,11 +98,13 @@ def spec_of(args: argparse.Namespace) -> FolderSpec:
     world = World(shapes=tuple(args.shapes), sizes=tuple(args.sizes), max_count=args.max_count,
                   picture_sizes=parse_sizes(args.image_size), held_out=parse_pairs(args.hold_out))  # fmt: skip
     kinds = tuple(args.edit_kinds) if args.edit_kinds else None
+    spec = FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
+                      args.questions_per_image, args.edit_steps, kinds, args.edit_max_count, tuple(args.question_kinds),
+                      tuple(args.weights), vit_side=args.vit_image_size, interleaved=args.interleaved,
+                      interleaved_weight=args.interleaved_weight)  # fmt: skip
     rng = keyed_generator(args.seed, "check")
-    draw_edit(draw_scene(world, rng), world, rng, kinds)  # refuses unknown kinds before anything is written
-    return FolderSpec(world, args.seed, args.t2i, args.edit, args.vlm, args.text, args.captions_per_image,
-                      args.questions_per_image, args.edit_steps, kinds, tuple(args.question_kinds), tuple(args.weights),
-                      vit_side=args.vit_image_size, interleaved=args.interleaved, interleaved_weight=args.interleaved_weight)  # fmt: skip
+    draw_edit(draw_scene(spec.edit_world, rng), spec.edit_world, rng, kinds)  # refuses unknown kinds before anything is written
+    return spec
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "megatron-bagel data sample") -> int:

@@ -20,6 +20,8 @@ from megatron_bagel.sample_world.quickstart.folders import QuickstartFolders
 from megatron_bagel.sample_world.quickstart.progress import TrainingBar
 from megatron_bagel.sample_world.world import read_world
 
+#: A group's weight, or its weights over the steps.
+Weight = float | Mapping[int, float]
 #: What the exam asks. Half of its pictures show pairs of colour and shape that training never did.
 EXAM = Exam(pictures=48, questions=16, edits=24)
 #: A third of a picture's side is one latent token and one patch of the vision tower, so each of the nine places is one token of both.
@@ -29,12 +31,15 @@ _WORLD = (
     "--hold-out", "red:square", "green:circle", "purple:triangle", "cyan:cross",
 )  # fmt: skip
 _SAMPLES = (
-    "--t2i", "2000", "--edit", "2000", "--vlm", "2000", "--captions-per-image", "1", "--edit-kinds", "recolour",
+    "--t2i", "2000", "--edit", "2000", "--vlm", "2000", "--captions-per-image", "1",
     "--questions-per-image", "3", "--question-kinds", "colour", "shape", "position",
+    "--edit-kinds", "recolour-all", "--edit-max-count", "9",
 )  # fmt: skip
 #: Groups of ``dataset.yaml`` that each lesson draws from, with their weights.
-_QUESTIONS = {"vlm_sft": 1.0}
-_PICTURES = {"t2i_pretrain": 2.0, "unified_edit": 1.0}
+_QUESTIONS: dict[str, Weight] = {"vlm_sft": 1.0}
+#: Edits come first: to keep a picture, each place must learn to look at the same place of it. Edited pictures are full of shapes, so that
+#: every place gains from that (docs/small_world.md).
+_PICTURES: dict[str, Weight] = {"t2i_pretrain": {0: 0.05, 300: 0.05, 400: 2.0}, "unified_edit": 1.0}
 #: How the exam's pictures are drawn: the size and the shift they were learnt with.
 DRAWING = (
     "--image-size", "48x48", "--num-timesteps", "13", "--timestep-shift", "3", "--cfg-text-scale", "3", "--cfg-img-scale", "1",
@@ -61,7 +66,7 @@ class QuickstartSettings:
     flags: tuple[str, ...] = ()
 
 
-def lesson(dataset: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+def lesson(dataset: Mapping[str, Any], weights: Mapping[str, Weight]) -> dict[str, Any]:
     """Return the dataset config with only the groups in ``weights``, drawn by these weights alone."""
     groups = {name: {**dataset[name], "weight": weight, "is_mandatory": False} for name, weight in weights.items()}
     return {**groups, "dataset_info": {name: dataset["dataset_info"][name] for name in groups}}
@@ -124,7 +129,7 @@ class Quickstart:
         self._train(self.folders.results, "pictures", _PICTURES, "--config", PICTURES_CONFIG, *start, *latents,
                     "--checkpoint_dir", self.folders.checkpoints, *self.settings.flags)  # fmt: skip
 
-    def _train(self, results: Path, label: str, weights: Mapping[str, float], *flags: str | Path) -> None:
+    def _train(self, results: Path, label: str, weights: Mapping[str, Weight], *flags: str | Path) -> None:
         dataset = self.folders.data / f"{label}.yaml"
         write_yaml(lesson(read_yaml(self.folders.dataset, "quickstart"), weights), dataset, f"What the lesson of {label} draws from.")
         data = ("--dataset_config_file", dataset, "--index_dir", self.folders.index)
