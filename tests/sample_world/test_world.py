@@ -2,6 +2,7 @@
 """The sample world draws what it says, says what it draws, and the scorer reads it back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,18 @@ def test_edit_changes_one_thing_and_names_it(seed: int, kind: str) -> None:
     changed = [new for old, new in pairs if old != new]
     assert len(changed) == 1
     assert all(changed[0] in words for words in edit.instructions)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_recolouring_all_keeps_everything_but_the_colour(seed: int) -> None:
+    world = World(held_out=parse_pairs(["red:square", "green:circle"]), max_count=9)
+    rng = keyed_generator(seed, "edit")
+    scene = draw_scene(world, rng)
+    after = draw_edit(scene, world, rng, ("recolour-all",)).after
+    (colour,) = {shape.colour for shape in after.shapes}
+    assert after == replace(scene, shapes=tuple(replace(shape, colour=colour) for shape in scene.shapes)) != scene
+    assert not {(shape.colour, shape.shape) for shape in after.shapes} & world.held_out
 
 
 @settings(max_examples=50, deadline=None)

@@ -103,6 +103,16 @@ def test_conversations_ask_the_given_kinds_of_questions(tmp_path: Path) -> None:
         assert [turn["value"] for turn in json.loads(line)["conversations"] if turn["from"] == "human"] == ["<image>\nwhat shape is it?"]
 
 
+def test_edited_pictures_may_hold_more_shapes_than_others(tmp_path: Path) -> None:
+    flags = ["--t2i", "2", "--edit", "40", "--vlm", "0", "--edit-max-count", "9", "--edit-kinds", "recolour-all"]
+    make_sample_data([str(tmp_path / "data"), *flags])
+    for row in pq.read_table(tmp_path / "data/t2i").to_pylist():
+        assert read_single(np.asarray(Image.open(io.BytesIO(row["image"])))).shape is not None
+    instructions = {way for row in pq.read_table(tmp_path / "data/editing/seedxedit_multi").to_pylist() for way in row["instruction_list"][0]}
+    subjects = {subject for way in instructions for subject in ("it", "them") if subject in way.split()}
+    assert subjects == {"it", "them"}, "from one shape to many"
+
+
 def test_rows_depend_on_seed_and_number_only(made: Path, tmp_path: Path) -> None:
     make_sample_data([str(tmp_path / "more"), "--t2i", "9", "--edit", "2", "--vlm", "0"])
     make_sample_data([str(tmp_path / "other"), "--t2i", "7", "--edit", "0", "--vlm", "0", "--seed", "1"])
@@ -119,6 +129,8 @@ def test_rows_depend_on_seed_and_number_only(made: Path, tmp_path: Path) -> None
         (["--hold-out", "red"], "colour:shape"),
         (["--image-size", "big"], "'big'"),
         (["--edit-kinds", "explode"], "explode"),
+        (["--edit-max-count", "10"], "--edit-max-count"),
+        (["--edit-max-count", "0"], "--edit-max-count"),
         (["--question-kinds", "colour", "why"], "--question-kinds"),
         (["--question-kinds", "size"], "no such question"),
         (["--captions-per-image", "0"], "--captions-per-image"),

@@ -16,11 +16,11 @@ from megatron_bagel.sample_world.quickstart.stages import lesson
 def test_a_lesson_draws_from_its_groups(tmp_path: Path) -> None:
     sample.main([str(tmp_path / "data"), "--t2i", "1", "--edit", "1", "--vlm", "1"])
     dataset = read_yaml(tmp_path / "data/dataset.yaml", "test")
-    write_yaml(lesson(dataset, {"t2i_pretrain": 2.0, "unified_edit": 1.0}), tmp_path / "pictures.yaml", "pictures")
+    write_yaml(lesson(dataset, {"t2i_pretrain": {0: 0.05, 400: 2.0}, "unified_edit": 1.0}), tmp_path / "pictures.yaml", "pictures")
     groups = load_groups(tmp_path / "pictures.yaml")
-    assert [(group.name, group.weight, group.is_mandatory) for group in groups] == [
-        ("t2i_pretrain", 2.0, False),
-        ("unified_edit", 1.0, False),
+    assert [(group.name, group.points, group.is_mandatory) for group in groups] == [
+        ("t2i_pretrain", ((0, 0.05), (400, 2.0)), False),
+        ("unified_edit", ((0, 1.0),), False),
     ]
     assert [entry.name for group in groups for entry in group.datasets] == ["t2i", "seedxedit_multi"]
     assert dataset["t2i_pretrain"]["is_mandatory"], "the data's own config stays as it is"
