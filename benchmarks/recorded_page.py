@@ -25,6 +25,7 @@ _FIRST = {
     "benchmarks.layout": ("layout_seconds", "area_imbalance", "block_mask seconds"),
     "benchmarks.new_colour": ("trained_share", "training_minutes", "after"),
     "benchmarks.parallel_step": ("loss", "step", "peak"),
+    "benchmarks.quickstart_seeds": ("minutes", "colour", "rest kept"),
     "benchmarks.train_step": ("step_s", "tokens_per_s", "peak_mem_bytes", "achieved_gflops", "share_of_matmul_rate", "loss"),
 }
 #: Figures of a row at most; the file has all.

@@ -108,7 +108,9 @@ def test_edited_pictures_may_hold_more_shapes_than_others(tmp_path: Path) -> Non
     make_sample_data([str(tmp_path / "data"), *flags])
     for row in pq.read_table(tmp_path / "data/t2i").to_pylist():
         assert read_single(np.asarray(Image.open(io.BytesIO(row["image"])))).shape is not None
-    instructions = {way for row in pq.read_table(tmp_path / "data/editing/seedxedit_multi").to_pylist() for way in row["instruction_list"][0]}
+    instructions = {
+        way for row in pq.read_table(tmp_path / "data/editing/seedxedit_multi").to_pylist() for way in row["instruction_list"][0]
+    }
     subjects = {subject for way in instructions for subject in ("it", "them") if subject in way.split()}
     assert subjects == {"it", "them"}, "from one shape to many"
 
