@@ -3,8 +3,8 @@
 
     python -m benchmarks.quickstart_seeds --folder FOLDER --seeds 0 1 2
 
-Each seed has a folder of its own inside FOLDER, which keeps pages, pictures and models. Flags behind ``--`` go to the quickstart. Installing
-is not part of the minutes, which are those of an idle machine only if nothing else runs.
+Each seed has a folder of its own inside FOLDER, which keeps pages, pictures and models. Flags behind ``--`` go to the quickstart.
+Installing is not part of the minutes, which are those of an idle machine only if nothing else runs.
 """
 
 from __future__ import annotations
