@@ -36,7 +36,7 @@ Every row is a command, the machine, the date and the commit on which it ran, an
 `python -m benchmarks.recorded_page` makes this page from the files in
 [benchmarks/results](../benchmarks/results/README.md), which hold every figure.
 
-Rows of a processor without a GPU come from a virtual machine of two cores on which other work ran at the same time. Their times
+Rows of a processor without a GPU come from a virtual machine of two cores on which other work often ran at the same time. Their times
 say that the command works and what it prints, not how fast the code is. [GPU](gpu.md) has what was measured on a GPU.
 
 | command, machine, date, commit, versions | what it printed |

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 
@@ -51,14 +52,14 @@ def keep_losses(run: Path) -> None:
     with LOSSES.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["step", *CURVES])
-        table.writerows([row["step"], *(f"{row[name]:.4f}" for name in CURVES)] for row in rows)
+        table.writerows([row["step"], *(f"{row[name]:.4f}" if name in row else "" for name in CURVES)] for row in rows)
 
 
 def read_losses() -> dict[str, list[float]]:
-    """Return the columns of the table of losses by name, "step" among them."""
+    """Return the columns of the table of losses by name, "step" among them. A step without samples of a kind has no loss of it: nan."""
     with LOSSES.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in ("step", *CURVES)}
+    return {name: [float(row[name] or "nan") for row in rows] for name in ("step", *CURVES)}
 
 
 def loss_curves(losses: dict[str, list[float]]) -> Image.Image:
@@ -69,7 +70,7 @@ def loss_curves(losses: dict[str, list[float]]) -> Image.Image:
     axes = figure.subplots()
     for metric, label in CURVES.items():
         values = losses[metric]
-        means = [sum(near) / len(near) for near in (values[max(0, i + 1 - _AVERAGED) : i + 1] for i in range(len(values)))]
+        means = [_mean(values[max(0, i + 1 - _AVERAGED) : i + 1]) for i in range(len(values))]
         (line,) = axes.plot(losses["step"], means, label=label)
         axes.plot(losses["step"], values, color=line.get_color(), alpha=0.3)
     axes.set(title="loss of a quickstart", xlabel="step", yscale="log")
@@ -78,6 +79,11 @@ def loss_curves(losses: dict[str, list[float]]) -> Image.Image:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     return Image.open(drawn).convert("RGB")
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 if __name__ == "__main__":
