@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "recorded.md"
 _PACKAGES = ("torch", "megatron-core", "transformer-engine")
 #: Program -> the figures that its row shows first, as patterns of their names; the others follow while there is room.
 _FIRST = {
+    "benchmarks.build_beside": (" ratio",),
     "benchmarks.checkpoint": ("speed_of", "peak", "wall_s"),
     "benchmarks.data": ("fill", "imbalance", "per_s", "seconds"),
     "benchmarks.encoder_memory": ("peak_megabytes", "difference"),
