@@ -96,6 +96,9 @@ ELSEWHERE = {
     "ByteDance-Seed/": "tests/cli/test_hub_models.py, with a server on loopback in place of the hub",
     "convert push": "tests/checkpoint/hf/test_hub.py, with a server on loopback in place of the hub",
     "benchmarks.released_size": "tests/benchmarks/test_released_size.py, where the disk has room",
+    "MEGATRON_BAGEL_VLLM_OMNI=": "tests/servers/test_vllm_omni.py, where an environment with vllm-omni is",
+    "MEGATRON_BAGEL_REFERENCE=": "tests/servers/test_original.py, where a checkout of the original and its environment are",
+    "tests/faults": "the suite runs the short ones; the slow ones take longer than a test of a page may",
     "small_world/ablation.sh": "it calls small_world/run.sh, which runs here, six times",
 }
 
@@ -149,6 +152,8 @@ def page_folder(shared: Path, folder: Path, wheel: Path | None = None) -> Path:
     folder.mkdir()
     for name in LINKED if wheel is None else ():
         (folder / name).symlink_to(ROOT / name)
+    if wheel is None:  # a copy, because commands write tables into pages
+        shutil.copytree(ROOT / "docs", folder / "docs")
     world = shared / "quickstart_output"
     shutil.copytree(world, folder / "quickstart_output")
     (folder / "data/configs").mkdir(parents=True)
