@@ -4,9 +4,10 @@
     python -m benchmarks.released_size --folder DISK --output benchmarks/results/released-size.json
 
 Reported are peak memory and seconds of both directions, and the bytes that a rank of tensor 4 x pipeline 2 reads of the folder beside its
-share of the weights. Beside each direction stands what a plain copy of its input takes right before and right after it, by the copy
-of 4 GB from the middle of it. Copies read from the disk, as the converters do: the page cache is emptied of the file first. The disk needs
-room for two such folders. ``--zero-layers K/N`` makes K of every N layers zeros, which an input holds without room, where the disk is
+share of the weights. Beside each direction stands what plain copies take: one of its whole input right before it (``whole_copy_s``), and,
+right before and right after it, one of 4 GB from the middle of the file, scaled to its size (``copy_s``). 4 GB fit into memory, so such a
+copy never waits for room there. Copies read from the disk, as the converters do: the page cache is emptied of the file first. The disk
+needs room for two such folders. ``--zero-layers K/N`` makes K of every N layers zeros, which an input holds without room, where the disk is
 smaller; they are written in full. All files are removed in the end.
 """
 
@@ -93,7 +94,7 @@ def needed_bytes(zero_layers: ZeroLayers) -> float:
     whole = WeightFile(torch.zeros, "bf16").bytes(weight_map)
     layer = sum(2 * torch.Size(entry.shape).numel() for name, entry in weight_map.entries.items() if name.startswith("decoder.layers.0."))
     zeros = layer * sum(number in zero_layers for number in range(28))
-    return max(2 * whole - zeros, whole + COPIED_BYTES) + SPARE_BYTES
+    return 2 * whole - zeros + SPARE_BYTES
 
 
 def write_input(folder: Path, values: Values) -> None:
@@ -157,6 +158,7 @@ def measure(folder: Path, zero_layers: ZeroLayers) -> dict[str, Any]:
     size = weights.stat().st_size
     _give_back_zeros(weights, zero_layers)
     start = run_measured("from megatron_bagel import platform; platform.install(); import megatron_bagel.checkpoint.convert")
+    whole_copies = [copy_seconds(weights, folder / "copied", size)]
     copies = [copy_seconds(weights, folder / "copied")]
     drop_from_cache(weights)
     to_megatron = run_measured(_module("tools.checkpoint_convert.hf_to_megatron"), _words(model=source, output=folder / "checkpoint"))
@@ -164,22 +166,23 @@ def measure(folder: Path, zero_layers: ZeroLayers) -> dict[str, Any]:
     stored = next((folder / "checkpoint").rglob("*.distcp"))
     _give_back_zeros(stored, zero_layers)
     copies.append(copy_seconds(stored, folder / "copied"))
-    _tell("in", to_megatron, copies[:2])
+    _tell("in", to_megatron, copies[:2], whole_copies[0])
+    whole_copies.append(copy_seconds(stored, folder / "copied", stored.stat().st_size))
     drop_from_cache(stored)
     to_hf = run_measured(
         _module("tools.checkpoint_convert.megatron_to_hf"), _words(checkpoint=folder / "checkpoint", output=folder / "back")
     )
     stored.unlink()
     copies.append(copy_seconds(folder / "back/ema.safetensors", folder / "copied"))
-    _tell("out", to_hf, copies[1:])
+    _tell("out", to_hf, copies[1:], whole_copies[1])
     is_equal = equal(folder / "back/ema.safetensors", values)
     print(f"equal after both: {is_equal}", file=sys.stderr, flush=True)
     drop_from_cache(folder / "back/ema.safetensors")
     ranks = [_rank(rank, folder / "back") for rank in (0, TENSOR * PIPELINE - 1)]
     return {
         "weight_bytes": size, "zero_layers": str(zero_layers), "equal_after_both": is_equal, "start_s": start["wall_s"],
-        "start_peak_bytes": start["peak_bytes"], "hf_to_megatron": to_megatron | {"copy_s": copies[:2]},
-        "megatron_to_hf": to_hf | {"copy_s": copies[1:]}, "ranks": ranks,
+        "start_peak_bytes": start["peak_bytes"], "hf_to_megatron": to_megatron | {"copy_s": copies[:2], "whole_copy_s": whole_copies[0]},
+        "megatron_to_hf": to_hf | {"copy_s": copies[1:], "whole_copy_s": whole_copies[1]}, "ranks": ranks,
     }  # fmt: skip
 
 
@@ -187,12 +190,13 @@ def _words(**flags: Path) -> list[str]:
     return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
 
 
-def _tell(way: str, measured: dict[str, float], copies: list[float]) -> None:
+def _tell(way: str, measured: dict[str, float], copies: list[float], whole_copy: float) -> None:
     """Print a direction beside its copies as soon as it is known."""
     before, after = copies
     peak = measured["peak_bytes"] / 1e9
     took = f"{way}: {measured['wall_s']:.0f} s, {measured['cpu_s']:.0f} s of processor, at most {peak:.3f} GB of memory"
-    print(f"{took}; a plain copy of the same bytes: {before:.0f} s before, {after:.0f} s after", file=sys.stderr, flush=True)
+    copied = f"a plain copy of the same bytes: {whole_copy:.0f} s; by 4 GB: {before:.0f} s before, {after:.0f} s after"
+    print(f"{took}; {copied}", file=sys.stderr, flush=True)
 
 
 def _give_back_zeros(file: Path, zero_layers: ZeroLayers) -> None:
@@ -208,21 +212,20 @@ def drop_from_cache(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy_seconds(file: Path, target: Path) -> float:
-    """Seconds that a copy of a file would take that ends on the disk, by the copy of 4 GB from its middle."""
+def copy_seconds(file: Path, target: Path, num_bytes: int = COPIED_BYTES) -> float:
+    """Seconds that a copy of a file takes that ends on the disk, by the copy of ``num_bytes`` from its middle."""
     os.sync()  # nothing of what was written before waits any more
     drop_from_cache(file)
     size = file.stat().st_size
     start, copied = time.perf_counter(), 0
     with file.open("rb") as read, target.open("wb") as written:
-        while copied < COPIED_BYTES:
-            copied += os.sendfile(
-                written.fileno(), read.fileno(), size // 2 - COPIED_BYTES // 2 + copied, min(1 << 26, COPIED_BYTES - copied)
-            )
+        first = (size - num_bytes) // 2
+        while copied < num_bytes:
+            copied += os.sendfile(written.fileno(), read.fileno(), first + copied, min(1 << 26, num_bytes - copied))
         os.fsync(written.fileno())
     seconds = time.perf_counter() - start
     target.unlink()
-    return seconds * size / COPIED_BYTES
+    return seconds * size / num_bytes
 
 
 def _rank(rank: int, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from megatron_bagel.checkpoint.hf.hub import HubRequest, download
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
 from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
 from megatron_bagel.checkpoint.hf.model_card import CardFacts
+from megatron_bagel.checkpoint.hf.read_fused import read_fused
+from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.folder_files import AUTOENCODER_CONFIG_FILES
@@ -104,7 +106,7 @@ def export_checkpoint(
     Raises:
         ValueError: If the checkpoint, the requested weights or a companion's file does not exist.
     """
-    checkpoint = CheckpointWeights(folder, "sampled")
+    checkpoint = CheckpointWeights(folder, "sampled", read_once=True)
     refuse_adapters(checkpoint.state, checkpoint.folder)
     _check_kinds(checkpoint, weights)
     companions = companions or companions_of(checkpoint.state["run"].get("config", {}))
@@ -171,6 +173,7 @@ class _Export:
     kind: str
     weight_map: WeightMap
     other_source: TensorSource | None
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
 
     @cached_property
     def _checkpoint_names(self) -> frozenset[str]:
@@ -192,12 +195,12 @@ class _Export:
                 raise ValueError(f"{name} is neither in {self.checkpoint.folder} nor, in this shape, in the folder of untrained parts")
         if other_names:
             logger.info("%d parameters were not trained and are copied unchanged", len(other_names))
-        return WeightFile(self._get, dtype, self._stored_type)
+        return WeightFile(self._get, dtype, self._stored_type, self.memory)
 
     def _get(self, name: str) -> torch.Tensor:
         if name in self._checkpoint_names:
-            return self.checkpoint.read(self.checkpoint.key(name, self.kind))
-        return _fused(self._untrained, self.weight_map.entries[name])
+            return self.checkpoint.read(self.checkpoint.key(name, self.kind), self.memory)
+        return read_fused(self._untrained, self.weight_map.entries[name], self.memory)
 
     def _stored_type(self, name: str) -> torch.dtype:
         if name in self._checkpoint_names:
@@ -239,7 +242,7 @@ def import_folder(
     if not weights:
         raise ValueError(f"nothing to import from {folder}: choose ema, model or both")
     source = _with_stored_latent_size(folder, weights[0], overrides)
-    tensors = _FolderTensors(source.arch, {kind: source.weights(kind) for kind in weights})
+    tensors = _FolderTensors(source.arch, {kind: source.weights(kind, read_once=True) for kind in weights})
     tensors.check(allow_missing)
     config: dict[str, Any] = {"finetune_from_hf": True, "model_path": str(Path(folder).resolve())}
     if source.sources.llm_path is not None and not (source.path / "llm_config.json").is_file():
@@ -250,7 +253,7 @@ def import_folder(
         "run": {"config": config},
         "ema_is_model": tuple(weights) == ("ema",),
     }
-    return write_checkpoint(directory, 0, source.arch, tensors.specs(), tensors.get, head)
+    return write_checkpoint(directory, 0, source.arch, tensors.specs(), tensors.get, head, tensors.memory)
 
 
 class _FolderTensors:
@@ -258,6 +261,7 @@ class _FolderTensors:
 
     def __init__(self, arch: BagelArch, readers: Mapping[str, SafetensorsReader]) -> None:
         self._arch, self._weight_map, self._readers = arch, WeightMap(arch), readers
+        self.memory = ReusedMemory()
         self._sources: dict[str, tuple[TensorSource, Entry]] = {}
         model, average = readers.get("model", readers.get("ema")), readers.get("ema") if "model" in readers else None
         for prefix, reader in (("", model), ("ema.", average)):
@@ -277,16 +281,12 @@ class _FolderTensors:
 
     def get(self, key: str) -> torch.Tensor:
         reader, entry = self._sources[key]
-        return _fused(reader, entry) if entry.hf[0] in reader else initial_value(entry, self._arch, seed=0)
+        return read_fused(reader, entry, self.memory) if entry.hf[0] in reader else initial_value(entry, self._arch, seed=0)
 
 
 def _stored_dtype(source: TensorSource, entry: Entry) -> torch.dtype:
     """Return the type of a weight in ``source``, or fp32 if it is seeded."""
     return source.spec(entry.hf[0])[1] if entry.hf[0] in source else torch.float32
-
-
-def _fused(source: TensorSource, entry: Entry) -> torch.Tensor:
-    return entry.fuse([source.get(name) for name in entry.hf])
 
 
 def _with_stored_latent_size(folder: str | Path, kind: str, overrides: Mapping[str, Any]) -> HFFolder:
@@ -318,11 +318,13 @@ def write_initial_weights(initial_weights: InitialWeights, directory: str | Path
         logger.info(line)
     pretrained, entries = initial_weights.pretrained, WeightMap(initial_weights.arch).entries
     specs: dict[str, TensorSpec] = {name: (entry.shape, _stored_dtype(pretrained, entry)) for name, entry in entries.items()}
+    memory = ReusedMemory()
 
     def get(name: str) -> torch.Tensor:
         entry = entries[name]
-        return _fused(pretrained, entry) if entry.hf[0] in pretrained else initial_weights.seeded(entry)
+        return read_fused(pretrained, entry, memory) if entry.hf[0] in pretrained else initial_weights.seeded(entry)
 
     flags = {"llm_path": companions.tokenizer, "vae_path": companions.autoencoder}
     config = {name: str(path.resolve()) for name, path in flags.items() if path is not None}
-    return write_checkpoint(directory, 0, initial_weights.arch, specs, get, {"run": {"config": config}, "ema_is_model": True})
+    head = {"run": {"config": config}, "ema_is_model": True}
+    return write_checkpoint(directory, 0, initial_weights.arch, specs, get, head, memory)

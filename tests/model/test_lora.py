@@ -68,6 +68,9 @@ class Source:
     def get(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        out.copy_(self.tensors[name].reshape(out.shape))
+
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         return self.tensors[name].narrow(dim, start, stop - start)
 

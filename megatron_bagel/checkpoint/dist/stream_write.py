@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -27,7 +27,9 @@ from megatron_bagel.checkpoint.dist import checksums, step_folders
 from megatron_bagel.checkpoint.dist.state import provenance
 from megatron_bagel.checkpoint.dist.write_errors import is_space_short, source_error, write_reasons
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
+from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.common.page_cache import WriteBehind
 from megatron_bagel.common.writable import nearest_folder
 from megatron_bagel.config.architecture import BagelArch
 
@@ -37,59 +39,76 @@ _MIN_THREADED_BYTES = 1 << 18  # bytes
 class _OnDemandPlanner(torch_checkpoint.DefaultSavePlanner):
     """Plans with tensors without data, and requests the data of a tensor when the writer reaches it."""
 
-    def __init__(self, get: Callable[[str], torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, get: Callable[[str], torch.Tensor], specs: Mapping[str, TensorSpec], memory: ReusedMemory) -> None:
         super().__init__(flatten_state_dict=False)
-        self._get, self._specs = get, specs
-        self._last_tensor: torch.Tensor | None = None
+        self._get, self._specs, self._memory = get, specs, memory
+        self._last_tensors: list[torch.Tensor] = []
         self._progress = tqdm(total=len(specs), unit="tensor", desc="writing", mininterval=1.0, disable=None)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         """Return the full tensor of ``index``. Raises ValueError if its shape is not the planned one."""
-        if self._last_tensor is not None:
-            # Some releases of torch's writer keep every tensor until the file is closed, so its memory is released here.
-            self._last_tensor.untyped_storage().resize_(0)
+        if len(self._last_tensors) == 2:  # the last one's checksum may still be computed
+            self._release(self._last_tensors.pop(0))
         shape, dtype = self._specs[index.fqn]
-        tensor = self._get(index.fqn).to(dtype).contiguous()
+        read = self._get(index.fqn)
+        tensor = read.to(dtype).contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"tensor {index.fqn} has shape {tuple(tensor.shape)}; the plan says {tuple(shape)}")
         if tensor.untyped_storage().size() != tensor.nbytes:
             tensor = tensor.clone()
+        if tensor is not read:
+            self._memory.give_back(read)
         self._progress.update()
-        self._last_tensor = tensor
+        self._last_tensors.append(tensor)
         return tensor
+
+    def _release(self, tensor: torch.Tensor) -> None:
+        """Give a tensor's memory to the next ones. Some releases of torch's writer keep every tensor until the file is closed."""
+        if not self._memory.give_back(tensor):
+            tensor.untyped_storage().resize_(0)
 
 
 class _SummedFile:
-    """A file whose checksum is computed while it is written; both release Python's lock."""
+    """A file whose checksum is computed in the one thread of ``pool``, at most one large write behind the file.
 
-    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool = file, pool
+    The memory of a large write must stay as it is until the next large one has begun.
+    """
+
+    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor, size: int) -> None:
+        self._file, self._pool, self._behind = file, pool, WriteBehind(file, size)
         self._sum, self._bytes = hashlib.sha256(), 0
+        self._last_large: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         if len(data) < _MIN_THREADED_BYTES:
-            self._sum.update(data)
-            num_bytes = self._file.write(data)
+            self._pool.submit(self._sum.update, bytes(data))
         else:
-            sum_update = self._pool.submit(self._sum.update, data)
-            num_bytes = self._file.write(data)
-            sum_update.result()
+            if self._last_large is not None:
+                self._last_large.result()
+            self._last_large = self._pool.submit(self._sum.update, data)
+        num_bytes = self._file.write(data)
         self._bytes += num_bytes
+        self._behind.wrote()
         return num_bytes
+
+    def finish(self) -> None:
+        """Wait for what is behind the writes, before the file is closed. Raises OSError if they cannot reach the disk."""
+        self._behind.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def entry(self) -> dict[str, Any]:
-        """Return the file's entry in ``checksums.json``."""
+        """Return the file's entry in ``checksums.json``, once the checksum has caught up."""
+        self._pool.submit(lambda: None).result()
         return {"bytes": self._bytes, "sha256": self._sum.hexdigest()}
 
 
 class _SummedFiles(FileSystem):
-    """torch's file system, which also keeps the checksum of every written file in ``sums`` by name."""
+    """torch's file system, which also keeps the checksum of every written file in ``sums`` by name; ``size`` is that of all together."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, pool: ThreadPoolExecutor, size: int) -> None:
+        self._pool, self._size = pool, size
         self.sums: dict[str, dict[str, Any]] = {}
 
     @contextmanager
@@ -98,8 +117,11 @@ class _SummedFiles(FileSystem):
             if mode != "wb":
                 yield file
                 return
-            summed_file = _SummedFile(cast("IO[bytes]", file), self._pool)
-            yield summed_file
+            summed_file = _SummedFile(cast("IO[bytes]", file), self._pool, self._size)
+            try:
+                yield summed_file
+            finally:
+                summed_file.finish()
             self.sums[Path(path).name] = summed_file.entry()
 
 
@@ -110,10 +132,11 @@ def write_checkpoint(
     specs: Mapping[str, TensorSpec],
     get: Callable[[str], torch.Tensor],
     head: Mapping[str, Any],
+    memory: ReusedMemory | None = None,
 ) -> Path:
     """Write a checkpoint under ``directory``.
 
-    The memory of each tensor is freed once it is written, so that the peak is a few tensors.
+    The memory of each tensor is freed or reused once it is written, so that the peak is a few tensors.
 
     Args:
         directory: The folder of checkpoints.
@@ -122,6 +145,7 @@ def write_checkpoint(
         specs: Shape and dtype of every tensor by key.
         get: Returns the tensor of a key and gives it away.
         head: Entries of the JSON state, at least "run".
+        memory: Where ``get`` takes the memory of tensors from, if it does.
 
     Returns:
         The checkpoint's folder.
@@ -132,7 +156,7 @@ def write_checkpoint(
     text = step_folders.state_text({**provenance(step, arch, world_size=1), **head})
     try:
         temporary_folder = step_folders.begin(directory, step)
-        _write_tensors(temporary_folder, specs, get)
+        _write_tensors(temporary_folder, specs, get, memory or ReusedMemory())
         # Megatron-Core's additions: the name of its format, and the part that is not sharded (empty here).
         save_config(CheckpointingConfig("torch_dist", 1), str(temporary_folder))
         # Not straight into the file: on a full disk torch would end with an internal error instead of an OSError.
@@ -151,11 +175,11 @@ def _write_error(directory: Path, error: BaseException) -> ValueError:
     return ValueError(f"cannot write a checkpoint into {directory} ({write_reasons(error)}); {remedy}, or choose another folder")
 
 
-def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], torch.Tensor]) -> None:
+def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], torch.Tensor], memory: ReusedMemory) -> None:
     """Write the tensors and their checksums."""
     planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
     writer = torch_checkpoint.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True, thread_count=1)
     with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as get_ahead:
-        writer.fs = _SummedFiles(pool)
-        torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemandPlanner(get_ahead, specs), no_dist=True)
+        writer.fs = _SummedFiles(pool, sum(tensor.nbytes for tensor in planned.values()))
+        torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemandPlanner(get_ahead, specs, memory), no_dist=True)
     checksums.write_part(folder, 0, {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")})

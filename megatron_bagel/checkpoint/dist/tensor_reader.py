@@ -16,9 +16,11 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from megatron_bagel.checkpoint.dist import step_folders
+from megatron_bagel.checkpoint.dist.stored_record import read_stored
 from megatron_bagel.checkpoint.dist.unpickle_guard import read_contents
 from megatron_bagel.checkpoint.dist.write_errors import write_reasons
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
+from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
 from megatron_bagel.config.architecture import BagelArch
 
@@ -30,6 +32,7 @@ class _Reader(torch_checkpoint.FileSystemReader):
     """Reads the table of contents once, as data. torch would read it again for every tensor, and run the code it names."""
 
     _metadata: Metadata | None = None
+    read_once = False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
@@ -38,20 +41,29 @@ class _Reader(torch_checkpoint.FileSystemReader):
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
-    def whole(self, key: str, stored: TensorStorageMetadata) -> torch.Tensor | None:
-        """Return a tensor that was stored in one piece, or None.
+    def read_into(self, key: str, stored: TensorStorageMetadata, full: torch.Tensor, memory: ReusedMemory) -> bool:
+        """Read every piece of a tensor straight into its place in ``full``; ``torch_checkpoint.load`` holds each twice.
 
-        ``torch_checkpoint.load`` holds such a tensor twice: as read, and in place.
+        Returns:
+            Whether it was read. Where it was not, torch can say what is wrong, or read it otherwise.
         """
         places = self.read_metadata().storage_data or {}
-        if len(stored.chunks) != 1 or stored.chunks[0].sizes != stored.size:
-            return None
-        place = places.get(MetadataIndex(key, stored.chunks[0].offsets))
-        if place is None or place.transform_descriptors:
-            return None
-        with self.fs.create_stream(self.fs.concat_path(self.path, place.relative_path), "rb") as stream:
-            tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True).detach()
-        return tensor if tensor.shape == stored.size and tensor.dtype == stored.properties.dtype else None
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != full.numel():
+            return False
+        for chunk in stored.chunks:
+            place = places.get(MetadataIndex(key, chunk.offsets))
+            if place is None or getattr(place, "transform_descriptors", None):
+                return False
+            part = full
+            for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            read = part if part.is_contiguous() else memory.tensor(tuple(part.shape), part.dtype)
+            if not read_stored(Path(self.path) / place.relative_path, place.offset, place.length, read, self.read_once):
+                return False
+            if read is not part:
+                part.copy_(read)
+                memory.give_back(read)
+        return True
 
 
 class CheckpointWeights:
@@ -60,13 +72,20 @@ class CheckpointWeights:
     ``step``, ``arch`` and ``state`` (the JSON state) describe the checkpoint. Raises ValueError for a folder that is no complete one.
     """
 
-    def __init__(self, folder: str | Path, check_weights: WeightCheck = "none") -> None:
-        """Read the state; ``check_weights`` says how many values of each tensor that is read are checked to be finite."""
+    def __init__(self, folder: str | Path, check_weights: WeightCheck = "none", read_once: bool = False) -> None:
+        """Read the state.
+
+        Args:
+            folder: The checkpoint.
+            check_weights: How many values of each tensor that is read are checked to be finite.
+            read_once: Whether every tensor is read once, so that the system need not keep the files in memory.
+        """
         self.folder, self.check_weights = Path(folder), check_weights
         self.state: dict[str, Any] = step_folders.read_state(self.folder)
         self.step = int(self.state["step"])
         self.arch = BagelArch.from_dict(self.state["arch"])
         self._reader = _Reader(str(self.folder))
+        self._reader.read_once = read_once
         stored = self._reader.read_metadata().state_dict_metadata
         self._stored = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 
@@ -97,13 +116,15 @@ class CheckpointWeights:
         stored = self._stored[key]
         return tuple(stored.size), stored.properties.dtype
 
-    def read(self, key: str) -> torch.Tensor:
-        """Return one stored tensor, assembled from its shards. Raises ValueError if it cannot be read, or is checked and not finite."""
-        stored = self._stored[key]
+    def read(self, key: str, memory: ReusedMemory | None = None) -> torch.Tensor:
+        """Return one stored tensor, assembled from its shards, in ``memory`` if given.
+
+        Raises ValueError if it cannot be read, or is checked and not finite.
+        """
+        stored, memory = self._stored[key], memory or ReusedMemory()
+        tensor = memory.tensor(tuple(stored.size), stored.properties.dtype)
         try:
-            tensor = self._reader.whole(key, stored)
-            if tensor is None:
-                tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+            if not self._reader.read_into(key, stored, tensor, memory):
                 torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, torch_checkpoint.CheckpointException) as error:
             raise ValueError(

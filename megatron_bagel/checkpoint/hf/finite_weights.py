@@ -19,12 +19,12 @@ def refuse_not_finite(tensor: torch.Tensor, name: str, path: Path, check: Weight
     """Raise ValueError if a tensor that was read from ``path`` holds NaN or infinity, naming the file and the tensor."""
     if check == "none" or not tensor.is_floating_point() or not tensor.numel():
         return
-    values = tensor.detach().reshape(-1)
+    values = tensor.detach().flatten(0 if tensor.is_contiguous() or tensor.ndim == 1 else 1)
     if check == "sampled":
-        values = values[:: -(-len(values) // _SAMPLES)]
+        values = values[..., :: -(-values.numel() // _SAMPLES)]
     if not is_finite(values):
-        count = len(values) - int(torch.isfinite(values).sum())
+        count = values.numel() - int(torch.isfinite(values).sum())
         raise ValueError(
-            f"{path}: tensor {name} holds NaN or infinite values ({count} of the {len(values)} that were checked); the model it was "
+            f"{path}: tensor {name} holds NaN or infinite values ({count} of the {values.numel()} that were checked); the model it was "
             "saved from was broken, or the file is damaged: use an earlier step, or copy it again"
         )

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.model_card import CardFacts, card_text
 from megatron_bagel.checkpoint.hf.read_ahead import TensorGetter, read_ahead
+from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.rotary_tables import rotary_table
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, ShardedWriter, TensorSpec
 from megatron_bagel.checkpoint.hf.server_index import write_server_index
@@ -84,8 +85,8 @@ class HFFolder:
         """Return the kind to take if none is asked for: "ema", as in a released folder, or "model" if that is all there is."""
         return ("model",) if self.available_weights() == ["model"] else ("ema",)
 
-    def weights(self, kind: str = "ema", check_weights: WeightCheck = "sampled") -> SafetensorsReader:
-        """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index; ``check_weights`` is for reading tensors."""
+    def weights(self, kind: str = "ema", check_weights: WeightCheck = "sampled", read_once: bool = False) -> SafetensorsReader:
+        """Open ``ema.safetensors`` or ``model.safetensors``, single or sharded with an index; the rest is for reading tensors."""
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weights {kind!r} are unknown; choose {' or '.join(WEIGHT_KINDS)}")
         file = self._weight_file(kind)
@@ -95,7 +96,7 @@ class HFFolder:
                 f"{describe_absence(self.path, kind)}; weights there: {kinds}. A converter takes "
                 "others with --weights, and training takes ema weights only with --finetune_from_ema True"
             )
-        return SafetensorsReader(file, check_weights)
+        return SafetensorsReader(file, check_weights, read_once)
 
     def stored_latent_size(self, kind: str) -> int | None:
         """Return the ``max_latent_size`` that the weights ``kind`` were trained with, by their position table, or None without one."""
@@ -110,12 +111,14 @@ class HFFolder:
 class WeightFile:
     """A weight file to write. ``get`` returns the full tensor of one of our names, one at a time.
 
-    ``dtype`` is "bf16", "fp32" or "keep"; with "keep", ``stored_type`` returns the type of each name.
+    ``dtype`` is "bf16", "fp32" or "keep"; with "keep", ``stored_type`` returns the type of each name. ``get`` may take the memory of its
+    tensors from ``memory``.
     """
 
     get: TensorGetter
     dtype: str = "bf16"
     stored_type: Callable[[str], torch.dtype] | None = None
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
 
     def __post_init__(self) -> None:
         choices = (*DTYPES, *(["keep"] if self.stored_type is not None else []))
@@ -146,10 +149,10 @@ def write_weights(path: Path, weight_map: WeightMap, file: WeightFile, table: Po
     with read_ahead(file.get, names) as get, ShardedWriter(path, specs, shard_bytes) as writer:
         for name in tqdm(names, unit="tensor", desc=path.name, mininterval=1.0, disable=None):
             entry, tensor = weight_map.entries[name], get(name)
-            if entry.vocabulary:
-                tensor = tensor[: entry.shape[0]]  # drops rows that pad the vocabulary for the tensor-parallel size
-            for hf_name, part in zip(entry.hf, entry.unfuse(tensor), strict=True):
+            # Rows that pad the vocabulary for the tensor-parallel size are dropped.
+            for hf_name, part in zip(entry.hf, entry.parts(tensor[: entry.shape[0]] if entry.vocabulary else tensor), strict=True):
                 writer.write(hf_name, part)
+            file.memory.give_back(tensor)
         for name, entry in weight_map.copies.items():
             writer.write(name, file.get(entry.name)[: entry.shape[0]])
         for name, fixed in weight_map.tables.items():

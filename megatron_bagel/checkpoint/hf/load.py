@@ -52,6 +52,9 @@ class TensorSource(Protocol):
     def get(self, name: str) -> torch.Tensor:
         """The tensor, read now."""
 
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read the tensor now into ``out``, which has its type and as many values."""
+
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """A part along ``dim`` (0 or 1), read now."""
 

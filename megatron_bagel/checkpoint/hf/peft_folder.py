@@ -145,6 +145,13 @@ class MergedSource:
         weight = self._base.get(name)
         return self._adapter.changed(name, weight) if name in self._changed else weight
 
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read the tensor now into ``out``, with the adapter merged into it."""
+        if name in self._changed:
+            out.copy_(self.get(name).reshape(out.shape))
+        else:
+            self._base.read_into(name, out)
+
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Return a part of the tensor. A weight that the adapter changes is read whole."""
         if name in self._changed:

@@ -74,6 +74,14 @@ class View:
         source, source_name, change = self._sources[name]
         return change(source.get(source_name))
 
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read the tensor now into ``out``. A tensor that is changed is read first."""
+        source, source_name, change = self._sources[name]
+        if change is _unchanged:
+            source.read_into(source_name, out)
+        else:
+            out.copy_(change(source.get(source_name)).reshape(out.shape))
+
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Read a part of the tensor. A tensor that is changed is read whole."""
         source, source_name, change = self._sources[name]

@@ -12,8 +12,8 @@ import ctypes
 import json
 import os
 import struct
-from collections.abc import Mapping
-from io import RawIOBase
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
+from megatron_bagel.common.page_cache import WriteBehind, read_fully
 from megatron_bagel.common.safetensors_header import files_of_index, read_header
 
 _DTYPE_NAMES = {
@@ -72,9 +73,15 @@ class SafetensorsReader:
     Raises ValueError naming a missing, truncated or foreign file.
     """
 
-    def __init__(self, path: str | Path, check_weights: WeightCheck = "sampled") -> None:
-        """Read the header; ``check_weights`` says how many values of each tensor that is read are checked to be finite."""
-        self.path, self.check_weights = Path(path), check_weights
+    def __init__(self, path: str | Path, check_weights: WeightCheck = "sampled", read_once: bool = False) -> None:
+        """Read the header.
+
+        Args:
+            path: The file, or an index.
+            check_weights: How many values of each tensor that is read are checked to be finite.
+            read_once: Whether every tensor is read once, so that the system need not keep the file in memory.
+        """
+        self.path, self.check_weights, self.read_once = Path(path), check_weights, read_once
         if not self.path.is_file():
             raise ValueError(f"there is no weight file {self.path}")
         if self.path.suffix == ".json":
@@ -116,13 +123,23 @@ class SafetensorsReader:
 
     def get(self, name: str) -> torch.Tensor:
         """Read the tensor ``name`` into separate memory. Raises ValueError if the file is too short, or if it holds NaN or infinity."""
+        tensor = torch.empty(self._location(name).shape, dtype=self._location(name).dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read the tensor ``name`` into ``out``, which has its type and as many values, apart from each other or not.
+
+        Raises ValueError like ``get``.
+        """
         location = self._location(name)
-        tensor = torch.empty(location.shape, dtype=location.dtype)
+        if out.dtype != location.dtype or out.numel() != torch.Size(location.shape).numel():
+            raise ValueError(f"{name} is {location.dtype} {location.shape}, and cannot be read into {out.dtype} {tuple(out.shape)}")
         with self._file_of[name].open("rb", buffering=0) as file:
             file.seek(location.offset)
-            self._fill(_bytes_of(tensor), file, name)
-        refuse_not_finite(tensor, name, self._file_of[name], self.check_weights)
-        return tensor
+            for block in contiguous_blocks(out):
+                self._fill(_bytes_of(block), file, name)
+        refuse_not_finite(out, name, self._file_of[name], self.check_weights)
 
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Read ``start`` to ``stop`` along ``dim`` (0 or 1) of a tensor, and no other bytes of it. Raises ValueError like ``get``.
@@ -148,13 +165,19 @@ class SafetensorsReader:
         refuse_not_finite(tensor, name, self._file_of[name], self.check_weights)
         return tensor
 
-    def _fill(self, content: memoryview, file: RawIOBase, name: str) -> None:
+    def _fill(self, content: memoryview, file: FileIO, name: str) -> None:
         """Read bytes until ``content`` is full."""
-        while content.nbytes:
-            num_bytes = file.readinto(content)
-            if not num_bytes:
-                raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
-            content = content[num_bytes:]
+        if not read_fully(file, content, self.read_once):
+            raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
+
+
+def contiguous_blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the parts of ``tensor`` whose values lie together in memory, in order."""
+    if tensor.is_contiguous():
+        yield tensor
+        return
+    for part in tensor:
+        yield from contiguous_blocks(part)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -162,6 +185,16 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     if not tensor.nbytes:
         return memoryview(bytearray())  # there is no address
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _in_type(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield ``values`` in another type, block by block in the same memory: there is no second whole tensor."""
+    if values.dtype == dtype:
+        yield values
+        return
+    memory = torch.empty(min(len(values), _BLOCK_VALUES), dtype=dtype)
+    for block in values.split(_BLOCK_VALUES):
+        yield memory[: len(block)].copy_(block)
 
 
 class SafetensorsWriter:
@@ -188,33 +221,44 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = self._partial.open("wb")
+        self._behind = WriteBehind(self._file, max((end for _, end in self._offsets.values()), default=0))
         self._file.write(self._preamble)
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write ``tensor`` in the announced dtype. Raises ValueError for an unknown name, a second write or another shape."""
+        """Write ``tensor`` in the announced dtype; its rows may lie in groups, [groups, rows of a group, ..].
+
+        Raises ValueError for an unknown name, a second write or another shape.
+        """
         if name not in self._pending:
             raise ValueError(f"{self.path}: tensor {name} was not announced or was already written")
         shape, dtype = self._specs[name]
-        if tuple(tensor.shape) != tuple(shape):
+        if tuple(shape) not in (tuple(tensor.shape), (tensor.shape[:2].numel(), *tensor.shape[2:])):
             raise ValueError(f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, announced was {tuple(shape)}")
-        values = tensor.detach().to(device="cpu").contiguous().reshape(-1)
         self._file.seek(len(self._preamble) + self._offsets[name][0])
-        for block in values.split(_BLOCK_VALUES) if values.dtype != dtype else (values,):  # no second whole tensor of another type
-            self._file.write(block.to(dtype).view(torch.uint8).numpy().data)
+        for block in contiguous_blocks(tensor.detach().to(device="cpu")):
+            for values in _in_type(block.view(-1), dtype):
+                self._file.write(_bytes_of(values))
+        self._behind.wrote()
         self._pending.discard(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         complete = kind is None and not self._pending
-        if complete:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._behind.close()
+            if complete:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError:
+            complete = False
+            raise
+        finally:
+            self._file.close()
+            if not complete:
+                self._partial.unlink()
         if complete:
             self._partial.replace(self.path)
-            return
-        self._partial.unlink()
-        if kind is None:
+        elif kind is None:
             raise ValueError(f"{self.path} was not written: {len(self._pending)} tensors never came, e.g. {sorted(self._pending)[:3]}")
 
 

@@ -219,14 +219,19 @@ class Entry:
 
     def unfuse(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Invert ``fuse``; the results are contiguous."""
+        return tuple(part.flatten(0, 1).contiguous() if self.op == "qkv" else part.contiguous() for part in self.parts(tensor))
+
+    def parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the places of the Hugging Face tensors in our parameter ``tensor``: views, if it is contiguous.
+
+        A part of fused QKV is [groups, rows of a group, ..], since its groups lie apart.
+        """
         if self.op == "copy":
             return (tensor,)
         rows = [shape[0] for shape in self.hf_shapes]
         if self.op in ("gate_up", "stack"):
-            return tuple(t.contiguous() for t in tensor.split(rows, dim=0))
-        tail = tensor.shape[1:]
-        grouped = tensor.reshape(self.kv_groups, -1, *tail).split([n // self.kv_groups for n in rows], dim=1)
-        return tuple(t.reshape(-1, *tail).contiguous() for t in grouped)
+            return tensor.split(rows, dim=0)
+        return tensor.reshape(self.kv_groups, -1, *tensor.shape[1:]).split([n // self.kv_groups for n in rows], dim=1)
 
 
 @dataclass(frozen=True)
