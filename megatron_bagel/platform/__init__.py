@@ -4,14 +4,11 @@
 Entry points call ``install()`` before they import anything of Megatron-Core.
 """
 
-import gc
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from megatron_bagel.platform.cuda_on_cpu.patches import enter_thread
 from megatron_bagel.platform.device import attend_without_plans, backend, compiles_kernels, device, has_gpu, peak_memory_bytes
+from megatron_bagel.platform.lean_imports import lean_imports
 
 __all__ = ["backend", "compiles_kernels", "device", "enter_thread", "has_gpu", "install", "install_for_streaming", "peak_memory_bytes"]
 
@@ -21,7 +18,7 @@ def install() -> None:
 
     With a GPU no function of torch.cuda is replaced. A second call only enters the calling thread.
     """
-    with _few_collections():
+    with lean_imports():
         from megatron_bagel.platform import megatron_compat
         from megatron_bagel.platform.cuda_on_cpu import fused_adam, patches
 
@@ -32,20 +29,6 @@ def install() -> None:
     else:
         patches.install()
     fused_adam.use_where_megatron_fell_back_to_torch()
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Import much without looking for garbage: modules are none, and looking took a quarter of the start."""
-    if "megatron.core" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()  # nor do later collections look at what was imported
-    finally:
-        gc.enable()
 
 
 def install_for_streaming() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a training checkpoint tensor by tensor in one process, without process group or model, as importing weights needs it.
 
-The files equal those of a torch_dist save of one rank. torch's writer makes them, but receives each tensor only when it writes it.
+The files hold what a torch_dist save of one rank writes, without CRC-32 sums. torch's writer makes them, but receives each tensor only
+when it writes it.
 """
 
 from __future__ import annotations
@@ -104,6 +105,17 @@ class _SummedFile:
         return {"bytes": self._bytes, "sha256": self._sum.hexdigest()}
 
 
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Store tensors without the CRC-32 of each, which nothing compares: torch does not, and the files have SHA-256 sums."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _SummedFiles(FileSystem):
     """torch's file system, which also keeps the checksum of every written file in ``sums`` by name; ``size`` is that of all together."""
 
@@ -179,7 +191,7 @@ def _write_tensors(folder: Path, specs: Mapping[str, TensorSpec], get: Callable[
     """Write the tensors and their checksums."""
     planned = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in specs.items()}
     writer = torch_checkpoint.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=True, thread_count=1)
-    with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as get_ahead:
+    with ThreadPoolExecutor(max_workers=1) as pool, read_ahead(get, list(specs)) as get_ahead, _without_crc32():
         writer.fs = _SummedFiles(pool, sum(tensor.nbytes for tensor in planned.values()))
         torch_checkpoint.save(planned, storage_writer=writer, planner=_OnDemandPlanner(get_ahead, specs, memory), no_dist=True)
     checksums.write_part(folder, 0, {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")})
