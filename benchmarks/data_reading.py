@@ -33,7 +33,7 @@ from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.sample_plan import PlanSettings
 from megatron_bagel.data.sources.dataset_config import GroupConfig, load_groups
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bagel.data.transforms import ready_image, ready_patches
+from megatron_bagel.data.transforms import ready_images, ready_patches
 from megatron_bagel.layout.pack import LayoutSpec
 
 SEED, SHARE = 1, 0.9  # a pack is expected to be this full
@@ -100,7 +100,7 @@ def _rate(packs: Iterator[LoadedPack | PlainPack], count: int) -> tuple[float, f
         samples += loaded.count if plain else len(loaded.pack.samples)
         tokens += loaded.tokens if plain else loaded.pack.sequence_length
         if not plain:  # an encoder would do this on its device
-            _ = [ready_image(image, "cpu") for image in loaded.vae_images()], ready_patches(loaded.vit_images(), PATCH, "cpu")
+            _ = ready_images(loaded.vae_images(), "cpu"), ready_patches(loaded.vit_images(), PATCH, "cpu")
     seconds = time.perf_counter() - began
     return samples / seconds, tokens / seconds
 

@@ -20,7 +20,7 @@ from megatron_bagel.data.index import reader as index_reader
 from megatron_bagel.data.loading import pack_reader
 from megatron_bagel.data.loading.memory_transfer import Parcel
 from megatron_bagel.data.planner import group_source
-from megatron_bagel.data.transforms import ready_image, ready_patches
+from megatron_bagel.data.transforms import ready_images, ready_patches
 
 STAGES = ("plan", "samples", "layout", "bytes", "decode", "resize", "patches and buffers", "send", "receive", "normalize")
 
@@ -72,7 +72,7 @@ def _read(world: World, packs: int) -> tuple[Clock, int]:
             with clock("receive"):
                 loaded = _received(parcel)
             with clock("normalize"):
-                _ = [ready_image(image, "cpu") for image in loaded.vae_images()], ready_patches(loaded.vit_images(), PATCH, "cpu")
+                _ = ready_images(loaded.vae_images(), "cpu"), ready_patches(loaded.vit_images(), PATCH, "cpu")
             samples += len(plan.samples)
     return clock, samples
 

@@ -18,7 +18,7 @@ from megatron_bagel import platform
 from megatron_bagel.checkpoint.hf.load import named_weights
 from megatron_bagel.costs.flops import StepWork, mfu_flops
 from megatron_bagel.costs.freezing import FreezeSettings, freeze
-from megatron_bagel.data.transforms import ready_image
+from megatron_bagel.data.transforms import ready_images
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.training.losses import LossTotals, LossWeights
 from tools.golden_batch import batch_case, hidden_case
@@ -148,7 +148,7 @@ def copy_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, f
 @torch.no_grad()
 def padding_case(cases: TrainCases, check: Comparison, name: str, want: dict[str, Any]) -> None:
     """What encoding padded images changes: the means of one image alone against those among the others."""
-    autoencoder, images = cases.model.autoencoder, [ready_image(one, platform.device()) for one in cases.batch(MAIN).loaded.vae_images()]
+    autoencoder, images = cases.model.autoencoder, ready_images(cases.batch(MAIN).loaded.vae_images(), platform.device())
     image = images[want["image"]]
     alone = autoencoder.encode_many([image])[0][0]
     among = autoencoder.encode_padded(images)[want["image"]][0]

@@ -72,7 +72,19 @@ def keyed_word(seed: int, *what: Part) -> int | np.ndarray: ...
 
 def keyed_word(seed: int, *name: Part) -> int | np.ndarray:
     """Return 64 random bits for the key ``(seed, *name)``, or a uint64 array of them if parts are arrays (broadcast together)."""
-    word: int | np.ndarray = mix64(int(seed) + _GOLDEN)
+    return extended_word(mix64(int(seed) + _GOLDEN), *name)
+
+
+@overload
+def extended_word(word: int, *name: int | str) -> int: ...
+
+
+@overload
+def extended_word(word: int, *name: Part) -> int | np.ndarray: ...
+
+
+def extended_word(word: int | np.ndarray, *name: Part) -> int | np.ndarray:
+    """Return the bits for a key with more parts, ``name``, from the bits for the key without them."""
     for part in name:
         part_word = _word(part)
         # The multiplication makes the order of the parts count: (1, 2) and (2, 1) are different keys.
@@ -97,6 +109,11 @@ def keyed_uniform(seed: int, *name: Part) -> float | np.ndarray:
     word = keyed_word(seed, *name)
     if isinstance(word, np.ndarray):
         return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform_of(word)
+
+
+def uniform_of(word: int) -> float:
+    """Return the number in [0, 1) of 64 random bits."""
     return (word >> 11) * 2.0**-53
 
 

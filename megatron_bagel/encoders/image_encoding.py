@@ -15,7 +15,7 @@ import torch
 from megatron_bagel.config.architecture import BagelArch, ViTArch
 from megatron_bagel.data.loading.loaded_pack import LoadedPack
 from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
-from megatron_bagel.data.transforms import RawImage, RawPatches, ready_image
+from megatron_bagel.data.transforms import RawImage, RawPatches, ready_images
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
 from megatron_bagel.encoders.tower_pass import TowerImage, tower_pass
@@ -115,7 +115,7 @@ class ImageEncoder:
             size = max(image.height for image in vae_images), max(image.width for image in vae_images)
         noises = self.posterior_noise(loaded.pack, images)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.settings.bf16):
-            return encode_latents(autoencoder, [ready_image(image, device) for image in pixels], noises, self.arch.latent_patch_size, size)
+            return encode_latents(autoencoder, ready_images(pixels, device), noises, self.arch.latent_patch_size, size)
 
     def _features(self, loaded: LoadedPack, vit: torch.Tensor | None, latents: torch.Tensor | None) -> Features:
         pack, device = loaded.pack, self.settings.device

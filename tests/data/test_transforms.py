@@ -20,6 +20,8 @@ from PIL import Image, ImageFile, ImageOps
 from safetensors.torch import load_file
 
 from megatron_bagel.data.transforms import (
+    Normalization,
+    RawImage,
     RawPatches,
     TransformArgs,
     complete_size,
@@ -30,7 +32,7 @@ from megatron_bagel.data.transforms import (
     open_image,
     output_size,
     output_sizes,
-    ready_image,
+    ready_images,
     ready_patches,
     resized,
     vit_patches,
@@ -56,12 +58,27 @@ def test_pixels_equal_the_goldens(goldens: Path) -> None:
             got = image_tensor(image, TransformArgs(64, 16, 16), want.shape[2], want.shape[1])
             torch.testing.assert_close(got, want, rtol=0, atol=0)
             raw = resized(image, TransformArgs(64, 16, 16), want.shape[2], want.shape[1])
-            assert raw.values.dtype == torch.uint8 and raw.shape == want.shape and torch.equal(ready_image(raw, "cpu"), want)
+            assert raw.values.dtype == torch.uint8 and raw.shape == want.shape and torch.equal(ready_images([raw], "cpu")[0], want)
             if kind == "vit":
                 patches = RawPatches(vit_patches(raw.values.permute(2, 0, 1), 2), raw.normalization)
                 both = ready_patches([patches, vit_patches(want, 2), patches, patches], 12, "cpu")  # raw ones, ready ones, two raw ones
                 assert torch.equal(both, vit_patches(want, 2).repeat(4, 1))
     torch.testing.assert_close(vit_patches(expected["t2i_0000_row0_vit"], 14), expected["row0_vit_patchified"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mean, std", [((0.5,) * 3, (0.5,) * 3), ((0.45,) * 3, (0.3,) * 3), ((0.48, 0.45, 0.4), (0.26, 0.26, 0.27))])
+def test_pictures_normalised_together_have_the_bits_of_each_alone(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """The reference is the original's: torchvision's, on each picture."""
+    one, other = Normalization(mean, std), Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    values = torch.arange(256, dtype=torch.uint8).repeat(3).view(16, 16, 3)
+    raw = [RawImage(values, one), RawImage(values[:3].clone(), one), RawImage(values, other), RawImage(values[:, :5].contiguous(), one)]
+    images = [raw[0], torch.zeros(3, 2, 2), *raw[1:]]
+    ready = ready_images(images, "cpu")
+    assert torch.equal(ready.pop(1), images[1])  # a posterior of a cache passes
+    for image, got in zip(raw, ready, strict=True):
+        scale = [torch.tensor(numbers).view(3, 1, 1) for numbers in (image.normalization.mean, image.normalization.std)]
+        want = (image.values.permute(2, 0, 1).float() / 255 - scale[0]) / scale[1]
+        assert torch.equal(got, want) and got.is_contiguous() and torch.equal(image.normalized(), want)
 
 
 @given(

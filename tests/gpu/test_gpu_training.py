@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bagel.data.transforms import Normalization, RawImage, RawPatches, ready_image, ready_patches, vit_patches
+from megatron_bagel.data.transforms import Normalization, RawImage, RawPatches, ready_images, ready_patches, vit_patches
 from tests.gpu.commands import ROOT, train
 from tests.runs import make_world
 
@@ -91,14 +91,16 @@ def test_processes_without_a_gpu_of_their_own_are_refused(world: Path, tmp_path:
     assert refused.returncode != 0 and f"--nproc_per_node {count}" in refused.stderr
 
 
-def test_pictures_reach_the_gpu_without_a_wait() -> None:
+@pytest.mark.parametrize("mean, std", [((0.5, 0.4, 0.3), (0.5, 0.2, 0.1)), ((0.45, 0.45, 0.45), (0.3, 0.3, 0.3))])
+def test_pictures_reach_the_gpu_without_a_wait(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """The same bits as on a CPU. torch raises where the host would wait for the device."""
-    raw = RawImage(torch.randint(0, 256, (56, 42, 3), dtype=torch.uint8), Normalization((0.5, 0.4, 0.3), (0.5, 0.2, 0.1)))
+    raw = RawImage(torch.randint(0, 256, (56, 42, 3), dtype=torch.uint8), Normalization(mean, std))
     patches = RawPatches(vit_patches(raw.values.permute(2, 0, 1), 14), raw.normalization)
-    ready_image(raw, "cuda"), ready_patches([patches], 588, "cuda")  # copies mean and deviation once
+    ready_images([raw], "cuda"), ready_patches([patches], 588, "cuda")  # copies mean and deviation once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        image, rows = ready_image(raw, "cuda"), ready_patches([patches, patches], 588, "cuda")
+        (image,), rows = ready_images([raw], "cuda"), ready_patches([patches, patches], 588, "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(image.cpu(), ready_image(raw, "cpu")) and torch.equal(rows.cpu(), ready_patches([patches, patches], 588, "cpu"))
+    assert torch.equal(image.cpu(), ready_images([raw], "cpu")[0])
+    assert torch.equal(rows.cpu(), ready_patches([patches, patches], 588, "cpu"))

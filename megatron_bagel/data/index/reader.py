@@ -130,7 +130,8 @@ class DatasetReader:
             if len(data) != 4 * shard.text_tokens[row][text]:
                 raise ValueError(f"text {text} has {len(data)} bytes, planned with {shard.text_tokens[row][text]} tokens of 4 bytes")
             ids = data.view("<i4").astype(np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary_size:
+            largest = data.view("<u4").max() if len(data) else 0  # a negative id is the largest of all
+        if largest >= self.vocabulary_size:
             raise ValueError(f"text {text} has token ids from {ids.min()} to {ids.max()}, the vocabulary {self.vocabulary_size}")
         return ids
 

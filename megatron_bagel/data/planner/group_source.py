@@ -86,6 +86,7 @@ class GroupSource:
         self.keep_position = group.resume_data_status
         self._last_picture = _LastPicture()
         self._last_video = _LastVideo()
+        self._last_located: tuple[int, _Pass, int] | None = None  # index, and its row in the pass
         self._passes: list[_Pass] = []
         for entry, reader in zip(group.datasets, readers, strict=True):
             passes = reader.used_rows(entry, group, train_val_split)
@@ -219,13 +220,13 @@ class GroupSource:
     def _locate(self, index: int, epoch: int) -> tuple[DatasetReader, int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"group {self.name} has samples 0 to {len(self) - 1}, no sample {index}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        dataset_pass = self._passes[number]
-        return (
-            dataset_pass.reader,
-            int(dataset_pass.rows[index - int(self._starts[number])]),
-            epoch * dataset_pass.passes + dataset_pass.number,
-        )
+        last = self._last_located  # one read: other threads may replace it
+        if last is None or last[0] != index:
+            number = int(np.searchsorted(self._starts, index, side="right")) - 1
+            dataset_pass = self._passes[number]
+            last = self._last_located = (index, dataset_pass, int(dataset_pass.rows[index - int(self._starts[number])]))
+        _, dataset_pass, row = last
+        return dataset_pass.reader, row, epoch * dataset_pass.passes + dataset_pass.number
 
 
 def open_sources(

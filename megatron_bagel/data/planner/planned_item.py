@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from megatron_bagel.data.keyed_random import keyed_integers, keyed_uniform
+from megatron_bagel.data.keyed_random import extended_word, keyed_word, uniform_of
 
 
 class Draws(Protocol):
@@ -31,12 +32,19 @@ class KeyedDraws:
     epoch: int
 
     def choice(self, count: int, choice_name: str) -> int:
-        """Return a number in [0, count), named by ``what``."""
-        return keyed_integers(count, self.seed, self.dataset, self.index, self.epoch, choice_name)
+        """Return a number in [0, count), named by ``choice_name``. Raises ValueError if ``count`` is not positive."""
+        if count <= 0:
+            raise ValueError(f"cannot choose one of {count} things ({choice_name} of {self}): at least one is needed")
+        return int(uniform_of(extended_word(self._word, choice_name)) * count)
 
     def chance(self, probability: float, choice_name: str) -> bool:
-        """Return True with ``probability``; the draw is named by ``what``."""
-        return keyed_uniform(self.seed, self.dataset, self.index, self.epoch, choice_name) < probability
+        """Return True with ``probability``; the draw is named by ``choice_name``."""
+        return uniform_of(extended_word(self._word, choice_name)) < probability
+
+    @cached_property
+    def _word(self) -> int:
+        """The bits of the key that all draws share, which take longer than the rest."""
+        return keyed_word(self.seed, self.dataset, self.index, self.epoch)
 
 
 @dataclass(frozen=True)
