@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class GroupSource:
             if len(group.datasets) == 1:
                 passes = passes[:1]  # repeating the only dataset of a group changes nothing
             self._passes += [_Pass(reader, rows, number, len(passes)) for number, rows in enumerate(passes)]
-        self._starts = np.cumsum([0, *(len(dataset_pass.rows) for dataset_pass in self._passes)])
+        self._starts: list[int] = np.cumsum([0, *(len(dataset_pass.rows) for dataset_pass in self._passes)]).tolist()
         if not len(self):
             names = ", ".join(entry.name for entry in group.datasets)
             raise ValueError(
@@ -102,7 +103,7 @@ class GroupSource:
             )
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def rule(self) -> SourceRule | None:
@@ -114,7 +115,7 @@ class GroupSource:
         """Return each dataset's name and the group's indexes of its first pass, which has each of its rows once."""
         ranges: dict[str, range] = {}
         for number, dataset_pass in enumerate(self._passes):
-            ranges.setdefault(dataset_pass.reader.name, range(int(self._starts[number]), int(self._starts[number + 1])))
+            ranges.setdefault(dataset_pass.reader.name, range(self._starts[number], self._starts[number + 1]))
         return ranges
 
     def readers(self) -> list[DatasetReader]:
@@ -123,8 +124,8 @@ class GroupSource:
 
     def siblings(self, index: int) -> range:
         """Return the group's indexes of the pass over a dataset that contains ``index``."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return range(int(self._starts[number]), int(self._starts[number + 1]))
+        number = bisect.bisect_right(self._starts, index) - 1
+        return range(self._starts[number], self._starts[number + 1])
 
     def measure(self, indexes: np.ndarray, epoch: int) -> Measures:
         """Return lengths and costs of samples [n] in ``epoch``, without reading text or pixels."""
@@ -222,9 +223,9 @@ class GroupSource:
             raise IndexError(f"group {self.name} has samples 0 to {len(self) - 1}, no sample {index}")
         last = self._last_located  # one read: other threads may replace it
         if last is None or last[0] != index:
-            number = int(np.searchsorted(self._starts, index, side="right")) - 1
+            number = bisect.bisect_right(self._starts, index) - 1
             dataset_pass = self._passes[number]
-            last = self._last_located = (index, dataset_pass, int(dataset_pass.rows[index - int(self._starts[number])]))
+            last = self._last_located = (index, dataset_pass, int(dataset_pass.rows[index - self._starts[number]]))
         _, dataset_pass, row = last
         return dataset_pass.reader, row, epoch * dataset_pass.passes + dataset_pass.number
 

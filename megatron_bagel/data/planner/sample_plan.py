@@ -131,7 +131,8 @@ def build_items(
     for item in planned:
         label = next_tokens[item.next_token - 1] if item.next_token else None
         if item.kind == "text":
-            ids = np.concatenate([text_ids(text) for text in item.texts])
+            texts = [text_ids(text) for text in item.texts]
+            ids = texts[0] if len(texts) == 1 else np.concatenate(texts)
             items.append(Item("text", loss=item.loss, dropped=item.dropped, ids=ids, special_token_label=label))
         else:
             img_num = len(record.widths) if shares_max_pixels(group, item.kind) else 1
