@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of the small world in bf16 and in every form of FP8, beside the same training in another precision, as JSON.
 
-    python -m benchmarks.precision_curves OUT --output benchmarks/results/precision-curves.json
+    python -m benchmarks.precision_curves --out FOLDER --output benchmarks/results/precision-curves.json
+    python -m benchmarks.precision_curves --tiny                                # a few steps, to see that it runs
 
 The world and the settings are those of the quickstart's first lesson (docs/small_world.md): the same data, weights and order for each
 precision. The record has each curve at a few points, and how far it is from that of bf16: the mean difference of the logged losses, and the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from megatron_bagel import platform  # noqa: E402
 platform.install()
 
 from benchmarks.record import report, write_record  # noqa: E402
-from benchmarks.small_world_experts import losses_of, make_data  # noqa: E402
+from benchmarks.small_world_experts import WORLD, losses_of, make_data  # noqa: E402
 from megatron_bagel.sample_world.assets import QUESTIONS_CONFIG  # noqa: E402
 from megatron_bagel.sample_world.exam import read_lines  # noqa: E402
 from megatron_bagel.sample_world.quickstart.commands import CommandFailedError, launched_command, run  # noqa: E402
@@ -41,6 +43,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp8 blockwise": {**_FP8, "fp8_recipe": "blockwise"},
     "fp8 mxfp8": {**_FP8, "fp8_recipe": "mxfp8"},
 }
+TINY_WORLD = ("--image-size", "32", "--layers", "2", "--vlm", "24", "--t2i", "4", "--edit", "4")
 _REASON_CHARACTERS = 500
 
 
@@ -85,7 +88,7 @@ def compared(history: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[s
 def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """Train in each precision into ``result``, and write the record after each."""
     out, reference = arguments.out.absolute(), None
-    make_data(out, arguments.seed)
+    make_data(out, arguments.seed, TINY_WORLD if arguments.tiny else WORLD)
     for name in arguments.precisions:
         history = curve(out, name, arguments)
         if isinstance(history, str):
@@ -100,8 +103,9 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train in every precision, print one JSON object, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the runs, which a second call continues (default: one that is removed)")
+    parser.add_argument("--steps", type=int, help="of each training (default: 200)")
+    parser.add_argument("--tiny", action="store_true", help="a few steps in a world of few pictures")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     parser.add_argument("--precisions", default=";".join(PRECISIONS), help=f"of {'; '.join(PRECISIONS)}, split by ; (default: all)")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
@@ -109,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments.precisions = [name.strip() for name in arguments.precisions.split(";")]
     if unknown := [name for name in arguments.precisions if name not in PRECISIONS]:
         parser.error(f"unknown precision {', '.join(unknown)}; there are {'; '.join(PRECISIONS)}")
+    arguments.steps = arguments.steps or (3 if arguments.tiny else 200)
     result: dict[str, Any] = {"steps": arguments.steps, "seed": arguments.seed, "precisions": {}}
-    measure(arguments, result)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.out = arguments.out or Path(folder)
+        measure(arguments, result)
     report(result, arguments.output)
     return result
 

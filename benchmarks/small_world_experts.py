@@ -56,11 +56,11 @@ LAST = 3
 POINTS = 6
 
 
-def make_data(out: Path, seed: int) -> None:
-    """Make the data, its index, and the exam, if they are not there."""
+def make_data(out: Path, seed: int, world: Sequence[str] = WORLD) -> None:
+    """Make the data, its index, and the exam, if they are not there; ``world`` are flags of `megatron-bagel data sample`."""
     data = out / "data"
     if not (data / "questions.yaml").exists():
-        run([module_command("data", "sample", data, *WORLD, "--seed", str(seed))], out / "logs/data.txt")
+        run([module_command("data", "sample", data, *world, "--seed", str(seed))], out / "logs/data.txt")
         write_exam(read_world(data / "world.json"), EXAM, out / "exam")
         questions = lesson(read_yaml(data / "dataset.yaml", "the sample data"), {"vlm_sft": 1.0})
         write_yaml(questions, data / "questions.yaml", "What the lesson of questions draws from.")

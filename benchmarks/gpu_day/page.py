@@ -93,12 +93,25 @@ def generation_table(figures: Mapping[str, Any]) -> str:
     return table(["generation", "tokens/s", "seconds per picture"], rows)
 
 
+def precision_table(figures: Mapping[str, Any]) -> str:
+    """Return the last losses of each precision, and how far its curve is from that of bf16."""
+    rows = []
+    for name, one in figures["precisions"].items():
+        if "refused" in one:
+            rows.append([name, f"refused: {one['refused'][:80]}", "", ""])
+            continue
+        differences = (f"{one[key]:+.4f}" if key in one else "" for key in ("mean_difference", "largest_difference"))
+        rows.append([name, f"{list(one['ce'].values())[-1]:.4f}", *differences])
+    return table([f"precision, {figures['steps']} steps", "last loss", "mean difference", "largest difference"], rows)
+
+
 def sections(records: Mapping[str, Record]) -> Iterator[str]:
     """Yield the blocks of one machine."""
     yield overview(records)
     makers = {
         "step": (step_table, kernel_table), "step-long": (step_table,), "autoencoder": (autoencoder_table,),
         "autoencoder-bf16": (autoencoder_table,), "generation": (generation_table,),
+        "precisions": (precision_table,),
     }  # fmt: skip
     for name, tables in makers.items():
         if name in records and records[name].figures.get("state") == "done":

@@ -38,6 +38,7 @@ PARTS = (
     Part("autoencoder", 180, _benchmark("autoencoder", "--rounds", "3")),
     Part("autoencoder-bf16", 180, _benchmark("autoencoder", "--rounds", "3", "--bf16", "--compile")),
     Part("generation", 300, _benchmark("generate", "--config", "bagel-7b", "--side", "1024", "--steps", "10", "--tokens", "64")),
+    Part("precisions", 300, _benchmark("precision_curves")),
     Part("optimizer", 60, _benchmark("optimizer_pass", "--millions", "256")),
     Part("tests-training", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_training.py"), records=False),
     Part("tests-attention", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_attention.py"), records=False),
@@ -56,6 +57,7 @@ _TINY_COMMANDS: dict[str, tuple[str, ...]] = {
     "autoencoder-bf16": _benchmark("autoencoder", "--width", "32", "--side", "32", "--images", "4", "--rounds", "1", "--bf16"),
     "generation": _benchmark("generate", "--config", "bench-tiny", "--side", "32", "--steps", "2", "--tokens", "2"),
     "optimizer": _benchmark("optimizer_pass", "--millions", "0.1", "--repeats", "1"),
+    "precisions": _benchmark("precision_curves", "--tiny", "--precisions", "bf16; fp32"),
     "layers": _benchmark("train_step", "layers", "--hidden", "128", "--layers", "1", "--tokens", "128", "--rounds", "1"),
     "overhead": _benchmark("overhead", "--config", "bench-tiny", "--steps", "1", "--calls", "5"),
 }

@@ -15,18 +15,15 @@ from megatron_bagel.platform import has_gpu
 
 @pytest.mark.slow
 def test_curves_of_what_runs_and_reasons_of_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "benchmarks.small_world_experts.WORLD", ("--image-size", "32", "--layers", "2", "--vlm", "24", "--t2i", "4", "--edit", "4")
-    )
-    arguments = [str(tmp_path), "--steps", "3", "--precisions", "bf16; fp32; fp8 tensorwise", "--output", str(tmp_path / "record.json")]
-    found = main(arguments)["precisions"]
+    arguments = ["--tiny", "--out", str(tmp_path), "--precisions", "bf16; fp32; fp8 tensorwise"]
+    found = main([*arguments, "--output", str(tmp_path / "record.json")])["precisions"]
     assert read_record(tmp_path / "record.json").figures["precisions"] == found
     assert found["bf16"]["largest_difference"] == 0
     assert 0 < found["fp32"]["largest_difference"] < 0.1
     if not has_gpu():
         assert "needs a GPU" in found["fp8 tensorwise"]["refused"]
     monkeypatch.setattr(precision_curves, "run", lambda *_arguments: pytest.fail("what is there is trained again"))
-    assert main([*arguments[:4], "bf16; fp32"])["precisions"]["fp32"] == found["fp32"]
+    assert main([*arguments[:-1], "bf16; fp32"])["precisions"]["fp32"] == found["fp32"]
 
 
 def test_differences_are_step_by_step() -> None:
@@ -34,7 +31,7 @@ def test_differences_are_step_by_step() -> None:
     assert compared(history, reference) == {"mean_difference": 0.125, "largest_difference": 0.5}
 
 
-def test_an_unknown_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_precision_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([str(tmp_path), "--precisions", "fp4"])
+        main(["--precisions", "fp4"])
     assert "unknown precision fp4; there are bf16" in capsys.readouterr().err
