@@ -22,7 +22,8 @@ def test_output_goes_to_the_log_and_the_watcher_sees_the_end(tmp_path: Path) -> 
     # One call for each line: print may write a line and its end apart, and the other process between them.
     write = "os.write(1, (os.environ['OMP_NUM_THREADS'] + chr(10)).encode())"
     first = python(f"import os, pathlib; {write}; pathlib.Path({str(tmp_path / 'done')!r}).touch()")
-    run([first, python("import os; os.write(1, b'two' + bytes([10]))")], log, threads=3, watch=lambda: seen.append((tmp_path / "done").exists()))
+    second = python("import os; os.write(1, b'two' + bytes([10]))")
+    run([first, second], log, threads=3, watch=lambda: seen.append((tmp_path / "done").exists()))
     assert sorted(log.read_text().split()) == ["3", "two"]
     assert seen[-1], "the watcher is called after the end too"
 
