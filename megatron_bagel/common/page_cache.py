@@ -34,6 +34,11 @@ def read_fully(file: FileIO, content: memoryview, read_once: bool) -> bool:
     """
     start, end = file.tell(), file.tell() + content.nbytes
     forgets = read_once and os.fstat(file.fileno()).st_size > large_bytes()
+    if content.nbytes <= _READ_BYTES:
+        complete = _read_piece(file, content)
+        if forgets:
+            _forget(file.fileno(), start - _LARGEST_PIECE, end)
+        return complete
     bounds = [start, *range(start - start % _READ_BYTES + _READ_BYTES, end, _READ_BYTES), end]
 
     def read(first: int, last: int) -> bool:
@@ -90,7 +95,7 @@ class WriteBehind:
         self._start = end
 
     def _to_disk(self, start: int, end: int) -> None:
-        os.fdatasync(self._descriptor)
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has only the latter
         _forget(self._descriptor, start - _LARGEST_PIECE, end)
 
     def _wait(self) -> None:
