@@ -6,12 +6,14 @@
 
 The world and the settings are those of the quickstart's first lesson (docs/small_world.md): the same data, weights and order for each
 precision. The record has each curve at a few points, and how far it is from that of bf16: the mean difference of the logged losses, and the
-largest. A form that cannot run here has the reason under ``refused``. A second call does only what the first one has not.
+largest. A form that cannot run here has the reason under ``refused``. A second call does only what the first one has not, and is refused
+with other steps, another seed or another world.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -60,6 +62,15 @@ def training(out: Path, name: str, arguments: argparse.Namespace) -> list[str]:
     return launched_command(1, "train", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value))))
 
 
+def check_folder(out: Path, arguments: argparse.Namespace) -> None:
+    """Note what a folder's runs are trained with. Raises ValueError if it holds runs of something else."""
+    settings, file = {name: getattr(arguments, name) for name in ("steps", "seed", "tiny")}, out / "settings.json"
+    if file.exists() and (earlier := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(f"{out} holds runs with {earlier}, not {settings}: choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
 def folder_of(out: Path, name: str) -> Path:
     """Return the folder of one training."""
     return out / name.replace(", ", "-").replace(" ", "-")
@@ -88,6 +99,7 @@ def compared(history: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[s
 def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """Train in each precision into ``result``, and write the record after each."""
     out, reference = arguments.out.absolute(), None
+    check_folder(out, arguments)
     make_data(out, arguments.seed, TINY_WORLD if arguments.tiny else WORLD)
     for name in arguments.precisions:
         history = curve(out, name, arguments)

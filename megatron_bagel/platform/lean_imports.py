@@ -19,7 +19,7 @@ def lean_imports() -> Iterator[None]:
     """Import within this block without looking for garbage, and on CPUs without torch's compiler.
 
     Megatron-Core decorates small functions with ``torch.compile`` as it is imported, which imports the whole compiler. On CPUs they stay
-    as they are: no kernel is compiled there.
+    as they are: no kernel is compiled there. Megatron-Core's own switch, ``disable_jit_fuser``, can be called only after that import.
     """
     if "megatron.core" in sys.modules:
         yield

@@ -26,6 +26,12 @@ def test_curves_of_what_runs_and_reasons_of_what_does_not(tmp_path: Path, monkey
     assert main([*arguments[:-1], "bf16; fp32"])["precisions"]["fp32"] == found["fp32"]
 
 
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"steps": 200, "seed": 0, "tiny": false}')
+    with pytest.raises(ValueError, match=r"holds runs with .*200.* choose another --out"):
+        main(["--out", str(tmp_path), "--steps", "100"])
+
+
 def test_differences_are_step_by_step() -> None:
     reference, history = [{"ce": 2.0}, {"ce": 1.0}], [{"ce": 2.5}, {"ce": 0.75}]
     assert compared(history, reference) == {"mean_difference": 0.125, "largest_difference": 0.5}
