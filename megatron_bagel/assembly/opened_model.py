@@ -19,8 +19,9 @@ from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.base_identity import path_of
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
 from megatron_bagel.checkpoint.hf.folder import HFFolder
-from megatron_bagel.checkpoint.hf.load import TensorSource, assign, entries_of, load_weights
+from megatron_bagel.checkpoint.hf.load import assign, entries_of, load_weights
 from megatron_bagel.checkpoint.hf.peft_folder import MergedSource, ReleasedAdapter
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.common.hub_names import hub_hint
 from megatron_bagel.config.architecture import AutoencoderArch, BagelArch, ConfigSources

@@ -22,11 +22,12 @@ from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.hub import HubRequest, download
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
-from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
+from megatron_bagel.checkpoint.hf.load import check_against
 from megatron_bagel.checkpoint.hf.model_card import CardFacts
 from megatron_bagel.checkpoint.hf.read_fused import read_fused
 from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.folder_files import AUTOENCODER_CONFIG_FILES
 from megatron_bagel.common.hub_names import pinned_hub_name

@@ -28,10 +28,10 @@ _DAMAGES = (
 )  # fmt: skip
 
 
-def read_stored(path: Path, offset: int, length: int, out: torch.Tensor, read_once: bool = False) -> bool:
+def read_stored(path: Path, offset: int, length: int, out: torch.Tensor, forgets: bool = False) -> bool:
     """Read the tensor in bytes ``offset`` to ``offset + length`` of a file into the contiguous ``out``.
 
-    With ``read_once`` the system need not keep these bytes in memory.
+    With ``forgets`` the system need not keep these bytes in memory.
 
     Returns:
         Whether it was read: these bytes hold a contiguous tensor with the shape and type of ``out``, and nothing else.
@@ -45,7 +45,7 @@ def read_stored(path: Path, offset: int, length: int, out: torch.Tensor, read_on
     target = out.view(-1).view(torch.uint8).numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(place)
-        return read_fully(file, target, read_once)
+        return read_fully(file, target, forgets)
 
 
 def _data_place(path: Path, offset: int, length: int, out: torch.Tensor) -> int | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
@@ -30,7 +30,7 @@ from megatron_bagel.checkpoint.dist.write_errors import is_space_short, source_e
 from megatron_bagel.checkpoint.hf.read_ahead import read_ahead
 from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
-from megatron_bagel.common.page_cache import WriteBehind
+from megatron_bagel.common.direct_file import open_to_write
 from megatron_bagel.common.writable import nearest_folder
 from megatron_bagel.config.architecture import BagelArch
 
@@ -75,8 +75,8 @@ class _SummedFile:
     The memory of a large write must stay as it is until the next large one has begun.
     """
 
-    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor, size: int) -> None:
-        self._file, self._pool, self._behind = file, pool, WriteBehind(file, size)
+    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
         self._sum, self._bytes = hashlib.sha256(), 0
         self._last_large: Future[None] | None = None
 
@@ -89,12 +89,7 @@ class _SummedFile:
             self._last_large = self._pool.submit(self._sum.update, data)
         num_bytes = self._file.write(data)
         self._bytes += num_bytes
-        self._behind.wrote()
         return num_bytes
-
-    def finish(self) -> None:
-        """Wait for what is behind the writes, before the file is closed. Raises OSError if they cannot reach the disk."""
-        self._behind.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -125,16 +120,14 @@ class _SummedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as file:
-            if mode != "wb":
+        if mode != "wb":
+            with super().create_stream(path, mode) as file:
                 yield file
-                return
-            summed_file = _SummedFile(cast("IO[bytes]", file), self._pool, self._size)
-            try:
-                yield summed_file
-            finally:
-                summed_file.finish()
-            self.sums[Path(path).name] = summed_file.entry()
+            return
+        with open_to_write(path, self._size) as written:
+            summed_file = _SummedFile(written, self._pool)
+            yield summed_file
+        self.sums[Path(path).name] = summed_file.entry()
 
 
 def write_checkpoint(

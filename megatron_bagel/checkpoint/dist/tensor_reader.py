@@ -22,6 +22,7 @@ from megatron_bagel.checkpoint.dist.write_errors import write_reasons
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.common.page_cache import large_together
 from megatron_bagel.config.architecture import BagelArch
 
 # Keys of an fp32 weight, best first: Megatron's main weights (distributed optimizer, plain bf16 optimizer), then the model's weights.
@@ -32,7 +33,7 @@ class _Reader(torch_checkpoint.FileSystemReader):
     """Reads the table of contents once, as data. torch would read it again for every tensor, and run the code it names."""
 
     _metadata: Metadata | None = None
-    read_once = False
+    forgets = False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
@@ -58,7 +59,7 @@ class _Reader(torch_checkpoint.FileSystemReader):
             for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 part = part.narrow(dim, start, size)
             read = part if part.is_contiguous() else memory.tensor(tuple(part.shape), part.dtype)
-            if not read_stored(Path(self.path) / place.relative_path, place.offset, place.length, read, self.read_once):
+            if not read_stored(Path(self.path) / place.relative_path, place.offset, place.length, read, self.forgets):
                 return False
             if read is not part:
                 part.copy_(read)
@@ -78,14 +79,14 @@ class CheckpointWeights:
         Args:
             folder: The checkpoint.
             check_weights: How many values of each tensor that is read are checked to be finite.
-            read_once: Whether every tensor is read once, so that the system need not keep the files in memory.
+            read_once: Whether every tensor is read once, so that the system need not keep large files in memory.
         """
         self.folder, self.check_weights = Path(folder), check_weights
         self.state: dict[str, Any] = step_folders.read_state(self.folder)
         self.step = int(self.state["step"])
         self.arch = BagelArch.from_dict(self.state["arch"])
         self._reader = _Reader(str(self.folder))
-        self._reader.read_once = read_once
+        self._reader.forgets = read_once and large_together(self.folder.glob("*.distcp"))
         stored = self._reader.read_metadata().state_dict_metadata
         self._stored = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 

@@ -12,14 +12,15 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+from megatron_bagel.checkpoint.hf.read_fused import read_fused
+from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.shard import take_shard
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.common.notices import say_once
 from megatron_bagel.common.wording import by_prefix, shorten
@@ -32,31 +33,6 @@ _VISION_NAMES = ("vit_model.*", "connector.*", "vit_pos_embed.*")
 #: Tensors that are no weights: buffers that are computed here, and optimizer states.
 _NO_WEIGHTS = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids", "optimizer.*", "scheduler.*")
 _GENERATION_NAMES = ("time_embedder.*", "vae2llm.*", "llm2vae.*", "latent_pos_embed.*")
-
-
-class TensorSource(Protocol):
-    """Named tensors under the released names, read one at a time."""
-
-    @property
-    def path(self) -> object:
-        """Where the tensors come from, for messages."""
-
-    def keys(self) -> list[str]:
-        """All tensor names."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype, without reading the tensor."""
-
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor, read now."""
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Read the tensor now into ``out``, which has its type and as many values."""
-
-    def get_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """A part along ``dim`` (0 or 1), read now."""
 
 
 @dataclass
@@ -147,13 +123,15 @@ def assign(parameter: nn.Parameter, full: torch.Tensor, entry: Entry) -> None:
 
 
 @torch.no_grad()
-def _assign_from(source: TensorSource, parameter: nn.Parameter, entry: Entry) -> None:
+def _assign_from(source: TensorSource, parameter: nn.Parameter, entry: Entry, memory: ReusedMemory) -> None:
     """Fill ``parameter`` from ``source``. A tensor-parallel rank reads its part of each tensor alone, where the parts lie even."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
     rank, size = _tensor_parallel_rank_and_size(expert=".local_experts." in entry.name) if sharded else (0, 1)
     dim = getattr(parameter, "partition_dim", -1)
     if size == 1 or dim not in (0, 1) or not _reads_parts(entry, dim, size):
-        assign(parameter, entry.fuse([source.get(name) for name in entry.hf]), entry)
+        full = read_fused(source, entry, memory)
+        assign(parameter, full, entry)
+        memory.give_back(full)
         return
     parts = []
     for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
@@ -201,9 +179,10 @@ def load_weights(
         ValueError: Listing missing and unexpected tensors, or naming a tensor of another shape with the flag that decides it.
     """
     report = check_against(source, weight_map, allow_missing, allow_unexpected)
+    memory = ReusedMemory()
     for entry, parameter in entries_of(modules, weight_map):
         if entry.hf[0] in source:
-            _assign_from(source, parameter, entry)
+            _assign_from(source, parameter, entry, memory)
             report.loaded += entry.hf
         elif initial_value is not None:
             assign(parameter, initial_value(entry), entry)

@@ -18,8 +18,8 @@ import torch
 
 from megatron_bagel.checkpoint.hf.adapter_map import AdapterMap
 from megatron_bagel.checkpoint.hf.base_identity import BaseIdentity
-from megatron_bagel.checkpoint.hf.load import TensorSource
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import Entry
 from megatron_bagel.common.json_files import read_json
 from megatron_bagel.common.wording import shorten

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck
-from megatron_bagel.checkpoint.hf.load import TensorSource
 from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader, TensorSpec
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import Entry, WeightMap
 from megatron_bagel.config.architecture import BagelArch
 

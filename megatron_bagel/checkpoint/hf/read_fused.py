@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_bagel.checkpoint.hf.load import TensorSource
 from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import Entry
 
 

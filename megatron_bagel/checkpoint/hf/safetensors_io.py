@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
-from megatron_bagel.common.page_cache import WriteBehind, read_fully
+from megatron_bagel.common.direct_file import open_to_write
+from megatron_bagel.common.page_cache import large_together, read_fully
 from megatron_bagel.common.safetensors_header import files_of_index, read_header
 
 _DTYPE_NAMES = {
@@ -79,15 +80,16 @@ class SafetensorsReader:
         Args:
             path: The file, or an index.
             check_weights: How many values of each tensor that is read are checked to be finite.
-            read_once: Whether every tensor is read once, so that the system need not keep the file in memory.
+            read_once: Whether every tensor is read once, so that the system need not keep large files in memory.
         """
-        self.path, self.check_weights, self.read_once = Path(path), check_weights, read_once
+        self.path, self.check_weights = Path(path), check_weights
         if not self.path.is_file():
             raise ValueError(f"there is no weight file {self.path}")
         if self.path.suffix == ".json":
             self._file_of = files_of_index(self.path)
         else:
             self._file_of = dict.fromkeys(_header(self.path), self.path)
+        self._forgets = read_once and large_together(set(self._file_of.values()))
         self._headers: dict[Path, dict[str, _TensorLocation]] = {}
 
     def _location(self, name: str) -> _TensorLocation:
@@ -167,7 +169,7 @@ class SafetensorsReader:
 
     def _fill(self, content: memoryview, file: FileIO, name: str) -> None:
         """Read bytes until ``content`` is full."""
-        if not read_fully(file, content, self.read_once):
+        if not read_fully(file, content, self._forgets):
             raise ValueError(f"{self._file_of[name]} ends inside tensor {name}; copy it again")
 
 
@@ -203,8 +205,9 @@ class SafetensorsWriter:
     The file appears under its name only when every tensor has been written (temporary name, fsync, rename).
     """
 
-    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], total_bytes: int | None = None) -> None:
+        """Plan the file. ``total_bytes`` is the size of all files of which it is one."""
+        self.path, self._total_bytes = Path(path), total_bytes
         self._partial = self.path.with_name(self.path.name + ".partial")
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, tuple[int, int]] = {}
@@ -220,8 +223,8 @@ class SafetensorsWriter:
         self._pending = set(self._specs)
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._partial.open("wb")
-        self._behind = WriteBehind(self._file, max((end for _, end in self._offsets.values()), default=0))
+        size = max((end for _, end in self._offsets.values()), default=0)
+        self._file = open_to_write(self._partial, self._total_bytes or size)
         self._file.write(self._preamble)
         return self
 
@@ -239,13 +242,11 @@ class SafetensorsWriter:
         for block in contiguous_blocks(tensor.detach().to(device="cpu")):
             for values in _in_type(block.view(-1), dtype):
                 self._file.write(_bytes_of(values))
-        self._behind.wrote()
         self._pending.discard(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         complete = kind is None and not self._pending
         try:
-            self._behind.close()
             if complete:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -275,6 +276,7 @@ class ShardedWriter:
         self._shard_of = {name: number for number, shard in enumerate(self._shards) for name in shard}
         self._pending_counts = [len(shard) for shard in self._shards]
         self._open: dict[int, SafetensorsWriter] = {}
+        self._total_bytes = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in specs.values())
 
     def _name(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.stem}-{number:05d}-of-{len(self._shards):05d}{self.path.suffix}")
@@ -288,7 +290,7 @@ class ShardedWriter:
             raise ValueError(f"{self.path}: tensor {name} was not announced")
         number = self._shard_of[name]
         if number not in self._open:
-            self._open[number] = SafetensorsWriter(self._paths[number], self._shards[number]).__enter__()
+            self._open[number] = SafetensorsWriter(self._paths[number], self._shards[number], self._total_bytes).__enter__()
         self._open[number].write(name, tensor)
         self._pending_counts[number] -= 1
         if not self._pending_counts[number]:
@@ -300,8 +302,10 @@ class ShardedWriter:
         if kind is None and any(self._pending_counts):
             raise ValueError(f"{self.path} was not written: {sum(self._pending_counts)} tensors never came")
         if kind is None and len(self._shards) > 1:
-            total = sum(dtype.itemsize * torch.Size(shape).numel() for shard in self._shards for shape, dtype in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": {name: self._paths[n].name for name, n in self._shard_of.items()}}
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": {name: self._paths[n].name for name, n in self._shard_of.items()},
+            }
             self.path.with_name(self.path.name + ".index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

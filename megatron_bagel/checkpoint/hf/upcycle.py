@@ -15,7 +15,8 @@ import torch
 
 from megatron_bagel.checkpoint.hf.folder import AUTOENCODER_FILE, HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.initial_weights import initial_value
-from megatron_bagel.checkpoint.hf.load import TensorSource, check_against
+from megatron_bagel.checkpoint.hf.load import check_against
+from megatron_bagel.checkpoint.hf.tensor_source import TensorSource
 from megatron_bagel.checkpoint.hf.weight_map import WeightMap
 from megatron_bagel.config.architecture import BagelArch, SparseArch
 

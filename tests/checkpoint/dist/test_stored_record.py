@@ -27,9 +27,9 @@ def stored(path: Path, value: object) -> int:
 def test_a_plain_tensor_is_read_in_place(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape).to(dtype)
     length = stored(tmp_path / "file", tensor)
-    for read_once in (False, True):
+    for forgets in (False, True):
         out = torch.full(shape, 7.0, dtype=dtype)
-        assert read_stored(tmp_path / "file", BEFORE, length, out, read_once)
+        assert read_stored(tmp_path / "file", BEFORE, length, out, forgets)
         assert torch.equal(out, tensor)
 
 
