@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
@@ -23,7 +22,7 @@ _BUFFER_BYTES = 1 << 26  # a multiple of _BLOCK
 _NUM_BUFFERS = 2  # one is filled while the other is written
 
 
-def open_to_write(path: str | Path, size: int) -> IO[bytes]:
+def open_to_write(path: str | os.PathLike[str], size: int) -> IO[bytes]:
     """Open a new file of ``size`` bytes, or about that, to write it from start to end; other places may be sought, which is slower.
 
     A large file, or one of several that are large together (``size`` is then that of all), does not pass the page cache, where system and
@@ -35,7 +34,7 @@ def open_to_write(path: str | Path, size: int) -> IO[bytes]:
     return file
 
 
-def _open_direct(path: str | Path) -> int | None:
+def _open_direct(path: str | os.PathLike[str]) -> int | None:
     if not hasattr(os, "O_DIRECT"):  # absent on macOS
         return None
     try:
