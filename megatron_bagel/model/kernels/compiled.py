@@ -2,8 +2,9 @@
 """The elementwise kernels compiled by ``torch.compile``: each function reads its tensors once, in one kernel or a few.
 
 The formulas are those of ``eager.py`` without views that are written to. Only the number of rows is a variable of the kernels. Sizes of the
-model and what needs a gradient are constants, so a run compiles each function once and not for every pack. Results differ from the eager
-ones by rounding: what stays inside a kernel is not rounded to bf16 in between.
+model and what needs a gradient are constants, so a run compiles each function once and not for every pack. A function that sums over rows
+may be compiled again for many rows, which the compiler sums in another way. Results differ from the eager ones by rounding: what stays
+inside a kernel is not rounded to bf16 in between.
 
 Only a run that asks for these kernels imports this module, and the compiler with it.
 """
