@@ -23,6 +23,7 @@ from megatron_bagel.layout.order import expert_order
 from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.batch import Features, make_microbatch
 from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.kernels.choice import KernelsName
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.one_pass import StateDtype
@@ -67,6 +68,7 @@ class StepOptions:
         stored_latents: Whether latents come from a cache, so that the autoencoder does not run.
         vit_chunk_tokens: The ViT tokens whose activations exist at one time; None keeps those of the step.
         ce_chunk_tokens: The loss tokens whose logits exist at one time; 0 keeps all.
+        fused_kernels: The elementwise kernels of the decoder.
         one_pass: Whether moments, weights and averages are updated in one pass.
         optimizer_state_dtype: The type of the moments.
     """
@@ -79,6 +81,7 @@ class StepOptions:
     stored_latents: bool = False
     vit_chunk_tokens: int | None = None
     ce_chunk_tokens: int = 0
+    fused_kernels: KernelsName = "eager"
     one_pass: bool = False
     optimizer_state_dtype: StateDtype = "fp32"
 
@@ -98,8 +101,13 @@ class BenchStep:
         self.tower_pass = tower_pass(device, options.vit_chunk_tokens)
         vision = VisionTower(arch, options.recompute_layers > 0)
         vision.reset_parameters(torch.Generator().manual_seed(SEED))
-        kernels = {"transformer_impl": options.transformer_impl, "ce_chunk_tokens": options.ce_chunk_tokens}
-        decoder = build_decoder(arch, config, **kernels)
+        decoder = build_decoder(
+            arch,
+            config,
+            transformer_impl=options.transformer_impl,
+            ce_chunk_tokens=options.ce_chunk_tokens,
+            fused_kernels=options.fused_kernels,
+        )
         # The head starts at zero, which would leave the decoder without a gradient from the images.
         torch.nn.init.normal_(decoder.llm2vae.weight, std=0.02)
         settings = OptimizerSettings(lr=1e-4, bf16=bf16, one_pass=options.one_pass, state_dtype=options.optimizer_state_dtype)
@@ -172,6 +180,7 @@ def step_figures(step: BenchStep, watch: Stopwatch, losses: Sequence[float]) -> 
     return {
         "attention_backend": step.backend,
         "transformer_impl": options.transformer_impl,
+        "fused_kernels": options.fused_kernels,
         "vae_encode_bf16": options.vae_bf16,
         "dtype": str(dtype).removeprefix("torch."),
         "recompute_layers": options.recompute_layers,

@@ -50,6 +50,7 @@ VARIANTS: dict[str, StepOptions] = {
     "chunked_ce": StepOptions(ce_chunk_tokens=1024),
     "constant_encoder": StepOptions(vit_chunk_tokens=4096),
     "flex_flash": StepOptions(backend="flex_flash"),
+    "compiled_kernels": StepOptions(fused_kernels="compiled"),
     "one_pass": StepOptions(one_pass=True),
     "one_pass_bf16": StepOptions(one_pass=True, optimizer_state_dtype="bf16"),
     "recompute": StepOptions(recompute_layers=1),

@@ -35,6 +35,7 @@ from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.bagel import BagelModel
 from megatron_bagel.model.build import build_decoder
+from megatron_bagel.model.kernels.choice import KernelsName
 from tools.golden_common import present
 
 
@@ -93,11 +94,11 @@ class Parts:
 class GoldenModel:
     """The folder ``hf`` of the goldens, and modules made from it in every variant that the cases ask for."""
 
-    def __init__(self, goldens: Path) -> None:
+    def __init__(self, goldens: Path, fused_kernels: KernelsName = "eager") -> None:
         extra_file = goldens / "hf" / "tiny_extra.json"
         extra = read_json(extra_file) if extra_file.is_file() else {}
         autoencoder = AutoencoderArch.from_dict(extra["ae"]) if "ae" in extra else None
-        self.goldens = goldens
+        self.goldens, self.fused_kernels = goldens, fused_kernels
         settings = {f.name: extra.get("top", {}).get(f.name) for f in fields(BagelArch) if f.name not in ("llm", "vit", "autoencoder")}
         self.folder = HFFolder(goldens / "hf", autoencoder=autoencoder, **settings)
         self.arch = self.folder.arch
@@ -118,7 +119,8 @@ class GoldenModel:
         if not generation:
             arch = replace(arch, autoencoder=None)
         device = platform.device()
-        decoder = build_decoder(arch, transformer_config(arch.llm, on_cpu=not platform.has_gpu()), freeze_und=freeze_und)
+        config = transformer_config(arch.llm, on_cpu=not platform.has_gpu())
+        decoder = build_decoder(arch, config, freeze_und=freeze_und, fused_kernels=self.fused_kernels)
         parts = Parts(arch, decoder.to(device), VisionTower(arch).to(device) if vision else None)
         load_weights(self.folder.weights(), parts.weight_map, parts.modules, allow_unexpected=unused)
         return parts

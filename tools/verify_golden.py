@@ -3,6 +3,7 @@
 
     python tools/verify_golden.py                                 tests/goldens, or --goldens DIR
     python tools/verify_golden.py --attention-backend flex        on a GPU: the kernel that training uses there
+    python tools/verify_golden.py --fused-kernels compiled        the elementwise kernels by torch.compile
 
 It computes on the GPU where there is one. Exit status 0 only if every case is within the tolerances of the goldens: 1e-4 relative
 on losses and norms, 2e-5 + 1e-4 relative on elements, fp32. Sizes and settings come from the goldens, so a set recorded from another model
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -32,6 +34,7 @@ import torch  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_bagel.model.kernels.choice import KernelsName  # noqa: E402
 from megatron_bagel.platform.device import device_name  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 from tools.golden_cases import TrainCases  # noqa: E402
@@ -52,12 +55,18 @@ def parser() -> argparse.ArgumentParser:
         default="sdpa",
         help="of the training cases (default: %(default)s)",
     )
+    p.add_argument(
+        "--fused-kernels",
+        choices=get_args(KernelsName),
+        default="eager",
+        help="elementwise kernels of the decoder, in all cases (default: %(default)s)",
+    )
     return p
 
 
-def all_cases(goldens: Path, backend: str) -> Iterator[CaseResult]:
+def all_cases(goldens: Path, backend: str, fused_kernels: KernelsName = "eager") -> Iterator[CaseResult]:
     """Modules, training, generation; needs Megatron-Core's groups of one process."""
-    model = GoldenModel(goldens)
+    model = GoldenModel(goldens, fused_kernels)
     training = TrainCases(goldens, model, backend)
     parts = training.parts
     yield from run_module_cases(goldens, model, parts)
@@ -89,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron-Core's, about what a GPU would do
-            for result in all_cases(goldens, arguments.attention_backend):
+            for result in all_cases(goldens, arguments.attention_backend, arguments.fused_kernels):
                 print(result.line(), flush=True)
                 results.append(result)
     except (ValueError, OSError) as error:

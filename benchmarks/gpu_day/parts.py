@@ -27,6 +27,7 @@ def _benchmark(name: str, *flags: str) -> tuple[str, ...]:
     return ("-m", f"benchmarks.{name}", *flags)
 
 
+_LONG = "plain,chunked_ce,constant_encoder,compiled_kernels"
 _STEP = ("step_variants", "--config", "bench-7b-seventh")
 PARTS = (
     # First whether the numbers are right, then how fast the step is and where its time goes.
@@ -34,7 +35,8 @@ PARTS = (
     Part("step", 420, _benchmark(*_STEP, "--rounds", "6", "--warmup", "3", "--profile")),
     Part("matmul", 60, _benchmark("train_step", "rate", "--config", "bench-7b-seventh")),
     Part("goldens-flex", 180, ("tools/verify_golden.py", "--attention-backend", "flex"), records=False),
-    Part("step-long", 300, _benchmark(*_STEP, "--long", "36864", "--variants", "plain,chunked_ce,constant_encoder,all", "--rounds", "4")),
+    Part("step-long", 300, _benchmark(*_STEP, "--long", "36864", "--variants", f"{_LONG},all", "--rounds", "4")),
+    Part("goldens-compiled", 180, ("tools/verify_golden.py", "--fused-kernels", "compiled"), records=False),
     Part("autoencoder", 180, _benchmark("autoencoder", "--rounds", "3")),
     Part("autoencoder-bf16", 180, _benchmark("autoencoder", "--rounds", "3", "--bf16", "--compile")),
     Part("generation", 300, _benchmark("generate", "--config", "bagel-7b", "--side", "1024", "--steps", "10", "--tokens", "64")),
@@ -42,6 +44,7 @@ PARTS = (
     Part("optimizer", 60, _benchmark("optimizer_pass", "--millions", "256")),
     Part("tests-training", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_training.py"), records=False),
     Part("tests-attention", 300, ("-m", "pytest", "-q", "tests/gpu/test_gpu_attention.py"), records=False),
+    Part("tests-kernels", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_kernels.py"), records=False),
     Part("tests-te", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_transformer_engine.py"), records=False),
     Part("tests-offload", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_offload.py"), records=False),
     Part("tests-generation", 240, ("-m", "pytest", "-q", "tests/gpu/test_gpu_generation.py"), records=False),
@@ -65,5 +68,5 @@ _TINY_COMMANDS: dict[str, tuple[str, ...]] = {
 TINY = tuple(
     Part(part.name, 300, _TINY_COMMANDS.get(part.name, part.command), part.records)
     for part in PARTS
-    if part.name in _TINY_COMMANDS or part.name == "goldens"
+    if part.name in _TINY_COMMANDS or part.name in ("goldens", "goldens-compiled")
 )

@@ -125,6 +125,7 @@ def _build_chunk(settings: BuildSettings, arch: BagelArch, tcfg: TransformerConf
         vocab_divisor=settings.megatron.make_vocab_size_divisible_by,
         lora=settings.frozen.lora,
         ce_chunk_tokens=settings.megatron.ce_chunk_tokens,
+        fused_kernels=settings.megatron.fused_kernels,
     )
 
 

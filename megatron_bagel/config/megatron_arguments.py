@@ -141,6 +141,13 @@ class MegatronArguments(MoEArguments):
     transformer_impl: Literal["local", "transformer_engine"] = megatron_flag(
         "local", "Implementation of the decoder's modules: plain PyTorch or Transformer Engine.", on_resume=SAID
     )
+    fused_kernels: Literal["eager", "compiled"] = flag(
+        "eager",
+        "RMSNorm, QK-norm with rotary positions, and SwiGLU: several operations of torch each, or compiled by torch.compile to a few "
+        "kernels in the first steps. Results differ by rounding. Norms of the layers stay Transformer Engine's under transformer_impl "
+        "transformer_engine. compiled needs Triton on a GPU, a C++ compiler on a CPU.",
+        on_resume=SAID,
+    )
     fp8: Literal["hybrid", "e4m3"] | None = megatron_flag(
         None,
         "Run the linears of the decoder's layers in FP8 by Transformer Engine. hybrid has gradients in e5m2, e4m3 has none. Needs "

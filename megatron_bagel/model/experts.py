@@ -26,6 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.model.fused import swiglu
+from megatron_bagel.model.kernels.choice import UsesKernels
 from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.lora import Adapted
 from megatron_bagel.model.pack_context import PackContext
@@ -158,7 +159,7 @@ class MLPSubmodules:
     gen: MLPSubmodules | None = None
 
 
-class SwiGLU(MegatronModule):
+class SwiGLU(MegatronModule, UsesKernels):
     """Weights of one expert's MLP; ``MLPExperts`` applies both."""
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
@@ -197,5 +198,5 @@ class MLPExperts(ExpertPair[SwiGLU]):
 
     def forward(self, und: torch.Tensor, gen: torch.Tensor, draws: ExpertDraws = NO_DRAWS) -> tuple[torch.Tensor, ...]:
         """Apply the MLPs to the rows of each expert, which are complete on every tensor-parallel rank."""
-        und, gen = map(swiglu, self.fc1(und, gen, draws))
+        und, gen = (swiglu(rows, self.und.kernels) for rows in self.fc1(und, gen, draws))
         return tuple(self.fc2(und, gen, draws))

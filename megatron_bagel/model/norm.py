@@ -9,6 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
 from megatron_bagel.model.fused import rms_norm
+from megatron_bagel.model.kernels.choice import UsesKernels
+from megatron_bagel.model.kernels.eager import EAGER
 from megatron_bagel.model.marks import mark
 
 
@@ -23,7 +25,7 @@ class _Norm(torch.nn.Module):
         mark(self.weight, sequence_parallel=config.sequence_parallel if sequence_parallel is None else sequence_parallel)
 
 
-class RMSNorm(_Norm):
+class RMSNorm(_Norm, UsesKernels):
     """Root-mean-square norm over the last dimension.
 
     Statistics are fp32. The weight multiplies after the cast back to the input's dtype, as in Qwen2.
@@ -31,10 +33,10 @@ class RMSNorm(_Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` [..., hidden_size]; the result has the same shape."""
-        if platform.has_gpu():
+        if self.kernels is EAGER and platform.has_gpu():
             # On GPUs torch's own kernel does this in one launch.
             return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.kernels)
 
 
 class NormWeight(_Norm):

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel.model.experts import ExpertExchange, ExpertPair, LinearPair
 from megatron_bagel.model.fused import norm_and_rotate, rotate
+from megatron_bagel.model.kernels.choice import UsesKernels
 from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.recompute import recomputed, recomputes
 from megatron_bagel.parallel.kv_sharing import gather_columns, kv_sharing_group
@@ -90,7 +91,7 @@ class CoreAttention(MegatronModule):
         return recomputed(attend, query, key, value) if self.recompute else attend(query, key, value)
 
 
-class SelfAttention(MegatronModule):
+class SelfAttention(MegatronModule, UsesKernels):
     """Attention of a layer: the projections of each expert around one core over all tokens."""
 
     def __init__(
@@ -134,8 +135,8 @@ class SelfAttention(MegatronModule):
         rows = query_key.shape[0]
         cos, sin = context.cos[:rows], context.sin[:rows]
         if not hasattr(experts[0], "q_layernorm"):
-            return rotate(query_key, cos, sin)
+            return rotate(query_key, cos, sin, self.kernels)
         und, gen = (expert.head_weights() for expert in experts)
         if self.freeze_und:
             und = und.detach()
-        return norm_and_rotate(query_key, und, gen, context.n_und, experts[0].q_layernorm.eps, cos, sin)
+        return norm_and_rotate(query_key, und, gen, context.n_und, experts[0].q_layernorm.eps, cos, sin, self.kernels)

@@ -107,6 +107,6 @@ def _dense(
         if part_kind != kind:
             results.append(torch.zeros_like(tokens))
             continue
-        result = mlp.linear_fc2(swiglu(mlp.linear_fc1(tokens)))
+        result = mlp.linear_fc2(swiglu(mlp.linear_fc1(tokens), mlp.kernels))
         results.append(result.detach() if kind == "und" and freeze_und else result)
     return exchange.leave(results, context)

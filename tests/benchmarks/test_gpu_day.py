@@ -64,7 +64,7 @@ def test_every_part_is_listed_with_its_limit(capsys: pytest.CaptureFixture[str])
     assert all(part.name in printed for part in PARTS)
     # Whatever needs no GPU has a tiny size.
     assert {part.name for part in PARTS} - {part.name for part in TINY} == {
-        "goldens-flex", "tests-training", "tests-attention", "tests-te", "tests-generation", "tests-offload",
+        "goldens-flex", "tests-training", "tests-attention", "tests-kernels", "tests-te", "tests-generation", "tests-offload",
     }  # fmt: skip
     with pytest.raises(SystemExit):
         main(["--only", "steps"])

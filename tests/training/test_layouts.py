@@ -33,6 +33,7 @@ from tests.training.equal_runs import (
 
 pytestmark = pytest.mark.distributed
 
+RECOMPUTE_MLP = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 INSTANCES = "num_distributed_optimizer_instances"
 
 
@@ -67,8 +68,10 @@ LAYOUTS = {
     "recompute-block": (2, {PP: 2, "recompute_granularity": "full", "recompute_method": "block"}),
     "chunked-cross-entropy": (2, {**SP_TP2, "ce_chunk_tokens": 16}),
     "chunked-cross-entropy-dp2-overlap": (2, {"ce_chunk_tokens": 16, **OVERLAP}),
+    "compiled-kernels": (2, {**SP_TP2, "fused_kernels": "compiled", **RECOMPUTE_MLP}),
+    "compiled-kernels-dp2-overlap": (2, {"fused_kernels": "compiled", **OVERLAP}),
     "recompute-attention": (2, {**SP_TP2, "recompute_granularity": "selective"}),
-    "recompute-attention-mlp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"], **OVERLAP}),
+    "recompute-attention-mlp": (2, {PP: 2, **RECOMPUTE_MLP, **OVERLAP}),
 }
 
 

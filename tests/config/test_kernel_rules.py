@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled kernels are refused where they cannot be compiled, with what is missing; eager ones never are."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megatron_bagel.config.kernel_rules import check_fused_kernels
+from megatron_bagel.config.megatron_arguments import MegatronArguments
+
+COMPILED = MegatronArguments(fused_kernels="compiled")
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder with programs, still empty, on a machine with Python's headers and no choice of a compiler."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("megatron_bagel.config.kernel_rules.find_spec", lambda name: object())
+    return tmp_path / "bin"
+
+
+def install(tools: Path, *programs: str) -> None:
+    for program in programs:
+        (tools / program).touch(mode=0o755)
+
+
+@pytest.mark.parametrize(("has_gpu", "program"), [(False, "g++"), (True, "gcc"), (True, "clang")])
+def test_accepted_with_a_compiler(tools: Path, has_gpu: bool, program: str) -> None:
+    check_fused_kernels(MegatronArguments(), has_gpu)
+    install(tools, program)
+    check_fused_kernels(COMPILED, has_gpu)
+
+
+def test_refused_without_one(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"needs a C\+\+ compiler, and there is no g\+\+: .*CXX on every node; or use --fused_kernels eager"
+    ):
+        check_fused_kernels(COMPILED, has_gpu=False)
+    with pytest.raises(ValueError, match=r"needs a C compiler, and there is no gcc or clang"):
+        check_fused_kernels(COMPILED, has_gpu=True)
+    install(tools, "g++", "gcc", "cache", "own")
+    monkeypatch.setenv("CXX", "absent --fast")
+    with pytest.raises(ValueError, match=r"no absent: install one, or name it in the environment's CXX"):
+        check_fused_kernels(COMPILED, has_gpu=False)
+    monkeypatch.setenv("CXX", "own -O2")
+    check_fused_kernels(COMPILED, has_gpu=False)
+
+
+def test_refused_without_triton_or_headers(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tools, "g++", "gcc")
+    (tools.parent / "Python.h").unlink()
+    with pytest.raises(ValueError, match=r"Python's headers, and there is no .*Python.h"):
+        check_fused_kernels(COMPILED, has_gpu=False)
+    monkeypatch.setattr("megatron_bagel.config.kernel_rules.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the package triton"):
+        check_fused_kernels(COMPILED, has_gpu=True)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled elementwise kernels on a GPU: the numbers of the eager ones on a CPU, few compilations for all packs, fewer kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_bagel.model.fused import norm_and_rotate, rms_norm, rotate, swiglu
+from megatron_bagel.model.kernels.base import Kernels
+from megatron_bagel.model.kernels.choice import kernels_named
+from megatron_bagel.model.kernels.eager import EAGER
+from megatron_bagel.model.rope import rotary_table
+
+DIM, HIDDEN, FFN, EPS = 128, 512, 1024, 1e-6
+#: Rows of a pack, and those of the understanding expert.
+PACKS = [(0, 0), (1, 1), (2, 1), (100, 64), (257, 0), (1000, 1000), (4096, 1025), (4097, 4095)]
+FUNCTIONS = ("norm", "swiglu", "rotate", "norm_and_rotate")
+
+
+def graph(kernels: Kernels, name: str, rows: int, n_und: int, device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """One function of a pack, and the tensors that get gradients. The numbers are the same on every device."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def leaf(*shape: int) -> Tensor:
+        return random(*shape).requires_grad_()
+
+    cos, sin = (table[:, None, None, : DIM // 2].to(device, dtype) for table in rotary_table(torch.arange(rows), DIM, 1e4))
+    if name == "norm":
+        x, weight = leaf(rows, HIDDEN), leaf(HIDDEN)
+        return lambda: rms_norm(x, weight, EPS, kernels), [x, weight]
+    if name == "swiglu":
+        x = leaf(rows, 2 * FFN)
+        return lambda: swiglu(x, kernels), [x]
+    x = leaf(rows, 2, 9, DIM)  # queries and keys are a slice of what also holds the values
+    if name == "rotate":
+        return lambda: rotate(x[:, :, :8], cos, sin, kernels), [x]
+    und, gen = leaf(8, DIM), leaf(8, DIM)
+    return lambda: norm_and_rotate(x[:, :, :8], und, gen, n_und, EPS, cos, sin, kernels), [x, und, gen]
+
+
+def both_ways(kernels: Kernels, name: str, rows: int, n_und: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """The result and the gradients, in fp64 on the host."""
+    function, leaves = graph(kernels, name, rows, n_und, device, dtype)
+    out = function()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    out.backward(weights)
+    return [x.detach().double().cpu() for x in (out, *(leaf.grad for leaf in leaves if leaf.grad is not None))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equals_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """In the L2 norm over each tensor: fp32 to 1e-5, as sums over thousands of rows have another order; bf16 within 1 %."""
+    kernels = kernels_named("compiled")
+    for rows, n_und in PACKS:
+        ours = both_ways(kernels, name, rows, n_und, "cuda", dtype)
+        for mine, other in zip(ours, both_ways(EAGER, name, rows, n_und, "cpu", dtype), strict=True):
+            tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+            assert float((mine - other).norm()) <= tolerance * float(other.norm()), (rows, n_und)
+
+
+def test_other_packs_compile_nothing() -> None:
+    """The compiler may choose another way to sum over many rows, but not for each pack."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = []
+    for more_rows in (0, 1, 33, 1000):
+        for rows, n_und in [*PACKS, (40000, 9000)]:
+            for name in FUNCTIONS:
+                both_ways(kernels_named("compiled"), name, rows + more_rows, n_und, "cuda", torch.bfloat16)
+        compiled.append(counters["stats"]["unique_graphs"])
+    # Forward and backward of norm, SwiGLU and both; rotation in two directions; some of them for several ranges of rows.
+    assert 8 <= compiled[0] <= 24 and compiled[-1] == compiled[1], compiled
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fewer_kernels(name: str) -> None:
+    """Kernels that run on the device for a result and its gradients."""
+    counts = []
+    for kernels in (EAGER, kernels_named("compiled")):
+        function, _ = graph(kernels, name, 4096, 1025, "cuda", torch.bfloat16)
+        weights = torch.ones_like(function())
+        function().backward(weights)  # compiles, and makes what later calls share
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function().backward(weights)
+            torch.cuda.synchronize()
+        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+    assert 0 < counts[1] < counts[0], counts
