@@ -18,7 +18,7 @@ import torch
 
 
 def drawn(q_ranges: np.ndarray, k_ranges: np.ndarray, shapes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """How often each pair is in a rectangle, int [queries, keys]. Causal ends in the lower right corner, inverse starts in the upper left."""
+    """How often each pair is in a rectangle, int [queries, keys]. Causal ends in the lower right corner, inverse starts upper left."""
     counts = np.zeros(size, dtype=np.int64)
     for (a, b), (c, d), shape in zip(q_ranges.tolist(), k_ranges.tolist(), shapes.tolist(), strict=True):
         assert 0 <= a < b <= size[0] and 0 <= c < d <= size[1] and shape in (0, 1, 2, 3)
