@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layout of packs costs and how evenly it deals, as JSON: context-parallel shares and FlexAttention's block masks.
+"""What the layout of packs costs and how evenly it deals, as JSON: context-parallel shares, FlexAttention's block masks, and
+MagiAttention's rectangles.
 
     python -m benchmarks.layout                              # synthetic packs of 32k tokens
     python -m benchmarks.layout --config run.yaml --packs 4  # packs of a training configuration's own data
@@ -32,8 +33,9 @@ from megatron_bagel.layout.blocks import block_occupancy  # noqa: E402
 from megatron_bagel.layout.cp_partition import concatenated, context_orders  # noqa: E402
 from megatron_bagel.layout.items import Sample  # noqa: E402
 from megatron_bagel.layout.mask import PackMask  # noqa: E402
-from megatron_bagel.layout.order import expert_order  # noqa: E402
+from megatron_bagel.layout.order import TokenOrder, expert_order  # noqa: E402
 from megatron_bagel.layout.pack import Pack, build_pack  # noqa: E402
+from megatron_bagel.layout.rectangles import Shape, mask_rectangles  # noqa: E402
 from megatron_bagel.model.attention.flex import BLOCK, block_mask  # noqa: E402
 
 SIZES = (2, 4, 8, 16)
@@ -73,6 +75,20 @@ def measure_block_mask(pack: Pack) -> dict[str, Any]:
     }
 
 
+def measure_rectangles(pack: Pack) -> dict[str, Any]:
+    """The rectangles of a pack in expert-sorted order and in that of the sequence, and the 128 x 128 tiles that they touch."""
+    positions = np.arange(pack.sequence_length)
+    sequence = TokenOrder(positions, positions, len(positions), *(positions,) * 3)
+    orders, mask, result = {"expert_sorted": expert_order(pack), "sequence": sequence}, PackMask.of(pack), {}
+    for name, order in orders.items():
+        rectangles = mask_rectangles(mask, order)
+        rows, columns = (-(-np.diff(sides.astype(np.int64))[:, 0] // BLOCK) for sides in (rectangles.queries, rectangles.keys))
+        tiles = np.where(rectangles.shapes == Shape.FULL, rows * columns, rows * (rows + 1) // 2)
+        seconds = quickest(lambda order=order: mask_rectangles(mask, order))  # type: ignore[misc]
+        result[name] = {"rectangles": len(tiles), "tiles": int(tiles.sum()), "seconds": seconds}
+    return {**result, "tiles_of_the_area": mask.area() / BLOCK**2}
+
+
 def measure_pack(pack: Pack) -> dict[str, Any]:
     """Every number of one pack."""
     return {
@@ -80,6 +96,7 @@ def measure_pack(pack: Pack) -> dict[str, Any]:
         "generation_tokens": len(pack.vae_positions),
         "context_parallel": {str(ranks): measure_dealing(pack, ranks) for ranks in SIZES},
         "block_mask": measure_block_mask(pack),
+        "rectangles": measure_rectangles(pack),
     }
 
 

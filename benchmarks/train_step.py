@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute-layers", type=int, default=0, metavar="N",
                         help="activation checkpointing of the first N decoder layers, and of the ViT if N > 0; -1: all")  # fmt: skip
     parser.add_argument(
-        "--attention-backend", choices=("sdpa", "flex", "flex_flash", "dense"), help="default: flex on a GPU, sdpa on a CPU"
+        "--attention-backend", choices=("sdpa", "flex", "flex_flash", "magi", "dense"), help="default: flex on a GPU, sdpa on a CPU"
     )
     parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
     parser.add_argument("--vae-encode-bf16", action="store_true", help="the autoencoder under bf16 autocast")

@@ -21,6 +21,7 @@ from megatron_bagel.cli.cost_settings import freeze_settings
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.fp8 import check_fp8_gpu
+from megatron_bagel.config.magi_rules import check_magi_machine
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.offload_rules import check_offload_package
 from megatron_bagel.config.parser import Config
@@ -66,6 +67,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
     training, sizes = config.training, sizes_with_notes(config, world_size, has_gpu)
     tokenizer, grown_arch = tokenizer_and_model(config, arch)
     check_fp8_gpu(config.megatron, compute_capability(), device_name())
+    check_magi_machine(config.megatron, compute_capability(), device_name())
     check_offload_package(config.megatron)
     costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
     megatron = encoder_memory_of_a_run(costs, device_memory_bytes())

@@ -132,10 +132,11 @@ class MegatronArguments(MoEArguments):
         minimum=0,
         on_resume=FREE,
     )
-    attention_backend: Literal["auto", "sdpa", "flex", "flex_flash", "dense"] = megatron_flag(
+    attention_backend: Literal["auto", "sdpa", "flex", "flex_flash", "magi", "dense"] = megatron_flag(
         "auto",
         "auto uses flex on CUDA (unless use_flex is False) and sdpa on CPU. flex_flash is flex on the kernel of FlashAttention-4 "
-        "(the package flash-attn-4, Hopper or Blackwell, bf16). dense is a slow reference for tests.",
+        "(the package flash-attn-4, Hopper or Blackwell, bf16). magi is MagiAttention's kernel (the package magi_attention, installed "
+        "from its source; Hopper, bf16, heads of 64 or 128 channels). dense is a slow reference for tests.",
         on_resume=SAID,
     )
     transformer_impl: Literal["local", "transformer_engine"] = megatron_flag(

@@ -9,6 +9,7 @@ from megatron_bagel.config.flag_rules import check_consistency, check_observing,
 from megatron_bagel.config.fp8 import check_fp8_settings, check_fp8_sizes
 from megatron_bagel.config.kernel_rules import check_fused_kernels
 from megatron_bagel.config.lora import check_adapted_parts, lora_settings
+from megatron_bagel.config.magi_rules import check_magi_settings, check_magi_sizes
 from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
 from megatron_bagel.config.offload_rules import check_optimizer_offload
 from megatron_bagel.config.parallel_sizes import check_parallel_sizes
@@ -46,6 +47,7 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     check_fp8_settings(config.megatron, has_gpu)
     check_optimizer_offload(config, has_gpu)
     check_fused_kernels(config.megatron, has_gpu)
+    check_magi_settings(config.megatron, has_gpu)
     resolve(config, world_size, has_gpu)
 
 
@@ -84,6 +86,7 @@ def validate_architecture(config: Config, arch: BagelArch) -> None:
     if lora is not None:
         check_adapted_parts(lora, arch)
     check_fp8_sizes(megatron, llm)
+    check_magi_sizes(megatron, llm)
     if arch.vit is None and arch.autoencoder is None and not config.training.ce_weight:
         raise ValueError("--visual_gen False, --visual_und False and --ce_weight 0 leave nothing to train on")
     if megatron.recompute_granularity == "full" and megatron.recompute_num_layers > llm.num_hidden_layers:

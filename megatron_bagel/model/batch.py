@@ -78,7 +78,7 @@ class Features:
 
 
 def attention_backend(name: str) -> Callable[..., AttentionPlan]:
-    """Return the plan class of backend ``name``: sdpa, flex, flex_flash or dense. Raises ValueError for any other name."""
+    """Return the plan class of backend ``name``: sdpa, flex, flex_flash, magi or dense. Raises ValueError for any other name."""
     if name == "sdpa":
         from megatron_bagel.model.attention.sdpa import SdpaPlan
 
@@ -91,11 +91,15 @@ def attention_backend(name: str) -> Callable[..., AttentionPlan]:
         from megatron_bagel.model.attention.flex import FlexFlashPlan
 
         return FlexFlashPlan
+    if name == "magi":
+        from megatron_bagel.model.attention.magi import MagiPlan
+
+        return MagiPlan
     if name == "dense":
         from megatron_bagel.model.attention.dense import DensePlan
 
         return DensePlan
-    raise ValueError(f"--attention-backend {name!r} is unknown; use sdpa, flex, flex_flash or dense")
+    raise ValueError(f"--attention-backend {name!r} is unknown; use sdpa, flex, flex_flash, magi or dense")
 
 
 def attention_plan(
@@ -122,7 +126,7 @@ def make_microbatch(
         pack: The pack, in sequence order.
         order: The rank's order; under context parallelism its entry of ``cp_context.orders``.
         features: Features of the full pack, of which the rank takes its tokens' rows.
-        backend: The attention backend: sdpa, flex or dense.
+        backend: The attention backend, by a name of ``attention_backend``.
         device: The device of the result.
         cp_context: The ranks that share the pack, if any.
     """

@@ -195,7 +195,22 @@ class ActivationModel:
             gathered = tokens.keys * 2 * kv_row if self.megatron.context_parallel_size > 1 else 0
             # flex saves its result in [heads, tokens] order, in addition to the copy that the projection reads.
             return inputs + statistics + gathered + n * row, inputs
+        if self.backend == "magi":
+            return self._magi(tokens, inputs), inputs
         return self._sdpa(tokens, inputs, mixed), inputs
+
+    def _magi(self, tokens: RankTokens, inputs: int) -> int:
+        """Return the bytes of core attention with MagiAttention's kernel. The projection reads its result itself."""
+        width, n, d = self.bytes, tokens.num_tokens, self.arch.llm.head_dim
+        statistics = FP32 * n * self.heads
+        if self.megatron.context_parallel_size == 1:
+            return inputs + statistics
+        row, kv_row = self.heads * d * width, self.groups * d * width
+        if self.megatron.cp_comm_type == "a2a":
+            # Queries, keys and values of all tokens for a share of the heads arrive in one tensor, and the result is sent back.
+            return n * (2 * row + 2 * kv_row) + statistics
+        # Keys and values of all ranks replace the rank's own. Queries are a view of the rotated queries and keys if there is one group.
+        return n * (row if self.groups > 1 else row + kv_row) + statistics + tokens.keys * 2 * kv_row
 
     def _sdpa(self, tokens: RankTokens, inputs: int, mixed: int) -> int:
         """Return the bytes of core attention with SDPA."""
@@ -221,6 +236,9 @@ class ActivationModel:
         if self.backend in ("flex", "flex_flash"):
             # Four tables with one number for each block of 128 x 128.
             return angles + 4 * 4 * (-(-tokens.num_tokens // 128)) * (-(-tokens.keys // 128))
+        if self.backend == "magi":
+            # A few rectangles for each image and text: kilobytes.
+            return angles
         masks = sum(count * num_queries * num_keys for count, num_queries, num_keys in tokens.documents) * self.bytes
         indices = 0 if self._in_place(tokens) else INT64 * (2 * sum(c * q for c, q, _ in tokens.documents) + tokens.num_tokens)
         return angles + masks + indices

@@ -65,7 +65,7 @@ class StepSettings:
 
     Attributes:
         weights: The weights that combine the two losses.
-        backend: The attention: sdpa, flex or dense.
+        backend: The attention: sdpa, flex, flex_flash, magi or dense.
         seq_length: The capacity of a pack in tokens.
         device: The device of the microbatches.
         slot_multiple: The number that divides the slots of a microbatch, because sequence parallelism cuts them evenly.

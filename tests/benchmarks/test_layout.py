@@ -18,4 +18,7 @@ def test_numbers_of_a_pack() -> None:
         assert share["tokens"] == [pack.sequence_length // ranks, -(-pack.sequence_length // ranks)]
         assert share["area_imbalance"] == pytest.approx(1, abs=0.05) and share["area_imbalance"] >= 1
     blocks = result["block_mask"]
+    rectangles = result["rectangles"]
+    assert rectangles["sequence"]["rectangles"] <= rectangles["expert_sorted"]["rectangles"]
+    assert min(rectangles[order]["tiles"] for order in ("expert_sorted", "sequence")) >= rectangles["tiles_of_the_area"]
     assert 0 <= blocks["blocks_without_mask"] < blocks["blocks_computed"] < blocks["blocks"]

@@ -15,6 +15,7 @@ import torch
 from megatron_bagel.config.parser import Config
 from megatron_bagel.planning.activations import ActivationModel, Recompute
 from megatron_bagel.planning.rank_tokens import rank_tokens
+from tests import magi_stand_in
 from tests.distributed import run_ranks
 from tests.runs import open_run, resolved, run_config
 from tests.training.equal_runs import COMM, CP, EP, ETP, PP, SP_TP2, SPARSE, TP, VPP, cases, world_of
@@ -124,9 +125,32 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+#: With the stand-in for MagiAttention's kernel, which saves what the kernel saves.
+MAGI_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "none": (1, {}),
+    "bf16": (1, {"bf16": True}),
+    "selective": (1, SELECTIVE),
+    "no-qk-norm": (1, {"llm_qk_norm": False}),
+    "tp2-sp": (2, SP_TP2),
+    "cp2": (2, {CP: 2}),
+    "cp2-a2a": (2, {CP: 2, COMM: "a2a"}),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "flags"), cases(MAGI_LAYOUTS, "none", "cp2"))
+def test_the_formula_of_magi(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
+    magi_stand_in.install(monkeypatch)
+    assert_formula(world, tmp_path, ranks, {**flags, "attention_backend": "magi"})
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "flags"), cases(LAYOUTS, "none", "selective", "full", "tp2-sp"))
 def test_the_formula_is_what_passes_keep(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
+    assert_formula(world, tmp_path, ranks, flags)
+
+
+def assert_formula(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     config = run_config(world, tmp_path, ranks, **{"global_batch_size": 4, **flags})
     megatron = config.megatron
     model = ActivationModel(resolved(config, ranks).costs)
