@@ -7,6 +7,7 @@ than the disk does. Direct writes (O_DIRECT) take their bytes from memory that i
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,7 +120,13 @@ class DirectFile:
         self._write_at(self._file.fileno(), content[:head], start)
         if head:  # what follows must lie at a block's start in memory too
             content[: len(content) - head] = content[head:].copy()
-        self._write_at(self._direct, content[:whole], start + head)
+        try:
+            self._write_at(self._direct, content[:whole], start + head)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # A disk with larger blocks, or what is left of a write that ended inside one.
+            self._write_at(self._file.fileno(), content[:whole], start + head)
         self._write_at(self._file.fileno(), content[whole : len(content) - head], start + head + whole)
 
     @staticmethod

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from io import BufferedWriter
@@ -77,6 +78,22 @@ def test_a_flush_shows_what_was_written(path: Path) -> None:
             assert path.read_bytes() == content[: start + 7001]
             os.fsync(file.fileno())
         file.close()  # torch's writer closes its file itself
+    assert path.read_bytes() == content
+
+
+def test_a_disk_with_larger_blocks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+
+    def larger_blocks(descriptor: int, content: memoryview, place: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and (place % 16_384 or len(content) % 16_384):
+            raise OSError(errno.EINVAL, "invalid argument")
+        return write(descriptor, content, place)
+
+    monkeypatch.setattr(os, "pwrite", larger_blocks)
+    content = os.urandom(150_001)
+    with open_to_write(path, 1 << 20) as file:
+        for start, end in _pieces(len(content), Random(0)):
+            file.write(content[start:end])
     assert path.read_bytes() == content
 
 

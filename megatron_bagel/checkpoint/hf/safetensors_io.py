@@ -247,14 +247,14 @@ class SafetensorsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         complete = kind is None and not self._pending
         try:
-            if complete:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            with self._file:
+                if complete:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
         except OSError:
             complete = False
             raise
         finally:
-            self._file.close()
             if not complete:
                 self._partial.unlink()
         if complete:

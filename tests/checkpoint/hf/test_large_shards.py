@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -70,3 +71,18 @@ def test_shards_are_judged_together(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     reader = SafetensorsReader(tmp_path / "model.safetensors.index.json", read_once=True)
     assert all(torch.equal(reader.get(name), value) for name, value in values.items())
     assert all(cached_share(file) < 0.05 for file in files) == large
+
+
+@pytest.mark.parametrize("fails_at", ["the first buffer", "the end"])
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
+    monkeypatch.setattr(direct_file, "large_bytes", lambda: 0)
+    monkeypatch.setattr(direct_file, "_BUFFER_BYTES", 1 << 16 if fails_at == "the first buffer" else 1 << 24)
+
+    def fails(_descriptor: int, _content: object, _place: int) -> int:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(OSError, match="no space left"), ShardedWriter(tmp_path / "model.safetensors", SPECS) as writer:
+        for name, (shape, dtype) in SPECS.items():
+            writer.write(name, torch.zeros(shape, dtype=dtype))
+    assert not list(tmp_path.iterdir())
