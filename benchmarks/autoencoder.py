@@ -5,7 +5,8 @@
     python -m benchmarks.autoencoder --width 32 --side 64 --compile
 
 ``largest_difference`` compares means of the posteriors with the plain kernels, one image at a time, relative to the largest mean. With
-``--compile`` each size is compiled by ``torch.compile`` too; its first call is timed apart.
+``--compile`` each size is compiled by ``torch.compile`` too, beside ``--vae_kernels compiled``, which is compiled for all sizes together;
+the first call is timed apart.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ VARIANTS = {
     "channels_last, batched": ("channels_last", True),
 }
 
+#: The same for kernels that are compiled for all sizes together.
+COMPILED = {"compiled, one at a time": ("compiled", False), "compiled, batched": ("compiled", True)}
+
 
 def images(count: int, side: int) -> list[Tensor]:
     """Random images of four sizes between ``side`` and half of it, in turn."""
@@ -69,8 +73,8 @@ def measure(model: AutoEncoder, pictures: Sequence[Tensor], batch_pixels: int, r
     results: dict[str, Any] = {}
     expected: list[Tensor] = []
     encoder = model.encoder
-    for name, (kernels, batched) in VARIANTS.items():
-        for compiles in (False, True) if compiled else (False,):
+    for name, (kernels, batched) in (VARIANTS | (COMPILED if compiled else {})).items():
+        for compiles in (False, True) if compiled and name not in COMPILED else (False,):
             model.use_kernels(kernels, batch_pixels if batched else 1)
             model.encoder = torch.compile(encoder, dynamic=False) if compiles else encoder
             with torch.autocast(platform.device().type, torch.bfloat16, enabled=bf16):

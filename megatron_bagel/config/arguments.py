@@ -357,10 +357,11 @@ class TrainingArguments:
     vae_encode_bf16: bool = flag(
         False, "Encode as the original does: run the autoencoder under bf16 autocast. False runs it in fp32.", on_resume=SAID
     )
-    vae_kernels: Literal["plain", "split_norm", "channels_last"] = flag(
+    vae_kernels: Literal["plain", "split_norm", "channels_last", "compiled"] = flag(
         "plain",
         "How the autoencoder encodes. split_norm sums the group norms of one image with the whole GPU; channels_last also runs the "
-        "convolutions in that memory format. Latents differ by rounding.",
+        "convolutions in that memory format; compiled does both by torch.compile, which the first images wait for. It needs Triton on a "
+        "GPU, a C++ compiler on a CPU. Latents differ by rounding.",
         on_resume=SAID,
     )
     vae_batch_pixels: int = flag(

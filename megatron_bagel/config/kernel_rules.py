@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine has what torch.compile needs to make kernels (``--fused_kernels compiled``)."""
+"""Whether this machine has what torch.compile needs to make kernels (``--fused_kernels compiled``, ``--vae_kernels compiled``)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_bagel.config.arguments import TrainingArguments
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 
 
-def check_fused_kernels(megatron: MegatronArguments, has_gpu: bool) -> None:
+def check_compiled_kernels(megatron: MegatronArguments, training: TrainingArguments, has_gpu: bool) -> None:
     """Raise ValueError for compiled kernels on a machine that cannot compile them, with what is missing."""
-    missing = missing_for_compiling(has_gpu) if megatron.fused_kernels == "compiled" else None
-    if missing is not None:
-        raise ValueError(f"--fused_kernels compiled needs {missing} on every node; or use --fused_kernels eager")
+    for flag, value, other in (("fused_kernels", megatron.fused_kernels, "eager"), ("vae_kernels", training.vae_kernels, "channels_last")):
+        missing = missing_for_compiling(has_gpu) if value == "compiled" else None
+        if missing is not None:
+            raise ValueError(f"--{flag} compiled needs {missing} on every node; or use --{flag} {other}")
 
 
 def missing_for_compiling(has_gpu: bool) -> str | None:

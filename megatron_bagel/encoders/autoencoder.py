@@ -7,8 +7,8 @@ common size would change the latents through GroupNorm, the attention and the bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from megatron_bagel.encoders.group_norm import GroupNorm
 
 # Pixels in one batched call of ``encode_many``; the widest activation of the released size (ch 128) then stays within about 0.5 GB.
 MAX_PIXELS_PER_CALL = 1 << 20
-#: How the encoder computes: as torch does it; with norms whose sums use a whole GPU for one image; and with these in channels-last format.
-VaeKernels = Literal["plain", "split_norm", "channels_last"]
+#: How the encoder computes: as torch does it; with norms whose sums use a whole GPU for one image; with these in channels-last format; and
+#: all of it compiled.
+VaeKernels = Literal["plain", "split_norm", "channels_last", "compiled"]
 
 
 class AutoEncoder(nn.Module):
@@ -38,13 +39,20 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(arch.ch, mult, arch.num_res_blocks, arch.in_channels, arch.z_channels)
         self.decoder = Decoder(arch.ch, mult, arch.num_res_blocks, arch.out_ch, arch.z_channels)
         self.memory_format, self.max_pixels_per_call = torch.contiguous_format, MAX_PIXELS_PER_CALL
+        self._compiled: Callable[[Tensor], Tensor] | None = None
 
-    def use_kernels(self, kernels: VaeKernels, max_pixels_per_call: int = MAX_PIXELS_PER_CALL) -> AutoEncoder:
-        """Choose how the encoder computes, and how many pixels of images of one size it takes at a time. The decoder does not change."""
+    def use_kernels(
+        self, kernels: VaeKernels, max_pixels_per_call: int = MAX_PIXELS_PER_CALL, backend: str | Callable[..., Any] = "inductor"
+    ) -> AutoEncoder:
+        """Choose how the encoder computes, and how many pixels of images of one size it takes at a time. The decoder does not change.
+
+        ``backend`` is a backend of ``torch.compile``. Number, height and width of images are variables of what it compiles.
+        """
         for module in self.encoder.modules():
             if isinstance(module, GroupNorm):
                 module.split = kernels != "plain"
-        self.memory_format = torch.channels_last if kernels == "channels_last" else torch.contiguous_format
+        self.memory_format = torch.channels_last if kernels in ("channels_last", "compiled") else torch.contiguous_format
+        self._compiled = torch.compile(self.encoder.forward, backend=backend, dynamic=True) if kernels == "compiled" else None
         for weight in self.encoder.parameters():
             weight.data = weight.data.contiguous(memory_format=self.memory_format if weight.dim() == 4 else torch.contiguous_format)
         self.max_pixels_per_call = max_pixels_per_call
@@ -63,7 +71,8 @@ class AutoEncoder(nn.Module):
                 f"autoencoder: image of {height}x{width} pixels (height x width) is not a multiple of the downsampling factor "
                 f"{factor}; set image_stride of the VAE transform to a multiple of {factor}"
             )
-        mean, logvar = self.encoder(images.contiguous(memory_format=self.memory_format)).chunk(2, dim=1)
+        encode = self._compiled or self.encoder
+        mean, logvar = encode(images.contiguous(memory_format=self.memory_format)).chunk(2, dim=1)
         return mean, logvar
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bagel.config.kernel_rules import check_fused_kernels
+from megatron_bagel.config.arguments import TrainingArguments
+from megatron_bagel.config.kernel_rules import check_compiled_kernels
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 
 COMPILED = MegatronArguments(fused_kernels="compiled")
@@ -35,31 +36,39 @@ def install(tools: Path, *programs: str) -> None:
 
 @pytest.mark.parametrize(("has_gpu", "program"), [(False, "g++"), (True, "gcc"), (True, "clang")])
 def test_accepted_with_a_compiler(tools: Path, has_gpu: bool, program: str) -> None:
-    check_fused_kernels(MegatronArguments(), has_gpu)
+    check_compiled_kernels(MegatronArguments(), TrainingArguments(), has_gpu)
     install(tools, program)
-    check_fused_kernels(COMPILED, has_gpu)
+    check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu)
 
 
 def test_refused_without_one(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"needs a C\+\+ compiler, and there is no g\+\+: .*CXX on every node; or use --fused_kernels eager"
     ):
-        check_fused_kernels(COMPILED, has_gpu=False)
+        check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=False)
     with pytest.raises(ValueError, match=r"needs a C compiler, and there is no gcc or clang"):
-        check_fused_kernels(COMPILED, has_gpu=True)
+        check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=True)
     install(tools, "g++", "gcc", "cache", "own")
     monkeypatch.setenv("CXX", "absent --fast")
     with pytest.raises(ValueError, match=r"no absent: install one, or name it in the environment's CXX"):
-        check_fused_kernels(COMPILED, has_gpu=False)
+        check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=False)
     monkeypatch.setenv("CXX", "own -O2")
-    check_fused_kernels(COMPILED, has_gpu=False)
+    check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=False)
 
 
 def test_refused_without_triton_or_headers(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tools, "g++", "gcc")
     (tools.parent / "Python.h").unlink()
     with pytest.raises(ValueError, match=r"Python's headers, and there is no .*Python.h"):
-        check_fused_kernels(COMPILED, has_gpu=False)
+        check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=False)
     monkeypatch.setattr("megatron_bagel.config.kernel_rules.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"the package triton"):
-        check_fused_kernels(COMPILED, has_gpu=True)
+        check_compiled_kernels(COMPILED, TrainingArguments(), has_gpu=True)
+
+
+def test_the_autoencoders_kernels_are_refused_with_their_own_flag(tools: Path) -> None:
+    training = TrainingArguments(vae_kernels="compiled")
+    with pytest.raises(ValueError, match=r"--vae_kernels compiled needs a C\+\+ compiler.* use --vae_kernels channels_last"):
+        check_compiled_kernels(MegatronArguments(), training, has_gpu=False)
+    install(tools, "g++")
+    check_compiled_kernels(MegatronArguments(), training, has_gpu=False)
