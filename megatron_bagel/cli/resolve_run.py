@@ -114,8 +114,8 @@ def one_queue_note(config: Config) -> str | None:
     if not config.megatron.overlap_vae_encode or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         return None
     return (
-        "overlap_vae_encode: CUDA_DEVICE_MAX_CONNECTIONS is 1, so both streams share one hardware queue and kernels of the decoder may wait "
-        "for the autoencoder's; only overlap of tensor-parallel traffic wants 1, so try 8"
+        "overlap_vae_encode: CUDA_DEVICE_MAX_CONNECTIONS is 1, so both streams share one hardware queue, and kernels of the decoder may "
+        "wait for those of the autoencoder. Set it to 8 unless overlap of tensor-parallel traffic needs 1"
     )
 
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.runs import numbers, run, run_config
+from megatron_bagel.checkpoint.dist.step_folders import latest_checkpoint
+from megatron_bagel.config.parser import Config
+from tests.distributed import run_ranks
+from tests.runs import numbers, open_run, run, run_config
 from tests.training.equal_runs import CP, PP, SETTINGS, SP_TP2, VPP, Result, cases, stored_tensors, world_of
 
 pytestmark = pytest.mark.distributed
@@ -51,8 +55,54 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("ranks", "layout"), cases(LAYOUTS, "one-process", "pp2"))
 def test_the_same_bits_as_without(world: Path, tmp_path: Path, ranks: int, layout: dict[str, Any]) -> None:
-    """The run with early latents is stopped after two steps, and continues from its checkpoint."""
+    """Also from the checkpoint of step 2, which was saved while the batch of the step after it was read and encoded already.
+
+    The last checkpoint is removed, as after a kill before it.
+    """
     expected = result(world, tmp_path / "plain", ranks, **layout)
     early = {**layout, "overlap_vae_encode": True}
-    run(run_config(world, tmp_path / "early", ranks, **{**FLAGS, **early, "total_steps": 2}), ranks)
     assert_same_bits(result(world, tmp_path / "early", ranks, **early), expected)
+    shutil.rmtree(latest_checkpoint(tmp_path / "early/checkpoints"))
+    assert latest_checkpoint(tmp_path / "early/checkpoints").name == "0000002"
+    assert_same_bits(result(world, tmp_path / "early", ranks, **early), expected)
+
+
+def _calls(config: Config) -> list[tuple[int, int]]:
+    """Pictures that the autoencoder has encoded after the encoding of each step's own batch, and after the step."""
+    from megatron_bagel.training import loop
+    from megatron_bagel.training import step as steps
+
+    run = open_run(config)
+    count, calls, encoder = 0, [], run.trainable.image_encoder
+    original, forward_backward = encoder.autoencoder.encode_many, steps._forward_backward
+
+    def counted(images: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal count
+        count += len(images)
+        return original(images)
+
+    def recorded(*arguments: Any) -> list[torch.Tensor]:
+        calls.append(count)
+        return forward_backward(*arguments)
+
+    encoder.autoencoder.encode_many, steps._forward_backward = counted, recorded
+    pictures = []
+    for _ in range(config.training.total_steps):
+        batch = loop.next_batch(run)
+        pictures.append(sum(len(pack.pack.images_of("vae")) for pack in batch.packs))
+        result = loop.step(run, batch, None)
+        run.counters = run.counters.after(result, 0, 0)
+    run.loader.close()
+    assert count == sum(pictures), "each picture is encoded once"
+    return list(zip(pictures, calls, strict=True))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_next_pictures_are_encoded_before_the_schedule(world: Path, tmp_path: Path, early: bool) -> None:
+    """Each picture once, and none beyond the last step."""
+    config = run_config(world, tmp_path, total_steps=3, overlap_vae_encode=early)
+    ((first, second, third),) = run_ranks(_calls, 1, config)
+    pictures = [first[0], second[0], third[0]]
+    assert min(pictures) > 0
+    encoded = [sum(pictures[: number + 1 + early]) for number in range(3)]
+    assert [first[1], second[1], third[1]] == encoded
