@@ -33,6 +33,7 @@ def cost_inputs(arch: BagelArch, backend: str, options: StepOptions, capacity: i
         encoder_memory="step" if options.vit_chunk_tokens is None else "constant",
         encoder_chunk_tokens=options.vit_chunk_tokens or 1,
         ce_chunk_tokens=options.ce_chunk_tokens,
+        overlap_vae_encode=options.overlap_vae,
     )
     sizes = ResolvedSizes(1, 1, 1, 1, BatchSizes.of(1, []), backend, platform.has_gpu(), True, 1, False)
     return CostInputs(arch, megatron, sizes, capacity)
@@ -56,7 +57,7 @@ def predictions(arch: BagelArch, pack: Pack, backend: str, options: StepOptions,
         "decoder": (flops.decoder_linear + flops.decoder_attention + flops.heads + flops.vit * 2 / 3) / decoder_s / peak,
         "whole_step": flops.total / figures["step_s"] / peak,
     }
-    if not options.stored_latents:
+    if not options.stored_latents and not options.overlap_vae:  # no part of the step is the autoencoder's alone then
         shares["autoencoder"] = flops.autoencoder / parts["autoencoder"] / peak
     predicted = {"step_s": estimate.step_time_s, "encode_s": estimate.encode_s, "compute_s": estimate.compute_s}
     return {"memory": memory, "predicted": predicted, "shares_of_peak": shares}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.batch import Features, make_microbatch
 from megatron_bagel.model.build import build_decoder
 from megatron_bagel.model.kernels.choice import KernelsName
+from megatron_bagel.platform.side_stream import SideStream
 from megatron_bagel.training.losses import LossTotals, LossWeights, microbatch_loss
 from megatron_bagel.training.optim.ema import ShardedEma
 from megatron_bagel.training.optim.one_pass import StateDtype
@@ -65,6 +66,7 @@ class StepOptions:
         transformer_impl: The implementation of the decoder's modules.
         vae_bf16: Whether the autoencoder runs under bf16 autocast.
         vae_kernels: How the autoencoder encodes.
+        overlap_vae: Whether the latents of the next step are encoded on a second stream beside this step's backward pass.
         stored_latents: Whether latents come from a cache, so that the autoencoder does not run.
         vit_chunk_tokens: The ViT tokens whose activations exist at one time; None keeps those of the step.
         ce_chunk_tokens: The loss tokens whose logits exist at one time; 0 keeps all.
@@ -78,6 +80,7 @@ class StepOptions:
     transformer_impl: str = "local"
     vae_bf16: bool = False
     vae_kernels: VaeKernels = "plain"
+    overlap_vae: bool = False
     stored_latents: bool = False
     vit_chunk_tokens: int | None = None
     ce_chunk_tokens: int = 0
@@ -116,14 +119,23 @@ class BenchStep:
         self.ema = ShardedEma(dict(zip(("decoder", "vision"), self.modules, strict=True)), self.optimizer, 0.9999)
         self.totals = LossTotals.of([pack])
         self.parameters = sum(p.numel() for module in self.modules for p in module.parameters())
+        self.side = SideStream(device)
+        self.early: Callable[[], list[Tensor]] | None = None
         self.stored: Tensor | None = None
         if options.stored_latents:
             self.stored = self.latents()
 
     def latents(self) -> Tensor:
-        """The latents of the step: encoded, or as a cache would hand them out."""
+        """The latents of the step: encoded now or beside the step before, or as a cache would hand them out."""
         if self.stored is not None:
             return self.stored
+        if self.early is not None:
+            (latents,) = self.early()
+            return latents
+        return self.encoded_latents()
+
+    def encoded_latents(self) -> Tensor:
+        """The latents of the step's pictures, encoded on the current stream."""
         with torch.autocast(platform.device().type, torch.bfloat16, enabled=self.options.vae_bf16):
             return encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
 
@@ -145,6 +157,9 @@ class BenchStep:
         ce, mse = self.modules[0](batch)
         loss, _ = microbatch_loss(ce, mse, batch.ce_weights, self.totals, LossWeights())
         watch.lap("decoder_forward")
+        if self.options.overlap_vae:
+            # A lap waits for the device, so the latents of the next round run beside the longest one.
+            self.early = self.side.queue(lambda: [self.encoded_latents()])
         loss.backward()
         self.tower_pass.backward(features.grad)
         watch.lap("backward")
@@ -182,6 +197,7 @@ def step_figures(step: BenchStep, watch: Stopwatch, losses: Sequence[float]) -> 
         "transformer_impl": options.transformer_impl,
         "fused_kernels": options.fused_kernels,
         "vae_encode_bf16": options.vae_bf16,
+        "overlap_vae_encode": options.overlap_vae,
         "dtype": str(dtype).removeprefix("torch."),
         "recompute_layers": options.recompute_layers,
         "parameters": step.parameters,

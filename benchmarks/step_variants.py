@@ -48,6 +48,7 @@ VARIANTS: dict[str, StepOptions] = {
     "vae_split_norm": StepOptions(vae_kernels="split_norm"),
     "vae_channels_last": StepOptions(vae_kernels="channels_last", vae_bf16=True),
     "vae_compiled": StepOptions(vae_kernels="compiled", vae_bf16=True),
+    "overlap_vae": StepOptions(overlap_vae=True),
     "chunked_ce": StepOptions(ce_chunk_tokens=1024),
     "constant_encoder": StepOptions(vit_chunk_tokens=4096),
     "flex_flash": StepOptions(backend="flex_flash"),

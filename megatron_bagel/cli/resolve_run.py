@@ -6,6 +6,7 @@ This module imports every component, and Megatron-Core with them. So the platfor
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
         schedule=schedule_settings(config),
         ema_decay=training.ema,
         step=step_settings(config, sizes),
-        loop=LoopSettings(training.total_steps, training.eval_every, training.eval_at_start),
+        loop=LoopSettings(training.total_steps, training.eval_every, training.eval_at_start, megatron.overlap_vae_encode),
         step_log=step_log_settings(config, sizes),
         max_skipped_share=config.data.max_skipped_share,
         peak_device_tflops=training.peak_device_tflops,
@@ -103,8 +104,19 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
 
 def sizes_with_notes(config: Config, world_size: int, has_gpu: bool) -> ResolvedSizes:
     """Return the derived settings. Their lines for the start-up log name the optional speed-ups that are not installed."""
-    sizes, speedups = resolve(config, world_size, has_gpu), absent_speedups()
-    return sizes if speedups is None else replace(sizes, notes=(*sizes.notes, speedups))
+    sizes = resolve(config, world_size, has_gpu)
+    notes = [absent_speedups(), one_queue_note(config) if has_gpu else None]
+    return replace(sizes, notes=(*sizes.notes, *(note for note in notes if note is not None)))
+
+
+def one_queue_note(config: Config) -> str | None:
+    """Return what to know of ``--overlap_vae_encode`` where all streams of a GPU share one hardware queue, or None."""
+    if not config.megatron.overlap_vae_encode or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        return None
+    return (
+        "overlap_vae_encode: CUDA_DEVICE_MAX_CONNECTIONS is 1, so both streams share one hardware queue, and kernels of the decoder may "
+        "wait for those of the autoencoder. Set it to 8 unless overlap of tensor-parallel traffic needs 1"
+    )
 
 
 def tokenizer_and_model(config: Config, arch: BagelArch) -> tuple[Tokenizer, BagelArch]:

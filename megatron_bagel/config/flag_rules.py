@@ -32,6 +32,7 @@ def check_consistency(config: Config) -> None:
     if megatron.overlap_param_gather and not (megatron.use_distributed_optimizer and megatron.overlap_grad_reduce):
         raise ValueError("--overlap_param_gather needs --use_distributed_optimizer and --overlap_grad_reduce")
     _check_one_pass(config)
+    _check_overlap_vae_encode(config)
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
         raise ValueError("--fake_world_size and --fake_rank describe a dry run: add --dry_run, or drop them")
     if megatron.moe_grouped_gemm and find_spec("transformer_engine") is None:
@@ -152,6 +153,16 @@ def check_observing(config: Config, world_size: int) -> None:
         raise ValueError(f"--profile_ranks {' '.join(map(str, unknown_ranks))}: give ranks of this run, 0 to {world_size - 1}")
     if observing.prometheus_file is not None and not observing.prometheus_file.endswith(".prom"):
         raise ValueError(f"--prometheus_file {observing.prometheus_file}: node_exporter only reads files whose names end in .prom")
+
+
+def _check_overlap_vae_encode(config: Config) -> None:
+    """Refuse to encode ahead where no autoencoder encodes. Raises ValueError."""
+    if not config.megatron.overlap_vae_encode:
+        return
+    if not config.training.visual_gen:
+        raise ValueError("--overlap_vae_encode True has nothing to encode: --visual_gen False has no autoencoder. Leave one of them out")
+    if config.data.latent_cache is not None:
+        raise ValueError("--overlap_vae_encode True has nothing to encode: --latent_cache holds the latents. Leave one of them out")
 
 
 def _check_one_pass(config: Config) -> None:

@@ -125,6 +125,13 @@ class MegatronArguments(MoEArguments):
         minimum=1,
         on_resume=FREE,
     )
+    overlap_vae_encode: bool = flag(
+        False,
+        "Encode the VAE images of the next step on a second CUDA stream while the decoder works on this step. Losses stay the same. Costs "
+        "the latents of one more step, the autoencoder's activations beside the decoder's, and host memory for one more step of pixels. "
+        "On a CPU images are only encoded earlier.",
+        on_resume=FREE,
+    )
     ce_chunk_tokens: int = flag(
         0,
         "Loss tokens whose logits exist at one time. The backward pass computes them again, which saves the memory of the logits of "

@@ -18,10 +18,12 @@ from megatron_bagel.data.loading.noise import flow_noise, posterior_noise
 from megatron_bagel.data.transforms import RawImage, RawPatches, ready_images
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.cached_latents import CachedPosterior
+from megatron_bagel.encoders.early_latents import EarlyLatents
 from megatron_bagel.encoders.tower_pass import TowerImage, tower_pass
 from megatron_bagel.layout.pack import Pack, PackImage
 from megatron_bagel.model.batch import Features
 from megatron_bagel.model.flow import patchify, shift_timesteps
+from megatron_bagel.platform.device import to_device
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ImageEncoder:
         self.arch, self.tower, self.autoencoder, self.settings = arch, tower, autoencoder, settings
         self._tower_pass = tower_pass(settings.device, settings.vit_chunk_tokens)
         self._leaf: torch.Tensor | None = None
+        self._early = EarlyLatents(settings.device)
 
     def encode(self, packs: Sequence[LoadedPack]) -> list[Features]:
         """Return the features of each pack, in sequence order of its tokens."""
@@ -64,6 +67,15 @@ class ImageEncoder:
         return [
             self._features(pack, vit[number] if vit else None, latents[number] if latents else None) for number, pack in enumerate(packs)
         ]
+
+    def encode_ahead(self, packs: Sequence[LoadedPack]) -> None:
+        """Queue this rank's latents of the packs of the next step beside the work that follows. ``encode`` takes them up.
+
+        Not collective: nothing is exchanged before the packs' own step. Without an autoencoder, or without packs, nothing happens.
+        """
+        if packs and self.autoencoder is not None:
+            autoencoder = self.autoencoder
+            self._early.start(packs, lambda: self._encode_own(autoencoder, packs))
 
     def backward(self) -> None:
         """Send the gradient that the schedule left in the ViT features through the tower, if there is one."""
@@ -96,7 +108,16 @@ class ImageEncoder:
         """Return the latents of each pack, [n_vae, channels], or None without an autoencoder."""
         if self.autoencoder is None:
             return None
-        return [self._encoded(self.autoencoder, loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
+        return self._own_latents(self.autoencoder, packs)
+
+    def _own_latents(self, autoencoder: AutoEncoder | CachedPosterior, packs: Sequence[LoadedPack]) -> list[torch.Tensor]:
+        """Return the latents of the images that this rank encodes, by pack: those encoded ahead, if there are any."""
+        early = self._early.take(packs)
+        return self._encode_own(autoencoder, packs) if early is None else early
+
+    def _encode_own(self, autoencoder: AutoEncoder | CachedPosterior, packs: Sequence[LoadedPack]) -> list[torch.Tensor]:
+        """Encode the images of each pack that this rank encodes, [tokens, channels]. Not collective."""
+        return [self._encoded(autoencoder, loaded, loaded.pack.images_of("vae"), loaded.vae_images()) for loaded in packs]
 
     def _encoded(
         self,
@@ -128,8 +149,8 @@ class ImageEncoder:
         return Features(
             vit=vit,
             latents=latents,
-            noise=self.flow_noise(pack).to(device),
-            timesteps=shift_timesteps(raw, self.arch.timestep_shift).to(device),
+            noise=to_device(self.flow_noise(pack), device),
+            timesteps=to_device(shift_timesteps(raw, self.arch.timestep_shift), device),
         )
 
 
@@ -172,7 +193,7 @@ def encode_latents(
     else:
         moments = autoencoder.encode_padded(images, padded_to)
     tokens = [
-        patchify(autoencoder.sample(mean.float(), logvar.float(), noise.to(mean.device)), patch)
+        patchify(autoencoder.sample(mean.float(), logvar.float(), to_device(noise, mean.device)), patch)
         for (mean, logvar), noise in zip(moments, noises, strict=True)
     ]
     return torch.cat(tokens)

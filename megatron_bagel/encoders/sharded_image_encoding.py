@@ -112,17 +112,20 @@ class ShardedImageEncoder(ImageEncoder):
     def _latents(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
         if self.autoencoder is None:
             return None
-        owners = self._owners(packs)
-        route = self._route(packs, owners, "vae")
-        local_latents = []
-        for loaded, ranks in zip(packs, owners, strict=True):
-            local_images = list(self._local_images(loaded, ranks, "vae", loaded.vae_images()))
-            images, pixels = [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]
-            local_latents.append(self._encoded(self.autoencoder, loaded, images, pixels))
-        received = send_rows(torch.cat(local_latents), route.counts, self.replica.boundary_ranks, self.replica.group)
+        route = self._route(packs, self._owners(packs), "vae")
+        local_latents = torch.cat(self._own_latents(self.autoencoder, packs))
+        received = send_rows(local_latents, route.counts, self.replica.boundary_ranks, self.replica.group)
         if self.replica.rank not in self.replica.boundary_ranks:
             return None
         return torch.split(received[route.rows.to(received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
+
+    def _encode_own(self, autoencoder: AutoEncoder | CachedPosterior, packs: Sequence[LoadedPack]) -> list[torch.Tensor]:
+        latents = []
+        for loaded, ranks in zip(packs, self._owners(packs), strict=True):
+            local_images = list(self._local_images(loaded, ranks, "vae", loaded.vae_images()))
+            images, pixels = [image for _, image, _ in local_images], [pixels for _, _, pixels in local_images]
+            latents.append(self._encoded(autoencoder, loaded, images, pixels))
+        return latents
 
     def _owners(self, packs: Sequence[LoadedPack]) -> list[np.ndarray]:
         return self.share.owners([loaded.pack.images for loaded in packs])

@@ -15,6 +15,7 @@ from megatron_bagel.layout.pack import Pack
 from megatron_bagel.model.attention.context_parallel import CPContext, context_plan
 from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.pack_context import AttentionPlan
+from megatron_bagel.platform.device import to_device
 
 
 @dataclass
@@ -139,7 +140,7 @@ def make_microbatch(
         n_vae=len(order.vae_rows),
         length=order.length,
         text_ids=_tensor(pack.text_ids[order.text_rows], device),
-        position_ids=position_ids.to(device),
+        position_ids=to_device(position_ids, device),
         vit_features=None if features.vit is None else features.vit.index_select(0, _tensor(order.vit_rows, device)),
         latents=features.latents.index_select(0, vae_rows),
         noise=features.noise.index_select(0, vae_rows),
@@ -167,4 +168,4 @@ def _loss_tokens(pack: Pack, order: TokenOrder, device: torch.device | str) -> L
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
+    return to_device(torch.from_numpy(array), device)

@@ -23,7 +23,8 @@ class StageMemory:
         activations: Activations of all microbatches in flight with the chosen recomputation.
         by_mode: The same for each mode of recomputation.
         buffers: Position tables, inputs of all microbatches, hidden states that stages exchange, and the largest temporary tensor.
-        encoders: Weights of the autoencoder and, unless ``encoder_memory`` is constant, activations of the ViT.
+        encoders: Weights of the autoencoder and, unless ``encoder_memory`` is constant, activations of the ViT. With
+            ``overlap_vae_encode`` also the latents of the next step and the workspace of a second stream, which keeps its memory.
         encoding: Workspace of the autoencoder or, with constant encoder memory, activations of a chunk of the ViT, whichever is larger.
             It is free while the decoder has activations, so the peak counts the larger of the two.
     """
@@ -63,6 +64,8 @@ class PeakMemory:
         """Return the memory of a rank of ``stage`` whose replica trains on ``packs`` in a step."""
         static, tokens, recompute = self.memory_model.rank(stage), largest(packs), recompute or Recompute.of(self.megatron)
         vit, constant = self._vit_activations(stage, packs), self.megatron.encoder_memory == "constant"
+        workspace = self._encoding(packs) if static.autoencoder_bytes else 0
+        ahead = workspace + self._early_latents(packs) if static.autoencoder_bytes and self.megatron.overlap_vae_encode else 0
         compared_modes = modes(max(map(len, self.activations.chunks(stage))))
         by_mode = {name: self._in_flight(stage, tokens, len(packs), mode) for name, mode in compared_modes.items()}
         return StageMemory(
@@ -71,8 +74,8 @@ class PeakMemory:
             activations=self._in_flight(stage, tokens, len(packs), recompute),
             by_mode=by_mode,
             buffers=self._buffers(stage, packs, tokens),
-            encoders=static.autoencoder_bytes + (0 if constant else vit),
-            encoding=max(self._encoding(packs) if static.autoencoder_bytes else 0, vit if constant else 0),
+            encoders=static.autoencoder_bytes + (0 if constant else vit) + ahead,
+            encoding=max(workspace, vit if constant else 0),
         )
 
     def stages(self, packs: Sequence[RankTokens], recompute: Recompute | None = None) -> list[StageMemory]:
@@ -140,6 +143,14 @@ class PeakMemory:
         if self.megatron.recompute_vit:
             return round(tokens * (patches + self.arch.n_vit_layers * v * width + 2 * v * width) + layer * tokens)
         return round(tokens * (patches + self.arch.n_vit_layers * layer + connector))
+
+    def _early_latents(self, packs: Sequence[RankTokens]) -> int:
+        """Return the bytes of the latents that a rank encodes for the next step, taken to be as large as this one."""
+        megatron = self.megatron
+        ranks = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
+        share = 1 / ranks if encoders_on_all_ranks(megatron) else 1.0
+        tokens = sum(image.tokens for pack in packs for image in pack.images if image.kind == "vae")
+        return round(tokens * share * self.arch.latent_token_dim * FP32)
 
     def _encoding(self, packs: Sequence[RankTokens]) -> int:
         """Return the workspace of the autoencoder: four tensors in a residual block of the largest image at full resolution."""

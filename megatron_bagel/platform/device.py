@@ -28,7 +28,7 @@ def device() -> torch.device:
 
 def to_device(values: torch.Tensor, target: torch.device | str) -> torch.Tensor:
     """Return ``values`` of the host on ``target``. The host does not wait for the copy to a GPU, which goes through page-locked memory."""
-    if torch.device(target).type != "cuda" or values.is_cuda:
+    if torch.device(target).type != "cuda" or values.is_cuda or not values.numel():
         return values.to(target)
     return values.pin_memory().to(target, non_blocking=True)  # torch keeps the page-locked memory until the copy is done
 

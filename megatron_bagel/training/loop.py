@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of the loop itself: the ``total_steps`` of the run, the number of steps between evaluations, and whether its
-    starting weights are evaluated too."""
+    """Settings of the loop itself: the ``total_steps`` of the run, the number of steps between evaluations, whether its starting weights
+    are evaluated too, and whether the latents of a step are computed beside the step before."""
 
     total_steps: int
     eval_every: int = 0
     eval_at_start: bool = False
+    overlap_vae_encode: bool = False
 
 
 @dataclass
@@ -108,6 +109,8 @@ def next_batch(run: Run) -> StepBatch:
     """Return this replica's packs of the next step, with unreadable samples replaced."""
     with run.timers("data"):
         loaded = next(run.loader)
+        if run.loop.overlap_vae_encode and run.counters.steps + 1 < run.loop.total_steps:
+            run.loader.read_ahead()
         run.hooks.data_loaded()
         batch = run.replacements.settle(loaded, run.counters.steps, run.counters.samples)
         run.hooks.packs(batch.packs)
@@ -118,7 +121,9 @@ def next_batch(run: Run) -> StepBatch:
 def step(run: Run, batch: StepBatch, table: LossTable | None) -> StepResult:
     """Train on a batch and collect its losses by dataset in ``table``."""
     watch = StepWatch(run.counters.steps, run.survival.bad_steps, run.hooks.gradients_ready)
-    return train_step(run.trainable, batch, run.settings, table, run.timers, watch)
+    # All ranks know by now whether this step is the last one.
+    upcoming = run.loader.upcoming if not run.survival.agreement.stop else None
+    return train_step(run.trainable, batch, run.settings, table, run.timers, watch, upcoming.packs if upcoming is not None else ())
 
 
 def evaluate(run: Run) -> None:

@@ -178,6 +178,7 @@ def train_step(
     table: LossTable | None = None,
     timed: Phases = untimed,
     watch: StepWatch | None = None,
+    upcoming: Sequence[LoadedPack] = (),
 ) -> StepResult:
     """Train on one global batch and return its numbers.
 
@@ -190,10 +191,11 @@ def train_step(
         table: Collects this rank's losses by dataset, if the step is logged.
         timed: Times the phases of the step.
         watch: The observers of the step. Without them every update is made, whatever its numbers are.
+        upcoming: The packs of the next step, whose latents are to be computed beside this step; none to compute them in their step.
     """
     tasks = table.groups if table is not None else ()
     totals, work, samples, by_task = global_counts(batch.packs, parallel_state.get_data_parallel_group(), tasks)
-    compute = partial(_gradients, trainable, batch, settings, totals, work, table, timed, watch)
+    compute = partial(_gradients, trainable, batch, settings, totals, work, table, timed, watch, upcoming)
     attempt, good = (compute(), True) if watch is None else watch.bad_steps.attempt(watch.step, compute)
     lr = trainable.learning_rate.lr
     if good:
@@ -222,11 +224,14 @@ def _gradients(
     table: LossTable | None,
     timed: Phases,
     watch: StepWatch | None,
+    upcoming: Sequence[LoadedPack],
 ) -> Attempt:
     """Compute the losses and the finished gradients of the step. Weights do not change."""
     _clear(trainable, work, table)
     with timed("encode"):
         shards = microbatches(batch.packs, trainable.image_encoder, settings, dropout=True)
+        # Before the schedule, whose kernels run beside them. On a CPU, or between the barriers of timers, nothing is beside them.
+        trainable.image_encoder.encode_ahead(upcoming)
     with timed("forward_backward"):
         shares = _forward_backward(trainable.decoder, shards, settings, totals, table)
     with timed("encode_backward"):

@@ -14,6 +14,8 @@ import torch
 
 from megatron_bagel.cli import train
 from megatron_bagel.cli.convert import megatron_to_hf
+from megatron_bagel.cli.resolve_run import sizes_with_notes
+from megatron_bagel.config.parser import Config
 from megatron_bagel.training.observability.metrics_file import read_history
 from tests.distributed import fork
 from tests.runs import make_world
@@ -137,3 +139,16 @@ def test_a_layout_that_cannot_work_is_refused_before_ranks_meet(
     ]  # fmt: skip
     assert command([*base, *change]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_streams_that_share_a_hardware_queue_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run encodes ahead, and nowhere else."""
+    early = Config.from_values({"overlap_vae_encode": True})
+    for connections, is_named in (("1", True), ("8", False), (None, False)):
+        if connections is None:
+            monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+        else:
+            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+        notes = [[note for note in sizes_with_notes(early, 1, has_gpu).notes if "MAX_CONNECTIONS" in note] for has_gpu in (True, False)]
+        assert [len(found) for found in notes] == [is_named, 0]
+        assert not any("MAX_CONNECTIONS" in note for note in sizes_with_notes(Config.from_values({}), 1, True).notes)

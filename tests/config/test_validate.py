@@ -40,6 +40,7 @@ def check(words: str, world_size: int = 1) -> None:
         "", "--visual_und False --vit_path /nowhere", "--visual_gen False --vae_path /nowhere", "--num_workers 0", "--max_grad_norm 0",
         "--overlap_grad_reduce", "--overlap_grad_reduce --overlap_param_gather", "--recompute_granularity full --recompute_num_layers 2",
         "--finetune_from_hf True --init_random True --llm_path /nowhere", "--max_num_tokens 1000",
+        "--overlap_vae_encode True",
         "--profile --profile_step_start 0 --profile_step_end 1 --prometheus_file bagel.prom",
     ],
 )  # fmt: skip
@@ -90,6 +91,8 @@ def test_the_guides_fine_tuning_settings_are_accepted(base, tmp_path):
         ("--context_parallel_size 2 --cp_comm_type a2a --tensor_model_parallel_size 4", r"= 8 ranks per replica"),
         ("--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2 --global_batch_size 2", r"2 layers cannot be divided"),
         ("--make_vocab_size_divisible_by 0", r"at least 1"),
+        ("--overlap_vae_encode True --visual_gen False", r"--overlap_vae_encode True has nothing to encode: --visual_gen False"),
+        ("--overlap_vae_encode True --latent_cache latents", r"--overlap_vae_encode True has nothing to encode: --latent_cache"),
         ("--overlap_param_gather", r"needs --use_distributed_optimizer and --overlap_grad_reduce"),
         ("--resume_model_only True", r"needs --resume_from"),
         ("--finetune_from_ema True", r"needs --resume_model_only"),

@@ -151,9 +151,10 @@ def test_a_skipped_step_moves_nothing_but_the_data(world: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_rerun_finds_the_rank_that_computed_wrongly(world: Path, tmp_path: Path, straight: list[tuple]) -> None:
+@pytest.mark.parametrize("flags", [{}, {"overlap_vae_encode": True}], ids=["plain", "encoding-ahead"])
+def test_a_rerun_finds_the_rank_that_computed_wrongly(world: Path, tmp_path: Path, straight: list[tuple], flags: dict) -> None:
     """A wrong result that does not come again: the second one is used, and the run is the one without the fault."""
-    config = two(world, tmp_path, on_bad_step="rerun")
+    config = two(world, tmp_path, on_bad_step="rerun", **flags)
     ranks = start_ranks(config, 2, fault=_poison(float("nan"), 3))
     assert ranks.wait() == [0, 0], ranks.printed()
     assert run_numbers(config) == straight

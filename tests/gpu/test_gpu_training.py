@@ -48,6 +48,7 @@ FP32 = {
     "flex": {},
     "sdpa": {"attention_backend": "sdpa"},
     "torchrun-overlap": {"launcher": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    "overlap-vae-encode": {"overlap_vae_encode": True},
     "compiled-kernels": {"fused_kernels": "compiled"},
     "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1, "recompute_vit": True},
 }

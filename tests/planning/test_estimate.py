@@ -109,6 +109,20 @@ def test_recomputing_everything_is_another_forward_pass() -> None:
     assert recomputed_flops(plan.inputs, plan.work, Recompute()) == 0
 
 
+@pytest.mark.parametrize("placement", ["all_ranks", "first_stage"])
+def test_encoding_ahead_keeps_latents_and_a_workspace(placement: str) -> None:
+    """On every rank that encodes: its share of the latents of one more step, and the autoencoder's workspace beside the activations."""
+    flags = {PP: 3, CP: 2, "encoder_placement": placement, "encoder_memory": "step"}
+    plain, problem = plan_of(replace(SMALL, gpus=12), **flags)
+    early, _ = plan_of(replace(SMALL, gpus=12), overlap_vae_encode=True, **flags)
+    tokens = sum(image.tokens for image in problem.pack.images_of("vae")) * plain.sizes.num_microbatches
+    shares = [1 / 6] * 3 if placement == "all_ranks" else [1, 0, 1]
+    for stage, share, other in zip(plain.memory, shares, early.memory, strict=True):
+        latents = round(tokens * share * problem.arch.latent_token_dim * 4)
+        assert other.encoders - stage.encoders == (latents + stage.encoding if share else 0)
+        assert other.peak - stage.peak == other.encoders - stage.encoders
+
+
 def test_more_recomputation_keeps_less() -> None:
     plan, _ = plan_of(**{PP: 2})
     for stage in plan.memory:

@@ -92,11 +92,14 @@ def test_recompute_changes_nothing(world: Path, tmp_path: Path, straight: list[t
     close(numbers(run(run_config(world, tmp_path, total_steps=6, **flags))), straight)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: int) -> None:
+KILLED = {"one-rank": (1, {}), "two-ranks": (2, {}), "encoding-ahead": (2, {"overlap_vae_encode": True})}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), cases(KILLED, "two-ranks"))
+def test_killed_runs_continue_bit_for_bit(world: Path, tmp_path: Path, ranks: int, flags: dict) -> None:
     """SIGKILL at a random moment, and the same command again."""
     expected = numbers(run(run_config(world, tmp_path / "whole", total_steps=8), ranks))
-    config = run_config(world, tmp_path / "killed", total_steps=8)
+    config = run_config(world, tmp_path / "killed", total_steps=8, **flags)
     process = start(config, ranks)
     first = Path(config.training.checkpoint_dir) / "0000002"
     deadline = time.monotonic() + 120

@@ -61,6 +61,8 @@ class PackLoader:
         self._planned: deque[PlannedStep] = deque()  # planned but not yet handed out
         self._planning_error: ValueError | None = None  # kept until the packs planned before it are used up
         self._loaded: Iterator[Any] | None = None  # packs, or what reading processes send in their place
+        self._upcoming: StepBatch | None = None  # read ahead; its plan stays in ``_planned`` until it is handed out
+        self._upcoming_error: Exception | None = None
         self._stop_request: StopRequest | None = None
         self._patience = STOP_PATIENCE
 
@@ -77,15 +79,41 @@ class PackLoader:
         return self
 
     def __next__(self) -> StepBatch:
+        error, self._upcoming_error = self._upcoming_error, None
+        if error is not None:
+            raise error
+        batch = self._upcoming or self._read()
+        self._upcoming = None
+        self._position = self._planned.popleft().position
+        return batch
+
+    def _read(self) -> StepBatch:
+        """Read the next batch, and leave its plan in front of ``_planned``."""
         packs_per_replica = self.sizes.at(self.consumed_packs) // self.replicas
         try:
             packs = [self._next_pack() for _ in range(packs_per_replica)]
         except Exception:
             self.close()  # the error keeps this object alive, and with it the processes
             raise
-        step = self._planned.popleft()
-        self._position = step.position
-        return StepBatch(packs, step.totals)
+        return StepBatch(packs, self._planned[0].totals)
+
+    @property
+    def upcoming(self) -> StepBatch | None:
+        """Return the batch that ``read_ahead`` has read and that is not handed out yet, or None."""
+        return self._upcoming
+
+    def read_ahead(self) -> None:
+        """Read the batch that the next call of ``next`` will hand out. The saved position stays in front of it.
+
+        An error, also that no sample is left, is kept until the batch is due, because the step before it can still be trained. After a stop
+        signal nothing is read: the batch may never be needed, and the signal leaves little time.
+        """
+        if self._upcoming is not None or self._upcoming_error is not None or (self._stop_request is not None and self._stop_request.number):
+            return
+        try:
+            self._upcoming = self._read()
+        except Exception as error:  # any error is that of the coming step
+            self._upcoming_error = error
 
     def replaced(self, batch: StepBatch, failed: Sequence[tuple[int, int]]) -> StepBatch:
         """Return ``batch`` with other samples at the positions ``failed``, (pack of the batch, sample of the pack).
@@ -142,6 +170,7 @@ class PackLoader:
             self._steps.close()
             self._steps = None
         self._planned.clear()
+        self._upcoming = self._upcoming_error = None
 
     def plan_next(self) -> list[PackPlan]:
         """Plan the next global batch after all planned ones, and return this replica's packs of it.

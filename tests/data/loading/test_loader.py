@@ -23,6 +23,7 @@ from megatron_bagel.data.planner.planner import Planner, PlannerConfig
 from megatron_bagel.data.planner.stream import NoSampleLeft
 from megatron_bagel.layout.items import Item, Sample
 from megatron_bagel.layout.pack import LayoutSpec, PackImage, build_pack
+from megatron_bagel.platform.launch.signals import StopRequest
 from tests.data.planner.measured_sample import measure_sample
 
 SPEC = LayoutSpec(bos=1, eos=2, start_of_image=3, end_of_image=4, vit_max_side=8, max_latent_size=8)
@@ -168,6 +169,55 @@ def test_resume_continues_on_other_sizes(workers: int) -> None:
     first.close()
     assert plans(next(first)) == share(plans(expected[3]), 0, 2)  # nor does stopping the workers
     first.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_read_ahead_is_not_handed_out(workers: int) -> None:
+    """The saved position stays in front of it, its size is that of its place in a growing batch, and it is read once."""
+    ramp = (2, 2, 6)
+    plain, early = loader(rampup=ramp), loader(workers=workers, rampup=ramp)
+    for _ in range(4):
+        early.read_ahead()
+        early.read_ahead()
+        assert early.state_dict() == plain.state_dict()
+        upcoming, expected = early.upcoming, next(plain)
+        assert upcoming is not None and next(early) is upcoming and early.upcoming is None
+        assert upcoming.totals == expected.totals and all(same(a, b) for a, b in zip(upcoming.packs, expected.packs, strict=True))
+    early.read_ahead()
+    again = loader(rampup=ramp)
+    again.load_state_dict(early.state_dict())
+    expected = plans(next(plain))
+    assert plans(next(again)) == plans(next(early)) == expected
+    early.read_ahead()
+    early.load_state_dict(early.state_dict())  # what was read ahead is discarded, like what workers have read
+    assert early.upcoming is None and plans(next(early)) == plans(next(plain))
+    early.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_end_comes_when_it_is_due(workers: int) -> None:
+    """The batches before it are handed out first, and reading ahead raises nothing."""
+    rules = {"unified_edit": SourceRule(((0, 1.0),), 4)}
+    plain, early, counts = loader(rules=rules), loader(workers=workers, rules=rules), []
+    for batches in (plain, early):
+        counts.append(0)
+        with pytest.raises(NoSampleLeft):
+            while True:
+                next(batches)
+                counts[-1] += 1
+                if batches is early:
+                    state = early.state_dict()
+                    early.read_ahead()
+                    assert early.state_dict() == state
+    assert counts[0] == counts[1] > 0 and early.state_dict() == plain.state_dict()
+
+
+def test_nothing_is_read_ahead_after_a_stop_signal() -> None:
+    stopped, request = loader(), StopRequest()
+    stopped.give_up_after(request)
+    request.number = 15
+    stopped.read_ahead()
+    assert stopped.upcoming is None and len(next(stopped).packs) == 4
 
 
 def test_pixels_lie_in_sequence_order() -> None:

@@ -70,6 +70,15 @@ def test_broken_pictures_are_replaced_alike_on_any_layout(world: Path, tmp_path:
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+def test_pictures_encoded_early_are_those_of_the_replacement(world: Path, tmp_path: Path) -> None:
+    """Two ranks share the pictures, so a replacement may change who encodes which."""
+    flags = {"max_skipped_share": 1.0, "total_steps": 3, "save_every": 100, "tensor_model_parallel_size": 2}
+    plain, early = tmp_path / "plain", tmp_path / "early"
+    expected = run(run_config(world, plain, ranks=2, **flags), ranks=2)
+    assert numbers(run(run_config(world, early, ranks=2, overlap_vae_encode=True, **flags), ranks=2)) == numbers(expected)
+    assert skipped(early) == skipped(plain) and {line["step"] for line in skipped(plain)} - {0}
+
+
 @pytest.mark.slow
 def test_a_run_killed_after_a_replacement_continues_bit_for_bit(world: Path, without_checksums: Path, tmp_path: Path) -> None:
     """The last checkpoint is gone, as after a kill before it: steps done again are the same, and nothing is listed twice.
