@@ -5,9 +5,10 @@
     python -m benchmarks.generate --model DIR --side 512 --steps 50       # a trained one
     python -m benchmarks.generate --batch 8                               # several prompts at once
 
-Random weights are fp32 on a CPU and bf16 on a GPU. Run it on an otherwise idle machine. ``largest_difference`` compares the two ways'
-logits and pictures: it is rounding alone. Process seconds (all threads of this process) are given beside the clock's, for machines
-that do other things too.
+Random weights are fp32 on a CPU and bf16 on a GPU. Run it on an otherwise idle machine. ``largest_difference`` compares logits and
+pictures with those of the cached way: it is rounding alone. On a GPU ``text_static`` and ``picture_captured`` replay graphs, whose
+capture is part of their time; ``launched_because`` says why they do not. Process seconds (all threads of this process) are given beside
+the clock's, for machines that do other things too.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.encoders.autoencoder import AutoEncoder  # noqa: E402
 from megatron_bagel.encoders.vision_tower import VisionTower  # noqa: E402
 from megatron_bagel.inference.batch.requests import Conversation, Request, read_terms  # noqa: E402
+from megatron_bagel.inference.core.capture import launched_because  # noqa: E402
 from megatron_bagel.inference.core.context import Context  # noqa: E402
 from megatron_bagel.inference.core.engine import Engine  # noqa: E402
 from megatron_bagel.inference.core.guidance import Guidance, time_grid  # noqa: E402
-from megatron_bagel.inference.core.image import ImageSampling, generate_latents  # noqa: E402
+from megatron_bagel.inference.core.image import generate_latents  # noqa: E402
+from megatron_bagel.inference.core.image_sampling import ImageSampling  # noqa: E402
 from megatron_bagel.inference.core.load_engine import LoadOptions, image_transforms, load_engine  # noqa: E402
 from megatron_bagel.inference.core.noise import KeyedNoise  # noqa: E402
 from megatron_bagel.inference.core.token_loop import StaticLoop  # noqa: E402
@@ -132,13 +135,13 @@ def text_anew(engine: Engine, arguments: argparse.Namespace) -> Tensor:
     return logits
 
 
-def picture(engine: Engine, arguments: argparse.Namespace, anew: bool) -> Tensor:
-    """Latent tokens of all pictures; ``anew`` reads the conversation again for every step."""
+def picture(engine: Engine, arguments: argparse.Namespace, anew: bool = False, capture: bool = False) -> Tensor:
+    """Latent tokens of all pictures; ``anew`` reads the conversation again for every step, ``capture`` replays the steps on a GPU."""
     grid = engine.latent_grid(arguments.side, arguments.side)
     shape = (grid[0] * grid[1], engine.arch.latent_token_dim)
     made = read(engine, arguments)
     noise = [each.noise.initial(shape) for each in made]
-    sampling = ImageSampling(arguments.steps + 1, 3.0, Guidance(4.0, 2.0, (0.0, 1.0), renorm_min=1.0))
+    sampling = ImageSampling(arguments.steps + 1, 3.0, Guidance(4.0, 2.0, (0.0, 1.0), renorm_min=1.0), capture=capture)
     grids = [grid] * len(made)
     if not anew:
         return torch.cat(generate_latents(engine, [each.views for each in made], grids, noise, sampling))
@@ -167,9 +170,9 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
 
 @torch.no_grad()
 def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both ways of text and picture; one token and one step are made first, to warm up."""
+    """The ways of text and picture; one token and one step are made first, to warm up."""
     warm = argparse.Namespace(**{**vars(arguments), "tokens": 1, "steps": 1})
-    text_cached(engine, warm), text_static(engine, warm), picture(engine, warm, anew=False)
+    text_cached(engine, warm), text_static(engine, warm), picture(engine, warm)
     result: dict[str, Any] = {"context_tokens": read(engine, arguments)[0].views.main.length}
     answers: dict[str, list[Tensor]] = {"text": [], "picture": []}
     for way in ("cached", "anew"):
@@ -182,10 +185,14 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
         answers["picture"].append(latents)
     static, clock, process = timed(lambda: text_static(engine, arguments))
     result["text_static"] = {"tokens_per_s": written / clock, "process_seconds_per_token": process / written}
+    captured, clock, process = timed(lambda: picture(engine, arguments, capture=True))
+    result["picture_captured"] = {"seconds": clock / arguments.batch, "process_seconds": process / arguments.batch}
     result["text_speedup"] = result["text_anew"]["process_seconds_per_token"] / result["text_cached"]["process_seconds_per_token"]
     result["picture_speedup"] = result["picture_anew"]["process_seconds"] / result["picture_cached"]["process_seconds"]
     result["largest_difference"] = {name: float((one - two).abs().max()) for name, (one, two) in answers.items()}
     result["largest_difference"]["text_static"] = float((static - answers["text"][0]).abs().max())
+    result["largest_difference"]["picture_captured"] = float((captured - answers["picture"][0]).abs().max())
+    result["launched_because"] = launched_because(engine)
     return result
 
 

@@ -20,7 +20,8 @@ from megatron_bagel.inference.batch.requests import Observers, Request, answer
 from megatron_bagel.inference.core.context import Context, GuidedContext
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance, time_grid
-from megatron_bagel.inference.core.image import ImageSampling, generate_latents
+from megatron_bagel.inference.core.image import generate_latents
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.sampling import TextSampling
 from tools.golden_common import CaseResult, Comparison, present
 

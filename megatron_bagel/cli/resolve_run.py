@@ -32,7 +32,7 @@ from megatron_bagel.costs.inputs import CostInputs
 from megatron_bagel.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bagel.encoders.image_encoding import ImageEncoderSettings
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.planning.encoder_memory import encoder_memory_of_a_run
 from megatron_bagel.platform.device import compute_capability, device_memory_bytes, device_name
 from megatron_bagel.training.evaluation.evaluator import EvaluationSettings

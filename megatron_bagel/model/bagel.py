@@ -120,10 +120,17 @@ class BagelModel(MegatronModule):
         """Embed token ids [n] as [n, h]."""
         return self.embedding.word_embeddings(ids)
 
-    def embed_latents(self, x_t: torch.Tensor, t: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Embed latent tokens ``x_t`` [n, p * p * z] at timesteps ``t`` [n] and table rows ``position_ids`` [n] as [n, h]."""
+    def embed_times(self, t: torch.Tensor) -> torch.Tensor:
+        """Embed timesteps ``t`` [n] in [0, 1] as [n, h]."""
+        return self.time_embedder(t)
+
+    def embed_latents(self, x_t: torch.Tensor, times: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Embed latent tokens ``x_t`` [n, p * p * z] at table rows ``position_ids`` [n] as [n, h].
+
+        ``times`` [n, h], or [1, h] for tokens of one time, comes from ``embed_times``.
+        """
         dtype = self.vae2llm.weight.dtype
-        return self.vae2llm(x_t.to(dtype)) + self.time_embedder(t) + self.latent_pos_embed[position_ids].to(dtype)
+        return self.vae2llm(x_t.to(dtype)) + times + self.latent_pos_embed[position_ids].to(dtype)
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
         """Return the hidden states of all slots, [length, h]."""
@@ -136,7 +143,7 @@ class BagelModel(MegatronModule):
             und = und * 0 + und.detach() if self.share_embeddings_and_output_weights and not self.post_process else und.detach()
         if self.arch.autoencoder is not None:
             x_t = interpolate(batch.latents, batch.noise, batch.timesteps)
-            gen = self.embed_latents(x_t, batch.timesteps, batch.latent_position_ids)
+            gen = self.embed_latents(x_t, self.embed_times(batch.timesteps), batch.latent_position_ids)
         return join([und, gen], batch.length)
 
     def decode(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -24,14 +25,21 @@ class TimestepEmbedder(nn.Module):
     @staticmethod
     def sinusoid(t: torch.Tensor) -> torch.Tensor:
         """Return the sinusoid of timesteps [n], fp32 [n, 256]."""
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device="cpu")
-        # Computed on the CPU, as in the original: another device's exponential rounds differently.
-        frequencies = torch.exp(-math.log(10000.0) * steps / half).to(t.device)
-        angles = t.float()[:, None] * frequencies[None, :]
+        angles = t.float()[:, None] * _frequencies(t.device)[None, :]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Embed timesteps. Tokens of one image share a timestep, so the MLP runs once per distinct value."""
         values, value_of_token = torch.unique(t, return_inverse=True)
         return self.mlp(self.sinusoid(values).to(self.mlp.get_parameter("0.weight").dtype))[value_of_token]
+
+
+@lru_cache(maxsize=16)
+def _frequencies(device: torch.device) -> torch.Tensor:
+    """Return the frequencies of the sinusoid, fp32 [128]; kept, because a copy to a GPU would make the host wait.
+
+    They are computed on the CPU, as in the original: another device's exponential rounds differently.
+    """
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, dtype=torch.float32, device="cpu")
+    return torch.exp(-math.log(10000.0) * steps / half).to(device)

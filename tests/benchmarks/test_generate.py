@@ -18,3 +18,4 @@ def test_cached_and_anew_agree(tmp_path: Path) -> None:
     assert read_record(tmp_path / "a.json").figures == result
     assert max(result["largest_difference"].values()) < 1e-4
     assert result["text_cached"]["tokens_per_s"] > 0 and result["picture_anew"]["seconds"] > 0
+    assert result["picture_captured"]["seconds"] > 0 and result["largest_difference"]["picture_captured"] == 0

@@ -63,6 +63,16 @@ def test_a_trained_folder_without_configs_gives_the_same_picture(model: Path, tm
     assert whole == assembled
 
 
+def test_a_cpu_says_that_it_replays_no_graphs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A folder of launched steps may be continued with captured ones: they are the same."""
+    argv = ["--model", str(model), "--image-size", "16x16", "--out", str(tmp_path), *QUICK]
+    assert main([*argv, "--prompt", "a"]) == 0
+    assert "graphs" not in capsys.readouterr().out
+    assert main([*argv, "--prompt", "a", "b", "--resume", "--capture-steps"]) == 0
+    assert "replay no graphs here: only a GPU replays graphs" in capsys.readouterr().out
+    assert len(results(tmp_path)) == 2
+
+
 def test_batch_size_changes_nothing(model: Path, tmp_path: Path) -> None:
     for size in ("1", "3"):
         argv = ["--model", str(model), "--prompt", "a", "b", "c", "--image-size", "16x16", "--batch-size", size, "--out"]

@@ -52,6 +52,18 @@ def test_a_captured_graph_writes_the_same_text(asked: list[str], tmp_path: Path)
     assert answers(tmp_path / "graph")[1] == answers(tmp_path / "growing")[1]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_captured_steps_draw_the_same_pictures(asked: list[str], tmp_path: Path, dtype: str) -> None:
+    """Steps before, within and after guidance, of pictures of two sizes and of several contexts in one batch."""
+    steps = ["--dtype", dtype, "--num-timesteps", "40", "--cfg-interval", "0.3", "0.95"]
+    run("megatron_bagel.generate", *asked, *steps, "--out", str(tmp_path / "launched"))
+    said = run("megatron_bagel.generate", *asked, *steps, "--capture-steps", "--out", str(tmp_path / "captured"))
+    assert "replay no graphs" not in said
+    launched, captured = answers(tmp_path / "launched")[0], answers(tmp_path / "captured")[0]
+    assert launched.keys() == captured.keys() == {"drawn", "changed"}
+    assert all(np.abs(captured[name] - launched[name]).max() <= 1 for name in launched)
+
+
 def test_bf16(asked: list[str], tmp_path: Path) -> None:
     run("megatron_bagel.generate", *asked, "--out", str(tmp_path))
     pictures, texts = answers(tmp_path)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from megatron_bagel.inference.batch.requests import Observers, Request, answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.sampling import TextSampling
 from tools.golden_infer import EDIT_PROMPT, T2I_PROMPT, TEXT_CASES, RecordedNoise, golden_engine
 

@@ -174,6 +174,10 @@ def _add_image(group: Any) -> None:
     group.add_argument("--cfg-renorm-type", choices=("global", "channel", "text_channel"), default="global", help="default: %(default)s")
     group.add_argument("--cfg-renorm-min", type=float, default=0.0, help="least factor of renormalisation; 1 is off (default: %(default)s)")
     group.add_argument("--cfg-couple-batch", action="store_true", help="one norm for all pictures of a batch, as in the original")
+    group.add_argument(
+        "--capture-steps", action="store_true",
+        help="on a GPU replay the steps of a picture as captured graphs, which the host launches at once",
+    )  # fmt: skip
     group.add_argument("--enable-taylorseer", action="store_true", help="refused: this approximation of the original is not offered")
 
 

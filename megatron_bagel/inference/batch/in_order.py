@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_bagel.inference.batch.requests import Answer, Request, Term, answer
 from megatron_bagel.inference.core.engine import Engine
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import NoiseSource
 from megatron_bagel.inference.core.sampling import TextSampling
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_bagel.inference.batch.system_prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from megatron_bagel.inference.core.context import Context, GuidedContext
 from megatron_bagel.inference.core.engine import Engine
-from megatron_bagel.inference.core.image import ImageSampling, StepObserver, decode_picture, generate_latents
+from megatron_bagel.inference.core.image import StepObserver, decode_picture, generate_latents
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import NoiseSource
 from megatron_bagel.inference.core.sampling import TextSampling
 from megatron_bagel.inference.core.text import GeneratedText, LogitsObserver, generate_text

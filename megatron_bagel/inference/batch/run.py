@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_bagel.common.writable import check_writable, writing_to
 from megatron_bagel.inference.batch.in_order import answer_in_order
 from megatron_bagel.inference.batch.prompts import Prompt
@@ -19,7 +21,7 @@ from megatron_bagel.inference.batch.requests import Answer
 from megatron_bagel.inference.batch.results import AnswerWriter
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import KeyedNoise
 from megatron_bagel.inference.core.sampling import TextSampling
 
@@ -86,12 +88,13 @@ def sampling_of(args: Namespace) -> tuple[TextSampling, ImageSampling]:
     if args.enable_taylorseer:
         raise ValueError("--enable-taylorseer: the original's TaylorSeer approximation is not offered; lower --num-timesteps instead")
     guidance = Guidance(args.cfg_text_scale, args.cfg_img_scale, tuple(args.cfg_interval), args.cfg_renorm_min, args.cfg_renorm_type)
-    image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch)
+    image = ImageSampling(args.num_timesteps, args.timestep_shift, guidance, args.cfg_couple_batch, args.capture_steps)
     return TextSampling(args.max_length, args.do_sample, args.temperature, args.top_p, args.static_cache), image
 
 
 def open_engine(args: Namespace) -> Engine:
     """Load the model of ``--model``."""
+    from megatron_bagel.inference.core.capture import launched_because
     from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 
     named = (
@@ -100,7 +103,10 @@ def open_engine(args: Namespace) -> Engine:
     )  # fmt: skip
     ranks = {"tensor_parallel": args.tensor_model_parallel_size, "expert_parallel": args.expert_model_parallel_size}
     options = LoadOptions(**{name: getattr(args, name) for name in named}, **ranks)
-    return load_engine(args.model, options)
+    engine = load_engine(args.model, options)
+    if (args.static_cache or args.capture_steps) and dist.get_rank() == 0 and (reason := launched_because(engine)) is not None:
+        print(f"--static-cache and --capture-steps replay no graphs here: {reason}", flush=True)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ def _answer_settings(args: Namespace) -> dict[str, Any]:
     of_prompts = {"input", "terms", "prompt", "image", "output", "num_samples", "seed"}
     limits = {"max_text_bytes", "max_json_depth"}
     ranks = {"tensor_model_parallel_size", "expert_model_parallel_size"}
-    free = of_prompts | limits | ranks | {"out", "resume", "batch_size", "serve", "host", "port"}
+    # A captured step is the launched one, replayed.
+    free = of_prompts | limits | ranks | {"capture_steps", "out", "resume", "batch_size", "serve", "host", "port"}
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

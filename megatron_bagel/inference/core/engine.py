@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -21,30 +20,10 @@ from megatron_bagel.data.transforms import TransformArgs, image_tensor, output_s
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.inference.core.cached_attention import CachedAttention, NewTokens
 from megatron_bagel.inference.core.context import Context
+from megatron_bagel.inference.core.decoder import Decoder
+from megatron_bagel.inference.core.velocity_pass import VelocityPass
 from megatron_bagel.layout.pack import grid_position_ids
 from megatron_bagel.model.flow import patchify
-
-
-class Decoder(Protocol):
-    """The parts of ``BagelModel`` that generation calls."""
-
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """Map token ids [n] to hidden states [n, h]."""
-
-    def embed_latents(self, x_t: Tensor, t: Tensor, latent_position_ids: Tensor) -> Tensor:
-        """Map latent tokens [n, channels] at timesteps ``t`` [n] to hidden states [n, h]."""
-
-    def run_decoder(self, hidden: Tensor, n_und: int, position_ids: Tensor, attention: Any) -> Tensor:
-        """Run all layers and the final norms on hidden states [n, h], those of the understanding expert first."""
-
-    def all_text_logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [n, h] to logits of the whole vocabulary [n, V]."""
-
-    def velocity(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [n, h] to velocities [n, channels]."""
-
-    def parameters(self) -> Any:
-        """Iterate over the weights, which tell device and dtype."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +150,16 @@ class Engine:
 
         ``embedded`` [tokens, hidden] comes from ``embed_latents``; several contexts may share one picture.
         """
-        borders = self._borders()
-        rows = [PassRow(context, borders, picture) for context, picture in zip(contexts, embedded, strict=True)]
-        hidden, _ = self._run(rows, causal=False, keep=False)
-        generated = hidden[sum(len(row.und) for row in rows) :]
-        return list(self.decoder.velocity(generated).float().split([row.n_gen for row in rows]))
+        sizes = [len(picture) for picture in embedded]
+        return list(self.velocity_pass(contexts, sizes)(embedded).split(sizes))
+
+    def velocity_pass(self, contexts: Sequence[Context], sizes: Sequence[int]) -> VelocityPass:
+        """Return ``velocities`` of pictures of ``sizes`` tokens under each context, as a pass to repeat."""
+        return VelocityPass(self.decoder, contexts, self._borders(), sizes)
 
     def embed_latents(self, x_t: Tensor, t: float, position_ids: Tensor) -> Tensor:
         """Embed latent tokens [tokens, channels] at time ``t`` (0 is clean) as decoder input [tokens, hidden]."""
-        times = torch.full((len(x_t),), t, dtype=torch.float32, device=self.device)
+        times = self.decoder.embed_times(torch.full((1,), t, dtype=torch.float32, device=self.device))
         return self.decoder.embed_latents(x_t.to(self.device), times, position_ids)
 
     def latent_grid(self, height: int, width: int) -> tuple[int, int]:

@@ -58,7 +58,12 @@ class Guidance:
 
     def needs(self, t: float) -> tuple[bool, bool]:
         """Return which extra velocities a step at ``t`` reads: (without text, without images)."""
-        text, img = self.scales_at(t)
+        return self.needs_of(self.scales_at(t))
+
+    @staticmethod
+    def needs_of(scales: tuple[float, float]) -> tuple[bool, bool]:
+        """Return the same for ``scales``, a result of ``scales_at``."""
+        text, img = scales
         # Image guidance starts from the text-guided velocity; without text guidance the original drops it.
         return text > 1.0, text > 1.0 and img > 1.0
 

@@ -4,7 +4,8 @@
 The way of ``Engine.next_logits`` grows a cache per context, attends context by context, and launches every operation from the host; on
 a GPU the host is then the limit. Here the keys and values of all contexts lie in one table per layer with room for the whole text, a
 mask tells each context how much of its row is filled, and lengths and positions are counted on the device. Every token takes the same
-operations on the same memory: on a GPU they are captured once and replayed. Rows whose text has ended go on; nobody looks at them.
+operations on the same memory: on a GPU they are captured once and replayed, if the model allows it (``capture.py``). Rows whose text
+has ended go on; nobody looks at them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_bagel.inference.core.capture import WARM_UP, launched_because
 from megatron_bagel.inference.core.context import Context
 from megatron_bagel.inference.core.engine import Engine
-
-_WARM_UP = 2  # passes before the capture, in which kernels are chosen and memory is reserved
 
 
 class TokenLoop(Protocol):
@@ -82,6 +82,7 @@ class StaticLoop:
         self._attention = StaticAttention(contexts, max(context.length for context in contexts) + tokens, device)
         self._ids = torch.zeros(len(contexts), dtype=torch.long, device=device)
         self._positions = torch.tensor([context.position for context in contexts], device=device)
+        self._captured = launched_because(engine) is None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
         self._host_ids = [0] * len(contexts)
@@ -91,7 +92,7 @@ class StaticLoop:
         for row, token in zip(rows, tokens, strict=True):
             self._host_ids[row] = token
         self._ids.copy_(torch.tensor(self._host_ids))
-        if self._ids.is_cuda:
+        if self._captured:
             self._replay()
         else:
             self._pass()
@@ -111,7 +112,7 @@ class StaticLoop:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):
+                for _ in range(WARM_UP):
                     self._pass()
                     self._attention.lengths -= 1
                     self._positions -= 1

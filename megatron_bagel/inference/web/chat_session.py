@@ -17,7 +17,7 @@ from megatron_bagel.inference.batch.arguments import parse_size
 from megatron_bagel.inference.batch.prompts import check_prompt_text
 from megatron_bagel.inference.batch.requests import Observers, Request, answer
 from megatron_bagel.inference.core.engine import Engine
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import KeyedNoise
 from megatron_bagel.inference.core.sampling import TextSampling
 

@@ -27,7 +27,8 @@ from megatron_bagel.data.planner.group_source import GroupSource
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.autoencoder_io import load_autoencoder
-from megatron_bagel.inference.core.image import ImageSampling, decode_latents
+from megatron_bagel.inference.core.image import decode_latents
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.layout.pack import PackImage, item_grid, sample_tokens
 from megatron_bagel.training.evaluation.forward import evaluating
 from megatron_bagel.training.evaluation.held_out_losses import WEIGHTS, HeldOutLosses

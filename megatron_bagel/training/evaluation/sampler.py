@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_bagel.data.keyed_random import keyed_normal
 from megatron_bagel.data.tokenizer import Tokenizer
 from megatron_bagel.inference.core.guidance import guide, time_grid
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.layout.cp_partition import context_orders
 from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.order import TokenOrder

@@ -14,7 +14,7 @@ from megatron_bagel.inference.batch.in_order import answer_in_order
 from megatron_bagel.inference.batch.requests import Answer, Conversation, Request, answer, read_terms
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import KeyedNoise
 from megatron_bagel.inference.core.sampling import TextSampling
 

@@ -18,7 +18,8 @@ from megatron_bagel.config.lora import LoraSettings
 from megatron_bagel.inference.core.context import Context, GuidedContext
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling, decode_picture, generate_latents
+from megatron_bagel.inference.core.image import decode_picture, generate_latents
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.load_engine import LoadOptions, load_engine
 from megatron_bagel.model.build import build_decoder
 from tests.model.test_lora import released

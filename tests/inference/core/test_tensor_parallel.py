@@ -13,7 +13,7 @@ from megatron_bagel.cli.generate import collect_prompts
 from megatron_bagel.inference.batch.arguments import parse_arguments
 from megatron_bagel.inference.batch.requests import Request, answer
 from megatron_bagel.inference.batch.run import run_prompts
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import KeyedNoise
 from megatron_bagel.inference.core.sampling import TextSampling
 from tests.distributed import run_ranks

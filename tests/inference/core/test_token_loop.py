@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -12,6 +13,7 @@ from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.sampling import TextSampling
 from megatron_bagel.inference.core.text import generate_text
 from megatron_bagel.inference.core.token_loop import GrowingLoop, StaticLoop
+from tests.inference.cpu_graphs import CpuGraph, cpu_graphs  # noqa: F401 - a fixture
 
 
 def contexts_of(engine: Engine, pictures: list[Image.Image]) -> list[Context]:
@@ -58,3 +60,15 @@ def test_rows_that_have_ended_change_nothing(engine: Engine, pictures: list[Imag
         )
     assert places == [table.data_ptr() for pair in static._attention._tables.values() for table in pair]
     assert static._attention.lengths.tolist() == [context.length + 4 for context in contexts]
+
+
+@pytest.mark.usefixtures("cpu_graphs")
+@torch.no_grad()
+def test_a_replayed_pass_writes_on(engine: Engine, pictures: list[Image.Image]) -> None:
+    """The capture reads the first token, whose warm-up is taken back, and replays read the others."""
+    contexts, tokens = contexts_of(engine, pictures), engine.tokenizer.encode("a red circle on a green")[:5]
+    growing, static = GrowingLoop(engine, contexts), StaticLoop(engine, contexts, len(tokens))
+    for token in tokens:
+        logits = static.logits([0, 1, 2, 3], [token] * 4)
+        torch.testing.assert_close(logits, growing.logits([0, 1, 2, 3], [token] * 4), rtol=1e-5, atol=1e-5)
+    assert CpuGraph.replays == len(tokens)

@@ -19,7 +19,7 @@ from megatron_bagel.cli import generate
 from megatron_bagel.inference.batch.requests import Answer, Request, answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.noise import KeyedNoise
 from megatron_bagel.inference.core.sampling import TextSampling
 from tests.waiting import PATIENCE

@@ -18,7 +18,7 @@ from megatron_bagel.common.text_limits import TextLimits
 from megatron_bagel.inference.batch.requests import Answer
 from megatron_bagel.inference.core.engine import Engine
 from megatron_bagel.inference.core.guidance import Guidance
-from megatron_bagel.inference.core.image import ImageSampling
+from megatron_bagel.inference.core.image_sampling import ImageSampling
 from megatron_bagel.inference.core.sampling import TextSampling
 from megatron_bagel.inference.web import chat_session as module
 from megatron_bagel.inference.web.chat_session import ChatSession, Reply, read_image
