@@ -17,7 +17,7 @@ def together(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_two_run_at_a_time_and_are_printed_whole_and_in_order(tmp_path: Path) -> None:
     """The first one waits for what the second one writes, and the third one for the end of one of them."""
-    meet = f"echo one; for i in $(seq 100); do [ -f {tmp_path}/met ] && break; sleep 0.1; done; cat {tmp_path}/met"
+    meet = f"echo one; for i in $(seq 100); do [ -s {tmp_path}/met ] && break; sleep 0.1; done; cat {tmp_path}/met"
     done = together("first", meet, "second", f"echo here > {tmp_path}/met; echo two", "third", "echo three; echo error >&2")
     assert done.returncode == 0, done.stdout
     lines = [line.split(" (")[0] for line in done.stdout.splitlines() if line]
