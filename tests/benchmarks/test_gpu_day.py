@@ -31,7 +31,7 @@ def test_a_part_leaves_a_record_and_is_not_repeated(tmp_path: Path, capsys: pyte
     assert {"sdpa", "chunked_ce", "constant_encoder", "recompute", "vae_channels_last", "stored_latents"} <= set(losses)
     for name, loss in losses.items():
         # Only the autoencoder under bf16 may change more than rounding.
-        assert loss == pytest.approx(losses["plain"], rel=2e-2 if name in ("vae_bf16", "vae_channels_last") else 1e-5), name
+        assert loss == pytest.approx(losses["plain"], rel=2e-2 if name in ("vae_bf16", "vae_channels_last", "vae_compiled") else 1e-5), name
     capsys.readouterr()
     assert run_tiny(tmp_path, "--only", "step", "autoencoder") == 0
     assert capsys.readouterr().out.count("done before") == 4
