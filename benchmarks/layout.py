@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def measure_block_mask(pack: Pack) -> dict[str, Any]:
 
 
 def measure_rectangles(pack: Pack) -> dict[str, Any]:
-    """The rectangles of a pack in expert-sorted order and in that of the sequence, and the 128 x 128 tiles that they touch."""
+    """The rectangles of a pack in expert-sorted order and in that of the sequence, and their tiles of 128 x 128 from their corners on."""
     positions = np.arange(pack.sequence_length)
     sequence = TokenOrder(positions, positions, len(positions), *(positions,) * 3)
     orders, mask, result = {"expert_sorted": expert_order(pack), "sequence": sequence}, PackMask.of(pack), {}
@@ -84,7 +85,7 @@ def measure_rectangles(pack: Pack) -> dict[str, Any]:
         rectangles = mask_rectangles(mask, order)
         rows, columns = (-(-np.diff(sides.astype(np.int64))[:, 0] // BLOCK) for sides in (rectangles.queries, rectangles.keys))
         tiles = np.where(rectangles.shapes == Shape.FULL, rows * columns, rows * (rows + 1) // 2)
-        seconds = quickest(lambda order=order: mask_rectangles(mask, order))  # type: ignore[misc]
+        seconds = quickest(partial(mask_rectangles, mask, order))
         result[name] = {"rectangles": len(tiles), "tiles": int(tiles.sum()), "seconds": seconds}
     return {**result, "tiles_of_the_area": mask.area() / BLOCK**2}
 

@@ -22,6 +22,7 @@ from megatron_bagel.cli.cost_settings import freeze_settings
 from megatron_bagel.cli.data_settings import data_settings
 from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.fp8 import check_fp8_gpu
+from megatron_bagel.config.kernel_rules import check_compiled_kernels
 from megatron_bagel.config.magi_rules import check_magi_machine
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.offload_rules import check_offload_package
@@ -70,6 +71,7 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
     check_fp8_gpu(config.megatron, compute_capability(), device_name())
     check_magi_machine(config.megatron, compute_capability(), device_name())
     check_offload_package(config.megatron)
+    check_compiled_kernels(config.megatron, training, has_gpu)
     costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
     megatron = encoder_memory_of_a_run(costs, device_memory_bytes())
     if (config.megatron.encoder_memory, megatron.encoder_memory) == ("auto", "constant"):

@@ -16,7 +16,7 @@ from megatron_bagel.config.megatron_arguments import MegatronArguments
 
 
 def check_compiled_kernels(megatron: MegatronArguments, training: TrainingArguments, has_gpu: bool) -> None:
-    """Raise ValueError for compiled kernels on a machine that cannot compile them, with what is missing."""
+    """Check that a run, unlike a plan, can compile the kernels that it asks for. Raises ValueError with what is missing."""
     for flag, value, other in (("fused_kernels", megatron.fused_kernels, "eager"), ("vae_kernels", training.vae_kernels, "channels_last")):
         missing = missing_for_compiling(has_gpu) if value == "compiled" else None
         if missing is not None:

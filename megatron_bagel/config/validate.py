@@ -7,7 +7,6 @@ from megatron_bagel.config.architecture import BagelArch
 from megatron_bagel.config.flag import check_values
 from megatron_bagel.config.flag_rules import check_consistency, check_observing, check_resilience
 from megatron_bagel.config.fp8 import check_fp8_settings, check_fp8_sizes
-from megatron_bagel.config.kernel_rules import check_compiled_kernels
 from megatron_bagel.config.lora import check_adapted_parts, lora_settings
 from megatron_bagel.config.magi_rules import check_magi_settings, check_magi_sizes
 from megatron_bagel.config.moe_rules import check_expert_flags, check_expert_sizes
@@ -46,7 +45,6 @@ def validate_settings(config: Config, world_size: int, has_gpu: bool) -> None:
     check_observing(config, world_size)
     check_fp8_settings(config.megatron, has_gpu)
     check_optimizer_offload(config, has_gpu)
-    check_compiled_kernels(config.megatron, config.training, has_gpu)
     check_magi_settings(config.megatron, has_gpu)
     resolve(config, world_size, has_gpu)
 

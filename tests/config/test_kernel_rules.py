@@ -11,6 +11,9 @@ import pytest
 from megatron_bagel.config.arguments import TrainingArguments
 from megatron_bagel.config.kernel_rules import check_compiled_kernels
 from megatron_bagel.config.megatron_arguments import MegatronArguments
+from megatron_bagel.config.parser import Config
+from megatron_bagel.config.validate import validate_settings
+from tests.runs import make_world, resolved, run_config
 
 COMPILED = MegatronArguments(fused_kernels="compiled")
 
@@ -72,3 +75,18 @@ def test_the_autoencoders_kernels_are_refused_with_their_own_flag(tools: Path) -
         check_compiled_kernels(MegatronArguments(), training, has_gpu=False)
     install(tools, "g++")
     check_compiled_kernels(MegatronArguments(), training, has_gpu=False)
+
+
+def test_a_plan_for_gpus_needs_no_compiler_here(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_bagel.config.kernel_rules.find_spec", lambda name: None)
+    config = Config.from_values({"fused_kernels": "compiled", "vae_kernels": "compiled"})
+    validate_settings(config, 1, has_gpu=True)
+    with pytest.raises(ValueError, match=r"the package triton"):
+        check_compiled_kernels(config.megatron, config.training, has_gpu=True)
+
+
+def test_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(make_world(tmp_path), tmp_path / "run", vae_kernels="compiled")
+    monkeypatch.setattr("megatron_bagel.config.kernel_rules.missing_for_compiling", lambda has_gpu: "a compiler")
+    with pytest.raises(ValueError, match="--vae_kernels compiled needs a compiler"):
+        resolved(config)
