@@ -75,11 +75,11 @@ def run_config(world: Path, results: Path, ranks: int = 1, **flags: Any) -> Conf
     return config
 
 
-def resolved(config: Config, ranks: int = 1) -> ResolvedRun:
-    """The run as the command resolves it, on CPU ranks."""
+def resolved(config: Config, ranks: int = 1, has_gpu: bool = False) -> ResolvedRun:
+    """The run as the command resolves it, on CPU ranks by default."""
     from megatron_bagel.cli.resolve_run import resolve_run
 
-    return resolve_run(config, architecture(config), ranks, has_gpu=False)
+    return resolve_run(config, architecture(config), ranks, has_gpu)
 
 
 def preload() -> None:
@@ -88,13 +88,13 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def open_run(config: Config) -> Run:
+def open_run(config: Config, has_gpu: bool = False) -> Run:
     """Set the run up on this rank, process groups included."""
     import torch.distributed as dist
 
     from megatron_bagel.training.setup import set_up as setup
 
-    run = resolved(config, dist.get_world_size())
+    run = resolved(config, dist.get_world_size(), has_gpu)
     setup.initialize_parallel(run)
     return setup.set_up(run)
 

@@ -92,10 +92,16 @@ def _pipeline_traffic(megatron: MegatronArguments, layers: int) -> dict[str, Any
     """Return the settings of communication between stages.
 
     Sent activations are never freed early: Megatron-Core 0.16 does so before gloo has sent them. Interleaved stages always overlap
-    their traffic: without overlap Megatron-Core trains two stages wrong, silently.
+    their traffic: without overlap Megatron-Core trains two stages wrong, silently. The host never waits for the device after a batch of
+    sends and receives: Megatron-Core does so by default because of an error of torch versions before those supported here.
     """
     interleaved = virtual_stages(megatron, layers) is not None
-    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved, "deallocate_pipeline_outputs": False}
+    return {
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
+        "deallocate_pipeline_outputs": False,
+    }
 
 
 def _recompute(megatron: MegatronArguments) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_bagel.config.architecture import BagelArch, ViTArch
@@ -143,14 +144,13 @@ class ImageEncoder:
         if latents is None:
             # The model has no autoencoder, or a middle stage only counts the latents.
             zeros = torch.zeros(len(pack.vae_positions), self.arch.latent_token_dim, device=device)
-            return Features(vit=vit, latents=zeros, noise=zeros, timesteps=torch.zeros(len(zeros), device=device))
-        counts = torch.from_numpy(pack.latent_shapes.prod(1))
-        raw = torch.from_numpy(loaded.raw_timesteps).repeat_interleave(counts)
+            return Features(vit=vit, latents=zeros, noise=zeros, timesteps=torch.zeros(len(zeros)))
+        raw = torch.from_numpy(np.repeat(loaded.raw_timesteps, pack.latent_shapes.prod(1)))
         return Features(
             vit=vit,
             latents=latents,
             noise=to_device(self.flow_noise(pack), device),
-            timesteps=to_device(shift_timesteps(raw, self.arch.timestep_shift), device),
+            timesteps=shift_timesteps(raw, self.arch.timestep_shift),
         )
 
 

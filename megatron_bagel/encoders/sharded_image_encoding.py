@@ -24,6 +24,7 @@ from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSet
 from megatron_bagel.encoders.tower_pass import TowerImage
 from megatron_bagel.layout.pack import PackImage
 from megatron_bagel.parallel.replica import Replica, return_rows, send_rows
+from megatron_bagel.platform.device import to_device
 
 _Pixels = TypeVar("_Pixels", bound=torch.Tensor | RawImage | RawPatches)
 
@@ -77,7 +78,7 @@ class ShardedImageEncoder(ImageEncoder):
             # Tensor-parallel ranks have equal gradients, so only the first of them sends its gradient.
             gradient = gradient.new_zeros((sum(route.counts), gradient.shape[1]))
             if leaf is not None and leaf.grad is not None:
-                gradient[route.rows.to(gradient.device)] = leaf.grad
+                gradient[to_device(route.rows, gradient.device)] = leaf.grad
         self._tower_pass.backward(return_rows(gradient, route.counts, self.replica.first_stage_leads, self.replica.group))
 
     def _vit_features(self, packs: Sequence[LoadedPack]) -> Sequence[torch.Tensor] | None:
@@ -92,7 +93,7 @@ class ShardedImageEncoder(ImageEncoder):
             self._vit_route, self._no_gradient = route, local_features.new_zeros((0, local_features.shape[1]))
         if self.replica.rank not in self.replica.first_stage_ranks:
             return None
-        features = received[route.rows.to(received.device)]
+        features = received[to_device(route.rows, received.device)]
         if self._tower_pass.waits_for_gradient:
             self._leaf = features.requires_grad_()
         return torch.split(features, [len(loaded.pack.vit_positions) for loaded in packs])
@@ -117,7 +118,7 @@ class ShardedImageEncoder(ImageEncoder):
         received = send_rows(local_latents, route.counts, self.replica.boundary_ranks, self.replica.group)
         if self.replica.rank not in self.replica.boundary_ranks:
             return None
-        return torch.split(received[route.rows.to(received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
+        return torch.split(received[to_device(route.rows, received.device)], [len(loaded.pack.vae_positions) for loaded in packs])
 
     def _encode_own(self, autoencoder: AutoEncoder | CachedPosterior, packs: Sequence[LoadedPack]) -> list[torch.Tensor]:
         latents = []

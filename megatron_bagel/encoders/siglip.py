@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_bagel.config.architecture import ViTArch
 from megatron_bagel.encoders.size_buckets import SizeBuckets
+from megatron_bagel.platform.device import to_device
 
 ROPE_THETA = 10000.0
 
@@ -27,7 +28,7 @@ def rope_2d(position_ids: Tensor, side: int, head_dim: int) -> tuple[Tensor, Ten
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device="cpu") / (head_dim // 2)
     row_and_column = torch.stack([position_ids // side, position_ids % side], dim=1).float()
-    angles = row_and_column[:, None, :, None] * (1.0 / ROPE_THETA**exponents).to(position_ids.device)
+    angles = row_and_column[:, None, :, None] * to_device(1.0 / ROPE_THETA**exponents, position_ids.device)
     return angles.cos(), angles.sin()
 
 

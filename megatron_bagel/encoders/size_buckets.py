@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_bagel.platform.device import to_device
+
 
 @dataclass(frozen=True)
 class SizeBuckets:
@@ -42,4 +44,4 @@ def bucket_by_length(seqlens: Sequence[int], device: torch.device) -> SizeBucket
     order = torch.cat([torch.arange(starts[image], starts[image + 1]) for image in sequence])
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))
-    return SizeBuckets(buckets, order.to(device), inverse.to(device))
+    return SizeBuckets(buckets, to_device(order, device), to_device(inverse, device))

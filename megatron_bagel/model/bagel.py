@@ -143,7 +143,9 @@ class BagelModel(MegatronModule):
             und = und * 0 + und.detach() if self.share_embeddings_and_output_weights and not self.post_process else und.detach()
         if self.arch.autoencoder is not None:
             x_t = interpolate(batch.latents, batch.noise, batch.timesteps)
-            gen = self.embed_latents(x_t, self.embed_times(batch.timesteps), batch.latent_position_ids)
+            # Tokens of one image share a timestep, so the MLP runs once per distinct value.
+            times = self.embed_times(batch.time_values)[batch.time_rows]
+            gen = self.embed_latents(x_t, times, batch.latent_position_ids)
         return join([und, gen], batch.length)
 
     def decode(

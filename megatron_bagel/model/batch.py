@@ -36,14 +36,36 @@ class LossTokens:
 
 
 @dataclass
-class MicroBatch(LossTokens):
+class Times:
+    """The timesteps in [0, 1] of a rank's VAE tokens, 0 for clean images.
+
+    ``time_values`` [k] are the distinct ones, ascending, and ``time_rows`` [n_vae] the row of each token's timestep among them. The host
+    finds them, because a device would make it wait for their number.
+    """
+
+    time_values: torch.Tensor
+    time_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, timesteps: torch.Tensor, device: torch.device | str) -> Times:
+        """Return the times of ``timesteps`` [n_vae], which are on the host, on ``device``."""
+        values, rows = np.unique(timesteps.numpy(), return_inverse=True)
+        return cls(_tensor(values, device), _tensor(rows, device))
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """Return the timestep of each VAE token [n_vae]."""
+        return self.time_values.index_select(0, self.time_rows)
+
+
+@dataclass
+class MicroBatch(LossTokens, Times):
     """The tokens of a rank, in slots [text | ViT | VAE | padding], ``length`` of them.
 
     ``text_ids`` [n_text]; ``position_ids`` [length] (0 for padding); ``vit_features`` [n_vit, h] or None (connector output with
-    its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``timesteps`` [n_vae] in [0, 1], 0 for clean images;
-    ``latent_position_ids`` [n_vae]; ``datasets`` names the dataset of each sample. With ``predict`` the model returns its predictions
-    at the loss tokens instead of its losses. ``draws`` are the random words of the tokens if adapters drop
-    inputs.
+    its position embedding); ``latents`` and ``noise`` [n_vae, p * p * z]; ``latent_position_ids`` [n_vae]; ``datasets`` names the
+    dataset of each sample. With ``predict`` the model returns its predictions at the loss tokens instead of its losses. ``draws`` are
+    the random words of the tokens if adapters drop inputs.
     """
 
     n_text: int
@@ -55,7 +77,6 @@ class MicroBatch(LossTokens):
     vit_features: torch.Tensor | None
     latents: torch.Tensor
     noise: torch.Tensor
-    timesteps: torch.Tensor
     latent_position_ids: torch.Tensor
     attention: AttentionPlan
     datasets: tuple[str, ...] = ()
@@ -70,7 +91,10 @@ class MicroBatch(LossTokens):
 
 @dataclass
 class Features:
-    """The image encoder's output for a pack, in sequence order of its tokens (``MicroBatch`` gives the shapes)."""
+    """The image encoder's output for a pack, in sequence order of its tokens (``MicroBatch`` gives the shapes).
+
+    ``timesteps`` [n_vae] in [0, 1], 0 for clean images, are on the host: they come from there, and only a rank's own go to its device.
+    """
 
     vit: torch.Tensor | None
     latents: torch.Tensor
@@ -144,8 +168,8 @@ def make_microbatch(
         vit_features=None if features.vit is None else features.vit.index_select(0, _tensor(order.vit_rows, device)),
         latents=features.latents.index_select(0, vae_rows),
         noise=features.noise.index_select(0, vae_rows),
-        timesteps=features.timesteps.index_select(0, vae_rows),
         latent_position_ids=_tensor(pack.latent_position_ids[order.vae_rows], device),
+        **vars(Times.of(features.timesteps[torch.from_numpy(order.vae_rows)], device)),
         **vars(_loss_tokens(pack, order, device)),
         attention=attention_plan(backend, PackMask.of(pack), order, device, cp_context),
         datasets=tuple(sample.dataset for sample in pack.samples),

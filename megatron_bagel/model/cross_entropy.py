@@ -52,9 +52,13 @@ class VocabularyShard:
         return cls(first, min(max(vocabulary - first, 0), rows), group)
 
     def local_labels(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which rows of ``labels`` [n] are in the shard, and their places in it."""
-        rows = ((labels >= self.first) & (labels < self.first + self.tokens)).nonzero().squeeze(1)
-        return rows, labels[rows] - self.first
+        """Return whether each of ``labels`` [n] is in the shard, and its place there, [n, 1] both; any place if it is not.
+
+        Every label has a row, because picking rows by a mask makes the host wait for their number.
+        """
+        places = labels - self.first
+        is_local = (places >= 0) & (places < self.tokens)
+        return is_local.unsqueeze(1), places.clamp(0, self.tokens - 1).unsqueeze(1)
 
 
 def chunked_cross_entropy(
@@ -85,8 +89,8 @@ class _ChunkedCrossEntropy(Function):
             logits = _logits(hidden[rows], weight, shard)
             if not shard.tokens:
                 continue
-            own_rows, own_labels = shard.local_labels(labels[rows])
-            targets[rows][own_rows] = logits[own_rows, own_labels]
+            is_local, places = shard.local_labels(labels[rows])
+            targets[rows] = torch.where(is_local, logits.gather(1, places), 0.0).squeeze(1)
             maxima[rows] = logits.amax(1)
             sums[rows] = logits.sub_(maxima[rows].unsqueeze(1)).exp_().sum(1)
         log_sums, targets = _over_ranks(maxima, sums, targets, shard.group)
@@ -105,8 +109,9 @@ class _ChunkedCrossEntropy(Function):
         for rows in _chunks(len(hidden), ctx.chunk_tokens):
             # The gradient of the logits is (softmax - one at the label) times that of the loss.
             logit_grad = _logits(hidden[rows], weight, shard).sub_(log_sums[rows].unsqueeze(1)).exp_()
-            own_rows, own_labels = shard.local_labels(labels[rows])
-            logit_grad[own_rows, own_labels] -= 1
+            if shard.tokens:
+                is_local, places = shard.local_labels(labels[rows])
+                logit_grad.scatter_add_(1, places, -is_local.to(logit_grad.dtype))
             logit_grad = logit_grad.mul_(grad[rows].unsqueeze(1)).to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(logit_grad, weight[: shard.tokens], out=hidden_grad[rows])

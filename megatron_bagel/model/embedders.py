@@ -29,9 +29,8 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Embed timesteps. Tokens of one image share a timestep, so the MLP runs once per distinct value."""
-        values, value_of_token = torch.unique(t, return_inverse=True)
-        return self.mlp(self.sinusoid(values).to(self.mlp.get_parameter("0.weight").dtype))[value_of_token]
+        """Embed timesteps."""
+        return self.mlp(self.sinusoid(t).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 @lru_cache(maxsize=16)

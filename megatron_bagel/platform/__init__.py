@@ -19,7 +19,7 @@ def install() -> None:
     With a GPU no function of torch.cuda is replaced. A second call only enters the calling thread.
     """
     with lean_imports():
-        from megatron_bagel.platform import megatron_compat
+        from megatron_bagel.platform import megatron_compat, multi_tensor
         from megatron_bagel.platform.cuda_on_cpu import fused_adam, patches
 
     megatron_compat.check_versions()
@@ -29,6 +29,7 @@ def install() -> None:
     else:
         patches.install()
     fused_adam.use_where_megatron_fell_back_to_torch()
+    multi_tensor.use_where_megatron_has_stand_ins()
 
 
 def install_for_streaming() -> None:

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second queue of work for the device, beside the one of the training step. On a CPU its work is done at once."""
+"""Second queues of work for the device, beside the one of the training step. On a CPU their work is done at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
+
+
+def apart(device: torch.device) -> AbstractContextManager[object]:
+    """Run a block on a CUDA stream that waits for nothing queued elsewhere, for numbers of the host alone. A CPU has no streams."""
+    return torch.cuda.stream(_stream_of_host_numbers(device)) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _stream_of_host_numbers(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class SideStream:

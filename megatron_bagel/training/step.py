@@ -30,6 +30,8 @@ from megatron_bagel.model.attention.context_parallel import CPContext
 from megatron_bagel.model.batch import MicroBatch, make_microbatch
 from megatron_bagel.model.keyed_dropout import Draws
 from megatron_bagel.model.sparse_mlp import set_global_tokens
+from megatron_bagel.parallel.host_sums import sum_over_hosts
+from megatron_bagel.platform.device import to_device
 from megatron_bagel.training.expert_loads import ExpertLoads, global_expert_loads
 from megatron_bagel.training.losses import LossTotals, LossWeights, global_losses, microbatch_loss
 from megatron_bagel.training.observability.loss_table import LossTable
@@ -94,7 +96,7 @@ def global_counts(
 ) -> tuple[LossTotals, StepWork, int, TaskCounts | None]:
     """Return loss totals, work, samples and, with ``tasks``, counts by task of the global batch.
 
-    One float64 vector is summed over the replicas, which is exact for counts below 2 ** 53. Every rank could instead lay out every
+    One vector is summed over the replicas (``parallel/host_sums.py``). Every rank could instead lay out every
     pack of the global batch, but with thousands of replicas that costs more than this exchange of about 120 bytes.
 
     Args:
@@ -108,10 +110,7 @@ def global_counts(
     counts = [float(getattr(part, field.name)) for part in (totals, work) for field in fields(part)] + [float(samples)]
     num_fixed = len(counts)
     counts += TaskCounts.of(packs, tasks).to_list() if tasks else []
-    summed = torch.tensor(counts, dtype=torch.float64, device=platform.device())
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(summed, group=group)
-    values = summed.tolist()
+    values = counts if group is None else sum_over_hosts(counts, group)
     num_totals = len(fields(totals))
     totals = LossTotals(int(values[0]), values[1], int(values[2]))
     work = StepWork(*(int(value) for value in values[num_totals : num_fixed - 1]))
@@ -135,7 +134,7 @@ def microbatches(
         batch = make_microbatch(pack.pack, order, encoded, settings.backend, settings.device, cp_context)
         if dropout and settings.dropout_seed is not None:
             words = token_words(pack.pack, settings.dropout_seed)[order.positions]
-            batch.draws = Draws(torch.from_numpy(words).to(settings.device))
+            batch.draws = Draws(to_device(torch.from_numpy(words), settings.device))
         batches.append(batch)
     return batches
 

@@ -34,8 +34,8 @@ def run(module: str, *arguments: str, gpu: bool = True, timeout: float = 240) ->
     return done.stdout + done.stderr
 
 
-def train(world: Path, results: Path, gpu: bool = True, launcher: bool = False, **flags: Any) -> list[Mapping[str, Any]]:
-    """A tiny run on the sample world of ``tests.runs.make_world``; the records of its ``metrics.jsonl``. ``flags`` win."""
+def settings_file(world: Path, results: Path, **flags: Any) -> Path:
+    """The settings of a tiny run on the sample world of ``tests.runs.make_world``, in a new file. ``flags`` win."""
     values = {
         **TINY, "llm_path": world / "data/llm", "vit_path": world / "data/vit", "vae_path": world / "ae.safetensors",
         "dataset_config_file": world / "data/dataset.yaml", "index_dir": world / "index",
@@ -44,6 +44,12 @@ def train(world: Path, results: Path, gpu: bool = True, launcher: bool = False, 
     results.mkdir(parents=True, exist_ok=True)
     file = results / "flags.yaml"
     file.write_text(yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in values.items()}))
+    return file
+
+
+def train(world: Path, results: Path, gpu: bool = True, launcher: bool = False, **flags: Any) -> list[Mapping[str, Any]]:
+    """Such a run; the records of its ``metrics.jsonl``."""
+    file = settings_file(world, results, **flags)
     command = ["megatron_bagel.train", "--config", str(file)]
     if launcher:
         command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", *command]

@@ -8,7 +8,8 @@ import torch
 from megatron_bagel.data.loading.pack_reader import PackReader
 from megatron_bagel.encoders.autoencoder import AutoEncoder
 from megatron_bagel.encoders.image_encoding import ImageEncoder, ImageEncoderSettings
-from megatron_bagel.platform.side_stream import SideStream
+from megatron_bagel.platform.device import to_device
+from megatron_bagel.platform.side_stream import SideStream, apart
 from tests.data.loading.test_encoder_assignment import plans
 from tests.data.loading.test_loader import SPEC, Pictures
 from tests.encoders.test_sharded_image_encoding import ARCH
@@ -32,6 +33,17 @@ def test_side_work_reads_what_was_written_and_is_read_when_it_is_done() -> None:
         del result
         (other,) = side.queue(lambda: [torch.full((1 << 20,), 7.0, device="cuda")])()
         assert total.item() == 2 * (1 << 20) and other.sum().item() == 7 * (1 << 20)
+
+
+def test_numbers_of_the_host_wait_for_nothing_else() -> None:
+    device = torch.device("cuda", 0)
+    with apart(device):  # makes the stream and its memory
+        to_device(torch.ones(2), device).mul(2).tolist()
+    torch.cuda._sleep(5 * CYCLES)  # the update of the step before
+    update = torch.cuda.current_stream().record_event()
+    with apart(device):
+        assert to_device(torch.tensor([1.5, -2.0]), device).mul(2).tolist() == [3.0, -4.0]
+    assert not update.query()
 
 
 def test_early_latents_are_those_of_the_step_and_cost_no_wait() -> None:

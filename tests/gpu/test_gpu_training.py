@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from megatron_bagel.data.transforms import Normalization, RawImage, RawPatches, ready_images, ready_patches, vit_patches
-from tests.gpu.commands import ROOT, train
+from tests.gpu.commands import ROOT, run, settings_file, train
 from tests.runs import make_world
 
 NUMBERS = ("loss", "ce", "mse", "grad_norm")
@@ -81,6 +82,16 @@ def test_every_watcher_at_once(world: Path, tmp_path: Path) -> None:
     assert history[-1]["peak_mem_bytes"] > 0 and history[-1]["step_time_s"] > 0
     made = ("validation.jsonl", "samples/0000004_*.png", "metrics.prom", "hf/0000004/ema.safetensors", "traces/*.json.gz")
     assert [pattern for pattern in made if not list(tmp_path.glob(pattern))] == []
+
+
+@pytest.mark.parametrize("flags", [{}, {"attention_backend": "sdpa", "bf16": True, "ce_chunk_tokens": 8, "one_pass_optimizer": True}])
+def test_a_step_waits_only_to_be_judged(world: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
+    """The norms of the gradients and the losses are read, whatever the packs of the step."""
+    waits = {}
+    for packs in (2, 6):
+        file = settings_file(world, tmp_path / str(packs), global_batch_size=packs, **flags)
+        waits[packs] = json.loads(run("tests.gpu.step_waits", str(file)).splitlines()[-1])
+    assert waits[2] == waits[6] and 1 <= len(waits[6]) <= 4, waits
 
 
 def test_processes_without_a_gpu_of_their_own_are_refused(world: Path, tmp_path: Path) -> None:

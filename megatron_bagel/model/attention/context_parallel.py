@@ -22,6 +22,7 @@ from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.model.pack_context import AttentionPlan
 from megatron_bagel.parallel.collectives import exchange_parts, gather_rows
+from megatron_bagel.platform.device import to_device
 
 Backend = Callable[..., AttentionPlan]
 
@@ -49,7 +50,7 @@ class _Rows:
         self.ranks, self.padded_rows = len(counts), max(counts)
         real_rows = np.concatenate([rank * self.padded_rows + np.arange(count) for rank, count in enumerate(counts)])
         # Equal counts need no padding, and ``pick`` then takes every row.
-        self.real_rows = None if len(real_rows) == self.ranks * self.padded_rows else torch.from_numpy(real_rows).to(device)
+        self.real_rows = None if len(real_rows) == self.ranks * self.padded_rows else to_device(torch.from_numpy(real_rows), device)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Pad one rank's rows [n, heads, d] to [padded_rows, heads, d]."""

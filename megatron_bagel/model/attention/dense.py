@@ -8,13 +8,14 @@ import torch.nn.functional as F
 
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
+from megatron_bagel.platform.device import to_device
 
 
 class DensePlan:
     """Softmax attention under the full boolean mask [s, keys]."""
 
     def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
-        self.mask = torch.from_numpy(mask.allowed(order.positions, (keys or order).positions)).to(device)
+        self.mask = to_device(torch.from_numpy(mask.allowed(order.positions, (keys or order).positions)), device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """Compute attention as ``AttentionPlan.attend`` describes; every layer does the same."""

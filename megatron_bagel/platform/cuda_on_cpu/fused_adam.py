@@ -55,8 +55,7 @@ class StepInGroupAdam(GroupwiseOptimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            # The kernel increments the step count in these temporary tensors.
-            [torch.tensor(float(group["step"] - 1), device=param.device) for param in params],
+            _step_counts(group["step"] - 1, params),
             foreach=False,
             fused=True,
             capturable=False,
@@ -72,6 +71,12 @@ class StepInGroupAdam(GroupwiseOptimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _step_counts(steps: int, params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return a step count for every parameter, which the kernel increments and nobody reads again. One fill per device makes them."""
+    of_device = {param.device: iter(torch.full((len(params),), float(steps), device=param.device).unbind()) for param in params}
+    return [next(of_device[param.device]) for param in params]
 
 
 def use_where_megatron_fell_back_to_torch() -> None:

@@ -116,7 +116,6 @@ def install() -> None:
         _install_random_state()
         cpu_tuning.use_huge_pages()
         cpu_tuning.keep_freed_memory()
-        _scale_in_place()
         single_rank_collectives.install()
         expert_dispatch.install()
         _installed = True
@@ -135,19 +134,6 @@ def _install_streams() -> None:
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
-
-
-def _scale_in_place() -> None:
-    """Let clipping scale gradients in place. Megatron-Core's replacement for apex's kernel makes a copy and copies it back."""
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads
-
-    def scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
-        for source, target in zip(*tensor_lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
-        clip_grads.multi_tensor_scale_impl = scale
 
 
 def _install_random_state() -> None:

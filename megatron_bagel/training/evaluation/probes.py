@@ -166,5 +166,4 @@ def condition_features(pack: Pack, members: Sequence[EncodedProbe], channels: in
         for image in pack.images_of("vae")
     ]
     rows = torch.cat(latents) if latents else torch.zeros(0, channels, device=device)
-    times = torch.zeros(len(rows), device=device)
-    return Features(torch.cat(vit_rows) if vit_rows and len(vit_rows) == len(vit) else None, rows, rows, times)
+    return Features(torch.cat(vit_rows) if vit_rows and len(vit_rows) == len(vit) else None, rows, rows, torch.zeros(len(rows)))

@@ -26,7 +26,7 @@ from megatron_bagel.layout.items import Sample
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.pack import LayoutSpec, Pack, build_pack, item_grid
 from megatron_bagel.model.attention.context_parallel import CPContext
-from megatron_bagel.model.batch import Features, MicroBatch, make_microbatch
+from megatron_bagel.model.batch import Features, MicroBatch, Times, make_microbatch
 from megatron_bagel.training.evaluation.forward import Collector, forward_only, microbatch_multiple, most_of_replicas
 from megatron_bagel.training.evaluation.probes import EncodedProbe, condition_features, in_packs
 from megatron_bagel.training.step import StepSettings, Trainable
@@ -130,10 +130,11 @@ class ProbeAnswers:
                     latents[start : start + image.tokens] = x[template.members[image.sample]]
                     times[start : start + image.tokens] = t
                 start += image.tokens
-            local_rows = torch.from_numpy(template.order.vae_rows).to(latents.device)
+            local_rows = torch.from_numpy(template.order.vae_rows)
             # Latents and noise are equal, so every mixture of them is x_t itself, whatever t is.
-            x_t = latents[local_rows]
-            batches.append(replace(template.batch, latents=x_t, noise=x_t, timesteps=times[local_rows]))
+            x_t = latents[local_rows.to(latents.device)]
+            local_times = vars(Times.of(times[local_rows], latents.device))
+            batches.append(replace(template.batch, latents=x_t, noise=x_t, **local_times))
         outputs = self._pass(templates, batches, lambda batch, logits, velocity: velocity)
         num_tokens = sum(len(template.pack.mse_positions) for template in templates)
         velocities = torch.zeros(num_tokens, self.channels, device=self.settings.device)

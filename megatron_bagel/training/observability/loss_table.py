@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_bagel import platform
 from megatron_bagel.model.batch import MicroBatch
+from megatron_bagel.platform.device import to_device
 
 #: Edges of the timestep buckets: quarters from the picture (0) to the noise (1).
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -47,7 +48,7 @@ class LossTable:
     @torch.no_grad()
     def add(self, batch: MicroBatch, ce: Tensor, mse: Tensor) -> None:
         """Add a microbatch's ``ce`` [n_ce] and ``mse`` [n_mse, channels], unreduced, as the model returns them."""
-        numbers = torch.tensor([self._numbers[name] for name in batch.datasets], dtype=torch.long, device=self._sums.device)
+        numbers = to_device(torch.tensor([self._numbers[name] for name in batch.datasets], dtype=torch.long), self._sums.device)
         if len(ce):
             rows = numbers[batch.ce_samples]
             self._sums[:, 0].index_add_(0, rows, ce.double())
@@ -60,7 +61,7 @@ class LossTable:
 
     def _bucket(self, timesteps: Tensor) -> Tensor:
         """Return the bucket of each timestep. A timestep on an edge belongs to the bucket below it."""
-        inner_edges = torch.tensor(self.edges[1:-1], dtype=timesteps.dtype, device=timesteps.device)
+        inner_edges = to_device(torch.tensor(self.edges[1:-1], dtype=timesteps.dtype), timesteps.device)
         return torch.bucketize(timesteps, inner_edges)
 
     def reduce(self, *groups: dist.ProcessGroup) -> None:

@@ -91,7 +91,7 @@ def _update(tensors: list[Tensor], numbers: _Numbers) -> None:
         return
     step_size, root = numbers.lr / (1 - numbers.beta1**numbers.count), (1 - numbers.beta2**numbers.count) ** 0.5
     # Numbers that change with the step are tensors, or each step would compile a kernel of its own.
-    changing = [torch.tensor(value, device=tensors[0].device) for value in (step_size, root, numbers.decay)]
+    changing = [torch.full((), value, device=tensors[0].device) for value in (step_size, root, numbers.decay)]
     one_kernel()(tensors, numbers.beta1, numbers.beta2, numbers.eps, *changing)
 
 

@@ -6,10 +6,9 @@ The request travels with the sum over the world that begins each step (``unreada
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
-from megatron_bagel import platform
+from megatron_bagel.parallel.host_sums import sum_over_hosts
 from megatron_bagel.platform.launch.signals import StopRequest
 
 
@@ -23,10 +22,8 @@ class StepAgreement:
 
     def exchange(self, failures: int) -> int:
         """Return the sum of ``failures`` over all ranks, and note a stop request of any rank. Collective over the world."""
-        counts = torch.tensor([failures, self.request.number > 0], device=platform.device())
-        dist.all_reduce(counts)
-        total, stopping = counts.tolist()
+        total, stopping = map(int, sum_over_hosts([failures, self.request.number > 0], dist.group.WORLD))
         if stopping:
             self.stop = True
             self.reason = f"{self.request.name or 'a signal'} ({stopping} of {dist.get_world_size()} ranks got one)"
-        return int(total)
+        return total
