@@ -151,9 +151,9 @@ class MegatronArguments(MoEArguments):
     )
     fused_kernels: Literal["eager", "compiled"] = flag(
         "eager",
-        "RMSNorm, QK-norm with rotary positions, and SwiGLU: several operations of torch each, or compiled by torch.compile to a few "
-        "kernels in the first steps. Results differ by rounding. Norms of the layers stay Transformer Engine's under transformer_impl "
-        "transformer_engine. compiled needs Triton on a GPU, a C++ compiler on a CPU.",
+        "RMSNorm, the residual addition with the norm behind it, QK-norm with rotary positions, and SwiGLU: several operations of torch "
+        "each, or compiled by torch.compile to a few kernels in the first steps. Results differ by rounding. Norms of the layers stay "
+        "Transformer Engine's under transformer_impl transformer_engine. compiled needs Triton on a GPU, a C++ compiler on a CPU.",
         on_resume=SAID,
     )
     fp8: Literal["hybrid", "e4m3"] | None = megatron_flag(

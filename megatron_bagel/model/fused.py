@@ -38,6 +38,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Kernels
     return _RMSNorm.apply(x, weight, eps, kernels)
 
 
+class _AddAndNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, added: torch.Tensor, und: torch.Tensor, gen: torch.Tensor, n_und: int, eps: float, kernels: Kernels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, normed, scale = kernels.add_and_norm(x, added, und, gen, n_und, eps)
+        ctx.save_for_backward(total, und, gen, scale)
+        ctx.n_und, ctx.kernels = n_und, kernels
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total, und, gen, scale = ctx.saved_tensors
+        needs_x, needs_added, needs_und, needs_gen = ctx.needs_input_grad[:4]
+        grad, und_grad, gen_grad = ctx.kernels.add_and_norm_backward(
+            grad_total, grad_normed, total, und, gen, ctx.n_und, scale, needs_x or needs_added, needs_und or needs_gen
+        )
+        return grad, grad, und_grad, gen_grad, None, None, None
+
+
+def add_and_norm(
+    x: torch.Tensor, added: torch.Tensor, und: torch.Tensor, gen: torch.Tensor, n_und: int, eps: float, kernels: Kernels = EAGER
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x`` + ``added`` [s, h] and its RMSNorm, with the weight ``und`` [h] for rows [0, n_und) and ``gen`` for the others."""
+    return _AddAndNorm.apply(x, added, und, gen, n_und, eps, kernels)
+
+
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return grad^T x, or add it straight to Megatron's gradient buffer if the parameter has one of the same dtype.
 

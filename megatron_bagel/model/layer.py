@@ -20,6 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 
 from megatron_bagel.model.experts import ExpertExchange, ExpertPair, MLPExperts, MLPSubmodules, per_expert
+from megatron_bagel.model.fused import add_and_norm
+from megatron_bagel.model.kernels.choice import UsesKernels
+from megatron_bagel.model.kernels.eager import EAGER
+from megatron_bagel.model.norm import RMSNorm
 from megatron_bagel.model.pack_context import PackContext
 from megatron_bagel.model.recompute import recomputed, recomputes
 from megatron_bagel.model.self_attention import AttentionSubmodules, SelfAttention
@@ -42,7 +46,7 @@ class MoTLayerSubmodules:
     sparse_kinds: Callable[[int], Collection[str]] = lambda layer: ()
 
 
-class MoTLayer(MegatronModule, BaseTransformerLayer):
+class MoTLayer(MegatronModule, BaseTransformerLayer, UsesKernels):
     """norm -> attention -> add -> norm -> MLP -> add, with the weights of each token's expert."""
 
     def __init__(
@@ -85,11 +89,29 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         context, hidden = packed_seq_params, hidden_states.squeeze(1)
         rows = hidden.shape[0]
         first_slot = self.exchange.first_slot(rows)
-        normed = per_expert(self.input_layernorm, *context.rows_by_expert(hidden, first_slot))
-        hidden = hidden + self.self_attention(normed, rows, context)
-        normed = per_expert(self.pre_mlp_layernorm, *context.rows_by_expert(hidden, first_slot))
+        normed: Sequence[torch.Tensor] = per_expert(self.input_layernorm, *context.rows_by_expert(hidden, first_slot))
+        if self._adds_in_norm:
+            hidden, normed = self._add_and_norm(hidden, self.self_attention(normed, rows, context), first_slot, context)
+        else:
+            hidden = hidden + self.self_attention(normed, rows, context)
+            normed = per_expert(self.pre_mlp_layernorm, *context.rows_by_expert(hidden, first_slot))
         hidden = hidden + self._mlp_results(normed, rows, context)
         return hidden.unsqueeze(1), None
+
+    @property
+    def _adds_in_norm(self) -> bool:
+        """Return whether one kernel adds and normalises. Transformer Engine's norm has a kernel of its own."""
+        return self.kernels is not EAGER and isinstance(self.pre_mlp_layernorm.und, RMSNorm)
+
+    def _add_and_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor, first_slot: int, context: PackContext
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Return ``hidden`` + ``added`` [rows, h], and the inputs of both experts' MLPs."""
+        und, gen = self.pre_mlp_layernorm.modules_of_both
+        n_und = context.und_rows(len(hidden), first_slot)
+        # With a frozen understanding expert its rows get a gradient of zeros from behind, and so does its weight if it has one at all.
+        hidden, normed = add_and_norm(hidden, added, und(None), gen(None), n_und, self.config.layernorm_epsilon, self.kernels)
+        return hidden, context.rows_by_expert(normed, first_slot)
 
     def _mlp_results(self, normed: Sequence[torch.Tensor], rows: int, context: PackContext) -> torch.Tensor:
         """Return the results of the MLPs for this rank's rows, [rows, h]."""

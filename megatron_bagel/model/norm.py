@@ -31,8 +31,10 @@ class RMSNorm(_Norm, UsesKernels):
     Statistics are fp32. The weight multiplies after the cast back to the input's dtype, as in Qwen2.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``x`` [..., hidden_size]; the result has the same shape."""
+    def forward(self, x: torch.Tensor | None) -> torch.Tensor:
+        """Normalise ``x`` [..., hidden_size]; the result has the same shape. None returns the weight, as ``NormWeight`` does."""
+        if x is None:
+            return self.weight
         if self.kernels is EAGER and platform.has_gpu():
             # On GPUs torch's own kernel does this in one launch.
             return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight

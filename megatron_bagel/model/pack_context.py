@@ -49,6 +49,10 @@ class PackContext:
         """Return the understanding and the generation rows of ``hidden`` [rows, ...], whose first row is slot ``first_slot``."""
         return self.slice_by_expert(hidden, first_slot, self.n_und, self.n_gen)
 
+    def und_rows(self, rows: int, first_slot: int = 0) -> int:
+        """Return how many of ``rows`` rows, the first of which is slot ``first_slot``, are understanding tokens."""
+        return min(max(self.n_und - first_slot, 0), rows)
+
     @staticmethod
     def slice_by_expert(hidden: torch.Tensor, first_slot: int, n_und: int, n_gen: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same rows for explicit token counts."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ class SelfAttention(MegatronModule, UsesKernels):
         # Kept out of the module tree, where a second path to the same weights would appear twice in the state.
         self.__dict__["exchange"] = ExpertExchange(config)
 
-    def forward(self, parts: list[torch.Tensor], local_rows: int, context: PackContext) -> torch.Tensor:
+    def forward(self, parts: Sequence[torch.Tensor], local_rows: int, context: PackContext) -> torch.Tensor:
         """Attend with the normed rows of both experts that this rank holds; return [local rows, h]."""
         und, gen = self.exchange.enter(parts, local_rows, context)
         experts = (self.und, self.gen if hasattr(self, "gen") else self.und)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bagel.model.fused import norm_and_rotate, rms_norm, rotate, swiglu
+from megatron_bagel.model.fused import add_and_norm, norm_and_rotate, rms_norm, rotate, swiglu
 from megatron_bagel.model.kernels.base import Kernels
 from megatron_bagel.model.kernels.choice import kernels_named
 from megatron_bagel.model.kernels.eager import EAGER
@@ -18,7 +18,7 @@ from megatron_bagel.model.rope import rotary_table
 DIM, HIDDEN, FFN, EPS = 128, 512, 1024, 1e-6
 #: Rows of a pack, and those of the understanding expert.
 PACKS = [(0, 0), (1, 1), (2, 1), (100, 64), (257, 0), (1000, 1000), (4096, 1025), (4097, 4095)]
-FUNCTIONS = ("norm", "swiglu", "rotate", "norm_and_rotate")
+FUNCTIONS = ("norm", "add_and_norm", "swiglu", "rotate", "norm_and_rotate")
 
 
 def graph(kernels: Kernels, name: str, rows: int, n_und: int, device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -35,6 +35,14 @@ def graph(kernels: Kernels, name: str, rows: int, n_und: int, device: str, dtype
     if name == "norm":
         x, weight = leaf(rows, HIDDEN), leaf(HIDDEN)
         return lambda: rms_norm(x, weight, EPS, kernels), [x, weight]
+    if name == "add_and_norm":
+        x, added, und, gen = leaf(rows, HIDDEN), leaf(rows, HIDDEN), leaf(HIDDEN), leaf(HIDDEN)
+
+        def mixed() -> Tensor:
+            total, normed = add_and_norm(x, added, und, gen, n_und, EPS, kernels)
+            return 2 * total + normed  # another gradient for each
+
+        return mixed, [x, added, und, gen]
     if name == "swiglu":
         x = leaf(rows, 2 * FFN)
         return lambda: swiglu(x, kernels), [x]
@@ -66,6 +74,19 @@ def test_equals_the_cpu(name: str, dtype: torch.dtype) -> None:
             assert float((mine - other).norm()) <= tolerance * float(other.norm()), (rows, n_und)
 
 
+def test_a_sum_has_the_bits_of_an_addition_and_its_norm_is_that_of_these_bits() -> None:
+    """The compiler would else keep the sum in fp32 until it is stored, and the backward pass would see another one."""
+    generator = torch.Generator().manual_seed(0)
+    x, added, *weights = (torch.randn(4096, HIDDEN, generator=generator).bfloat16() for _ in range(4))
+    weights = [weight[0] for weight in weights]
+    on_gpu = [tensor.cuda() for tensor in (x, added, *weights)]
+    total, normed, scale = kernels_named("compiled").add_and_norm(*on_gpu, 1025, EPS)
+    _, expected, expected_scale = EAGER.add_and_norm(x, added, *weights, 1025, EPS)
+    assert torch.equal(total.cpu(), x + added)
+    torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-5, atol=0)
+    assert float((normed.cpu().double() - expected.double()).norm()) <= 5e-4 * float(expected.double().norm())
+
+
 def test_other_packs_compile_nothing() -> None:
     """The compiler may choose another way to sum over many rows, but not for each pack."""
     from torch._dynamo.utils import counters
@@ -78,8 +99,8 @@ def test_other_packs_compile_nothing() -> None:
             for name in FUNCTIONS:
                 both_ways(kernels_named("compiled"), name, rows + more_rows, n_und, "cuda", torch.bfloat16)
         compiled.append(counters["stats"]["unique_graphs"])
-    # Forward and backward of norm, SwiGLU and both; rotation in two directions; some of them for several ranges of rows.
-    assert 8 <= compiled[0] <= 24 and compiled[-1] == compiled[1], compiled
+    # Forward and backward of four functions, rotation in two directions; some of them for several ranges of rows.
+    assert 10 <= compiled[0] <= 30 and compiled[-1] == compiled[1], compiled
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bagel.model.kernels.base import Kernels, NormAndRotateGradients, NormGradients
+from megatron_bagel.model.kernels.base import AddAndNormGradients, Kernels, NormAndRotateGradients, NormGradients
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -32,6 +32,33 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needs
     normed = x * scale
     weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if needs_weight else None
     return _through_norm((grad * weight).float(), normed, scale).to(x.dtype) if needs_x else None, weight_grad
+
+
+def _weighted(x: Tensor, und: Tensor, gen: Tensor, n_und: int) -> Tensor:
+    """Multiply rows [0, n_und) by ``und`` and the others by ``gen``, in place; return ``x``."""
+    x[:n_und].mul_(und)
+    x[n_und:].mul_(gen)
+    return x
+
+
+def _add_and_norm(x: Tensor, added: Tensor, und: Tensor, gen: Tensor, n_und: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + added
+    scale = _inverse_rms(total, eps)
+    return total, _weighted((total * scale).to(total.dtype), und, gen, n_und), scale
+
+
+def _add_and_norm_backward(
+    grad_total: Tensor, grad_normed: Tensor, total: Tensor, und: Tensor, gen: Tensor, n_und: int, scale: Tensor, needs_x: bool,
+    needs_weights: bool,
+) -> AddAndNormGradients:  # fmt: skip
+    normed = total * scale
+    grad, weight_grads = None, [None, None]
+    if needs_weights:
+        weight_grads = [part.sum(0).to(und.dtype) for part in (grad_normed * normed).split([n_und, len(normed) - n_und])]
+    if needs_x:
+        weighted = _weighted(grad_normed.clone(), und, gen, n_und).float()
+        grad = _through_norm(weighted, normed, scale).to(total.dtype).add_(grad_total)
+    return grad, weight_grads[0], weight_grads[1]
 
 
 def _swiglu(gate_and_up: Tensor) -> Tensor:
@@ -60,10 +87,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def _norm_and_rotate(x: Tensor, und: Tensor, gen: Tensor, n_und: int, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     scale = _inverse_rms(x, eps)
-    normed = (x * scale).to(x.dtype)
-    normed[:n_und].mul_(und)
-    normed[n_und:].mul_(gen)
-    return _rotate(normed, cos, sin, 1), scale
+    return _rotate(_weighted((x * scale).to(x.dtype), und, gen, n_und), cos, sin, 1), scale
 
 
 def _norm_and_rotate_backward(
@@ -75,9 +99,18 @@ def _norm_and_rotate_backward(
     if needs_weights:
         products = (grad * normed).sum(1)
         weight_grads = [part.sum(0).to(und.dtype) for part in products.split([n_und, len(products) - n_und])]
-    grad[:n_und].mul_(und)
-    grad[n_und:].mul_(gen)
-    return _through_norm(grad, normed, scale).to(x.dtype), weight_grads[0], weight_grads[1]
+    grad = _through_norm(_weighted(grad, und, gen, n_und), normed, scale)
+    return grad.to(x.dtype), weight_grads[0], weight_grads[1]
 
 
-EAGER = Kernels(_norm, _norm_backward, _swiglu, _swiglu_backward, _norm_and_rotate, _norm_and_rotate_backward, _rotate)
+EAGER = Kernels(
+    norm=_norm,
+    norm_backward=_norm_backward,
+    add_and_norm=_add_and_norm,
+    add_and_norm_backward=_add_and_norm_backward,
+    swiglu=_swiglu,
+    swiglu_backward=_swiglu_backward,
+    norm_and_rotate=_norm_and_rotate,
+    norm_and_rotate_backward=_norm_and_rotate_backward,
+    rotate=_rotate,
+)
