@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_bagel.assembly.modules import Modules
 from megatron_bagel.assembly.opened_model import checkpoint_at
 from megatron_bagel.checkpoint.dist.load import load_weights_only
@@ -156,7 +158,12 @@ def load_first_weights(initial: InitialSettings, source: WeightSource, modules: 
     weights = InitialWeights.of(
         arch, initial.seed, initial.llm, initial.vit, initial.allow_missing, initial.copy_init_moe, initial.check_weights
     )
-    weights.fill(list(modules.named.values()))
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    weights.fill(list(modules.named.values()), forgets=alone)
+    if not alone:
+        # Ranks of a machine share what the first of them read from the disk, so files leave memory only when the last one has read them.
+        dist.barrier()
+        weights.forget_files()
 
 
 def average_source(source: WeightSource) -> str | None:

@@ -22,6 +22,7 @@ from megatron_bagel.checkpoint.dist.tensor_reader import CheckpointWeights
 from megatron_bagel.checkpoint.hf.folder import HFFolder, PositionTable, WeightFile, write_folder
 from megatron_bagel.checkpoint.hf.hub import HubRequest, download
 from megatron_bagel.checkpoint.hf.initial_weights import InitialWeights, initial_value
+from megatron_bagel.checkpoint.hf.last_reads import LastReads
 from megatron_bagel.checkpoint.hf.load import check_against
 from megatron_bagel.checkpoint.hf.model_card import CardFacts
 from megatron_bagel.checkpoint.hf.read_fused import read_fused
@@ -320,10 +321,15 @@ def write_initial_weights(initial_weights: InitialWeights, directory: str | Path
     pretrained, entries = initial_weights.pretrained, WeightMap(initial_weights.arch).entries
     specs: dict[str, TensorSpec] = {name: (entry.shape, _stored_dtype(pretrained, entry)) for name, entry in entries.items()}
     memory = ReusedMemory()
+    reads = LastReads(pretrained, (name for entry in entries.values() if entry.hf[0] in pretrained for name in entry.hf))
 
     def get(name: str) -> torch.Tensor:
         entry = entries[name]
-        return read_fused(pretrained, entry, memory) if entry.hf[0] in pretrained else initial_weights.seeded(entry)
+        if entry.hf[0] not in pretrained:
+            return initial_weights.seeded(entry)
+        full = read_fused(pretrained, entry, memory)
+        reads.done(entry.hf)
+        return full
 
     flags = {"llm_path": companions.tokenizer, "vae_path": companions.autoencoder}
     config = {name: str(path.resolve()) for name, path in flags.items() if path is not None}

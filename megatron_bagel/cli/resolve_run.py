@@ -71,7 +71,8 @@ def resolve_run(config: Config, arch: BagelArch, world_size: int, has_gpu: bool,
     check_fp8_gpu(config.megatron, compute_capability(), device_name())
     check_magi_machine(config.megatron, compute_capability(), device_name())
     check_offload_package(config.megatron)
-    check_compiled_kernels(config.megatron, training, has_gpu)
+    if not config.megatron.dry_run:  # which computes nothing, so it compiles nothing
+        check_compiled_kernels(config.megatron, training, has_gpu)
     costs = CostInputs(grown_arch, config.megatron, sizes, config.data.max_num_tokens, freeze_settings(config))
     megatron = encoder_memory_of_a_run(costs, device_memory_bytes())
     if (config.megatron.encoder_memory, megatron.encoder_memory) == ("auto", "constant"):

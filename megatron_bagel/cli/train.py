@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bagel.cli.hub_models import names_on_hub, with_hub_folders
 from megatron_bagel.cli.usage import short_name
+from megatron_bagel.config.package_rules import check_layer_packages, check_packages
 from megatron_bagel.config.parser import Config, parse_with
 from megatron_bagel.config.plan_arguments import PrintArguments
 from megatron_bagel.config.resolved_yaml import resolved_yaml
@@ -86,6 +87,7 @@ def prepare(config: Config) -> BagelArch | None:
         validate_settings(config, world_size, has_gpu)
     else:
         arch = validate(config, world_size, has_gpu)
+    check_packages(config)
     check_processes()
     platform.install()
     return arch
@@ -155,6 +157,7 @@ def report_dry_run(config: Config) -> int:
     world_size = config.megatron.fake_world_size or launched_world_size()
     config = with_hub_folders(config)
     arch = validate(config, world_size, has_gpu=True)
+    check_layer_packages(config.megatron)
     platform.install()
     from megatron_bagel.cli.resolve_run import resolve_run
     from megatron_bagel.planning.dry_run import dry_run

@@ -18,7 +18,7 @@ from pathlib import Path
 _LARGE_SHARE = 4  # files larger than this part of memory are not kept in it
 _READ_BYTES = 1 << 26
 #: The system keeps files in pieces of up to this size, and drops none of which only a part is named.
-_LARGEST_PIECE = 1 << 24  # bytes
+LARGEST_PIECE = 1 << 24  # bytes
 
 
 @cache
@@ -42,7 +42,7 @@ def read_fully(file: FileIO, content: memoryview, forgets: bool) -> bool:
     if content.nbytes <= _READ_BYTES:
         complete = _read_piece(file, content)
         if forgets:
-            _forget(file.fileno(), start - _LARGEST_PIECE, end)
+            _forget(file.fileno(), start - LARGEST_PIECE, end)
         return complete
     bounds = [start, *range(start - start % _READ_BYTES + _READ_BYTES, end, _READ_BYTES), end]
 
@@ -51,7 +51,7 @@ def read_fully(file: FileIO, content: memoryview, forgets: bool) -> bool:
             own.seek(first)
             complete = _read_piece(own, content[first - start : last - start])
             if forgets:
-                _forget(own.fileno(), first - _LARGEST_PIECE if first == start else first, last)
+                _forget(own.fileno(), first - LARGEST_PIECE if first == start else first, last)
             return complete
 
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -69,7 +69,18 @@ def _read_piece(file: FileIO, content: memoryview) -> bool:
     return True
 
 
-def _forget(descriptor: int, start: int, end: int) -> None:
+def forget_part(path: Path, start: int, end: int | None = None) -> None:
+    """Drop the bytes from ``start`` to ``end`` of a file, or to its end, from memory.
+
+    Pages stay that wait to be written, or that the system is just reading ahead.
+    """
+    with path.open("rb", buffering=0) as file:
+        _forget(file.fileno(), start, end)
+
+
+def _forget(descriptor: int, start: int, end: int | None) -> None:
+    start = max(0, start)
     if hasattr(os, "posix_fadvise"):  # absent on macOS
         with suppress(OSError):  # some file systems know no such advice
-            os.posix_fadvise(descriptor, max(0, start), end - start, os.POSIX_FADV_DONTNEED)
+            # A length of 0 means all that follows.
+            os.posix_fadvise(descriptor, start, 0 if end is None else end - start, os.POSIX_FADV_DONTNEED)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from megatron_bagel.config.lora_rules import check_lora
 from megatron_bagel.config.megatron_arguments import MegatronArguments
 from megatron_bagel.config.parser import Config
@@ -35,13 +33,6 @@ def check_consistency(config: Config) -> None:
     _check_overlap_vae_encode(config)
     if (megatron.fake_world_size is not None or "fake_rank" in config.given) and not megatron.dry_run:
         raise ValueError("--fake_world_size and --fake_rank describe a dry run: add --dry_run, or drop them")
-    if megatron.moe_grouped_gemm and find_spec("transformer_engine") is None:
-        raise ValueError(
-            "--moe_grouped_gemm True needs the package transformer-engine, whose grouped products need a GPU; leave it out, and "
-            "experts are computed one after the other"
-        )
-    if megatron.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
-        raise ValueError("--transformer_impl transformer_engine needs the package transformer-engine, which needs a GPU; use local")
     if megatron.manual_gc_interval and not megatron.manual_gc:
         raise ValueError(f"--manual_gc_interval {megatron.manual_gc_interval} needs --manual_gc: without it each rank collects by itself")
     check_recompute(config)
@@ -73,7 +64,7 @@ def check_consistency(config: Config) -> None:
 
 
 def check_resilience(config: Config) -> None:
-    """Check the watchdog's limits against those of the collectives, and that a flag's optional package is installed."""
+    """Check the watchdog's limits against those of the collectives, and flags of checkpoints and restarts that need each other."""
     resilience, collective_minutes = config.resilience, config.megatron.distributed_timeout_minutes
     if resilience.hang_timeout_minutes >= collective_minutes and "hang_timeout_minutes" in config.given:
         raise ValueError(
@@ -91,23 +82,8 @@ def check_resilience(config: Config) -> None:
         raise ValueError(
             "--local_checkpoint_dir and --save_local_every need each other: a folder on a disk of each node, and the steps between saves"
         )
-    if resilience.ft_heartbeats:
-        needs_resiliency_package("--ft_heartbeats True", "and start with its ft_launcher in place of torchrun")
-    if resilience.local_checkpoint_dir is not None:
-        needs_resiliency_package("--local_checkpoint_dir", "on every node")
-    if resilience.inprocess_restarts:
-        needs_resiliency_package("--inprocess_restarts", "on every node")
-        if not config.training.auto_resume:
-            raise ValueError("--inprocess_restarts needs --auto_resume True: a run that starts again continues from its newest checkpoint")
-
-
-def needs_resiliency_package(flag: str, advice: str) -> None:
-    """Raise ValueError where nvidia-resiliency-ext is not installed."""
-    if find_spec("nvidia_resiliency_ext") is None:
-        raise ValueError(
-            f"{flag} needs the package nvidia-resiliency-ext, which is not installed: pip install 'megatron-bagel[resiliency]' (Linux, "
-            f"Python 3.10 and 3.11) {advice}; or leave the flag out"
-        )
+    if resilience.inprocess_restarts and not config.training.auto_resume:
+        raise ValueError("--inprocess_restarts needs --auto_resume True: a run that starts again continues from its newest checkpoint")
 
 
 def check_recompute(config: Config) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +153,6 @@ def _check_interleaving(config: Config, microbatches: int) -> None:
         )
 
 
-def _has_flash_attention_4() -> bool:
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
-
-
 def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
     requested_backend, use_flex, given = config.megatron.attention_backend, config.training.use_flex, "use_flex" in config.given
     if requested_backend != "auto":
@@ -168,8 +163,6 @@ def _attention_backend(config: Config, has_gpu: bool) -> tuple[str, list[str]]:
             raise ValueError(
                 f"--attention_backend {requested_backend} needs a GPU: FlexAttention has no backward pass on CPU; use auto or sdpa"
             )
-        if requested_backend == "flex_flash" and not _has_flash_attention_4():
-            raise ValueError("--attention_backend flex_flash needs the package flash-attn-4 (flash_attn.cute); install it, or use flex")
         return requested_backend, []
     backend = "flex" if has_gpu and (use_flex or not given) else "sdpa"
     if given and use_flex and backend == "sdpa":

@@ -90,3 +90,11 @@ def test_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("megatron_bagel.config.kernel_rules.missing_for_compiling", lambda has_gpu: "a compiler")
     with pytest.raises(ValueError, match="--vae_kernels compiled needs a compiler"):
         resolved(config)
+
+
+def test_a_dry_run_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"fused_kernels": "compiled", "vae_kernels": "compiled", "dry_run": True}
+    config = run_config(make_world(tmp_path), tmp_path / "run", **flags)
+    monkeypatch.setattr("megatron_bagel.config.kernel_rules.missing_for_compiling", lambda has_gpu: "a compiler")
+    planned = resolved(config)
+    assert planned.megatron.fused_kernels == planned.build.vae_kernels == "compiled"

@@ -74,19 +74,11 @@ def test_fsdp_names_become_optimizer_settings():
     assert not layout("--sharding_strategy NO_SHARD", 2).use_distributed_optimizer
 
 
-def test_flash_attention_4_is_a_choice_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr("megatron_bagel.config.resolve._has_flash_attention_4", lambda: False)
-    with pytest.raises(ValueError, match="needs the package flash-attn-4"):
-        layout("--attention_backend flex_flash", has_gpu=True)
-    monkeypatch.setattr("megatron_bagel.config.resolve._has_flash_attention_4", lambda: True)
-    assert layout("--attention_backend flex_flash --use_flex True", has_gpu=True).attention_backend == "flex_flash"
-
-
 @pytest.mark.parametrize(
     ("words", "has_gpu", "backend"),
     [
         ("", True, "flex"), ("--use_flex True", True, "flex"), ("--use_flex False", True, "sdpa"),
-        ("--attention_backend sdpa", True, "sdpa"),
+        ("--attention_backend sdpa", True, "sdpa"), ("--attention_backend flex_flash --use_flex True", True, "flex_flash"),
         ("", False, "sdpa"), ("--use_flex True", False, "sdpa"), ("--attention_backend dense", False, "dense"),
     ],
 )  # fmt: skip

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -120,12 +119,6 @@ def test_sizes_the_model_cannot_be_cut_into_are_refused_at_once(base):
         check(f"{base} --tensor_model_parallel_size 3", world_size=3)
     with pytest.raises(ValueError, match="--cp_comm_type a2a .*sizes that work: 1"):
         check(f"{base} --tensor_model_parallel_size 4 --context_parallel_size 2 --cp_comm_type a2a", world_size=8)
-
-
-@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
-def test_transformer_engine_is_missed_at_once(base):
-    with pytest.raises(ValueError, match="needs the package transformer-engine"):
-        check(f"{base} --transformer_impl transformer_engine")
 
 
 @pytest.mark.parametrize("missing", ["llm_config.json", "vit_config.json", "ae.safetensors"])

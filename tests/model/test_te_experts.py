@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_bagel.config.flag_rules import check_consistency
-from megatron_bagel.config.parser import Config
 from tests.model.test_bagel import MIXED
 from tests.model.test_sparse_experts import losses_of, sparse_arch, spread_model
 from tests.model.test_te_modules import _GroupedLinear, stand_in  # noqa: F401 - the stand-in's fixture
@@ -43,9 +41,3 @@ def test_grouped_experts_equal_sequential_ones() -> None:
     # Two matrices of each kind's experts, each in one call with the rows of all six experts.
     assert [len(rows) for rows in _GroupedLinear.calls] == [6] * 4
     assert [sum(rows) for rows in _GroupedLinear.calls] == [2 * batches[0].n_und] * 2 + [2 * batches[0].n_vae] * 2
-
-
-def test_without_the_package_the_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bagel.config.flag_rules.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--moe_grouped_gemm True needs the package transformer-engine, whose grouped products need a GPU"):
-        check_consistency(Config.from_values({"moe_grouped_gemm": True}))

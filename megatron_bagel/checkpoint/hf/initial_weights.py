@@ -132,9 +132,20 @@ class InitialWeights:
         """Compare names and shapes of the folders with the model's; parameters and errors are those of ``check_against``."""
         return check_against(self.pretrained, WeightMap(self.arch), self.optional_patterns)
 
-    def fill(self, modules: Sequence[nn.Module]) -> LoadReport:
-        """Give every parameter of ``modules`` its value, one at a time, for any parallel sizes. Errors are those of ``load_weights``."""
-        return load_weights(self.pretrained, WeightMap(self.arch), modules, allow_missing=self.optional_patterns, initial_value=self.seeded)
+    def fill(self, modules: Sequence[nn.Module], forgets: bool = False) -> LoadReport:
+        """Give every parameter of ``modules`` its value, one at a time, for any parallel sizes.
+
+        ``forgets`` and errors are those of ``load_weights``.
+        """
+        return load_weights(
+            self.pretrained, WeightMap(self.arch), modules, allow_missing=self.optional_patterns, initial_value=self.seeded,
+            forgets=forgets,
+        )  # fmt: skip
+
+    def forget_files(self) -> None:
+        """Drop the folders' weight files from the system's page cache if they are large, once every process has read them."""
+        for reader in {self.pretrained.origin(name)[0] for name in self.pretrained.keys()}:  # noqa: SIM118
+            reader.forget_files()
 
 
 def _und(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_bagel.checkpoint.hf.last_reads import LastReads
 from megatron_bagel.checkpoint.hf.read_fused import read_fused
 from megatron_bagel.checkpoint.hf.reused_memory import ReusedMemory
 from megatron_bagel.checkpoint.hf.shard import take_shard
@@ -162,6 +163,7 @@ def load_weights(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     initial_value: Callable[[Entry], torch.Tensor] | None = None,
+    forgets: bool = False,
 ) -> LoadReport:
     """Fill ``modules`` from ``source``, one parameter at a time.
 
@@ -174,16 +176,21 @@ def load_weights(
         allow_missing: Patterns (fnmatch) of Hugging Face names that ``source`` may lack.
         allow_unexpected: Patterns of tensors that the model may not need.
         initial_value: Returns the full value of a parameter that ``source`` lacks; without it the parameter keeps its value.
+        forgets: Whether tensors of large files leave the system's page cache after their last reading. Other processes of this machine
+            that read the same files would then read them from the disk.
 
     Raises:
         ValueError: Listing missing and unexpected tensors, or naming a tensor of another shape with the flag that decides it.
     """
     report = check_against(source, weight_map, allow_missing, allow_unexpected)
-    memory = ReusedMemory()
-    for entry, parameter in entries_of(modules, weight_map):
+    memory, pairs = ReusedMemory(), list(entries_of(modules, weight_map))
+    reads = LastReads(source, (name for entry, _ in pairs if entry.hf[0] in source for name in entry.hf)) if forgets else None
+    for entry, parameter in pairs:
         if entry.hf[0] in source:
             _assign_from(source, parameter, entry, memory)
             report.loaded += entry.hf
+            if reads is not None:
+                reads.done(entry.hf)
         elif initial_value is not None:
             assign(parameter, initial_value(entry), entry)
     for line in report.lines(source.path):

@@ -140,6 +140,10 @@ class MergedSource:
         shape, dtype = self._base.spec(name)
         return shape, torch.float32 if name in self._changed else dtype
 
+    def origin(self, name: str) -> tuple[SafetensorsReader, str]:
+        """Return the reader of the files that hold the tensor without the adapter, and its name there."""
+        return self._base.origin(name)
+
     def get(self, name: str) -> torch.Tensor:
         """Return the tensor, read now, with the adapter merged into it."""
         weight = self._base.get(name)

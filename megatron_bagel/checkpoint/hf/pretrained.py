@@ -69,6 +69,11 @@ class View:
         shape, dtype = source.spec(source_name)
         return tuple(change(torch.empty(shape, dtype=dtype, device="meta")).shape), dtype
 
+    def origin(self, name: str) -> tuple[SafetensorsReader, str]:
+        """Return the reader of the files that hold the tensor, and its name there."""
+        source, source_name, _ = self._sources[name]
+        return source.origin(source_name)
+
     def get(self, name: str) -> torch.Tensor:
         """Read the tensor now and change it."""
         source, source_name, change = self._sources[name]

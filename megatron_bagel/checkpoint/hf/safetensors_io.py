@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_bagel.checkpoint.hf.finite_weights import WeightCheck, refuse_not_finite
 from megatron_bagel.common.direct_file import open_to_write
-from megatron_bagel.common.page_cache import large_together, read_fully
+from megatron_bagel.common.page_cache import forget_part, large_together, read_fully
 from megatron_bagel.common.safetensors_header import files_of_index, read_header
 
 _DTYPE_NAMES = {
@@ -89,7 +89,7 @@ class SafetensorsReader:
             self._file_of = files_of_index(self.path)
         else:
             self._file_of = dict.fromkeys(_header(self.path), self.path)
-        self._forgets = read_once and large_together(set(self._file_of.values()))
+        self._forgets = read_once and self.is_large
         self._headers: dict[Path, dict[str, _TensorLocation]] = {}
 
     def _location(self, name: str) -> _TensorLocation:
@@ -103,6 +103,30 @@ class SafetensorsReader:
     def keys(self) -> list[str]:
         """Return all tensor names in file order."""
         return list(self._file_of)
+
+    def origin(self, name: str) -> tuple[SafetensorsReader, str]:
+        """Return where the tensor is stored: in this reader, under its own name."""
+        return self, name
+
+    @property
+    def is_large(self) -> bool:
+        """Return whether the files together are too large to be kept in memory (``common/page_cache.py``)."""
+        return large_together(set(self._file_of.values()))
+
+    def extents(self) -> dict[Path, dict[str, tuple[int, int]]]:
+        """Return the first and the last byte, exclusive, of every tensor by file and name, by rising offset within a file."""
+        extents: dict[Path, dict[str, tuple[int, int]]] = {}
+        for name, file in self._file_of.items():
+            location = self._location(name)
+            size = torch.Size(location.shape).numel() * location.dtype.itemsize
+            extents.setdefault(file, {})[name] = (location.offset, location.offset + size)
+        return {file: dict(sorted(tensors.items(), key=lambda item: item[1])) for file, tensors in extents.items()}
+
+    def forget_files(self) -> None:
+        """Drop the files from the system's page cache if they are large together."""
+        if self.is_large:
+            for file in set(self._file_of.values()):
+                forget_part(file, 0)
 
     def file_names(self) -> dict[str, str]:
         """Return the name of the file that holds each tensor."""

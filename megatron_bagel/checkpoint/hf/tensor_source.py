@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from megatron_bagel.checkpoint.hf.safetensors_io import TensorSpec
+
+if TYPE_CHECKING:
+    from megatron_bagel.checkpoint.hf.safetensors_io import SafetensorsReader
 
 
 class TensorSource(Protocol):
@@ -24,6 +27,9 @@ class TensorSource(Protocol):
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype, without reading the tensor."""
+
+    def origin(self, name: str) -> tuple[SafetensorsReader, str]:
+        """The reader of the files that hold the tensor, and its name there."""
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor, read now."""

@@ -20,15 +20,21 @@ SPECS = {f"w{number}": ((300, 1000), torch.float32) for number in range(5)}  # 1
 MODEL_BYTES = 6_000_000
 
 
-def cached_share(file: Path) -> float:
-    """The share of a file's pages that the system holds in memory."""
+def residency(file: Path) -> list[bool]:
+    """Which pages of a file the system holds in memory."""
     size = file.stat().st_size
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as content:
         place = ctypes.addressof(ctypes.c_char.from_buffer(content))
         if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(place), ctypes.c_size_t(size), pages):
             raise OSError(ctypes.get_errno(), "mincore")
-    return sum(page & 1 for page in pages) / len(pages)
+    return [bool(page & 1) for page in pages]
+
+
+def cached_share(file: Path) -> float:
+    """The share of a file's pages that the system holds in memory."""
+    pages = residency(file)
+    return sum(pages) / len(pages)
 
 
 def forget(file: Path) -> None:
