@@ -44,20 +44,20 @@ _TE = "transformer_engine"
 _LONG = "plain,chunked_ce,constant_encoder,compiled_kernels"
 _STEP = ("step_variants", "--config", "bench-7b-seventh")
 PARTS = (
-    # First whether the numbers are right, then how fast the step is and where its time goes.
+    # First whether the numbers are right, how fast the step is and where its time goes. Then what has not run on a GPU before what has.
     Part("goldens", 120, ("tools/verify_golden.py",), records=False),
     Part("step", 480, _benchmark(*_STEP, "--rounds", "6", "--warmup", "3", "--profile"), resumes=True),
     Part("matmul", 60, _benchmark("train_step", "rate", "--config", "bench-7b-seventh")),
-    Part("goldens-flex", 180, ("tools/verify_golden.py", "--attention-backend", "flex"), records=False),
-    Part("step-long", 300, _benchmark(*_STEP, "--long", "36864", "--variants", f"{_LONG},all_local", "--rounds", "4"), resumes=True),
     Part("goldens-compiled", 180, ("tools/verify_golden.py", "--fused-kernels", "compiled"), records=False),
-    Part("autoencoder", 180, _benchmark("autoencoder", "--rounds", "3")),
-    Part("autoencoder-bf16", 180, _benchmark("autoencoder", "--rounds", "3", "--bf16", "--compile")),
-    Part("generation", 300, _benchmark("generate", "--config", "bagel-7b", "--side", "1024", "--steps", "24", "--tokens", "64")),
-    Part("optimizer", 60, _benchmark("optimizer_pass", "--millions", "256")),
     _tests("side-stream", 90),
     _tests("kernels", 240),
+    Part("generation", 300, _benchmark("generate", "--config", "bagel-7b", "--side", "1024", "--steps", "24", "--tokens", "64")),
     _tests("generation", 300),
+    Part("autoencoder-bf16", 300, _benchmark("autoencoder", "--rounds", "3", "--bf16", "--compile")),
+    Part("step-long", 300, _benchmark(*_STEP, "--long", "36864", "--variants", f"{_LONG},all_local", "--rounds", "4"), resumes=True),
+    Part("optimizer", 60, _benchmark("optimizer_pass", "--millions", "256")),
+    Part("goldens-flex", 180, ("tools/verify_golden.py", "--attention-backend", "flex"), records=False),
+    Part("autoencoder", 180, _benchmark("autoencoder", "--rounds", "3")),
     _tests("training", 480),
     _tests("attention", 300),
     _tests("transformer-engine", 240, _TE),

@@ -22,6 +22,7 @@ from megatron_bagel.layout.blocks import block_occupancy
 from megatron_bagel.layout.items import Mode
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
+from megatron_bagel.platform.device import to_device
 
 BLOCK = 128
 
@@ -38,8 +39,8 @@ def _padded_columns(blocks: np.ndarray, device: torch.device | str) -> tuple[tor
     The result is the count of present columns per row [1, 1, rows], and the column numbers, present ones first
     [1, 1, rows, cols].
     """
-    counts = torch.from_numpy(blocks.sum(1).astype(np.int32)).to(device)
-    columns = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)).to(device)
+    counts = to_device(torch.from_numpy(blocks.sum(1).astype(np.int32)), device)
+    columns = to_device(torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)), device)
     return counts[None, None], columns[None, None]
 
 
@@ -58,7 +59,7 @@ class _SlotTensors:
         padding = order.length - len(order.positions)
 
         def per_slot(values: np.ndarray, fill: int) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([values[order.positions], np.full(padding, fill)])).to(device)
+            return to_device(torch.from_numpy(np.concatenate([values[order.positions], np.full(padding, fill)])), device)
 
         # These are plain booleans because a compiled mask function would treat a comparison with an enum as a constant.
         modes = np.repeat(mask.split_modes, mask.split_lens)

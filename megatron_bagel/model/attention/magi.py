@@ -18,6 +18,7 @@ import torch
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.rectangles import mask_rectangles
+from megatron_bagel.platform.device import to_device
 
 
 def _kernel() -> Callable[..., Any]:
@@ -38,9 +39,9 @@ class MagiPlan:
         """Lay out the rectangles. Raises ImportError without the package."""
         self.kernel = _kernel()
         rectangles = mask_rectangles(mask, order, keys)
-        self.q_ranges = torch.from_numpy(rectangles.queries).to(device)
-        self.k_ranges = torch.from_numpy(rectangles.keys).to(device)
-        self.shapes = torch.from_numpy(rectangles.shapes).to(device)
+        self.q_ranges = to_device(torch.from_numpy(rectangles.queries), device)
+        self.k_ranges = to_device(torch.from_numpy(rectangles.keys), device)
+        self.shapes = to_device(torch.from_numpy(rectangles.shapes), device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_number: int) -> torch.Tensor:
         """Compute attention as ``AttentionPlan.attend`` describes; every layer does the same."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron_bagel.layout.mask import PackMask
 from megatron_bagel.layout.order import TokenOrder
 from megatron_bagel.layout.sdpa_batches import build_sdpa_batches
+from megatron_bagel.platform.device import to_device
 
 
 class SdpaPlan:
@@ -20,7 +21,7 @@ class SdpaPlan:
     def __init__(self, mask: PackMask, order: TokenOrder, device: torch.device | str = "cpu", keys: TokenOrder | None = None) -> None:
         batches = build_sdpa_batches(mask, order, keys)
         self.shapes = [batch.mask.shape for batch in batches]
-        self.masks = [torch.from_numpy(batch.mask).to(device)[:, None] for batch in batches]
+        self.masks = [to_device(torch.from_numpy(batch.mask), device)[:, None] for batch in batches]
 
         def flat(slots: list[np.ndarray]) -> np.ndarray:
             return np.concatenate([batch.reshape(-1) for batch in slots] or [np.zeros(0, dtype=np.int64)])
@@ -28,8 +29,8 @@ class SdpaPlan:
         queries = flat([batch.queries for batch in batches])
         # Padding repeats a document's first slot, so the result of a slot is at its first occurrence among the padded rows.
         row_of_slot = np.unique(queries, return_index=True)[1]
-        self.queries, self.row_of_slot = torch.from_numpy(queries).to(device), torch.from_numpy(row_of_slot).to(device)
-        self.keys = self.queries if keys is None else torch.from_numpy(flat([batch.keys for batch in batches])).to(device)
+        self.queries, self.row_of_slot = (to_device(torch.from_numpy(slots), device) for slots in (queries, row_of_slot))
+        self.keys = self.queries if keys is None else to_device(torch.from_numpy(flat([batch.keys for batch in batches])), device)
         # A single document needs no gather, because its slots are the rank's slots in order.
         self.single_document = keys is None and len(batches) == 1 and self.shapes[0][0] == 1
 

@@ -55,8 +55,9 @@ class StepInGroupAdam(GroupwiseOptimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            # The kernel increments the step count in these temporary tensors.
-            [torch.tensor(float(group["step"] - 1), device=param.device) for param in params],
+            # The kernel increments the step count in these temporary tensors. They are filled on the device, all at once: a copy of each
+            # from the host would make it wait for the device.
+            list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()),
             foreach=False,
             fused=True,
             capturable=False,
