@@ -2,11 +2,12 @@
 """Seconds of encoding images with the autoencoder: one at a time, in batches of one size, and with each ``--vae_kernels``.
 
     python -m benchmarks.autoencoder                              # FLUX's autoencoder on 26 images of 4 sizes
-    python -m benchmarks.autoencoder --width 32 --side 64 --compile
+    python -m benchmarks.autoencoder --width 32 --side 64 --compile --compile-sizes
 
 ``largest_difference`` compares means of the posteriors with the plain kernels, one image at a time, relative to the largest mean. With
-``--compile`` each size is compiled by ``torch.compile`` too, beside ``--vae_kernels compiled``, which is compiled for all sizes together;
-the first call is timed apart.
+``--compile`` there is ``--vae_kernels compiled`` too, which is compiled for all sizes together; with ``--compile-sizes`` each of the other
+variants is also compiled for each of its sizes, which takes minutes at FLUX's width. The first call, which compiles, is timed apart. With
+``--output`` the record is written after each variant, so that a run which is stopped leaves what it measured.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_bagel import platform
 
 platform.install()
 
-from benchmarks.record import report  # noqa: E402
+from benchmarks.record import report, write_record  # noqa: E402
 from megatron_bagel.config.architecture import AutoencoderArch  # noqa: E402
 from megatron_bagel.encoders.autoencoder import AutoEncoder  # noqa: E402
 from megatron_bagel.platform.device import device_name, peak_memory_bytes, synchronize  # noqa: E402
@@ -68,26 +69,33 @@ def seconds_of(work: Callable[[], object], rounds: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure(model: AutoEncoder, pictures: Sequence[Tensor], batch_pixels: int, rounds: int, bf16: bool, compiled: bool) -> dict[str, Any]:
-    """Every variant: its seconds, and how far its means are from those of the first."""
+def measure(
+    model: AutoEncoder, pictures: Sequence[Tensor], arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every variant: its seconds, and how far its means are from those of the first. ``write`` gets all of them after each."""
     results: dict[str, Any] = {}
     expected: list[Tensor] = []
     encoder = model.encoder
-    for name, (kernels, batched) in (VARIANTS | (COMPILED if compiled else {})).items():
-        for compiles in (False, True) if compiled and name not in COMPILED else (False,):
-            model.use_kernels(kernels, batch_pixels if batched else 1)
+    for name, (kernels, batched) in (VARIANTS | (COMPILED if arguments.compile else {})).items():
+        for compiles in (False, True) if arguments.compile_sizes and name not in COMPILED else (False,):
+            torch.compiler.reset()  # torch keeps few versions of a function, and those of another variant would count
+            model.use_kernels(kernels, arguments.batch_pixels if batched else 1)
             model.encoder = torch.compile(encoder, dynamic=False) if compiles else encoder
-            with torch.autocast(platform.device().type, torch.bfloat16, enabled=bf16):
-                means = [mean.float() for mean, _ in model.encode_many(pictures)]
-                first, median = seconds_of(lambda: model.encode_many(pictures), rounds)
+            means: list[Tensor] = []
+
+            def encode(means: list[Tensor] = means) -> None:
+                means[:] = [mean for mean, _ in model.encode_many(pictures)]
+
+            with torch.autocast(platform.device().type, torch.bfloat16, enabled=arguments.bf16):
+                first, median = seconds_of(encode, arguments.rounds)
             model.encoder = encoder
-            expected = expected or means
+            expected = expected or [mean.float() for mean in means]
             largest = max(float(mean.abs().max()) for mean in expected)
-            difference = max(float((one - two).abs().max()) for one, two in zip(means, expected, strict=True)) / largest
+            difference = max(float((one.float() - two).abs().max()) for one, two in zip(means, expected, strict=True)) / largest
             figures = {"first_s": first, "seconds": median, "largest_difference": difference}
             results[f"{name}, compiled" if compiles else name] = figures
-    for figures in results.values():
-        figures["times_as_fast"] = results["plain, one at a time"]["seconds"] / figures["seconds"]
+            figures["times_as_fast"] = results["plain, one at a time"]["seconds"] / median
+            write(results)
     return results
 
 
@@ -100,7 +108,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-pixels", type=int, default=1 << 20, help="--vae_batch_pixels of the batched variants")
     parser.add_argument("--rounds", type=int, default=3, help="measured repetitions; medians are reported")
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
-    parser.add_argument("--compile", action="store_true", help="also each variant compiled for its sizes")
+    parser.add_argument("--compile", action="store_true", help="also --vae_kernels compiled")
+    parser.add_argument("--compile-sizes", action="store_true", help="also each of the other variants compiled for each of its sizes")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     arguments = parser.parse_args(argv)
@@ -114,14 +123,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    # Otherwise torch would run the encoder eagerly once it had been compiled too often, and the figures would not be the compiled one's.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(0)
     model = AutoEncoder(AutoencoderArch(ch=arguments.width)).to(platform.device()).eval().requires_grad_(False)
     pictures = images(arguments.images, arguments.side)
-    variants = measure(model, pictures, arguments.batch_pixels, arguments.rounds, arguments.bf16, arguments.compile)
-    result = {
+    result: dict[str, Any] = {
         "device": device_name(), "width": arguments.width, "images": arguments.images, "side": arguments.side, "bf16": arguments.bf16,
-        "threads": torch.get_num_threads(), "peak_mem_bytes": peak_memory_bytes(), "variants": variants,
+        "threads": torch.get_num_threads(), "variants": {},
     }  # fmt: skip
+
+    def write(variants: dict[str, Any]) -> None:
+        result.update(peak_mem_bytes=peak_memory_bytes(), variants=variants)
+        if arguments.output:
+            write_record(arguments.output, result)
+
+    measure(model, pictures, arguments, write)
     report(result, arguments.output)
     return result
 

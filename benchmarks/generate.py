@@ -8,7 +8,7 @@
 Random weights are fp32 on a CPU and bf16 on a GPU. Run it on an otherwise idle machine. ``largest_difference`` compares logits and
 pictures with those of the cached way: it is rounding alone. On a GPU ``text_static`` and ``picture_captured`` replay graphs, whose
 capture is part of their time; ``launched_because`` says why they do not. Process seconds (all threads of this process) are given beside
-the clock's, for machines that do other things too.
+the clock's, for machines that do other things too. With ``--output`` the record is written after each way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.named_configs import CONFIGS, SEED, megatron_config  # noqa: E402
-from benchmarks.record import report  # noqa: E402
+from benchmarks.record import report, write_record  # noqa: E402
 from megatron_bagel.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_bagel.encoders.autoencoder import AutoEncoder  # noqa: E402
 from megatron_bagel.encoders.vision_tower import VisionTower  # noqa: E402
@@ -168,32 +168,38 @@ def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
     return result, time.perf_counter() - clock, time.process_time() - process
 
 
+#: The ways of text and pictures, the slowest last. ``largest_difference`` names them without the medium where they read anew.
+TEXTS: dict[str, Callable[[Engine, argparse.Namespace], Tensor]] = {"cached": text_cached, "static": text_static, "anew": text_anew}
+PICTURES: dict[str, Callable[[Engine, argparse.Namespace], Tensor]] = {
+    "cached": picture,
+    "captured": lambda engine, arguments: picture(engine, arguments, capture=True),
+    "anew": lambda engine, arguments: picture(engine, arguments, anew=True),
+}
+
+
 @torch.no_grad()
-def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ways of text and picture; one token and one step are made first, to warm up."""
+def measure(engine: Engine, arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure the ways of text and picture into ``result``, and write the record after each; one token and one step warm up."""
     warm = argparse.Namespace(**{**vars(arguments), "tokens": 1, "steps": 1})
     text_cached(engine, warm), text_static(engine, warm), picture(engine, warm)
-    result: dict[str, Any] = {"context_tokens": read(engine, arguments)[0].views.main.length}
-    answers: dict[str, list[Tensor]] = {"text": [], "picture": []}
-    for way in ("cached", "anew"):
-        logits, clock, process = timed(lambda way=way: (text_cached if way == "cached" else text_anew)(engine, arguments))
-        written = arguments.tokens * arguments.batch
-        result[f"text_{way}"] = {"tokens_per_s": written / clock, "process_seconds_per_token": process / written}
-        latents, clock, process = timed(lambda way=way: picture(engine, arguments, way == "anew"))
-        result[f"picture_{way}"] = {"seconds": clock / arguments.batch, "process_seconds": process / arguments.batch}
-        answers["text"].append(logits)
-        answers["picture"].append(latents)
-    static, clock, process = timed(lambda: text_static(engine, arguments))
-    result["text_static"] = {"tokens_per_s": written / clock, "process_seconds_per_token": process / written}
-    captured, clock, process = timed(lambda: picture(engine, arguments, capture=True))
-    result["picture_captured"] = {"seconds": clock / arguments.batch, "process_seconds": process / arguments.batch}
+    result |= {"context_tokens": read(engine, arguments)[0].views.main.length, "launched_because": launched_because(engine)}
+    differences = result["largest_difference"] = {}
+    first: dict[str, Tensor] = {}
+    ways = [("text", way, work) for way, work in TEXTS.items()] + [("picture", way, work) for way, work in PICTURES.items()]
+    for medium, way, work in sorted(ways, key=lambda each: each[1] == "anew"):
+        answer, clock, process = timed(lambda work=work: work(engine, arguments))
+        if medium == "text":
+            written = arguments.tokens * arguments.batch
+            result[f"text_{way}"] = {"tokens_per_s": written / clock, "process_seconds_per_token": process / written}
+        else:
+            result[f"picture_{way}"] = {"seconds": clock / arguments.batch, "process_seconds": process / arguments.batch}
+        if way != "cached":
+            differences[medium if way == "anew" else f"{medium}_{way}"] = float((answer - first[medium]).abs().max())
+        first.setdefault(medium, answer)
+        if arguments.output:
+            write_record(arguments.output, result)
     result["text_speedup"] = result["text_anew"]["process_seconds_per_token"] / result["text_cached"]["process_seconds_per_token"]
     result["picture_speedup"] = result["picture_anew"]["process_seconds"] / result["picture_cached"]["process_seconds"]
-    result["largest_difference"] = {name: float((one - two).abs().max()) for name, (one, two) in answers.items()}
-    result["largest_difference"]["text_static"] = float((static - answers["text"][0]).abs().max())
-    result["largest_difference"]["picture_captured"] = float((captured - answers["picture"][0]).abs().max())
-    result["launched_because"] = launched_because(engine)
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -210,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         engine = load_engine(arguments.model, LoadOptions()) if arguments.model else random_engine(arguments.config, Path(folder))
         asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "output"}
         result = {"asked": asked, "device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        result |= measure(engine, arguments)
+        measure(engine, arguments, result)
     shutdown_distributed()
     report(result, arguments.output)
     return result

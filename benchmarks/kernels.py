@@ -26,12 +26,17 @@ def kernel_profile(work: Callable[[], object]) -> dict[str, Any]:
     if not platform.has_gpu():
         spent = {event.key: (event.self_cpu_time_total, event.count) for event in profiler.key_averages()}
         return {"of": "operators", **_table([(name, seconds, count) for name, (seconds, count) in spent.items()])}
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    kernels = device_events(profiler.events())
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         by_name[event.name].append(event.time_range.end - event.time_range.start)
     spans = [(event.time_range.start, event.time_range.end) for event in kernels]
     return {"of": "kernels", "idle_share": idle_share(spans), **_table([(name, sum(each), len(each)) for name, each in by_name.items()])}
+
+
+def device_events(events: Iterable[Any]) -> list[Any]:
+    """Return what ran on the GPU: kernels and copies. Annotations, such as the optimizer's step, only span them and are left out."""
+    return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float:

@@ -47,6 +47,26 @@ class Stopwatch:
         return [sum(parts) for parts in zip(*self._seconds.values(), strict=True)]
 
 
+class NoLaps:
+    """Stands in for a ``Stopwatch`` where nothing waits for the device between the phases."""
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def lap(self, phase: str) -> None:
+        """Do nothing."""
+
+
+def seconds_each(work: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Mean seconds of ``rounds`` calls of ``work`` in a row, by one reading before and one after all of them."""
+    synchronize()
+    start = clock()
+    for _ in range(rounds):
+        work()
+    synchronize()
+    return (clock() - start) / rounds
+
+
 def alternating_seconds(
     first: Callable[[], None], second: Callable[[], None], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list, list]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,9 +89,8 @@ def megatron_config(arch: BagelArch, recompute_layers: int = 0, bf16: bool = Fal
     return transformer_config(arch.llm, layout, bf16, on_cpu=not platform.has_gpu())
 
 
-def bench_pack(config: BenchConfig, times: int = 1) -> Pack:
-    """The pack of a named config, its samples ``times`` over; the same on every machine."""
-    random = keyed_generator(SEED, "pack")
+def _items(config: BenchConfig, random: np.random.Generator, times: int = 1) -> list[tuple[Item, ...]]:
+    """Draw the items of ``times`` as many samples as the config names."""
     arch = config.arch
 
     def text(loss: bool = False) -> Item:
@@ -103,20 +103,37 @@ def bench_pack(config: BenchConfig, times: int = 1) -> Pack:
         height, width = (int(side) * stride for side in random.integers(low, high, 2, endpoint=True))
         return Item(kind, loss=loss, image=number, height=height, width=width)
 
-    plans = [(text(), image("vae", 0, loss=True)) for _ in range(config.t2i * times)]
+    plans: list[tuple[Item, ...]] = [(text(), image("vae", 0, loss=True)) for _ in range(config.t2i * times)]
     plans += [(image("vae", 0), image("vit", 0), text(), image("vae", 1, loss=True)) for _ in range(config.edits * times)]
     # Every other question is about two pictures.
     plans += [(*(image("vit", i) for i in range(1 + n % 2)), text(), text(loss=True)) for n in range(config.questions * times)]
+    return plans
+
+
+def _pack(config: BenchConfig, plans: Sequence[tuple[Item, ...]]) -> Pack:
+    arch = config.arch
     samples = [Sample("bench", index, 0, items) for index, items in enumerate(plans)]
     spec = LayoutSpec(0, 1, 2, 3, 14, arch.vit_max_num_patch_per_side, arch.vae_token_pixels, arch.max_latent_size, arch.interpolate_pos)
     return build_pack(samples, spec)
 
 
+def bench_pack(config: BenchConfig, times: int = 1) -> Pack:
+    """The pack of a named config, its samples ``times`` over; the same on every machine."""
+    return _pack(config, _items(config, keyed_generator(SEED, "pack"), times))
+
+
 def filled_pack(config: BenchConfig, tokens: int) -> Pack:
-    """A pack of the samples of a named config, over and over, of at most ``tokens`` tokens. Raises ValueError if one round is longer."""
-    times = tokens // bench_pack(config).sequence_length
-    while times and bench_pack(config, times).sequence_length > tokens:
-        times -= 1
-    if not times:
-        raise ValueError(f"one round of the samples has {bench_pack(config).sequence_length} tokens, more than {tokens}")
-    return bench_pack(config, times)
+    """A pack of at most ``tokens`` tokens: samples as a named config has them, round after round until none of a whole round fits.
+
+    Raises ValueError if one round of the samples is longer.
+    """
+    if (shortest := bench_pack(config).sequence_length) > tokens:
+        raise ValueError(f"one round of the samples has {shortest} tokens, more than {tokens}")
+    random, taken, room, fits = keyed_generator(SEED, "pack"), [], tokens, True
+    while fits:
+        fits = False
+        for items in _items(config, random):
+            if (length := _pack(config, [items]).sequence_length) <= room:
+                taken.append(items)
+                room, fits = room - length, True
+    return _pack(config, taken)

@@ -39,7 +39,8 @@ class Record:
         command: The command line, without ``--output`` and its value.
         machine: GPU if there is one, processor, cores that the process may use, and memory.
         date: When the run ended, in UTC, as ISO 8601 to the second.
-        commit: The commit that was checked out; " with changes" follows if files differed from it. "unknown" without git.
+        commit: The commit that was checked out; " with changes" follows if files differed from it. Without git it is what the environment
+            variable ``BENCHMARK_COMMIT`` says (for a copy of the files on a machine without the repository), else "unknown".
         versions: Versions of Python and of the packages in ``PACKAGES`` that are installed.
         figures: What the benchmark measured.
     """
@@ -122,9 +123,11 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Return the commit of this checkout, and whether files differ from it; "unknown" without git."""
+    """Return the commit of this checkout, and whether files differ from it. Without git, see ``Record.commit``."""
     head = _git("rev-parse", "HEAD")
-    return head + (" with changes" if _git("status", "--porcelain", "--untracked-files=no") else "") if head else "unknown"
+    if not head:
+        return os.environ.get("BENCHMARK_COMMIT") or "unknown"
+    return head + (" with changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def versions() -> dict[str, str]:

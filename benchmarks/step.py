@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch, matmul_gflops
+from benchmarks.measure import NoLaps, Stopwatch, matmul_gflops
 from benchmarks.named_configs import CONFIGS, SEED, bench_pack, megatron_config
 from megatron_bagel import platform
 from megatron_bagel.config.architecture import BagelArch
@@ -139,7 +139,7 @@ class BenchStep:
         with torch.autocast(platform.device().type, torch.bfloat16, enabled=self.options.vae_bf16):
             return encode_latents(self.vae, self.inputs.images, self.inputs.posterior_noise, self.arch.latent_patch_size)
 
-    def run(self, watch: Stopwatch) -> float:
+    def run(self, watch: Stopwatch | NoLaps) -> float:
         """One step; returns its loss."""
         watch.start()
         for module in self.modules:

@@ -7,8 +7,11 @@
 
 The plain step is measured first and last, so that a change of the machine shows. ``memory`` compares the peak with the formulas of
 ``megatron_bagel plan``, ``predicted`` the seconds. With ``--profile`` each variant also tells its kernels by time, their launches and the
-share of time in which none ran. A variant that cannot run here has the reason under ``refused``. With ``--output`` the record is written
-after each variant, so that a run which is stopped leaves what it measured.
+share of time in which none ran. A variant that cannot run here has the reason under ``refused``. ``step_s`` is the sum of the parts, and
+the clock waits for the device after each of them; ``step_without_laps_s`` is a step without these waits, as in a run.
+
+With ``--output`` the record is written before and after each variant, so that a run which is stopped leaves what it measured. ``--resume``
+measures what such a record lacks. The variant that was being measured when the program ended comes last then.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +33,13 @@ from megatron_bagel import platform
 platform.install()
 
 from benchmarks.kernels import kernel_profile  # noqa: E402
-from benchmarks.measure import Stopwatch  # noqa: E402
+from benchmarks.measure import NoLaps, Stopwatch, seconds_each  # noqa: E402
 from benchmarks.named_configs import CONFIGS, BenchConfig, bench_pack, filled_pack  # noqa: E402
 from benchmarks.predicted import predictions  # noqa: E402
-from benchmarks.record import report, write_record  # noqa: E402
+from benchmarks.record import read_record, report, write_record  # noqa: E402
 from benchmarks.step import BenchStep, StepOptions, step_figures  # noqa: E402
 from megatron_bagel.layout.pack import Pack  # noqa: E402
-from megatron_bagel.platform.device import device_name, reset_peak_memory  # noqa: E402
+from megatron_bagel.platform.device import device_name, reset_peak_memory, synchronize  # noqa: E402
 from megatron_bagel.platform.launch.process_group import init_distributed, shutdown_distributed  # noqa: E402
 
 #: What may be changed in a step, by name.
@@ -60,17 +64,21 @@ VARIANTS: dict[str, StepOptions] = {
     "all": StepOptions(
         transformer_impl="transformer_engine", vae_kernels="channels_last", vae_bf16=True, ce_chunk_tokens=1024, stored_latents=True
     ),
+    "all_local": StepOptions(fused_kernels="compiled", one_pass=True, ce_chunk_tokens=1024, stored_latents=True),
 }
+_END = "plain, at the end"
 
 
 def measured(config: BenchConfig, pack: Pack, options: StepOptions, rounds: int, warmup: int, profiled: bool) -> dict[str, Any]:
     """The figures of one variant."""
     reset_peak_memory()
+    held = torch.cuda.memory_allocated() if platform.has_gpu() else 0  # of earlier variants: it would count in this one's peak
     torch.manual_seed(1234)  # the same weights for every variant
     step, watch = BenchStep(config.arch, pack, options), Stopwatch(warmup)
     losses = [step.run(watch) for _ in range(warmup + rounds)]
     figures = step_figures(step, watch, losses)
     figures |= predictions(config.arch, pack, step.backend, options, figures)
+    figures |= {"step_without_laps_s": seconds_each(lambda: step.run(NoLaps()), rounds), "held_before_bytes": held}
     if profiled:
         figures["profile"] = kernel_profile(lambda: step.run(Stopwatch(0)))
     return figures
@@ -83,25 +91,57 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def labels(variants: Sequence[str], earlier: Mapping[str, Any]) -> list[str]:
+    """What is left to measure after ``earlier`` figures: plain is measured twice, and what the program ended in comes last."""
+    wanted = [*variants, *([_END] if len(variants) > 1 and variants[0] == "plain" else [])]
+    left, ended_in = [label for label in wanted if label not in earlier.get("variants", {})], earlier.get("measuring")
+    return [label for label in left if label != ended_in] + [label for label in left if label == ended_in]
+
+
+def earlier_figures(output: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a record to go on with. Raises ValueError if it is of another config, pack or device."""
+    if not output.exists():
+        return {}
+    figures = read_record(output).figures
+    if different := [name for name, value in result.items() if name in figures and figures[name] != value]:
+        raise ValueError(f"{output} was measured with another {' and '.join(different)}; leave out --resume to measure everything again")
+    return figures
+
+
+def refusal(error: Exception) -> str:
+    """What an error says and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error)[:500]} ({Path(frame.filename).name}:{frame.lineno})"
+
+
 def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Measure each variant into ``result``, and write the record after each."""
+    """Measure each variant into ``result``, and write the record before and after each."""
     config = CONFIGS[arguments.config]
     pack = filled_pack(config, arguments.long) if arguments.long else bench_pack(config)
-    result |= {"tokens": pack.sequence_length, "variants": {}}
-    names = [*arguments.variants, *(["plain"] if len(arguments.variants) > 1 and arguments.variants[0] == "plain" else [])]
-    for number, name in enumerate(names):
-        label = "plain, at the end" if number and name == "plain" else name
-        try:
-            figures = measured(config, pack, VARIANTS[name], arguments.rounds, arguments.warmup, arguments.profile and not number)
-        except (AssertionError, ImportError, RuntimeError, ValueError) as error:  # MagiAttention refuses by assertions
-            figures = {"refused": f"{type(error).__name__}: {str(error)[:500]}"}
-        release_memory()
-        plain = result["variants"].get("plain", {}).get("step_s")
-        if plain and "step_s" in figures:
-            figures["times_as_fast_as_plain"] = plain / figures["step_s"]
-        result["variants"][label] = figures
+    result["tokens"] = pack.sequence_length
+    earlier = earlier_figures(arguments.output, result) if arguments.resume else {}
+    variants = result["variants"] = dict(earlier.get("variants", {}))
+
+    def write() -> None:
         if arguments.output:
             write_record(arguments.output, result)
+
+    for number, label in enumerate(labels(arguments.variants, earlier)):
+        result["measuring"] = label
+        write()
+        try:
+            options = VARIANTS["plain" if label == _END else label]
+            figures = measured(config, pack, options, arguments.rounds, arguments.warmup, arguments.profile and not number)
+        except Exception as error:  # whatever one variant fails with, the others are measured
+            figures = {"refused": refusal(error)}
+        plain = variants.get("plain", {}).get("step_s")
+        if plain and "step_s" in figures:
+            figures["times_as_fast_as_plain"] = plain / figures["step_s"]
+        variants[label] = figures
+        del result["measuring"]
+        write()
+        synchronize()  # an error of the device would make every later variant fail: a new process has to go on
+        release_memory()
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -115,12 +155,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also profile the first variant")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
+    parser.add_argument("--resume", action="store_true", help="measure only what the record of --output lacks")
     arguments = parser.parse_args(argv)
     arguments.variants = arguments.variants.split(",")
     if unknown := [name for name in arguments.variants if name not in VARIANTS]:
         parser.error(f"unknown variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     if arguments.rounds < 1 or arguments.warmup < 0:
         parser.error("--rounds must be at least 1 and --warmup at least 0")
+    if arguments.resume and arguments.output is None:
+        parser.error("--resume needs --output, the record to go on with")
     return arguments
 
 
@@ -131,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    # Otherwise torch would run a function eagerly once it had been compiled too often, and the figures would not be the compiled one's.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     init_distributed()
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)

@@ -81,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result |= compare_layers(arguments.hidden, arguments.layers, arguments.tokens, arguments.rounds)
     else:
         llm = CONFIGS[arguments.config].arch.llm
-        result["matmul_gflops"] = matmul_gflops(1024, llm.hidden_size, 2 * llm.intermediate_size)
+        dtype = torch.bfloat16 if platform.has_gpu() else torch.float32  # of a step there
+        rows = 8192 if platform.has_gpu() else 1024  # a product must be long beside its launch
+        result["dtype"], result["rows"] = str(dtype).removeprefix("torch."), rows
+        result["matmul_gflops"] = matmul_gflops(rows, llm.hidden_size, 2 * llm.intermediate_size, dtype=dtype)
     shutdown_distributed()
     report(result, arguments.output)
     return result

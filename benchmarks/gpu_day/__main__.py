@@ -6,14 +6,17 @@
     python -m benchmarks.gpu_day --list
     CUDA_VISIBLE_DEVICES= python -m benchmarks.gpu_day --tiny --results tiny_day
 
-Every part writes a record into ``benchmarks/results/`` as soon as it has something, so a machine that is taken away leaves what was
-measured. The command may be started again: parts that are done on this kind of GPU are left out (``--again`` repeats them). It needs no
-network. ``python -m benchmarks.gpu_day.page`` makes the tables of a page from the records.
+Every part writes a record into ``benchmarks/results/`` (or ``--results``) as soon as it has something, so a machine that is taken away
+leaves what was measured. The command may be started again, also on another machine with the same kind of GPU that was given the folder of
+records: parts that are done are left out (``--again`` repeats them), the variants of a step go on where they stopped, and other parts begin
+again. A part is not begun when less than half of its time is left, and is left out if a package is missing. It needs no network.
+Without git, set BENCHMARK_COMMIT to what the records shall name. ``python -m benchmarks.gpu_day.page`` makes the tables of a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,18 +45,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts. The exit status is 1 if one failed or had no time, else 0."""
+    """Run the parts. The exit status is 1 if one failed, was stopped or had no time, else 0."""
     arguments = parse_arguments(argv)
     parts = [part for part in (TINY if arguments.tiny else PARTS) if not arguments.only or part.name in arguments.only]
     if arguments.list:
         for part in parts:
             print(f"{part.name:22} {part.seconds:5.0f} s  {' '.join(part.command)}")
         return 0
-    day = Day(arguments.results, arguments.minutes * 60, arguments.again)
-    states = {part.name: day.run(part) for part in parts}
+    # A part has a process group of its own, so it would outlive a program that is ended without unwinding.
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        day = Day(arguments.results.absolute(), arguments.minutes * 60, arguments.again)
+        states = {part.name: day.run(part) for part in parts}
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     width = max(map(len, states))
     print("\n".join(f"{name:{width}}  {state}" for name, state in states.items()))
-    return 0 if all(state in ("done", "done before") for state in states.values()) else 1
+    return 0 if all(state in ("done", "done before", "left out") for state in states.values()) else 1
 
 
 if __name__ == "__main__":

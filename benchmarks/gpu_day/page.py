@@ -27,11 +27,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
+def in_cell(text: str) -> str:
+    """Return the beginning of a message in a form that a cell of a table can hold."""
+    return " ".join(text.split())[:80].replace("|", "\\|")
+
+
 def overview(records: Mapping[str, Record]) -> str:
     """Return what was run, when, on which commit, and what became of it."""
     rows = []
     for name, record in records.items():
-        seconds, state = f"{record.figures.get('seconds', 0):.0f}", record.figures.get("state", "")
+        seconds, state = f"{record.figures.get('part_seconds', 0):.0f}", record.figures.get("state", "")
         rows.append([name, f"`{record.command}`", state, seconds, record.date[:10], record.commit[:8]])
     return table(["part", "command", "state", "seconds", "date", "commit"], rows)
 
@@ -41,11 +46,12 @@ def step_table(figures: Mapping[str, Any]) -> str:
     rows = []
     for name, variant in figures["variants"].items():
         if "refused" in variant:
-            rows.append([name, f"refused: {variant['refused'][:80]}", *[""] * 7])
+            rows.append([name, f"refused: {in_cell(variant['refused'])}", *[""] * 8])
             continue
         parts, shares = variant["parts_s"], variant.get("shares_of_peak", {})
         rows.append([
-            name, f"{variant['step_s']:.3f}", f"{variant.get('times_as_fast_as_plain', 1):.2f}", f"{variant['tokens_per_s']:,.0f}",
+            name, f"{variant['step_s']:.3f}", f"{variant['step_without_laps_s']:.3f}",
+            f"{variant.get('times_as_fast_as_plain', 1):.2f}", f"{variant['tokens_per_s']:,.0f}",
             f"{parts['autoencoder']:.3f}", f"{parts['decoder_forward'] + parts['backward']:.3f}",
             f"{variant['peak_mem_bytes'] / 1e9:.1f}", f"{variant['memory']['formula_bytes'] / 1e9:.1f}",
             f"{shares['whole_step']:.1%}" if shares else "",
@@ -53,6 +59,7 @@ def step_table(figures: Mapping[str, Any]) -> str:
     head = [
         "step",
         "seconds",
+        "without laps",
         "times plain",
         "tokens/s",
         "autoencoder s",
@@ -86,11 +93,15 @@ def autoencoder_table(figures: Mapping[str, Any]) -> str:
 
 def generation_table(figures: Mapping[str, Any]) -> str:
     """Return the speed of text and pictures."""
-    rows = [
-        ["with the cache", f"{figures['text_cached']['tokens_per_s']:.1f}", f"{figures['picture_cached']['seconds']:.2f}"],
-        ["by captured graphs", f"{figures['text_static']['tokens_per_s']:.1f}", f"{figures['picture_captured']['seconds']:.2f}"],
-        ["reading everything again", f"{figures['text_anew']['tokens_per_s']:.1f}", f"{figures['picture_anew']['seconds']:.2f}"],
-    ]
+    ways = (
+        ("with the cache", "cached", "cached"),
+        ("by captured graphs", "static", "captured"),
+        ("reading everything again", "anew", "anew"),
+    )
+    rows = []
+    for name, text_way, picture_way in ways:
+        text, drawn = figures.get(f"text_{text_way}"), figures.get(f"picture_{picture_way}")  # a stopped run has not come to all
+        rows.append([name, f"{text['tokens_per_s']:.1f}" if text else "", f"{drawn['seconds']:.2f}" if drawn else ""])
     return table(["generation", "tokens/s", "seconds per picture"], rows)
 
 
@@ -99,7 +110,7 @@ def precision_table(figures: Mapping[str, Any]) -> str:
     rows = []
     for name, one in figures["precisions"].items():
         if "refused" in one:
-            rows.append([name, f"refused: {one['refused'][:80]}", "", ""])
+            rows.append([name, f"refused: {in_cell(one['refused'])}", "", ""])
             continue
         differences = (f"{one[key]:+.4f}" if key in one else "" for key in ("mean_difference", "largest_difference"))
         rows.append([name, f"{list(one['ce'].values())[-1]:.4f}", *differences])
@@ -115,7 +126,9 @@ def sections(records: Mapping[str, Record]) -> Iterator[str]:
         "precisions": (precision_table,),
     }  # fmt: skip
     for name, tables in makers.items():
-        if name in records and records[name].figures.get("state") == "done":
+        # These write as they go, and what a stopped one has measured counts.
+        grows = name in records and {"variants", "context_tokens", "precisions"} & set(records[name].figures)
+        if name in records and (grows or records[name].figures.get("state") == "done"):
             yield f"`{records[name].command}`"
             yield from filter(None, (make(records[name].figures) for make in tables))
 

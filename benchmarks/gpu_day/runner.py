@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.gpu_day.parts import Part
 from benchmarks.record import ROOT, machine, read_record, this_command, write_record
@@ -36,66 +38,73 @@ class Day:
         return self.results / f"gpu_day-{kind}-{part.name}.json"
 
     def run(self, part: Part) -> str:
-        """Run a part and complete its record; return what became of it: done, done before, no time, stopped or failed."""
+        """Run a part and complete its record; return what became of it: done, done before, left out, no time, stopped or failed."""
         path = self.path(part)
-        if not self.again and path.exists() and read_record(path).figures.get("state") == "done":
+        earlier = read_record(path).figures.get("state") if path.exists() and not self.again else None
+        if earlier == "done":
             return self._told(part, "done before")
+        if part.needs is not None and importlib.util.find_spec(part.needs) is None:
+            return self._told(part, "left out", f"; the package {part.needs} is not installed")
         left = self.ends - time.monotonic()
-        if left < 5:
+        if left < part.least_seconds:
             return self._told(part, "no time")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        output = ("--output", str(path)) if part.records else ()
+        output = ["--output", str(path)] if part.records else []
+        if part.resumes and earlier is not None:
+            output.append("--resume")
+        else:
+            path.unlink(missing_ok=True)
         start = time.monotonic()
-        status, printed = _run([sys.executable, *part.command, *output], min(part.seconds, left))
-        state = {0: "done", None: "stopped"}.get(status, "failed")
-        facts: dict[str, Any] = {"state": state, "seconds": time.monotonic() - start, "exit_status": status}
-        if not part.records or state != "done":
-            facts["printed"] = printed.replace(str(ROOT), ".")[-_TAIL:]
-        self._complete(part, path, facts)
-        return self._told(part, state)
+        facts: dict[str, Any] = {"state": "stopped", "exit_status": None}
+        with tempfile.TemporaryFile("w+", errors="replace") as printed:
+            try:
+                facts["exit_status"] = status = _run([sys.executable, *part.command, *output], min(part.seconds, left), printed)
+                facts["state"] = {0: "done", None: "stopped"}.get(status, "failed")
+            finally:  # also when this program is ended
+                facts["part_seconds"] = time.monotonic() - start
+                if not part.records or facts["state"] != "done":
+                    printed.seek(0)
+                    facts["printed"] = printed.read().replace(str(ROOT), ".")[-_TAIL:]
+                self._complete(part, path, facts)
+        return self._told(part, facts["state"])
 
     def _complete(self, part: Part, path: Path, facts: dict[str, Any]) -> None:
         """Add what became of a part to its own record, or write one."""
+        command = part.command[1:] if part.command[0] == "-m" else (str(ROOT / part.command[0]), *part.command[1:])
+        name = " ".join(("python -m", *command)) if part.command[0] == "-m" else this_command(command)
         if path.exists():
             written = read_record(path)
-            write_whole(path, replace(written, figures={**facts, **written.figures}).to_json())
+            write_whole(path, replace(written, command=name, figures={**written.figures, **facts}).to_json())
         else:
-            command = part.command[1:] if part.command[0] == "-m" else (str(ROOT / part.command[0]), *part.command[1:])
-            name = " ".join(("python -m", *command)) if part.command[0] == "-m" else this_command(command)
             write_record(path, facts, name)
 
-    def _told(self, part: Part, state: str) -> str:
-        print(f"{part.name}: {state}; {max(0.0, self.ends - time.monotonic()):.0f} s are left", flush=True)
+    def _told(self, part: Part, state: str, why: str = "") -> str:
+        print(f"{part.name}: {state}{why}; {max(0.0, self.ends - time.monotonic()):.0f} s are left", flush=True)
         return state
 
 
-def _run(command: list[str], limit: float) -> tuple[int | None, str]:
-    """Return the exit status (None if the limit ended it) and what the command printed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def _run(command: list[str], limit: float, printed: IO[str]) -> int | None:
+    """Write what the command prints to ``printed``, and return its exit status, or None if the limit ended it.
+
+    ``printed`` is a file: a pipe would stay open as long as any process that the command leaves behind.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        printed, _ = process.communicate(timeout=limit)
-        return process.returncode, printed
+        return process.wait(limit)
     except subprocess.TimeoutExpired:
-        return None, _end(process)
-    except BaseException:
+        return None
+    finally:
         _end(process)
-        raise
 
 
-def _end(process: subprocess.Popen[str]) -> str:
-    """End a process group, politely first, and return what it printed."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a process group, politely first."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-            printed, _ = process.communicate(timeout=_GRACE_SECONDS)
-            return printed
+            process.wait(_GRACE_SECONDS)
         except ProcessLookupError:
-            break
+            return
         except subprocess.TimeoutExpired:
             continue
-    printed, _ = process.communicate()
-    return printed

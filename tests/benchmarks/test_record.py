@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import RESULTS, ROOT, read_record, report, this_command, write_record
+from benchmarks.record import RESULTS, ROOT, commit, read_record, report, this_command, write_record
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -19,6 +19,15 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "new" / "a.json").read_text())) == {"command", "machine", "date", "commit", "versions", "figures"}
     assert written.figures == {"step_s": 0.5, "losses": [1.0, 2.0]} and written.date.endswith("Z")
     assert written.versions["torch"] == version("torch") and "cores" in written.machine
+
+
+def test_a_copy_without_the_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
+    assert commit() != "abc"  # the repository knows better
+    monkeypatch.setattr("benchmarks.record._git", lambda *_: "")
+    assert commit() == "abc"
+    monkeypatch.delenv("BENCHMARK_COMMIT")
+    assert commit() == "unknown"
 
 
 def test_commands_are_those_of_the_repository() -> None:

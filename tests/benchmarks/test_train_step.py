@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.layers import _stacks, compare_layers, half_generation_pack
 from benchmarks.measure import count_operators
-from benchmarks.named_configs import CONFIGS, bench_pack
+from benchmarks.named_configs import CONFIGS, bench_pack, filled_pack
 from benchmarks.record import read_record
 from benchmarks.train_step import main
 from megatron_bagel.layout.mask import PackMask
@@ -28,6 +28,16 @@ def test_gather_scatter_layer_is_the_same_mathematics(single_rank: None) -> None
 def test_expert_sorted_layer_launches_far_less(single_rank: None) -> None:
     result = compare_layers(hidden=128, layers=1, tokens=128, rounds=1)
     assert result["kernels_ratio"] < 0.6 and result["largest_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("bench-tiny", 600), ("bench-7b-seventh", 36864)])
+def test_a_filled_pack_is_nearly_full(name: str, tokens: int) -> None:
+    """Two rounds of the 7B samples are longer than what is asked for, and one is half of it."""
+    pack = filled_pack(CONFIGS[name], tokens)
+    assert 0.95 * tokens < pack.sequence_length <= tokens
+    assert {len(pack.images_of(kind)) > 0 for kind in ("vit", "vae")} == {True} and len(pack.ce_positions)
+    with pytest.raises(ValueError, match="one round of the samples has"):
+        filled_pack(CONFIGS[name], 50)
 
 
 def test_half_of_the_tokens_are_generated() -> None:

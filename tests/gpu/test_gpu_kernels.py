@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import device_events
 from megatron_bagel.model.fused import add_and_norm, norm_and_rotate, rms_norm, rotate, swiglu
 from megatron_bagel.model.kernels.base import Kernels
 from megatron_bagel.model.kernels.choice import kernels_named
@@ -115,5 +116,5 @@ def test_fewer_kernels(name: str) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function().backward(weights)
             torch.cuda.synchronize()
-        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+        counts.append(len(device_events(profile.events())))
     assert 0 < counts[1] < counts[0], counts

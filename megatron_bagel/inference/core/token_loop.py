@@ -56,8 +56,10 @@ class StaticAttention:
         keys, values = self._table(layer_number, k)
         keys[self._rows, self.lengths], values[self._rows, self.lengths] = k, v
         visible = self._slots[None, :] <= self.lengths[:, None]
-        heads = q.unsqueeze(2), keys.transpose(1, 2), values.transpose(1, 2)
-        output = scaled_dot_product_attention(*heads, attn_mask=visible[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
+        # There is one query per head, so heads that share keys are rows of one product. As heads of their own they would make torch copy
+        # the tables for each: of its kernels that take a mask, not all share keys among heads.
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        output = scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None])
         return output.flatten(1)
 
     def _table(self, layer_number: int, example: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_bagel.platform.device import to_device
 from megatron_bagel.platform.groupwise_optimizer import GroupwiseOptimizer
 
 #: The moments' types by flag value.
@@ -40,6 +41,15 @@ class _Numbers:
     eps: float
     count: int
     decay: float
+
+    def changing(self, device: torch.device) -> list[Tensor]:
+        """Return what changes with the step as tensors: step size, root of the second correction, and decay.
+
+        Numbers would make each step compile a kernel of its own. One copy serves all weights, and the host does not wait for it.
+        """
+        step_size, root = self.lr / (1 - self.beta1**self.count), (1 - self.beta2**self.count) ** 0.5
+        # Copies, because the compiler treats views of one tensor with care.
+        return [number.clone() for number in to_device(torch.tensor([step_size, root, self.decay]), device)]
 
 
 class OnePassAdamW(GroupwiseOptimizer):
@@ -62,11 +72,12 @@ class OnePassAdamW(GroupwiseOptimizer):
         """Update the weights of ``group`` that have a gradient, their moments and averages. The group counts a step even if none has."""
         group["step"] = int(group.get("step", 0)) + 1
         numbers = _Numbers(float(group["lr"]), group["betas"][0], group["betas"][1], group["eps"], group["step"], self.decay)
-        for weight in group["params"]:
-            if weight.grad is not None:
-                average = self.averages.get(weight)
-                tensors = [weight, weight.grad, *self._moments(weight), *([] if average is None else [average])]
-                _update([tensor.view(-1) for tensor in tensors], numbers)
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        changing = numbers.changing(weights[0].device) if weights and weights[0].is_cuda else []
+        for weight in weights:
+            average = self.averages.get(weight)
+            tensors = [weight, weight.grad, *self._moments(weight), *([] if average is None else [average])]
+            _update([tensor.view(-1) for tensor in tensors], numbers, changing)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, whose moments may have another type."""
@@ -83,15 +94,15 @@ class OnePassAdamW(GroupwiseOptimizer):
         return [state[name] for name in _MOMENTS]
 
 
-def _update(tensors: list[Tensor], numbers: _Numbers) -> None:
-    """Update flat ``tensors`` in place: weight, gradient, first and second moment, and the average if there is one."""
+def _update(tensors: list[Tensor], numbers: _Numbers, changing: list[Tensor]) -> None:
+    """Update flat ``tensors`` in place: weight, gradient, first and second moment, and the average if there is one.
+
+    ``changing`` is ``numbers.changing`` on a GPU.
+    """
     if not tensors[0].is_cuda:
         for block in zip(*(tensor.split(_BLOCK) for tensor in tensors), strict=True):
             _update_block(list(block), numbers)
         return
-    step_size, root = numbers.lr / (1 - numbers.beta1**numbers.count), (1 - numbers.beta2**numbers.count) ** 0.5
-    # Numbers that change with the step are tensors, or each step would compile a kernel of its own.
-    changing = [torch.full((), value, device=tensors[0].device) for value in (step_size, root, numbers.decay)]
     one_kernel()(tensors, numbers.beta1, numbers.beta2, numbers.eps, *changing)
 
 

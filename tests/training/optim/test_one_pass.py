@@ -86,9 +86,9 @@ def test_the_function_of_the_gpu_has_the_same_formulas() -> None:
     for moments in (torch.float32, torch.bfloat16):
         tensors = [torch.randn(100), torch.randn(100), torch.randn(100).to(moments), torch.rand(100).to(moments), torch.randn(100)]
         blocks, whole = ([tensor.clone() for tensor in tensors] for _ in range(2))
-        one_pass._update_block(blocks, one_pass._Numbers(0.01, 0.9, 0.95, 1e-15, 3, 0.99))
-        changing = torch.tensor(0.01 / (1 - 0.9**3)), torch.tensor((1 - 0.95**3) ** 0.5), torch.tensor(0.99)
-        one_pass._update_whole(whole, 0.9, 0.95, 1e-15, *changing)
+        numbers = one_pass._Numbers(0.01, 0.9, 0.95, 1e-15, 3, 0.99)
+        one_pass._update_block(blocks, numbers)
+        one_pass._update_whole(whole, 0.9, 0.95, 1e-15, *numbers.changing(torch.device("cpu")))
         for one, other in zip(blocks, whole, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6 if one.dtype == torch.float32 else 1e-2, atol=1e-6)
 
