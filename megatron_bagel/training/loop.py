@@ -87,22 +87,27 @@ def train(run: Run) -> None:
             _evaluate_now(run, run.evaluation)
         run.step_log.window.restart()
         while run.counters.steps < run.loop.total_steps and not run.survival.agreement.stop:
-            start_time = time.perf_counter()
-            table = run.step_log.table(run.counters.steps)
-            run.hooks.before_step(run.counters.steps)
             try:
-                batch = next_batch(run)
+                advance(run)
             except NoSampleLeft:  # at the same step on every rank
                 finish(run)
                 raise
-            result = step(run, batch, table)
-            run.counters = run.counters.after(result, run.replacements.count, run.survival.bad_steps.count)
-            done = StepDone(result, run.counters, time.perf_counter() - start_time)
-            run.hooks.after_step(done)
-            run.step_log.add(done, batch, table)
             evaluate(run)
             save_when_due(run)
         finish(run)
+
+
+def advance(run: Run) -> None:
+    """Train one step, and tell hooks and log. Raises NoSampleLeft if no sample is left for it."""
+    start_time = time.perf_counter()
+    table = run.step_log.table(run.counters.steps)
+    run.hooks.before_step(run.counters.steps)
+    batch = next_batch(run)
+    result = step(run, batch, table)
+    run.counters = run.counters.after(result, run.replacements.count, run.survival.bad_steps.count)
+    done = StepDone(result, run.counters, time.perf_counter() - start_time)
+    run.hooks.after_step(done)
+    run.step_log.add(done, batch, table)
 
 
 def next_batch(run: Run) -> StepBatch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints where the third step of a run makes the host wait for the GPU, as torch reports it: a JSON list of its warnings.
+"""Prints where the third step of a run, not logged, makes the host wait for the GPU, as torch reports it: a JSON list of places.
 
 ``python -m tests.gpu.step_waits SETTINGS.yaml``
 """
@@ -22,18 +22,17 @@ def main(file: str) -> None:
     config = parse_config(["--config", file])
     platform.install()
     init_distributed()
-    from megatron_bagel.training.loop import next_batch, step
+    from megatron_bagel.training.loop import advance
     from tests.runs import open_run
 
     run = open_run(config, platform.has_gpu())
-    for number in range(3):
-        batch = next_batch(run)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if number == 2:
-                torch.cuda.set_sync_debug_mode("warn")
-            step(run, batch, None)
-            torch.cuda.set_sync_debug_mode("default")
+    with run.hooks, warnings.catch_warnings(record=True) as caught:
+        advance(run), advance(run)
+        caught.clear()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        advance(run)
+        torch.cuda.set_sync_debug_mode("default")
     run.loader.close()
     shutdown_distributed()
     print(json.dumps([f"{warning.filename}:{warning.lineno}" for warning in caught if "synchronizing" in str(warning.message)]))

@@ -89,7 +89,7 @@ def test_a_step_waits_only_to_be_judged(world: Path, tmp_path: Path, flags: dict
     """The norms of the gradients and the losses are read, whatever the packs of the step."""
     waits = {}
     for packs in (2, 6):
-        file = settings_file(world, tmp_path / str(packs), global_batch_size=packs, **flags)
+        file = settings_file(world, tmp_path / str(packs), global_batch_size=packs, log_every=100, **flags)
         waits[packs] = json.loads(run("tests.gpu.step_waits", str(file)).splitlines()[-1])
     assert waits[2] == waits[6] and 1 <= len(waits[6]) <= 4, waits
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.distributed
 
 #: Packs of a step. What waits for each of them is above the bounds.
 PACKS = 6
+LOG_EVERY = 100
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 #: The norms of the gradients and the losses, which judge the step.
 NORM, LOSSES = "clip_grads: get_grad_norm_fp32", "losses: global_losses"
@@ -38,18 +39,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def waits(config: Config) -> list[dict[str, int]]:
-    """The waits of the second and the third step by place; the second is logged."""
-    from megatron_bagel.training.loop import next_batch, step
+    """The waits by place of a logged step, and of the next step with hooks and log, which it does not write."""
+    from megatron_bagel.training.loop import advance, next_batch, step
 
     run = open_run(config)
-    step(run, next_batch(run), None)  # starts the loader, whose seed is a number of the CPU
-    found = []
-    for table in (run.step_log.table(1), None):
-        with HostWaits() as seen:
-            step(run, next_batch(run), table)
-        found.append(dict(seen.places))
+    with run.hooks:
+        advance(run)  # starts the loader, whose seed is a number of the CPU
+        with HostWaits() as logged:
+            step(run, next_batch(run), run.step_log.table(LOG_EVERY - 1))
+        with HostWaits() as whole:
+            advance(run)
     run.loader.close()
-    return found
+    return [dict(logged.places), dict(whole.places)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_waits_only_to_be_judged(world: Path, tmp_path: Path, layout: str) -> None:
     ranks, flags = LAYOUTS[layout]
-    config = run_config(world, tmp_path, ranks, global_batch_size=PACKS, log_every=2, **flags)
+    config = run_config(world, tmp_path, ranks, global_batch_size=PACKS, log_every=LOG_EVERY, **flags)
     for steps in run_ranks(waits, ranks, config):
         for places in steps:
             assert set(places) <= {NORM, LOSSES, COUNTS, OF_THE_CPU}

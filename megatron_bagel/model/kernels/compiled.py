@@ -4,8 +4,8 @@
 The formulas are those of ``eager.py`` without views that are written to. Only the number of rows is a variable of the kernels. Sizes of the
 model and what needs a gradient are constants, so a run compiles each function once and not for every pack. A function that sums over rows
 may be compiled again for many rows, which the compiler sums in another way. Results differ from the eager ones by rounding: what stays
-inside a kernel is not rounded to bf16 in between. The sum of the
-residual stream is: the backward pass reads it from memory, and the statistics must be those of the same values.
+inside a kernel is not rounded to bf16 in between. Only the sum of the residual stream is: the backward pass reads it from memory, and the
+statistics must be those of the same values.
 
 Only a run that asks for these kernels imports this module, and the compiler with it.
 """
