@@ -75,7 +75,8 @@ class StepInGroupAdam(GroupwiseOptimizer):
 
 def _step_counts(steps: int, params: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return a step count for every parameter, which the kernel increments and nobody reads again. One fill per device makes them."""
-    of_device = {param.device: iter(torch.full((len(params),), float(steps), device=param.device).unbind()) for param in params}
+    devices = {param.device for param in params}
+    of_device = {device: iter(torch.full((len(params),), float(steps), device=device).unbind()) for device in devices}
     return [next(of_device[param.device]) for param in params]
 
 
