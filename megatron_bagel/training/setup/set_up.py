@@ -21,6 +21,7 @@ from megatron_bagel.data.loading.build import ensure_index, open_loader
 from megatron_bagel.data.loading.encoder_assignment import EncoderCosts, EncodingShare
 from megatron_bagel.data.loading.fingerprint import data_fingerprint
 from megatron_bagel.data.loading.loader import PackLoader
+from megatron_bagel.parallel.host_sums import create_host_group
 from megatron_bagel.parallel.replica import Replica, make_replica
 from megatron_bagel.platform.device import device_name
 from megatron_bagel.platform.launch.fake_world import is_fake
@@ -70,6 +71,8 @@ def execute(resolved: ResolvedRun) -> None:
 def initialize_parallel(resolved: ResolvedRun) -> None:
     """Initialise Megatron-Core's process groups and random states. No result depends on the latter, because every draw is keyed."""
     megatron = resolved.megatron
+    # Valid until the first step is done; run_monitors.py then sets the time-out that the flag gives.
+    minutes = math.ceil(resolved.resilience.first_collective_minutes)
     parallel_state.initialize_model_parallel(
         megatron.tensor_model_parallel_size,
         megatron.pipeline_model_parallel_size,
@@ -79,9 +82,9 @@ def initialize_parallel(resolved: ResolvedRun) -> None:
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=resolved.sizes.distributed_optimizer_instances,
         create_gloo_process_groups=not is_fake(),
-        # Valid until the first step is done; run_monitors.py then sets the time-out that the flag gives.
-        distributed_timeout_minutes=math.ceil(resolved.resilience.first_collective_minutes),
+        distributed_timeout_minutes=minutes,
     )
+    create_host_group(minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(resolved.seed)
 
 
