@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +37,39 @@ class _RMSNorm(Function):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Kernels = EAGER) -> torch.Tensor:
     """Apply RMSNorm over the last dimension of ``x`` [..., h] with ``weight`` [h]; statistics are fp32."""
     return _RMSNorm.apply(x, weight, eps, kernels)
+
+
+class _TorchNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _torch_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        inputs = x.detach().requires_grad_(needs_x), weight.detach().requires_grad_(needs_weight)
+        with torch.enable_grad():
+            normed = _torch_norm(*inputs, ctx.eps)
+        found = iter(torch.autograd.grad(normed, [tensor for tensor in inputs if tensor.requires_grad], grad))
+        return *(next(found) if tensor.requires_grad else None for tensor in inputs), None
+
+
+def _torch_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    # torch computes in fp32 and rounds the result to the type of x, before the weight multiplies.
+    return F.rms_norm(x, weight.shape, None, eps) * weight
+
+
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Apply RMSNorm like ``rms_norm`` by torch's function, which is one launch on a GPU.
+
+    Only ``x`` is kept, as ``rms_norm`` does, and the backward pass computes the norm again. Autograd would also keep the result before
+    the weight multiplies.
+    """
+    return _TorchNorm.apply(x, weight, eps)
 
 
 class _AddAndNorm(Function):

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bagel import platform
-from megatron_bagel.model.fused import rms_norm
+from megatron_bagel.model.fused import rms_norm, torch_rms_norm
 from megatron_bagel.model.kernels.choice import UsesKernels
 from megatron_bagel.model.kernels.eager import EAGER
 from megatron_bagel.model.marks import mark
@@ -37,7 +36,7 @@ class RMSNorm(_Norm, UsesKernels):
             return self.weight
         if self.kernels is EAGER and platform.has_gpu():
             # On GPUs torch's own kernel does this in one launch.
-            return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+            return torch_rms_norm(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps, self.kernels)
 
 

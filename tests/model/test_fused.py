@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_bagel.model.fused import linear, norm_and_rotate, rms_norm, rotate, swiglu
+from megatron_bagel.model.fused import linear, norm_and_rotate, rms_norm, rotate, swiglu, torch_rms_norm
 from megatron_bagel.model.rope import rotary_table
 
 EPS = 1e-6
@@ -41,6 +41,7 @@ def test_fused_parts_equal_plain_ones(rows: int) -> None:
         return torch.randn(shape, generator=generator)
 
     agree(lambda x, w: rms_norm(x, w, EPS), plain_norm, random(rows, 16), random(16))
+    agree(lambda x, w: torch_rms_norm(x, w, EPS), plain_norm, random(rows, 16), random(16))
     agree(swiglu, lambda x: F.silu(x[:, :6]) * x[:, 6:], random(rows, 12))
     cos, sin = rotary_table(torch.arange(rows), 8, 1e4)
     half = [table[:, None, None, :4] for table in (cos, sin)]
@@ -61,6 +62,29 @@ def test_bfloat16_keeps_its_dtype_and_fp32_statistics() -> None:
     out = rms_norm(x, weight, EPS)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), plain_norm(x.float(), weight.float()), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs_x, needs_weight", [(True, True), (True, False), (False, True)])
+def test_the_norm_of_gpus_rounds_before_the_weight_and_keeps_only_its_input(
+    dtype: torch.dtype, needs_x: bool, needs_weight: bool
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = ((torch.randn(shape, generator=generator) * 3).to(dtype) for shape in ((5, 64), (64,), (5, 64)))
+    kept: list[torch.Tensor] = []
+    results = []
+    for function in (lambda x, w: torch_rms_norm(x, w, EPS), lambda x, w: F.rms_norm(x.float(), w.shape, None, EPS).to(x.dtype) * w):
+        leaves = [x.clone().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            out = function(*leaves)
+        if not results:
+            assert sum(tensor.nbytes for tensor in kept) == x.nbytes + weight.nbytes
+        out.backward(grad)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    (ours, *our_grads), (theirs, *their_grads) = results
+    assert torch.equal(ours, theirs) and len(our_grads) == len(their_grads) == needs_x + needs_weight
+    for mine, other in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_weight_gradients_go_straight_to_megatrons_buffer() -> None:
