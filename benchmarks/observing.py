@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +93,8 @@ def observing_costs(pack: Pack, rounds: int) -> dict[str, float]:
     one_step()
     numbers = observed()
     with tempfile.TemporaryDirectory() as folder:
-        log = RunLog(folder, 0, 0, prometheus=f"{folder}/bagel.prom")
+        with redirect_stdout(sys.stderr):  # stdout has the result alone
+            log = RunLog(folder, 0, 0, prometheus=f"{folder}/bagel.prom")
         steps = iter(range(rounds))
         costs = {
             "timers_s": processor_time(one_step, rounds),
