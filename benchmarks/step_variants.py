@@ -80,7 +80,7 @@ def measured(config: BenchConfig, pack: Pack, options: StepOptions, rounds: int,
     figures |= predictions(config.arch, pack, step.backend, options, figures)
     figures |= {"step_without_laps_s": seconds_each(lambda: step.run(NoLaps()), rounds), "held_before_bytes": held}
     if profiled:
-        figures["profile"] = kernel_profile(lambda: step.run(Stopwatch(0)))
+        figures["profile"] = kernel_profile(lambda: step.run(NoLaps()))
     return figures
 
 
@@ -126,12 +126,12 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         if arguments.output:
             write_record(arguments.output, result)
 
-    for number, label in enumerate(labels(arguments.variants, earlier)):
+    for label in labels(arguments.variants, earlier):
         result["measuring"] = label
         write()
         try:
             options = VARIANTS["plain" if label == _END else label]
-            figures = measured(config, pack, options, arguments.rounds, arguments.warmup, arguments.profile and not number)
+            figures = measured(config, pack, options, arguments.rounds, arguments.warmup, arguments.profile)
         except Exception as error:  # whatever one variant fails with, the others are measured
             figures = {"refused": refusal(error)}
         plain = variants.get("plain", {}).get("step_s")
@@ -152,7 +152,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=0, metavar="TOKENS", help="a pack filled to this many tokens instead of the named one")
     parser.add_argument("--rounds", type=int, default=5, help="measured repetitions; medians are reported")
     parser.add_argument("--warmup", type=int, default=2, help="repetitions before the measured ones")
-    parser.add_argument("--profile", action="store_true", help="also profile the first variant")
+    parser.add_argument("--profile", action="store_true", help="also profile one step of each variant")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 keeps torch's choice")
     parser.add_argument("--output", type=Path, help="write a record of this run (benchmarks/record.py) here")
     parser.add_argument("--resume", action="store_true", help="measure only what the record of --output lacks")

@@ -42,19 +42,20 @@ def overview(records: Mapping[str, Record]) -> str:
 
 
 def step_table(figures: Mapping[str, Any]) -> str:
-    """Return the variants of a step: seconds, rate, parts, memory beside the plan's formula, shares of the peak."""
+    """Return the variants of a step: seconds, rate, parts, memory beside the plan's formula, share of the peak, launches."""
     rows = []
     for name, variant in figures["variants"].items():
         if "refused" in variant:
-            rows.append([name, f"refused: {in_cell(variant['refused'])}", *[""] * 8])
+            rows.append([name, f"refused: {in_cell(variant['refused'])}", *[""] * 10])
             continue
-        parts, shares = variant["parts_s"], variant.get("shares_of_peak", {})
+        parts, shares, profile = variant["parts_s"], variant.get("shares_of_peak", {}), variant.get("profile", {})
         rows.append([
             name, f"{variant['step_s']:.3f}", f"{variant['step_without_laps_s']:.3f}",
             f"{variant.get('times_as_fast_as_plain', 1):.2f}", f"{variant['tokens_per_s']:,.0f}",
             f"{parts['autoencoder']:.3f}", f"{parts['decoder_forward'] + parts['backward']:.3f}",
             f"{variant['peak_mem_bytes'] / 1e9:.1f}", f"{variant['memory']['formula_bytes'] / 1e9:.1f}",
             f"{shares['whole_step']:.1%}" if shares else "",
+            f"{profile['calls']:,}" if profile else "", f"{profile['idle_share']:.1%}" if "idle_share" in profile else "",
         ])  # fmt: skip
     head = [
         "step",
@@ -67,12 +68,14 @@ def step_table(figures: Mapping[str, Any]) -> str:
         "peak GB",
         "plan GB",
         "of the peak rate",
+        "launches",
+        "idle",
     ]
     return table(head, rows)
 
 
 def kernel_table(figures: Mapping[str, Any]) -> str:
-    """Return the longest kernels of the profiled variant."""
+    """Return the longest kernels of the plain step, or of the first that was profiled."""
     profile = next((variant["profile"] for variant in figures["variants"].values() if "profile" in variant), None)
     if profile is None:
         return ""

@@ -35,6 +35,7 @@ def test_a_part_leaves_a_record_and_is_not_repeated(tmp_path: Path, capsys: pyte
     step = records["step"].figures
     assert step["variants"]["plain"]["step_s"] > 0 and step["variants"]["plain"]["profile"]["longest"]
     assert "refused" in step["variants"]["transformer_engine"] and "plain, at the end" in step["variants"]
+    assert all(one["profile"]["calls"] > 0 for one in step["variants"].values() if "refused" not in one)
     losses = {name: one["first_loss"] for name, one in step["variants"].items() if "refused" not in one}
     assert {"sdpa", "chunked_ce", "constant_encoder", "recompute", "vae_channels_last", "stored_latents"} <= set(losses)
     for name, loss in losses.items():
