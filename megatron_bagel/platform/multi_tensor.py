@@ -24,10 +24,9 @@ def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], 
     """Write the sources times ``factor`` to the targets, with the arguments of ``amp_C.multi_tensor_scale``."""
     del chunk_size, noop_flag
     sources, targets = tensor_lists
-    if all(source.data_ptr() == target.data_ptr() for source, target in zip(sources, targets, strict=True)):
-        torch._foreach_mul_(targets, factor)
-    else:
-        torch._foreach_copy_(targets, torch._foreach_mul(sources, factor))
+    if sources is not targets:  # clipping gives one list twice
+        torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, factor)
 
 
 def use_where_megatron_has_stand_ins() -> None:

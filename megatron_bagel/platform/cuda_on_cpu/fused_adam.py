@@ -55,7 +55,8 @@ class StepInGroupAdam(GroupwiseOptimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            _step_counts(group["step"] - 1, params),
+            # The kernel increments the step count in these temporary tensors. One fill makes them: a copy of each would make the host wait.
+            list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()),
             foreach=False,
             fused=True,
             capturable=False,
@@ -71,13 +72,6 @@ class StepInGroupAdam(GroupwiseOptimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _step_counts(steps: int, params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return a step count for every parameter, which the kernel increments and nobody reads again. One fill per device makes them."""
-    devices = {param.device for param in params}
-    of_device = {device: iter(torch.full((len(params),), float(steps), device=device).unbind()) for device in devices}
-    return [next(of_device[param.device]) for param in params]
 
 
 def use_where_megatron_fell_back_to_torch() -> None:
